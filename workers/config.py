@@ -1,0 +1,112 @@
+"""What a render looks like, as frozen records: everything in here may change pixels, and nothing outside it may.
+
+Loads without torch, so that a driver can validate a job on a machine that has no GPU packages. The resolved record and
+its hash (``render_fingerprint``) travel with every task and stand in every manifest row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Part(BaseModel):
+    """Base of every configuration part: frozen, strict types, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class BackboneConfig(Part):
+    """Which model renders."""
+
+    name: str = Field("longtake-world", description="Architecture and weights; `longtake models list` shows them.")
+    checkpoint: str | None = Field(
+        None, description="Path or s3:// URL of weights; empty means the weights bundled with the package."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Arithmetic of the transformer.")
+
+
+class SamplingConfig(Part):
+    """How noise becomes a clean chunk."""
+
+    num_steps: int = Field(4, ge=1, le=64, description="Denoising steps per chunk.")
+    shift: float = Field(3.0, gt=0.0, le=20.0, description="Timestep shift of the flow-matching schedule.")
+    guidance: float = Field(1.0, ge=0.0, le=20.0, description="Classifier-free guidance; 1 means off (one call a step).")
+
+
+class DenseCacheConfig(Part):
+    """Every key of the whole history, uncompressed: memory grows with the video."""
+
+    kind: Literal["dense"] = "dense"
+
+
+class WindowCacheConfig(Part):
+    """The first latent frames and the newest ones; all between is forgotten."""
+
+    kind: Literal["window"] = "window"
+    sink_latent_frames: int = Field(3, ge=0, description="First latent frames, always kept.")
+    recent_latent_frames: int = Field(21, ge=1, description="Newest latent frames kept.")
+
+
+CacheConfig = Annotated[DenseCacheConfig | WindowCacheConfig, Field(discriminator="kind")]
+
+
+class DenseAttentionConfig(Part):
+    """Every query attends to every key that the cache holds."""
+
+    kind: Literal["dense"] = "dense"
+
+
+AttentionConfig = DenseAttentionConfig
+
+
+class KernelConfig(Part):
+    """How attention is computed. `auto` resolves once, at load, and the choice is written to the manifest."""
+
+    name: Literal["auto", "reference", "sdpa"] = Field("auto", description="Attention kernel.")
+
+
+class VideoConfig(Part):
+    """Frames and their encoding."""
+
+    width: int = Field(128, ge=16, le=8192, multiple_of=16, description="Picture width, pixels.")
+    height: int = Field(128, ge=16, le=8192, multiple_of=16, description="Picture height, pixels.")
+    num_frames: int = Field(96, ge=1, le=1_000_000, description="Video frames per take unless the row says otherwise.")
+    fps: int = Field(16, ge=1, le=240, description="Frames per second of the file.")
+    crf: int = Field(18, ge=0, le=51, description="x264 constant rate factor; lower is better and larger.")
+    preset: Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow"] = "veryfast"
+    segment_frames: int = Field(48, ge=1, le=4096, description="Frames of a closed-GOP segment after the first one.")
+
+
+class QualityGateConfig(Part):
+    """When a finished or half-finished take is refused instead of delivered."""
+
+    max_black_ratio: float = Field(0.98, ge=0.0, le=1.0, description="Refused when more of its frames are black.")
+    max_frozen_ratio: float = Field(1.0, ge=0.0, le=1.0, description="Refused when more of its frames equal the last.")
+
+
+class RenderConfig(Part):
+    """All that decides the pixels of a take, given its prompt, seed and length."""
+
+    backbone: BackboneConfig = BackboneConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    cache: CacheConfig = DenseCacheConfig()
+    attention: AttentionConfig = DenseAttentionConfig()
+    kernel: KernelConfig = KernelConfig()
+    video: VideoConfig = VideoConfig()
+    quality_gate: QualityGateConfig = QualityGateConfig()
+
+    @model_validator(mode="after")
+    def _even_size(self) -> RenderConfig:
+        # yuv420p halves both sides; multiple_of=16 on the fields already guarantees it, this states why.
+        assert self.video.width % 2 == 0 and self.video.height % 2 == 0
+        return self
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the canonical JSON of this record: equal fingerprints mean equal pixels."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
