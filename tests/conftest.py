@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-# Before torch or Ray is imported anywhere: with two threads on a shared machine torch is many times slower than with one.
+# Before torch or Ray is imported anywhere: on a shared machine two threads are many times slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 

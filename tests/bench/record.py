@@ -1,0 +1,100 @@
+"""What every bench shares: say what it ran on, print a table, and keep it as JSON beside the others.
+
+A bench calls `report(name, rows, notes)` once, last. `python -m tests.bench.table` makes docs/results.md of all files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).parent / "results"
+
+
+def hardware() -> str:
+    """CPU model and count, memory, and the GPU if torch is loaded and sees one."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    text = f"{os.cpu_count()} x {model}, {gib:.0f} GiB"
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        text += f", {torch.cuda.get_device_name()}"
+    return text
+
+
+def commit() -> str:
+    """Short commit of the working tree, `+` behind it when tracked files differ, or `unknown` outside git."""
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        diff = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=ROOT, check=False)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if diff.returncode else "")
+
+
+def median_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Median, and half the distance between the extremes."""
+    return statistics.median(values), (max(values) - min(values)) / 2
+
+
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as a Markdown table; columns in the order of their first appearance."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(column), *(len(line[i]) for line in cells)) for i, column in enumerate(columns)]
+    lines = [columns, ["-" * width for width in widths], *cells]
+    return "\n".join(
+        "| " + " | ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+
+
+def report(name: str, rows: Sequence[dict[str, Any]], notes: str = "") -> Path:
+    """Print the table and write `results/<name>.json` (device, date, command, commit, rows)."""
+    record = {
+        "name": name,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "device": hardware(),
+        "command": "python -m " + shlex.join([_module(), *sys.argv[1:]]),
+        "commit": commit(),
+        "python": platform.python_version(),
+        "notes": notes,
+        "rows": list(rows),
+    }
+    print(f"\n{name}: {record['device']}; {record['command']}; commit {record['commit']}")
+    print(format_table(rows))
+    if notes:
+        print(notes)
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def _module() -> str:
+    return "tests.bench." + Path(sys.argv[0]).stem
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
