@@ -1,4 +1,4 @@
-"""`python -m tests.bench.table`: docs/results.md from all result files, so that no figure in the docs is typed by hand."""
+"""`python -m tests.bench.table`: docs/results.md from all result files; no figure there is typed by hand."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def main() -> None:
     target = ROOT / "docs" / "results.md"
     target.parent.mkdir(exist_ok=True)
     target.write_text("\n".join(parts))
-    print(f"wrote {target.relative_to(ROOT)}: {len(parts) - 1} blocks")
+    print(f"wrote {target.relative_to(ROOT)}: {len(parts) - 1} tables")
 
 
 if __name__ == "__main__":
