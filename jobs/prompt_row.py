@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -83,7 +84,7 @@ class RowLimits:
     max_samples: int = 10_000
 
 
-class RowFault(Exception):
+class RowError(Exception):
     """Internal to the readers: a row is bad; carries the kind."""
 
     def __init__(self, kind: RejectKind, reason: str) -> None:
@@ -101,7 +102,7 @@ def read_row(line: int, row: Mapping[str, Any], limits: RowLimits) -> Prompt | R
     """
     try:
         return _checked(line, row, limits)
-    except RowFault as fault:
+    except RowError as fault:
         raw_id, raw_prompt = row.get("id"), row.get("prompt")
         return Rejected(
             line,
@@ -141,60 +142,60 @@ def _item_id(value: Any) -> str | None:
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
-        raise RowFault("wrong_type", f"id must be a string or an integer, not {type(value).__name__}")
+        raise RowError("wrong_type", f"id must be a string or an integer, not {type(value).__name__}")
     if len(value) > MAX_ID_CHARS:
-        raise RowFault("bad_id", f"id has {len(value)} characters; the limit is {MAX_ID_CHARS}")
+        raise RowError("bad_id", f"id has {len(value)} characters; the limit is {MAX_ID_CHARS}")
     if not _ID.match(value):
-        raise RowFault("bad_id", f"id {ascii(value)[:80]} must be letters, digits, '_' or '-', beginning with neither")
+        raise RowError("bad_id", f"id {ascii(value)[:80]} must be letters, digits, '_' or '-', beginning with neither")
     if value.lower() in _RESERVED_IDS:
-        raise RowFault("bad_id", f"id {value!r} is a device name on some systems and cannot be a file name there")
+        raise RowError("bad_id", f"id {value!r} is a device name on some systems and cannot be a file name there")
     return value
 
 
 def _segments(value: Any, limits: RowLimits) -> tuple[PromptSegment, ...]:
     if value is None:
-        raise RowFault("empty_prompt", "prompt is missing")
+        raise RowError("empty_prompt", "prompt is missing")
     if isinstance(value, str):
         return (PromptSegment(frame=0, prompt=_prompt_text(value, limits)),)
     if not isinstance(value, list):
-        raise RowFault("wrong_type", f"prompt must be a string or a list of segments, not {type(value).__name__}")
+        raise RowError("wrong_type", f"prompt must be a string or a list of segments, not {type(value).__name__}")
     if not value:
-        raise RowFault("empty_prompt", "prompt is an empty list")
+        raise RowError("empty_prompt", "prompt is an empty list")
     segments = tuple(_segment(index, part, limits) for index, part in enumerate(value))
     if segments[0].frame != 0:
-        raise RowFault("bad_value", f"the first segment must begin at frame 0, not {segments[0].frame}")
-    if any(b.frame <= a.frame for a, b in zip(segments, segments[1:], strict=False)):
-        raise RowFault("bad_value", "segments must be in order of frame, each later than the one before")
+        raise RowError("bad_value", f"the first segment must begin at frame 0, not {segments[0].frame}")
+    if any(b.frame <= a.frame for a, b in itertools.pairwise(segments)):
+        raise RowError("bad_value", "segments must be in order of frame, each later than the one before")
     if sum(len(s.prompt) for s in segments) > limits.max_prompt_chars:
-        raise RowFault("prompt_too_long", f"the segments together exceed {limits.max_prompt_chars} characters")
+        raise RowError("prompt_too_long", f"the segments together exceed {limits.max_prompt_chars} characters")
     return segments
 
 
 def _segment(index: int, part: Any, limits: RowLimits) -> PromptSegment:
     if not isinstance(part, dict) or set(part) != {"frame", "prompt"}:
-        raise RowFault("wrong_type", f"segment {index} must have exactly the fields frame and prompt")
+        raise RowError("wrong_type", f"segment {index} must have exactly the fields frame and prompt")
     if not isinstance(part["prompt"], str):
-        raise RowFault("wrong_type", f"segment {index}: prompt must be a string")
+        raise RowError("wrong_type", f"segment {index}: prompt must be a string")
     frame = _integer(part["frame"], f"segment {index}: frame", 0, limits.max_frames - 1)
     if frame is None:
-        raise RowFault("wrong_type", f"segment {index}: frame is missing")
+        raise RowError("wrong_type", f"segment {index}: frame is missing")
     return PromptSegment(frame=frame, prompt=_prompt_text(part["prompt"], limits))
 
 
 def _prompt_text(value: str, limits: RowLimits) -> str:
     text = _text(value, "prompt", limits).strip()
     if not text:
-        raise RowFault("empty_prompt", "prompt is empty")
+        raise RowError("empty_prompt", "prompt is empty")
     return text
 
 
 def _text(value: Any, name: str, limits: RowLimits) -> str:
     if not isinstance(value, str):
-        raise RowFault("wrong_type", f"{name} must be a string, not {type(value).__name__}")
+        raise RowError("wrong_type", f"{name} must be a string, not {type(value).__name__}")
     if len(value) > limits.max_prompt_chars:
-        raise RowFault("prompt_too_long", f"{name} has {len(value)} characters; the limit is {limits.max_prompt_chars}")
+        raise RowError("prompt_too_long", f"{name} has {len(value)} characters; the limit is {limits.max_prompt_chars}")
     if _CONTROL.search(value):
-        raise RowFault("bad_value", f"{name} holds control characters or broken Unicode")
+        raise RowError("bad_value", f"{name} holds control characters or broken Unicode")
     return value
 
 
@@ -206,9 +207,9 @@ def _integer(value: Any, name: str, low: int, high: int) -> int | None:
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # pandas writes an integer column with gaps as floats
     if isinstance(value, bool) or not isinstance(value, int):
-        raise RowFault("wrong_type", f"{name} must be an integer, not {ascii(value)[:40]}")
+        raise RowError("wrong_type", f"{name} must be an integer, not {ascii(value)[:40]}")
     if not low <= value <= high:
-        raise RowFault("bad_value", f"{name} is {value}; it must be between {low} and {high}")
+        raise RowError("bad_value", f"{name} is {value}; it must be between {low} and {high}")
     return value
 
 
@@ -228,7 +229,7 @@ def _extra(name: str, value: Any) -> Scalar:
     else:
         text = json.dumps(value, ensure_ascii=False, sort_keys=True, default=str, separators=(",", ":"))
     if len(text) > MAX_EXTRA_CHARS:
-        raise RowFault("row_too_long", f"column {name!r} has {len(text)} characters; the limit is {MAX_EXTRA_CHARS}")
+        raise RowError("row_too_long", f"column {name!r} has {len(text)} characters; the limit is {MAX_EXTRA_CHARS}")
     if re.search(r"[\ud800-\udfff]", text):
-        raise RowFault("bad_value", f"column {name!r} holds broken Unicode")
+        raise RowError("bad_value", f"column {name!r} holds broken Unicode")
     return text

@@ -1,6 +1,6 @@
-"""Rows x samples -> tasks, and the names of their objects: pure, and the same ids from the same input on every machine.
+"""Rows x samples -> tasks, and the names of their objects: pure, the same ids from the same input on every machine.
 
-A `PlannedTask` is all that is known of a video before anybody tries to make it; an attempt turns it into a `RenderTask`.
+A `PlannedTask` is all that is known of a video before anybody tries to make it; an attempt makes it a `RenderTask`.
 """
 
 from __future__ import annotations
