@@ -1,0 +1,68 @@
+"""3-D rotary positions as in Wan: time, row and column share the head dimension; pairs are neighbouring channels.
+
+Positions are an argument (whole or fractional numbers, any order), so a caller may re-index time or place tokens in
+world coordinates. Tables are made in float64 and kept in float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of a set of tokens, float32, [B or 1, Q, 1, D/2]: the 1 spans the heads."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def split_head_dim(head_dim: int) -> tuple[int, int, int]:
+    """Channels for time, row and column: 44, 42, 42 of 128."""
+    spatial = 2 * (head_dim // 6)
+    return head_dim - 2 * spatial, spatial, spatial
+
+
+def make_rotation(position_BQ3: Tensor, head_dim: int, theta: float) -> Rotation:
+    """Rotation of tokens at (time, row, column).
+
+    Args:
+        position_BQ3: [Q, 3] or [B, Q, 3], any real dtype and device.
+        head_dim: Channels of one head, even.
+        theta: Base of the wavelengths, 10000 in Wan.
+    """
+    angles = []
+    for axis, size in enumerate(split_head_dim(head_dim)):
+        index = torch.arange(0, size, 2, dtype=torch.float64, device=position_BQ3.device)
+        angles.append(position_BQ3[..., axis, None].double() * theta ** (-index / size))
+    angle = torch.cat(angles, dim=-1)
+    if angle.dim() == 2:
+        angle = angle[None]
+    return Rotation(angle.cos().float()[:, :, None], angle.sin().float()[:, :, None])
+
+
+def rotate(x_BQND: Tensor, rotation: Rotation) -> Tensor:
+    """Turn queries or keys; computed in float32, returned in the dtype of the input."""
+    even, odd = x_BQND.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rotation
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x_BQND.dtype)
+
+
+def grid_positions(time_T: Tensor, rows: int, columns: int, origin_T2: Tensor | None = None) -> Tensor:
+    """Positions [..., T*rows*columns, 3] of whole latent frames in token order (frame, row, column), float32.
+
+    Args:
+        time_T: Time of each latent frame, [T] or [B, T].
+        rows, columns: Tokens of a latent frame.
+        origin_T2: (x, y) of the upper left corner of each latent frame in the world, in tokens ([T, 2] or [B, T, 2]):
+            for models with `world_rope`. Without it rows and columns count from 0.
+    """
+    time = time_T.float()[..., None, None]
+    row = torch.arange(rows, device=time.device, dtype=torch.float32)[:, None]
+    column = torch.arange(columns, device=time.device, dtype=torch.float32)[None, :]
+    if origin_T2 is not None:
+        column = column + origin_T2[..., 0, None, None].float()
+        row = row + origin_T2[..., 1, None, None].float()
+    return torch.stack(torch.broadcast_tensors(time, row, column), dim=-1).flatten(-4, -2)
