@@ -97,7 +97,7 @@ class Pool(Protocol):
     """What the driver needs of a pool; `ActorPool` is the real one, tests have a fake one."""
 
     def spawn(self, *, avoid_nodes: frozenset[str] = frozenset()) -> str:
-        """Ask for one more actor and start its load(); returns its id at once. ActorReady or ActorLoadFailure follows."""
+        """Ask for one more actor and its load(); returns its id at once; ActorReady or ActorLoadFailure follows."""
         ...
 
     def submit(self, actor_id: str, call_id: str, payload: Any) -> None:
