@@ -7,6 +7,7 @@ Keys are relative to the store's root, use `/`, and never begin with it. Every d
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from urllib.parse import unquote, urlsplit
 from cluster.errors import StoreUnsuitable
 
 MAX_KEY_BYTES = 1024  # S3's own limit, kept on local disks too so that a job can move
+BAD_PART = re.compile(r"/\.{0,2}/")
+BAD_LETTER = re.compile(r"[\x00-\x1f\x7f\\]")
 
 
 @dataclass(frozen=True)
@@ -130,9 +133,9 @@ def redacted(url: str) -> str:
 
 def check_key(key: str) -> str:
     """Return the key, or raise ValueError when it could escape the store's root or differ between stores."""
-    if not key or key.startswith("/") or any(part in ("", ".", "..") for part in key.split("/")):
+    if BAD_PART.search(f"/{key}/"):
         raise ValueError(f"{key!r} is no object key: it is empty, absolute, or has an empty, '.' or '..' part")
-    if any(ord(letter) < 32 or ord(letter) == 127 or letter == "\\" for letter in key):
+    if BAD_LETTER.search(key):
         raise ValueError(f"{key!r} is no object key: it has control characters or backslashes")
     if len(key.encode()) > MAX_KEY_BYTES:
         raise ValueError(f"object key of more than {MAX_KEY_BYTES} bytes: {key[:80]!r}...")
