@@ -13,25 +13,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from cluster.errors import AccessDenied, NotFound, StoreError
 from cluster.object_store import open_store
 from jobs.errors import PromptsError
+from jobs.id_set import IdSet
 from jobs.prompt_files import Format, format_of, raw_rows
 from jobs.prompt_row import MAX_ID_CHARS, Prompt, Rejected, RowError, RowLimits, Scalar, read_row
 from jobs.shards import TaskDefaults
 
 ColumnType = Literal["bool", "int64", "float64", "string"]
 MAX_EXTRA_COLUMNS = 256
-
-
-class SeenIds(Protocol):
-    """A set of ids that only grows."""
-
-    def add(self, item_id: str) -> bool:
-        """Remember it; True if it is new."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +59,7 @@ class PromptScan:
         return sum(self.rejected.values())
 
 
-def read_prompts(source: PromptSource, seen: SeenIds | None = None) -> Iterator[Prompt | Rejected]:
+def read_prompts(source: PromptSource, seen: IdSet | None = None) -> Iterator[Prompt | Rejected]:
     """Every row of the list, in file order; the second row of an id is rejected.
 
     Args:
@@ -75,7 +68,7 @@ def read_prompts(source: PromptSource, seen: SeenIds | None = None) -> Iterator[
     Raises:
         PromptsError: The file as a whole cannot be used; names file, line and fix.
     """
-    seen = seen if seen is not None else new_id_set()
+    seen = seen if seen is not None else IdSet()
     with local_copy(source.url) as path:
         for line, raw in raw_rows(path, source.resolved_format, source.url):
             if isinstance(raw, RowError):
@@ -189,21 +182,3 @@ def _widen(columns: dict[str, ColumnType | None], extra: Mapping[str, Scalar], l
             columns[name] = kind
         else:
             columns[name] = "float64" if {old, kind} == {"int64", "float64"} else "string"
-
-
-class _HashedIds:
-    """SHA-1 digests of ids in a set: exact enough at 160 bits and independent of the ids' length."""
-
-    def __init__(self) -> None:
-        self._digests: set[bytes] = set()
-
-    def add(self, item_id: str) -> bool:
-        digest = hashlib.sha1(item_id.encode(), usedforsecurity=False).digest()[:12]
-        before = len(self._digests)
-        self._digests.add(digest)
-        return len(self._digests) > before
-
-
-def new_id_set() -> SeenIds:
-    """The set that finds duplicate ids."""
-    return _HashedIds()

@@ -1,0 +1,139 @@
+"""JobSpec: strict, explained, and the same from YAML, `--set` and flags."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from jobs.errors import SpecError
+from jobs.flags import spec_flags, with_spec_flags
+from jobs.spec import JobSpec, changed_fields
+from jobs.spec_schema import SCHEMA_FILE, schema_text
+from jobs.spec_text import build_spec
+
+BASE = {("prompts", "url"): "lists/My prompts.txt", ("out",): "out"}
+
+
+def refused(tmp_path: Path, text: str) -> str:
+    file = tmp_path / "job.yaml"
+    file.write_text(text)
+    with pytest.raises(SpecError) as caught:
+        build_spec(file=file)
+    return str(caught.value).replace(str(tmp_path) + "/", "")
+
+
+def test_unknown_fields_name_file_line_and_nearest_field(tmp_path: Path) -> None:
+    cache = "render:\n  cache:\n    kind: window\n    recent_latent_fames: 3\n"
+    text = f"prompts: {{url: a.txt}}\nout: o\n{cache}limits:\n  atempts: 2\n"
+    message = refused(tmp_path, text)
+    assert (
+        "job.yaml:6: render.cache.recent_latent_fames: unknown field; did you mean 'recent_latent_frames'?" in message
+    )
+    assert "job.yaml:8: limits.atempts: unknown field; did you mean 'attempts'?" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("out: o\n", "prompts: missing"),
+        ("prompts: {url: a}\nout: o\nseed: '7'\n", "job.yaml:3: seed: input should be a valid integer"),
+        ("prompts: {url: a}\nout: o\nactors:\n  count: 0\n", "job.yaml:4: actors.count: must be at least 1"),
+        ("prompts: {url: a}\nout: o\nout: p\n", "job.yaml:3: out: stands twice"),
+        ("prompts: {url: a}\nout: o\njob_id: A/b\n", "job.yaml:3: job_id: must be"),
+        ("prompts: {url: a}\nout: [o\n", "not YAML"),
+        ("- a\n", "a spec is a mapping"),
+        ("prompts: {url: a}\nout: o\nwhen: 2026-01-01\n", "not a spec"),
+        ("a: !!python/object:os.system {}\n", "not YAML"),
+        ("prompts: {url: a}\nout: o\nrender: {video: {width: 100}}\n", "job.yaml:3: render.video.width"),
+    ],
+)
+def test_faults_say_where_and_what(tmp_path: Path, text: str, words: str) -> None:
+    assert words in refused(tmp_path, text)
+
+
+def test_flags_win_over_set_and_set_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("prompts: {url: a.txt}\nout: o\nseed: 1\nsamples: 1\nrender: {video: {fps: 8}}\n")
+    spec = build_spec(file=file, assignments=["seed=2", "samples=2", "render.video.crf=20"], flags={("seed",): 3})
+    assert (spec.seed, spec.samples, spec.render.video.crf, spec.render.video.fps) == (3, 2, 20, 8)
+
+
+def test_each_fingerprint_covers_its_own_fields() -> None:
+    spec = build_spec(flags=BASE)
+    pixels = build_spec(flags=BASE | {("render", "video", "crf"): 20})
+    reseeded = build_spec(flags=BASE | {("seed",): 1})
+    rest = build_spec(flags=BASE | {("limits", "attempts"): 9, ("job_id",): spec.job_id})
+    assert len({s.render_fingerprint for s in (spec, pixels, reseeded)}) == 3
+    assert spec.render_fingerprint == rest.render_fingerprint
+    assert spec.job_fingerprint != rest.job_fingerprint
+
+
+def test_default_job_id_is_the_input_name_and_the_render_fingerprint() -> None:
+    spec = build_spec(flags=BASE)
+    assert spec.job_id == f"my-prompts-{spec.render_fingerprint[:8]}"
+    assert spec.job_url == f"out/{spec.job_id}"
+
+
+def test_split_words_in_a_job_id_are_warned_about() -> None:
+    assert "'test'" in build_spec(flags=BASE | {("job_id",): "night-test"}).warnings()[0]
+    assert not build_spec(flags=BASE | {("job_id",): "night-contest"}).warnings()
+
+
+def test_changed_fields_reads_like_a_diff() -> None:
+    old = build_spec(flags=BASE).pixel_fields()
+    new = build_spec(flags=BASE | {("render", "video", "fps"): 24}).pixel_fields()
+    assert changed_fields(old, new) == ["render.video.fps: 16 -> 24"]
+
+
+def test_schema_file_is_current_and_accepts_a_dumped_spec() -> None:
+    assert SCHEMA_FILE.read_text() == schema_text(), "run: python -m jobs.spec_schema"
+    jsonschema.validate(build_spec(flags=BASE).model_dump(mode="json"), json.loads(schema_text()))
+
+
+def parsed(arguments: list[str]) -> dict[tuple[str, ...], Any]:
+    app, seen = typer.Typer(), {}
+
+    def command(values: dict[tuple[str, ...], Any]) -> None:
+        seen.update(values)
+
+    app.command()(with_spec_flags(command))
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return seen
+
+
+def leaves(value: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    if not isinstance(value, dict):
+        return {path: value}
+    return {k: v for name, part in value.items() for k, v in leaves(part, (*path, name)).items()}
+
+
+def test_every_field_has_its_flag_and_every_flag_its_field() -> None:
+    paths = [flag.path for flag in spec_flags()]
+    names = [name for flag in spec_flags() for name in flag.names]
+    assert len(set(paths)) == len(paths)
+    assert len(set(names)) == len(names)
+    spec = build_spec(flags=BASE)
+    windowed = build_spec(flags=BASE | {("render", "cache", "kind"): "window"})
+    fields = leaves(spec.model_dump(mode="json")) | leaves(windowed.model_dump(mode="json"))
+    assert set(fields) <= set(paths)
+    for path in paths:  # a flag without a field would be refused as unknown
+        values: dict[tuple[str, ...], Any] = dict(BASE)
+        if path[:2] == ("render", "cache"):
+            values[("render", "cache", "kind")] = "window"
+        build_spec(flags=values | {path: fields[path]} if path not in BASE else values)
+
+
+def test_a_flag_fills_its_field() -> None:
+    given = parsed(["p.txt", "--out", "x", "--width", "64", "--actors", "2", "--cache", "window", "--seed", "5"])
+    spec = build_spec(flags=given)
+    assert isinstance(spec, JobSpec)
+    assert (spec.prompts.url, spec.out, spec.render.video.width, spec.actors.count) == ("p.txt", "x", 64, 2)
+    assert (spec.render.cache.kind, spec.seed) == ("window", 5)
+    assert build_spec(flags=parsed(["p.txt", "--out", "x", "--actors", "auto"])).actors.count == "auto"
