@@ -1,0 +1,286 @@
+"""VideoWriter on a real store: what lands there, what is left behind, what each failure does."""
+
+import hashlib
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import psutil
+import pytest
+
+from cluster.errors import StoreUnavailable
+from cluster.local_store import LocalStore
+from tests.unit.test_encode import picture
+from workers.config import VideoConfig
+from workers.errors import EncodeFailed, UploadFailed
+from workers.video.decode import decode_frames, probe, sha256_of_file
+from workers.video.writer import VideoWriter
+
+CONFIG = VideoConfig(segment_frames=16)
+KEY = "videos/ab/cat-0-12345678-e1a1.mp4"
+SEGMENTS = "_state/segments/cat-0-e1a1"
+TAGS = {"item_id": "cat", "seed": "7", "prompt_sha256": "ab" * 32}
+
+
+class WatchedStore(LocalStore):
+    """A folder that counts requests, and fails where a test asks for it."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.requests: list[tuple[str, str]] = []
+        self.fail_at = ""
+        self.delay_s = 0.0
+        self.damage = b""
+        self.may_go_on = threading.Event()
+        self.may_go_on.set()
+
+    def put_file(self, key: str, path: Path) -> None:
+        self.may_go_on.wait(30)
+        time.sleep(self.delay_s)
+        self.requests.append(("put", key))
+        if self.fail_at and self.fail_at in key:
+            raise StoreUnavailable("connection reset")
+        super().put_file(key, path)
+        if self.damage and key.startswith("videos/"):
+            self.put(key, self.damage)
+
+    def size(self, key: str) -> int | None:
+        self.requests.append(("size", key))
+        return super().size(key)
+
+    def delete(self, keys) -> None:
+        keys = list(keys)
+        self.requests.append(("delete", f"{len(keys)}"))
+        super().delete(keys)
+
+    def keys(self) -> list[str]:
+        return [info.key for info in self.list()]
+
+
+@pytest.fixture
+def store(tmp_path):
+    return WatchedStore(tmp_path / "out")
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path, monkeypatch):
+    """Where local files go; whatever a test does, nothing may be left in it."""
+    root = tmp_path / "scratch"
+    root.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(root))
+    yield root
+    assert list(root.iterdir()) == []
+    assert not [thread for thread in threading.enumerate() if thread.name in ("encode-frames", "upload-segments")]
+
+
+def frames(first: int, stop: int) -> np.ndarray:
+    return np.stack([picture(index) for index in range(first, stop)])
+
+
+def open_writer(store, num_frames=50, config=CONFIG, tags=TAGS) -> VideoWriter:
+    return VideoWriter(store, KEY, SEGMENTS, config, tags, num_frames)
+
+
+def write_take(writer: VideoWriter, num_frames: int, first_chunk: int = 9, chunk: int = 12) -> None:
+    writer.write(frames(0, first_chunk))
+    for first in range(first_chunk, num_frames, chunk):
+        writer.write(frames(first, first + chunk))
+
+
+def finish_take(writer: VideoWriter, num_frames: int) -> None:
+    write_take(writer, num_frames)
+    writer.finish()
+
+
+def test_take_arrives_whole_and_is_described_truly(store, tmp_path):
+    writer = open_writer(store)
+    write_take(writer, 50)
+    video = writer.finish()
+    path = tmp_path / "out" / KEY
+    found = probe(path)
+    assert store.keys() == [KEY]
+    assert (found.num_frames, found.width, found.height, found.fps) == (50, 128, 128, 16.0)
+    assert (video.num_frames, video.num_segments, video.codec, video.pix_fmt) == (50, 4, "h264", "yuv420p")
+    assert video.num_bytes == path.stat().st_size
+    assert video.sha256 == sha256_of_file(path)
+    assert video.frames_sha256 == hashlib.sha256(frames(0, 50).tobytes()).hexdigest()
+    assert found.metadata.items() >= {**TAGS, "fps": "16", "num_frames": "50"}.items()
+    assert np.abs(decode_frames(path, range(50)).astype(int) - frames(0, 50)).mean() < 2
+    assert min(video.encode_s, video.upload_s, video.check_s) > 0
+
+
+def test_frames_beyond_the_take_are_dropped(store):
+    writer = open_writer(store, num_frames=13)
+    writer.write(frames(0, 9))
+    writer.write(frames(9, 30))
+    writer.write(frames(30, 33))
+    video = writer.finish()
+    assert video.num_frames == 13
+    assert video.frames_sha256 == hashlib.sha256(frames(0, 13).tobytes()).hexdigest()
+
+
+def test_one_frame_take(store):
+    writer = open_writer(store, num_frames=1)
+    writer.write(frames(0, 9))
+    assert writer.finish().num_frames == 1
+
+
+def test_how_later_frames_are_split_over_calls_does_not_change_the_file(store):
+    hashes = set()
+    for chunk in (5, 12, 41):
+        writer = open_writer(store)
+        write_take(writer, 50, chunk=chunk)
+        hashes.add(writer.finish().sha256)
+    assert len(hashes) == 1
+
+
+def test_first_segment_is_durable_after_the_first_chunk(store):
+    writer = open_writer(store)
+    writer.write(frames(0, 9))
+    deadline = time.monotonic() + 20
+    while not store.keys() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert store.keys() == [f"{SEGMENTS}/00000.mp4"]
+    assert probe(store.root / SEGMENTS / "00000.mp4").num_frames == 9
+    writer.abort()
+    assert store.keys() == []
+
+
+def test_requests_are_one_for_each_segment_and_three_more(store):
+    writer = open_writer(store)
+    write_take(writer, 50)
+    video = writer.finish()
+    assert len(store.requests) == video.num_segments + 3
+    assert [kind for kind, _ in store.requests] == ["put"] * (video.num_segments + 1) + ["size", "delete"]
+
+
+@pytest.mark.parametrize("fail_at", ["00000.mp4", "00002.mp4"])
+def test_store_that_fails_in_the_middle_is_upload_failed(store, fail_at):
+    writer = open_writer(store)
+    store.fail_at = fail_at
+    with pytest.raises(UploadFailed, match="connection reset"):
+        finish_take(writer, 50)
+    writer.abort()
+    assert store.keys() == []
+
+
+def test_store_that_fails_at_the_video_leaves_nothing(store):
+    writer = open_writer(store)
+    store.fail_at = "videos/"
+    write_take(writer, 50)
+    with pytest.raises(UploadFailed, match="videos/"):
+        writer.finish()
+    assert store.keys() == []
+
+
+def test_failure_reaches_the_next_write_so_that_no_more_is_generated(store):
+    writer = open_writer(store, num_frames=10_000)
+    store.fail_at = "00000.mp4"
+    with pytest.raises(UploadFailed):
+        write_take(writer, 10_000)
+    writer.abort()
+
+
+def test_object_of_another_size_than_the_file_is_upload_failed(store):
+    writer = open_writer(store)
+    store.damage = b"half a video"
+    write_take(writer, 50)
+    with pytest.raises(UploadFailed, match="12 bytes of"):
+        writer.finish()
+    assert store.keys() == []
+
+
+def test_missing_frames_are_encode_failed(store):
+    writer = open_writer(store)
+    writer.write(frames(0, 9))
+    with pytest.raises(EncodeFailed, match="9 of 50 frames"):
+        writer.finish()
+    assert store.keys() == []
+
+
+def test_scratch_disk_that_vanishes_is_encode_failed(store, scratch):
+    writer = open_writer(store)
+    write_take(writer, 30)
+    for folder in scratch.iterdir():
+        shutil.rmtree(folder)
+    with pytest.raises((EncodeFailed, UploadFailed)):
+        writer.finish()
+
+
+def test_wrong_frames_are_refused_at_once(store):
+    writer = open_writer(store)
+    for wrong in (np.zeros((1, 64, 128, 3), np.uint8), np.zeros((1, 128, 128, 3)), np.zeros((128, 128, 3), np.uint8)):
+        with pytest.raises(ValueError, match="expected"):
+            writer.write(wrong)
+    writer.abort()
+
+
+def test_abort_while_an_upload_is_under_way_leaves_nothing(store):
+    writer = open_writer(store)
+    store.may_go_on.clear()
+    write_take(writer, 40)
+    threading.Timer(0.2, store.may_go_on.set).start()
+    writer.abort()
+    writer.abort()
+    assert store.keys() == []
+    with pytest.raises(ValueError, match="after finish or abort"):
+        writer.write(frames(0, 1))
+
+
+def test_abort_before_the_first_frame(store):
+    open_writer(store).abort()
+    assert store.requests == []
+
+
+def test_slow_store_shows_as_blocked_time(store):
+    config = VideoConfig(segment_frames=1)
+    store.delay_s = 0.02
+    writer = open_writer(store, num_frames=60, config=config)
+    for index in range(60):
+        writer.write(frames(index, index + 1))
+    video = writer.finish()
+    assert video.blocked_s > 0.5
+    assert video.upload_s > 60 * 0.02
+
+
+def test_fast_store_does_not_block_a_slow_producer(store):
+    writer = open_writer(store)
+    for index in range(0, 50, 10):
+        writer.write(frames(index, index + 10))
+        time.sleep(0.1)
+    assert writer.finish().blocked_s < 0.05
+
+
+def test_index_stands_before_the_data(store):
+    writer = open_writer(store)
+    write_take(writer, 50)
+    writer.finish()
+    data = store.get(KEY)
+    assert data.index(b"moov") < data.index(b"mdat")
+    with av.open(str(store.root / KEY)) as container:
+        assert sum(1 for packet in container.demux(video=0) if packet.is_keyframe) == 4
+
+
+@pytest.mark.parametrize(("width", "height", "num_frames"), [(128, 128, 3000), (832, 480, 400)])
+def test_memory_is_constant_at_any_length(store, width, height, num_frames):
+    config = VideoConfig(width=width, height=height, preset="ultrafast")
+    process = psutil.Process()
+    noise = np.random.default_rng(1).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    base = np.broadcast_to(np.linspace(0, 200, width, dtype=np.uint8)[None, :, None], (height, width, 3))
+
+    def chunk(first: int) -> np.ndarray:
+        return np.stack([np.roll(base, index, axis=1) + (noise >> 5) for index in range(first, first + 8)])
+
+    writer = open_writer(store, num_frames=num_frames, config=config)
+    sizes = []
+    for first in range(0, num_frames, 8):
+        writer.write(chunk(first))
+        sizes.append(process.memory_info().rss)
+    writer.finish()
+    sizes.append(process.memory_info().rss)
+    warm = sizes[len(sizes) // 8]
+    assert max(sizes) - warm < 50 << 20
