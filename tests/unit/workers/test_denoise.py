@@ -1,5 +1,7 @@
 """Noise levels against closed forms and published values; noise keyed by (seed, chunk, step)."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -27,7 +29,7 @@ def test_levels_fall_from_noise_to_clean_on_the_shifted_line(num_steps: int, shi
     assert schedule.sigmas[0] == 1.0
     levels = [*schedule.sigmas, schedule.next_sigma(num_steps - 1)]
     assert levels[-1] == 0.0
-    assert all(a > b for a, b in zip(levels, levels[1:], strict=False))
+    assert all(a > b for a, b in pairwise(levels))
     for i, sigma in enumerate(schedule.sigmas):
         u = 1 - round(1000 * i / num_steps) / 1000
         assert sigma == pytest.approx(shift * u / (1 + (shift - 1) * u), abs=1e-6)
