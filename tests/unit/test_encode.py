@@ -16,6 +16,9 @@ from workers.video.decode import decode_frames, frames_sha256_of_file, probe
 from workers.video.encode import Frames, SegmentPlan, encode_segment, join_segments
 
 CONFIG = VideoConfig(segment_frames=16)
+# Without `cpu-independent=1` x264 gives about ten different files in twelve runs at this size, on machines with AVX-512;
+# at 128 or 512 pixels, multiples of 64, it always gives one, and the tests of the heap would prove nothing.
+FRAGILE = VideoConfig(width=320, height=320, segment_frames=16)
 TAGS = {"item_id": "naïve-7", "prompt_sha256": "ab" * 32, "render_fingerprint": "cd" * 32, "seed": str(2**62)}
 
 
@@ -127,18 +130,18 @@ def test_saturated_colours_come_back(tmp_path):
 
 
 def test_same_frames_give_the_same_file_whatever_the_heap_looks_like(tmp_path):
-    plan = SegmentPlan.of(40, 9, CONFIG)
-    files = {make_video(tmp_path / str(n), plan, disturbance=n).read_bytes() for n in range(6)}
+    plan = SegmentPlan.of(20, 9, FRAGILE)
+    files = {make_video(tmp_path / str(n), plan, FRAGILE, disturbance=n).read_bytes() for n in range(8)}
     assert len(files) == 1
 
 
 def test_other_process_gives_the_same_file(tmp_path):
-    plan = SegmentPlan.of(40, 9, CONFIG)
-    here = hashlib.sha256(make_video(tmp_path / "here", plan).read_bytes()).hexdigest()
+    plan = SegmentPlan.of(20, 9, FRAGILE)
+    here = hashlib.sha256(make_video(tmp_path / "here", plan, FRAGILE).read_bytes()).hexdigest()
     code = (
         "import hashlib, pathlib, sys; from tests.unit.test_encode import *;"
-        "plan = SegmentPlan.of(40, 9, CONFIG); folder = pathlib.Path(sys.argv[1]);"
-        "print(hashlib.sha256(make_video(folder, plan, disturbance=int(sys.argv[2])).read_bytes()).hexdigest())"
+        "plan = SegmentPlan.of(20, 9, FRAGILE); folder, disturbance = pathlib.Path(sys.argv[1]), int(sys.argv[2]);"
+        "print(hashlib.sha256(make_video(folder, plan, FRAGILE, disturbance).read_bytes()).hexdigest())"
     )
     for disturbance in ("11", "12"):
         command = [sys.executable, "-c", code, str(tmp_path / disturbance), disturbance]
@@ -147,10 +150,11 @@ def test_other_process_gives_the_same_file(tmp_path):
 
 
 def test_segment_encoded_again_fits_in_place(tmp_path):
-    plan = SegmentPlan.of(60, 9, CONFIG)
-    original = make_video(tmp_path, plan)
+    plan = SegmentPlan.of(40, 9, FRAGILE)
+    original = make_video(tmp_path, plan, FRAGILE)
     before = original.read_bytes()
-    make_segment(tmp_path, plan, 2, CONFIG, disturbance=5)
+    for index in range(plan.num_segments):
+        make_segment(tmp_path, plan, index, FRAGILE, disturbance=5 + index)
     segments = [tmp_path / f"{index:05d}.mp4" for index in range(plan.num_segments)]
     join_segments(segments, plan, tmp_path / "again.mp4", fps=16, metadata=TAGS)
     assert (tmp_path / "again.mp4").read_bytes() == before
