@@ -16,8 +16,8 @@ from workers.video.decode import decode_frames, frames_sha256_of_file, probe
 from workers.video.encode import Frames, SegmentPlan, encode_segment, join_segments
 
 CONFIG = VideoConfig(segment_frames=16)
-# Without `cpu-independent=1` x264 gives about ten different files in twelve runs at this size, on machines with AVX-512;
-# at 128 or 512 pixels, multiples of 64, it always gives one, and the tests of the heap would prove nothing.
+# Without `cpu-independent=1` x264 gives ten different files in twelve runs at this size, on machines with AVX-512; at
+# widths that are multiples of 64 it always gives one, and the tests of the heap would prove nothing.
 FRAGILE = VideoConfig(width=320, height=320, segment_frames=16)
 TAGS = {"item_id": "naïve-7", "prompt_sha256": "ab" * 32, "render_fingerprint": "cd" * 32, "seed": str(2**62)}
 

@@ -59,6 +59,12 @@ def probe(path: Path) -> VideoProbe:
         )
 
 
+def indexed_num_frames(path: Path) -> int:
+    """How many frames the file's index promises; costs nothing and proves nothing (see `probe`)."""
+    with _strict(path) as (_, stream):
+        return stream.frames
+
+
 def frames_sha256_of_file(path: Path) -> str:
     """SHA-256 over the decoded planes of all frames, in order: equal for files that show the same pictures.
 
@@ -100,13 +106,6 @@ def decode_frames(path: Path, indices: Sequence[int]) -> Frames:
             else:
                 raise IndexError(f"{path.name}: frame {frame_index}")
     return np.stack([found[frame_index] for frame_index in indices])
-
-
-def each_frame(path: Path) -> Iterator[Frames]:
-    """All frames of a video as RGB, [H, W, 3], one at a time."""
-    with _strict(path) as (container, stream):
-        for frame in container.decode(stream):
-            yield _as_rgb(frame)
 
 
 def sha256_of_file(path: Path) -> str:
