@@ -40,6 +40,7 @@ MAX_EXTRA_CHARS = 65_536
 # Dots would split a sample's name in webdataset, slashes move an object, a leading "_" hides it from readers.
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\Z")
 _RESERVED_IDS = frozenset({"con", "prn", "aux", "nul"} | {f"{d}{n}" for d in ("com", "lpt") for n in range(1, 10)})
+_SEGMENTS_BEGIN = '[{"frame":'
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 
 
@@ -58,10 +59,18 @@ class Prompt:
 
     @property
     def text(self) -> str:
-        """What stands in the manifest: the prompt, or the segments as canonical JSON when there are several."""
-        if len(self.segments) == 1 and self.segments[0].frame == 0:
-            return self.segments[0].prompt
+        """What stands in the manifest: the prompt, or the segments as JSON; `segments_of` is the way back."""
+        first = self.segments[0].prompt
+        if len(self.segments) == 1 and not first.startswith(_SEGMENTS_BEGIN):
+            return first
         return json.dumps([s.model_dump() for s in self.segments], ensure_ascii=False, separators=(",", ":"))
+
+
+def segments_of(text: str) -> tuple[PromptSegment, ...]:
+    """The segments behind a manifest's prompt column."""
+    if not text.startswith(_SEGMENTS_BEGIN):
+        return (PromptSegment(frame=0, prompt=text),)
+    return tuple(PromptSegment.model_validate(part) for part in json.loads(text))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.errors import PromptsError
-from jobs.prompt_row import Prompt, Rejected
+from jobs.prompt_row import Prompt, Rejected, segments_of
 from jobs.prompts import PromptSource, read_prompts, scan_prompts
 from jobs.shards import TaskDefaults
 
@@ -223,3 +223,17 @@ def test_the_sample_prompts_are_good(tmp_path: Path) -> None:
     sample = Path(__file__).parents[3] / "jobs" / "samples" / "prompts.jsonl"
     scan = scan_prompts(PromptSource(str(sample)), DEFAULTS)
     assert (scan.num_items, scan.num_rejected) == (12, 0)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a meadow",
+        '[{"frame":0,"prompt":"a text that looks like segments"}]',
+        [{"frame": 0, "prompt": "a"}, {"frame": 9, "prompt": "b"}],
+    ],
+)
+def test_the_manifests_prompt_column_leads_back_to_the_segments(tmp_path: Path, prompt: object) -> None:
+    row = only(read(tmp_path, [{"prompt": prompt}], "p.jsonl"))
+    assert isinstance(row, Prompt)
+    assert segments_of(row.text) == row.segments
