@@ -43,8 +43,8 @@ def key_of(seq: int) -> str:
 
 
 def encode_row(row: dict[str, Any]) -> bytes:
-    """One row as it will stand in an entry."""
-    return json.dumps(row, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    """One row as it will stand in an entry; NaN stays NaN, since only we read entries."""
+    return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def read_entries(store: ObjectStore, after_seq: int) -> Iterator[Entry]:
@@ -53,8 +53,7 @@ def read_entries(store: ObjectStore, after_seq: int) -> Iterator[Entry]:
     Raises:
         JournalBroken: A number is missing although a later one exists.
     """
-    listed = [int(info.key[len(PREFIX) :].split(".")[0]) for info in store.list(PREFIX, start_after=key_of(after_seq))]
-    newest = max(listed, default=after_seq)
+    newest = max(_listed(store, after_seq), default=after_seq)
     with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="journal") as threads:
         for first in range(after_seq + 1, newest + 1, READ_WINDOW):
             yield from threads.map(lambda seq: _read(store, seq), range(first, min(first + READ_WINDOW, newest + 1)))
@@ -64,12 +63,22 @@ def read_entries(store: ObjectStore, after_seq: int) -> Iterator[Entry]:
         seq += 1
 
 
+def first_seq(store: ObjectStore, after_seq: int) -> int | None:
+    """The lowest number above `after_seq` that exists, or None."""
+    return next(_listed(store, after_seq), None)
+
+
 def read_entry(store: ObjectStore, seq: int) -> Entry | None:
     """The entry at `seq`, or None if the journal ends before it."""
     try:
         return _decode(seq, store.get(key_of(seq)))
     except NotFound:
         return None
+
+
+def _listed(store: ObjectStore, after_seq: int) -> Iterator[int]:
+    for info in store.list(PREFIX, start_after=key_of(after_seq)):
+        yield int(info.key[len(PREFIX) :].split(".")[0])
 
 
 def _decode(seq: int, data: bytes) -> Entry:

@@ -145,7 +145,7 @@ def _put(store: ObjectStore, key: str, data: bytes) -> bool:
     """put_if_absent until the outcome is known; the bytes carry our nonce, so asking again is safe."""
     while True:
         with contextlib.suppress(OutcomeUnknown):
-            return store.put_if_absent(key, data)
+            return store.put_if_absent(key, data) or store.get(key) == data
 
 
 def _is_free(store: ObjectStore, epoch: int, challenger: Owner) -> bool:
