@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -87,6 +88,13 @@ def follow(
             if is_done:
                 return
             time.sleep(poll_s)
+
+
+def committed_rows(store: ObjectStore) -> Iterator[dict[str, Any]]:
+    """Every succeeded row as it stands now, published or not, as Python values."""
+    for new in _Follower(store, None).read_new():
+        for batch in new.table.to_batches(MAX_BATCH_ROWS):
+            yield from batch.to_pylist()
 
 
 class _Follower:

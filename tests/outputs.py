@@ -5,15 +5,17 @@ Videos are real MP4 files from `VideoWriter` (grey noise), rows go through the r
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from cluster.object_store import ObjectStore, open_store
+from jobs.commit import write_card, write_success
 from jobs.held_job import HeldJob, take_job
+from jobs.job_record import begin_record
 from jobs.lease import Owner
 from jobs.prompt_row import Prompt, RowLimits, read_row
+from jobs.prompts import PromptScan
 from jobs.replay import Replay
 from jobs.rows import AttemptFacts, JobFacts, Row, success_row
 from jobs.shards import PlannedTask, TaskDefaults, segment_prefix, tasks_of, video_key
@@ -94,11 +96,10 @@ def finished_row(store: ObjectStore, task: PlannedTask, video: VideoFile | None 
 
 def make_output(root: Path | str, num_items: int = 4, *, with_videos: bool = True, num_parts: int = 2) -> ObjectStore:
     """A complete job below `root`: videos, `num_parts` manifest parts, job.json, card and `_SUCCESS`."""
-    from jobs.commit import write_card, write_success
-
     store = open_store(str(root))
     spec = output_spec("out")
-    store.put("job.json", json.dumps({"spec": spec.model_dump(mode="json")}).encode())
+    scan = PromptScan(num_items, num_items, num_items, num_items * VIDEO.num_frames, {}, ())
+    begin_record(store, spec, scan)
     job = take(store)
     for index in range(num_items):
         task = planned(f"item-{index}", mood=["calm", "wild"][index % 2], rank=index)

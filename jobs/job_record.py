@@ -1,0 +1,101 @@
+"""`job.json`: what a job was begun with, written once; and the check that a later run asks for the same pixels."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from cluster.errors import OutcomeUnknown
+from cluster.object_store import ObjectStore
+from jobs.commit import read_json
+from jobs.errors import SpecChanged, SpecError
+from jobs.prompts import PromptScan
+from jobs.spec import JobSpec, changed_fields
+
+JOB_KEY = "job.json"
+
+
+def code_version() -> str:
+    """Version of the installed package."""
+    try:
+        return version("longtake")
+    except PackageNotFoundError:  # run from a copied folder, as Ray's working_dir does
+        return "source"
+
+
+def begin_record(store: ObjectStore, spec: JobSpec, scan: PromptScan) -> dict[str, Any]:
+    """The record of the job: ours if it is new, else the one that is there.
+
+    Raises:
+        SpecChanged: It was begun with a spec that gives other pixels.
+    """
+    record = read_json(store, JOB_KEY)
+    if record is None:
+        record = _new_record(spec, scan)
+        data = (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
+        if not _put_once(store, data):
+            record = read_json(store, JOB_KEY)
+            assert record is not None
+    check_same_pixels(record, spec, store.url)
+    return record
+
+
+def check_same_pixels(record: dict[str, Any], spec: JobSpec, url: str) -> None:
+    """Refuse to mix videos of two looks in one manifest.
+
+    Raises:
+        SpecChanged: Names every field that differs.
+    """
+    changes = changed_fields(record["pixels"], spec.pixel_fields())
+    if changes:
+        lines = "\n".join(f"  {line}" for line in changes)
+        raise SpecChanged(
+            f"{url}: this job was begun with another look; what changes pixels cannot change within a job:\n{lines}\n"
+            "Go back to the old values, or give the new look its own --job-id"
+        )
+
+
+def read_spec(store: ObjectStore) -> JobSpec:
+    """The spec that a job was begun with.
+
+    Raises:
+        SpecError: There is no job here.
+    """
+    record = read_json(store, JOB_KEY)
+    if record is None:
+        raise SpecError(f"{store.url}: no {JOB_KEY} here; name the job's own folder, <out>/<job_id>")
+    return JobSpec.model_validate_json(json.dumps(record["spec"]))
+
+
+def _new_record(spec: JobSpec, scan: PromptScan) -> dict[str, Any]:
+    return {
+        "job_id": spec.job_id,
+        "created_at": datetime.now(UTC).isoformat(),
+        "nonce": secrets.token_hex(8),
+        "code_version": code_version(),
+        "render_fingerprint": spec.render_fingerprint,
+        "job_fingerprint": spec.job_fingerprint,
+        "input": {
+            "url": spec.prompts.url,
+            "sha256": scan.sha256,
+            "rows": scan.num_rows,
+            "items": scan.num_items,
+            "tasks": scan.num_tasks,
+            "rejected": scan.num_rejected,
+            "columns": dict(scan.columns),
+        },
+        "pixels": spec.pixel_fields(),
+        "spec": spec.model_dump(mode="json"),
+    }
+
+
+def _put_once(store: ObjectStore, data: bytes) -> bool:
+    for _ in range(3):
+        try:
+            return store.put_if_absent(JOB_KEY, data)
+        except OutcomeUnknown:  # the bytes carry a nonce: asking again finds our own
+            continue
+    return store.put_if_absent(JOB_KEY, data)
