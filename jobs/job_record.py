@@ -16,6 +16,8 @@ from jobs.prompts import PromptScan
 from jobs.spec import JobSpec, changed_fields
 
 JOB_KEY = "job.json"
+RUN_KEY = "_state/run.json"
+"""What the latest run was asked to do; the job may have got more prompts since it was begun."""
 
 
 def code_version() -> str:
@@ -41,6 +43,12 @@ def begin_record(store: ObjectStore, spec: JobSpec, scan: PromptScan) -> dict[st
             assert record is not None
     check_same_pixels(record, spec, store.url)
     return record
+
+
+def note_run(store: ObjectStore, spec: JobSpec, scan: PromptScan, resume_command: str) -> None:
+    """Leave behind, before any work, what `status` needs: how much there is to do and how to go on."""
+    body = {**_input(spec, scan), "resume_command": resume_command, "at": datetime.now(UTC).isoformat()}
+    store.put(RUN_KEY, json.dumps(body, ensure_ascii=False).encode())
 
 
 def check_same_pixels(record: dict[str, Any], spec: JobSpec, url: str) -> None:
@@ -78,17 +86,22 @@ def _new_record(spec: JobSpec, scan: PromptScan) -> dict[str, Any]:
         "code_version": code_version(),
         "render_fingerprint": spec.render_fingerprint,
         "job_fingerprint": spec.job_fingerprint,
-        "input": {
-            "url": spec.prompts.url,
-            "sha256": scan.sha256,
-            "rows": scan.num_rows,
-            "items": scan.num_items,
-            "tasks": scan.num_tasks,
-            "rejected": scan.num_rejected,
-            "columns": dict(scan.columns),
-        },
+        "input": _input(spec, scan),
         "pixels": spec.pixel_fields(),
         "spec": spec.model_dump(mode="json"),
+    }
+
+
+def _input(spec: JobSpec, scan: PromptScan) -> dict[str, Any]:
+    return {
+        "url": spec.prompts.url,
+        "sha256": scan.sha256,
+        "rows": scan.num_rows,
+        "items": scan.num_items,
+        "tasks": scan.num_tasks,
+        "frames": scan.num_frames,
+        "rejected": scan.num_rejected,
+        "columns": dict(scan.columns),
     }
 
 

@@ -1,0 +1,149 @@
+"""What a job needs before it starts: videos, frames, GPU hours, bytes, money. The list is counted by streaming it.
+
+Speed is never invented: it is given, or measured on a job that rendered the same look, or said to be unknown.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+
+from cluster.object_store import ObjectStore, open_store
+from jobs.commit import read_json
+from jobs.consume import open_manifest
+from jobs.job_record import JOB_KEY
+from jobs.prompts import PromptScan, scan_prompts
+from jobs.replay import Replay
+from jobs.spec import JobSpec
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What one video frame costs."""
+
+    gpu_s_per_frame: float
+    bytes_per_frame: float | None
+    source: str
+    longest_frames: int | None = None
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """The answer of `longtake plan`. Figures that depend on an unknown speed are None."""
+
+    job_id: str
+    job_url: str
+    num_rows: int
+    num_items: int
+    num_rejected: int
+    rejected_by_kind: dict[str, int]
+    num_tasks: int
+    num_done: int
+    num_frames: int
+    video_s: float
+    longest_frames: int
+    gpu_hours: float | None
+    wall_hours: float | None
+    usd: float | None
+    num_bytes: float | None
+    rate_source: str
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_plan(
+    spec: JobSpec, *, gpu_s_per_frame: float | None = None, like: str | None = None, num_actors: int | None = None
+) -> JobPlan:
+    """Read the whole list and work out what it asks for.
+
+    Args:
+        spec: The job.
+        gpu_s_per_frame: Speed, if the user knows it.
+        like: Root of an earlier job to measure the speed on.
+        num_actors: For the wall time; else what the spec says.
+    Raises:
+        PromptsError: The list cannot be used.
+    """
+    scan = scan_prompts(spec.source, spec.task_defaults)
+    notes = [*spec.warnings(), *_bad_rows(scan)]
+    rate = _find_rate(spec, gpu_s_per_frame, like, notes)
+    num_done = _num_done(open_store(spec.job_url))
+    left = (scan.num_tasks - num_done) / scan.num_tasks if scan.num_tasks else 0.0
+    actors = num_actors or (spec.actors.count if isinstance(spec.actors.count, int) else None)
+    gpu_hours = rate.gpu_s_per_frame * scan.num_frames * left / 3600 if rate else None
+    price = spec.pricing.usd_per_gpu_hour
+    if gpu_hours is not None and price is None:
+        notes.append("no price: give --pricing-usd-per-gpu-hour")
+    if gpu_hours is not None and actors is None:
+        notes.append("no wall time: the number of actors is decided by the cluster; give --actors")
+    if rate and rate.longest_frames and scan.longest_frames > 2 * rate.longest_frames:
+        notes.append(
+            f"the longest take has {scan.longest_frames} frames, the speed was measured up to {rate.longest_frames}: "
+            "a cache that grows with the video makes long takes dearer"
+        )
+    return JobPlan(
+        job_id=spec.job_id,
+        job_url=spec.job_url,
+        num_rows=scan.num_rows,
+        num_items=scan.num_items,
+        num_rejected=scan.num_rejected,
+        rejected_by_kind=dict(scan.rejected),
+        num_tasks=scan.num_tasks,
+        num_done=num_done,
+        num_frames=scan.num_frames,
+        video_s=scan.num_frames / spec.render.video.fps,
+        longest_frames=scan.longest_frames,
+        gpu_hours=gpu_hours,
+        wall_hours=gpu_hours / actors if gpu_hours is not None and actors else None,
+        usd=gpu_hours * price if gpu_hours is not None and price is not None else None,
+        num_bytes=rate.bytes_per_frame * scan.num_frames if rate and rate.bytes_per_frame else None,
+        rate_source=rate.source if rate else "unknown",
+        notes=tuple(notes),
+    )
+
+
+def measured_rate(url: str | Path) -> Rate | None:
+    """GPU seconds and bytes per frame over the finished videos of a job, all waste included; None without any."""
+    table = open_manifest(url).to_table(columns=["gpu_seconds", "wasted_gpu_seconds", "num_frames", "bytes"])
+    frames = pc.sum(table["num_frames"]).as_py()
+    if not frames:
+        return None
+    seconds = (pc.sum(table["gpu_seconds"]).as_py() or 0.0) + (pc.sum(table["wasted_gpu_seconds"]).as_py() or 0.0)
+    source = f"measured on {table.num_rows} videos of {url}"
+    return Rate(seconds / frames, pc.sum(table["bytes"]).as_py() / frames, source, pc.max(table["num_frames"]).as_py())
+
+
+def _find_rate(spec: JobSpec, given: float | None, like: str | None, notes: list[str]) -> Rate | None:
+    if given is not None:
+        return Rate(given, None, "given")
+    for url in [like] if like else [spec.job_url]:
+        record = read_json(open_store(url), JOB_KEY)
+        if record is None:
+            continue
+        rate = measured_rate(url)
+        if rate is None:
+            continue
+        if record["render_fingerprint"] != spec.render_fingerprint:
+            notes.append(f"{url} rendered another look: the speed is a guess")
+        return rate
+    notes.append(
+        "speed unknown: render a few prompts first and name that job with --like, or give --gpu-s-per-frame"
+        if like is None
+        else f"{like} has no finished video in a manifest part: speed unknown"
+    )
+    return None
+
+
+def _num_done(store: ObjectStore) -> int:
+    return Replay(store, "").ledger.num_succeeded if read_json(store, JOB_KEY) is not None else 0
+
+
+def _bad_rows(scan: PromptScan) -> list[str]:
+    shown = [f"line {row.line}: {row.kind}: {row.reason}" for row in scan.first_rejected[:5]]
+    hidden = scan.num_rejected - len(shown)
+    return shown + ([f"and {hidden} more bad rows"] if hidden > 0 else [])
