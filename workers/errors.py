@@ -1,16 +1,17 @@
 """What can go wrong while one prompt becomes one video.
 
-    RenderError                   kind, and: would another attempt help?
-    ├── BadPrompt                 no   the row must change
-    ├── ConfigUnsupported         no   the spec asks for what this build cannot do
-    ├── CheckpointMismatch        no   weights missing, altered or of another shape
-    ├── KernelUnavailable         no   the kernel asked for cannot run here
-    ├── NonFiniteLatents          yes  once, with more precision
-    ├── GpuOutOfMemory            yes  one rung down the ladder, in a fresh process
-    ├── DeviceBroken              yes  in a fresh process (CUDA error)
-    ├── EncodeFailed              yes
-    ├── UploadFailed              yes
-    └── QualityRefused            no   the picture is black, frozen or not a picture
+RenderError                   kind, and: would another attempt help?
+├── BadPrompt                 no   the row must change
+├── ConfigUnsupported         no   the spec asks for what this build cannot do
+├── CheckpointMismatch        no   weights missing, altered or of another shape
+├── KernelUnavailable         no   the kernel asked for cannot run here
+├── NonFiniteLatents          yes  once, with more precision
+├── GpuOutOfMemory            yes  one rung down the ladder, in a fresh process
+├── DeviceBroken              yes  in a fresh process (CUDA error)
+├── EncodeFailed              yes
+├── UploadFailed              yes
+├── Preempted                 yes  elsewhere: this actor was told to end
+└── QualityRefused            no   the picture is black, frozen or not a picture
 """
 
 from __future__ import annotations
@@ -66,6 +67,10 @@ class EncodeFailed(RenderError):
 
 class UploadFailed(RenderError):
     kind: FailureKind = "upload"
+
+
+class Preempted(RenderError):
+    kind: FailureKind = "preempted_exhausted"
 
 
 class QualityRefused(RenderError):

@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
+from cluster.errors import NotFound, StoreError
+from cluster.object_store import ObjectStore, open_store
 from workers.errors import CheckpointMismatch
 
 CARD_NAME = "card.json"
@@ -56,18 +58,19 @@ class Weights:
         module.load_state_dict(found)
 
 
-def open_weights(folder: Path) -> Weights:
-    """Read and verify all weight files of a folder.
+def open_weights(folder: Path | str) -> Weights:
+    """Read and verify all weight files of a folder, local or s3://.
 
     Raises:
         CheckpointMismatch: The card or a file is missing, truncated, altered, or no safetensors file; the message
             names the file and the hash that it must have.
     """
-    card = _read_card(folder)
+    store = open_store(folder)
+    card = _read_card(store)
     files: Mapping[str, str] = card["files"]
     tensors: dict[str, Tensor] = {}
     for name in sorted(files):
-        tensors.update(_read_tensors(folder / name, files[name]))
+        tensors.update(_read_tensors(store, name, files[name]))
     return Weights(tensors, _revision(files), card)
 
 
@@ -103,30 +106,32 @@ def save_weights(folder: Path, parts: Mapping[str, nn.Module], card: Mapping[str
     return _revision(files)
 
 
-def _read_card(folder: Path) -> dict[str, Any]:
-    path = folder / CARD_NAME
+def _read_card(store: ObjectStore) -> Mapping[str, Any]:
+    path = f"{store.url}/{CARD_NAME}"
     try:
-        card = json.loads(path.read_text())
-    except FileNotFoundError:
+        card = json.loads(store.get(CARD_NAME))
+    except NotFound:
         raise CheckpointMismatch(
             f"{path}: no such file; a folder of weights holds safetensors and {CARD_NAME}"
         ) from None
-    except (OSError, ValueError) as error:
+    except (StoreError, ValueError) as error:
         raise CheckpointMismatch(f"{path}: cannot be read: {error}") from error
     files = card.get("files") if isinstance(card, dict) else None
     if not isinstance(files, dict) or not files:
         raise CheckpointMismatch(f'{path}: has no "files", a map from file name to SHA-256')
     if not all(isinstance(v, str) and Path(k).name == k for k, v in files.items()):
         raise CheckpointMismatch(f'{path}: "files" must map plain file names to SHA-256 in hex')
-    return card
+    checked: Mapping[str, Any] = card
+    return checked
 
 
-def _read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
+def _read_tensors(store: ObjectStore, name: str, sha256: str) -> dict[str, Tensor]:
+    path = f"{store.url}/{name}"
     try:
-        data = path.read_bytes()
-    except FileNotFoundError:
+        data = store.get(name)
+    except NotFound:
         raise CheckpointMismatch(f"{path}: missing; expected a file with SHA-256 {sha256}") from None
-    except OSError as error:
+    except StoreError as error:
         raise CheckpointMismatch(f"{path}: cannot be read ({error}); expected SHA-256 {sha256}") from error
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
@@ -135,9 +140,9 @@ def _read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = load(data)
     except SafetensorError as error:
         raise CheckpointMismatch(f"{path}: no safetensors file ({error}), although its SHA-256 is {sha256}") from error
-    for name, tensor in tensors.items():
+    for key, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckpointMismatch(f"{path}: tensor {name} is not finite")
+            raise CheckpointMismatch(f"{path}: tensor {key} is not finite")
     return tensors
 
 

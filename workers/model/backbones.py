@@ -84,9 +84,14 @@ class Backbone:
             )
         return height // self.spatial_stride, width // self.spatial_stride
 
+    def token_grid(self, latent_size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of tokens in a latent frame of this (height, width)."""
+        return latent_size[0] // self.patch[1], latent_size[1] // self.patch[2]
+
     def tokens_per_latent_frame(self, width: int, height: int) -> int:
-        latent_h, latent_w = self.latent_size(width, height)
-        return (latent_h // self.patch[1]) * (latent_w // self.patch[2])
+        """Tokens of a latent frame at this picture size."""
+        rows, columns = self.token_grid(self.latent_size(width, height))
+        return rows * columns
 
     def num_video_frames(self, latent_frames: int) -> int:
         """Pictures that `latent_frames` decode to from the start of a video."""

@@ -9,28 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from workers.contracts import PromptKeys
 from workers.model.backbones import Backbone
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer_index, q_BQND, k_BQND, v_BQND) -> out_BQND, with q and k before RoPE."""
-
-
-class PromptKeys(NamedTuple):
-    """Cross-attention keys and values of one layer; they depend on the prompt alone."""
-
-    k_BPND: Tensor
-    v_BPND: Tensor
-    log_mass_BP: Tensor | None = None
-    """Added to the logits: log m where a row stands for m equal ones, -inf where it is to be ignored."""
-    k_image_BPND: Tensor | None = None
-    v_image_BPND: Tensor | None = None
-
 
 AttendPrompt = Callable[[int, Tensor, PromptKeys], Tensor]
 """(layer_index, q_BQND, keys) -> out_BQND."""

@@ -1,0 +1,30 @@
+"""Exact composition: attention over disjoint sets of keys, computed apart and merged by their log-sum-exp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from workers.contracts import KeyValues
+
+
+def merge(out_a_BQND: Tensor, lse_a_BQN: Tensor, out_b_BQND: Tensor, lse_b_BQN: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint sets of keys, from the results over each.
+
+    Associative and commutative up to rounding. A side with lse -inf saw no key and counts for nothing; not both may.
+    """
+    lse_BQN = torch.logaddexp(lse_a_BQN, lse_b_BQN)
+    share_b_BQN1 = torch.exp(lse_b_BQN - lse_BQN).unsqueeze(-1).to(out_a_BQND.dtype)
+    return torch.lerp(out_a_BQND, out_b_BQND, share_b_BQN1), lse_BQN
+
+
+def attend_parts(
+    attend_one: Callable[[Tensor, KeyValues], tuple[Tensor, Tensor]], q_BQND: Tensor, parts: tuple[KeyValues, ...]
+) -> tuple[Tensor, Tensor]:
+    """Run a kernel for one set of keys on each part, and merge."""
+    out_BQND, lse_BQN = attend_one(q_BQND, parts[0])
+    for part in parts[1:]:
+        out_BQND, lse_BQN = merge(out_BQND, lse_BQN, *attend_one(q_BQND, part))
+    return out_BQND, lse_BQN

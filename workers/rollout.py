@@ -1,0 +1,135 @@
+"""The loop of one video: for each chunk, for each denoising step; then the clean pass that makes it history.
+
+Yields clean latent chunks as they are finished. Everything random comes from `noise(chunk, step)`, so a rollout is a
+function of its plan and of the model alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workers.contracts import PromptKeys
+from workers.denoise import Schedule, step_euler, step_renoise
+from workers.errors import NonFiniteLatents
+from workers.metrics import Stopwatch
+from workers.model.attend import RolloutAttention
+from workers.model.dit import CausalDiT
+from workers.model.rope import grid_positions
+
+Noise = Callable[[int, int], Tensor]
+"""(chunk_index, step_index) -> float32 noise [1, T, C, H, W] of one chunk; step 0 is what the chunk starts from."""
+ReadPrompt = Callable[[int], Sequence[Sequence[PromptKeys]]]
+"""chunk_index -> keys of the prompt that holds there and, with guidance, of the negative prompt."""
+ReadControl = Callable[[int], Tensor | None]
+"""chunk_index -> control maps [1, T, control channels, H, W] of that chunk, or None for models without."""
+
+
+@dataclass(frozen=True)
+class RolloutPlan:
+    """What is rolled out, given a model; tensors come from the three functions, chunk by chunk."""
+
+    num_chunks: int
+    latent_size: tuple[int, int]
+    """Height and width."""
+    schedule: Schedule
+    guidance: float
+    """1 means one call per step, with the prompt alone."""
+    noise: Noise
+    prompt: ReadPrompt
+    control: ReadControl
+    world_origin: Callable[[int], Tensor] | None = None
+    """chunk_index -> corner of each latent frame in tokens [T, 2], for models whose RoPE lives in the world."""
+
+
+@dataclass(frozen=True)
+class CleanChunk:
+    """One finished chunk."""
+
+    index: int
+    latents_BTCHW: Tensor
+    kv_bytes: int
+    density: float
+    """Keys that existed for this chunk's queries (its own included) over all keys ever made: 1 for full history."""
+
+
+class Rollout:
+    """One video on one model.
+
+    Args:
+        model: In evaluation mode.
+        attention: Fresh, with an empty cache, or with that of the chunks before `first_chunk`.
+        stopwatch: Gets the stages "denoise" and "cache".
+    """
+
+    def __init__(self, model: CausalDiT, attention: RolloutAttention, stopwatch: Stopwatch) -> None:
+        self._model, self._attention, self._stopwatch = model, attention, stopwatch
+        self._device = model.head.modulation.device
+
+    @torch.inference_mode()
+    def run(self, plan: RolloutPlan, first_chunk: int = 0) -> Iterator[CleanChunk]:
+        """Chunks from `first_chunk` on, in order.
+
+        Raises:
+            NonFiniteLatents: A chunk holds a NaN or an infinity; it is neither yielded nor remembered.
+        """
+        for index in range(first_chunk, plan.num_chunks):
+            num_cached = self._attention.cache.num_tokens
+            with self._stopwatch.stage("denoise"):
+                self._attention.begin_chunk(self._positions(plan, index))
+                prompts = plan.prompt(index)
+                maps = plan.control(index)
+                control = None if maps is None else self._model.embed_control(maps.to(self._device))
+                latents = self._denoise(plan, index, prompts, control)
+                if not bool(torch.isfinite(latents).all()):
+                    raise NonFiniteLatents(f"chunk {index} holds NaN or infinity after its last denoising step")
+            with self._stopwatch.stage("cache"):
+                if index + 1 < plan.num_chunks:  # nobody looks back at the last one
+                    self._attention.begin_clean_pass()
+                    self._flow(latents, 0.0, prompts[:1], control, plan.guidance)
+                self._attention.end_chunk()
+            num_own = latents.shape[1] * math.prod(self._model.backbone.token_grid(plan.latent_size))
+            density = (num_cached + num_own) / ((index + 1) * num_own)
+            yield CleanChunk(index, latents, self._attention.cache.num_bytes, density)
+
+    def _denoise(
+        self, plan: RolloutPlan, index: int, prompts: Sequence[Sequence[PromptKeys]], control: Tensor | None
+    ) -> Tensor:
+        """Clean latents of one chunk, float32."""
+        schedule = plan.schedule
+        latents = plan.noise(index, 0).to(self._device)
+        is_euler = self._model.backbone.sampler == "euler"
+        for step, (sigma, timestep) in enumerate(zip(schedule.sigmas, schedule.timesteps, strict=True)):
+            flow = self._flow(latents, timestep, prompts, control, plan.guidance)
+            next_sigma = schedule.next_sigma(step)
+            if is_euler or next_sigma == 0.0:  # to level 0 both samplers take the clean estimate
+                latents = step_euler(latents, flow, sigma, next_sigma)
+            else:
+                noise = plan.noise(index, step + 1).to(self._device)
+                latents = step_renoise(latents, flow, sigma, next_sigma, noise)
+        return latents
+
+    def _flow(
+        self,
+        latents: Tensor,
+        timestep: float,
+        prompts: Sequence[Sequence[PromptKeys]],
+        control: Tensor | None,
+        guidance: float,
+    ) -> Tensor:
+        """Predicted flow in float32, guided when there are two prompts."""
+        times = torch.full(latents.shape[:2], timestep, dtype=torch.float32, device=self._device)
+        flows = [self._model(latents, times, keys, self._attention, control_BQE=control).float() for keys in prompts]
+        return flows[0] if len(flows) == 1 else torch.lerp(flows[1], flows[0], guidance)
+
+    def _positions(self, plan: RolloutPlan, index: int) -> Tensor:
+        backbone = self._model.backbone
+        num = backbone.chunk_latent_frames
+        rows, columns = backbone.token_grid(plan.latent_size)
+        origin = None if plan.world_origin is None else plan.world_origin(index).to(self._device)
+        time = torch.arange(index * num, (index + 1) * num, device=self._device)
+        return grid_positions(time, rows, columns, origin)
