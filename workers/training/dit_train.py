@@ -1,0 +1,227 @@
+"""Train the bundled DiT and its text encoder by flow matching with teacher forcing, stage 1 of two.
+
+`python -m workers.training.dit_train --vae DIR --out DIR --seconds 600`. A run stops at its time, writes a checkpoint,
+and goes on from it when started again; what it does at a step depends on the step and the seed alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workers.denoise import add_noise, flow_target, shift_sigma
+from workers.model.backbones import Backbone, find_backbone
+from workers.model.vae import VideoVAE
+from workers.training.feed import Batch, Feed, FeedRecipe, batches_ahead
+from workers.training.muon import Muon
+from workers.training.progress import Log
+from workers.training.sequence import ParallelAttention, WorldModel, predict_flow, prepare
+from workers.training.vae_train import load_vae
+
+DELAY = 4
+"""A batch is used twice: at once, and so many batches later with other noise."""
+
+
+@dataclass(frozen=True)
+class DitRecipe:
+    """What decides stage 1."""
+
+    muon_lr: float = 2e-3
+    adam_lr: float = 1.2e-3
+    weight_decay: float = 0.02
+    warmup_steps: int = 150
+    flat_share: float = 0.5
+    shift: float = 2.5
+    context_noise: float = 0.3
+    ema: float = 0.999
+    seed: int = 1
+
+
+class DitTrainer:
+    """Weights, their running mean, optimisers; one step at a time."""
+
+    def __init__(self, recipe: DitRecipe, backbone: Backbone, chunks: int, device: torch.device) -> None:
+        torch.manual_seed(recipe.seed)
+        self.recipe, self.device = recipe, device
+        self.model = WorldModel(backbone).to(device)
+        self.ema = copy.deepcopy(self.model).eval()
+        self.attention = ParallelAttention(backbone, chunks, device)
+        matrices = [p for n, p in self.model.dit.blocks.named_parameters() if p.ndim == 2 and n.endswith("weight")]
+        chosen = {id(p) for p in matrices}
+        others = [p for p in self.model.parameters() if id(p) not in chosen]
+        self.optimisers: list[torch.optim.Optimizer] = [
+            Muon(matrices, recipe.muon_lr, weight_decay=recipe.weight_decay),
+            torch.optim.AdamW(
+                others, recipe.adam_lr, betas=(0.9, 0.97), weight_decay=0.01, fused=device.type == "cuda"
+            ),
+        ]
+        self.steps = 0
+        self.seconds = 0.0
+        if device.type == "cuda":
+            self.model.dit.compile_layers()
+
+    def set_rate(self, progress: float) -> None:
+        """Learning rates at this share of the run."""
+        factor = min(1.0, (self.steps + 1) / self.recipe.warmup_steps)
+        if progress > self.recipe.flat_share:
+            factor *= max(0.02, (1 - progress) / (1 - self.recipe.flat_share))
+        for optimiser, base in zip(self.optimisers, (self.recipe.muon_lr, self.recipe.adam_lr), strict=True):
+            for group in optimiser.param_groups:
+                group["lr"] = base * factor
+
+    def step(self, batch: Batch) -> Tensor:
+        """One optimiser step; returns the loss of each chunk place, averaged over clips."""
+        generator = torch.Generator(self.device).manual_seed(self.recipe.seed * 1_000_003 + self.steps)
+        loss_K = self.loss(batch, generator)
+        loss_K.mean().backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimiser in self.optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        self.steps += 1
+        decay = min(self.recipe.ema, self.steps / (self.steps + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+        return loss_K.detach()
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Mean squared error of the flow for each chunk place."""
+        clean, frames = batch.latents_BTCHW, self.model.backbone.chunk_latent_frames
+        clips, chunks = clean.shape[0], clean.shape[1] // frames
+
+        def draw(kind: Any, *shape: int) -> Tensor:
+            drawn: Tensor = kind(shape, device=self.device, generator=generator)
+            return drawn
+
+        context = draw(torch.rand, clips, chunks) * self.recipe.context_noise
+        context = (context * (draw(torch.rand, clips, chunks) < 0.5)).repeat_interleave(frames, 1)
+        level = shift_sigma(torch.sigmoid(draw(torch.randn, clips, chunks)), self.recipe.shift)
+        level = level.repeat_interleave(frames, 1)
+        noise = draw(torch.randn, *clean.shape)
+        fixed = prepare(batch, self.attention, draw(torch.randn, *clean.shape), context)
+        noisy = add_noise(clean, noise, level[..., None, None, None])
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            flow = predict_flow(self.model, fixed, noisy, level, self.attention)
+        error = (flow - flow_target(clean, noise)).square().mean((2, 3, 4))
+        return error.view(clips, chunks, frames).mean((0, 2))
+
+    def save(self, path: Path) -> None:
+        """Everything that the next step depends on."""
+        state = {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "steps": self.steps,
+            "seconds": self.seconds,
+        }
+        torch.save(state, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+
+    def load(self, path: Path) -> None:
+        """Go on where `save` was called."""
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        self.steps, self.seconds = state["steps"], state["seconds"]
+
+
+class BatchTwice:
+    """The batch of each step: even steps a new one, odd steps the one of `DELAY` batches before."""
+
+    def __init__(self, feed: Feed, first_step: int) -> None:
+        first = max(0, (first_step + 1) // 2 - DELAY)
+        self._ahead = batches_ahead(feed, first)
+        self._held: dict[int, Batch] = {}
+        self._next = first
+
+    def at(self, step: int) -> Batch:
+        """Steps must be asked for in order."""
+        wanted = step // 2 if step % 2 == 0 else max(0, step // 2 - DELAY)
+        while self._next <= wanted:
+            self._held[self._next] = next(self._ahead)
+            self._next += 1
+        for old in [index for index in self._held if index < step // 2 - DELAY]:
+            del self._held[old]
+        return self._held[wanted]
+
+    def close(self) -> None:
+        """Stop drawing ahead."""
+        self._ahead.close()  # type: ignore[attr-defined]
+
+
+def train(
+    trainer: DitTrainer, feed: Feed, *, total_s: float, stop_s: float, checkpoint: Path, log: Log, on_time: Any = None
+) -> None:
+    """Step until `stop_s` seconds of training are spent (of `total_s` that the learning rate counts with).
+
+    Args:
+        trainer: Loaded from the checkpoint, if one exists.
+        feed: Where batches come from.
+        total_s: Length of the whole stage.
+        stop_s: When this call ends, counted from the start of the stage.
+        checkpoint: Written at the end.
+        log: Gets a line every 200 steps.
+        on_time: Called as on_time(seconds, trainer) now and then; its time does not count.
+    """
+    batches = BatchTwice(feed, trainer.steps)
+    spent, last = trainer.seconds, time.monotonic()
+    sums, count = 0.0, 0
+    for _ in range(10**9):
+        trainer.set_rate(spent / total_s)
+        loss_K = trainer.step(batches.at(trainer.steps))
+        if trainer.steps == 2:  # compiling and starting is not training
+            torch.cuda.synchronize() if feed.device.type == "cuda" else None
+            log.write(stage="dit", started_after_s=time.monotonic() - last)
+            last = time.monotonic()
+        sums, count = sums + loss_K, count + 1
+        now = time.monotonic()
+        spent, last = spent + now - last, now
+        if trainer.steps % 200 == 0:
+            mean = (sums / count).tolist()
+            assert math.isfinite(mean[0]), "the loss is not finite"
+            log.write(
+                stage="dit", step=trainer.steps, seconds=spent, loss=sum(mean) / len(mean), first=mean[0], last=mean[-1]
+            )
+            sums, count = 0.0, 0
+        if spent >= stop_s:
+            break
+        if on_time is not None and on_time(spent, trainer):
+            last = time.monotonic()
+    batches.close()
+    trainer.seconds = spent
+    trainer.save(checkpoint)
+    log.write(stage="dit", step=trainer.steps, seconds=spent, checkpoint=str(checkpoint))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--vae", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    device, backbone = torch.device(options.device), find_backbone("longtake-world")
+    options.out.mkdir(parents=True, exist_ok=True)
+    vae: VideoVAE = load_vae(options.vae, device)
+    recipe, feed_recipe = DitRecipe(), FeedRecipe()
+    feed = Feed(feed_recipe, backbone, vae, device)
+    trainer = DitTrainer(recipe, backbone, feed_recipe.chunks, device)
+    checkpoint = options.out / "dit.pt"
+    if checkpoint.exists():
+        trainer.load(checkpoint)
+    log = Log(options.out / "dit_log.jsonl", {**asdict(recipe), **asdict(feed_recipe)})
+    train(trainer, feed, total_s=options.seconds, stop_s=options.seconds, checkpoint=checkpoint, log=log)
+
+
+if __name__ == "__main__":
+    main()

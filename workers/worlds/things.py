@@ -1,0 +1,248 @@
+"""What stands and flies in the procedural worlds: landmarks of ten kinds in eight colours, and movers in the air.
+
+Landmarks are painted into the world once, 18 pixels across or more (smaller ones blur in the video VAE). Movers are
+painted into each video frame, where they are at that time. All shapes are signed distances, so edges are crisp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from workers.worlds.terrain import FIRST_LAND_LEVEL, WORLD_SIZE
+
+COLOURS: tuple[tuple[str, tuple[int, int, int]], ...] = (
+    ("red", (214, 44, 44)),
+    ("blue", (40, 84, 214)),
+    ("yellow", (246, 208, 48)),
+    ("white", (246, 246, 246)),
+    ("black", (32, 32, 38)),
+    ("purple", (150, 54, 178)),
+    ("green", (26, 132, 62)),
+    ("orange", (244, 130, 30)),
+)
+
+KINDS: tuple[tuple[str, str], ...] = (
+    ("pine tree", "pine trees"),
+    ("round tree", "round trees"),
+    ("house", "houses"),
+    ("tower", "towers"),
+    ("tent", "tents"),
+    ("crystal", "crystals"),
+    ("windmill", "windmills"),
+    ("mushroom", "mushrooms"),
+    ("stone ring", "stone rings"),
+    ("rock", "rocks"),
+)
+
+MOVERS: tuple[tuple[str, str], ...] = (("bird", "birds"), ("balloon", "balloons"), ("airship", "airships"))
+
+LAYERS = ((64, 9.0, 12.0), (128, 15.0, 20.0))
+"""Side of a cell that holds at most one landmark, and its least and greatest radius; all in pixels."""
+
+OUTLINE = 0.28
+"""How bright the outline is in parts of the colour inside."""
+
+
+@dataclass(frozen=True)
+class Species:
+    """All landmarks of a world that look alike: index into `KINDS`, index into `COLOURS`."""
+
+    kind: int
+    colour: int
+
+
+@dataclass(frozen=True)
+class Mover:
+    """A thing in the air: index into `MOVERS`, colour, place at video frame 0 and velocity, in world pixels."""
+
+    kind: int
+    colour: int
+    start: tuple[float, float]
+    velocity: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Landmark:
+    """One landmark of a world: its species and where its middle is, in world pixels."""
+
+    species: Species
+    x: float
+    y: float
+    radius: float
+
+
+def place_landmarks(rng: np.random.Generator, species: tuple[Species, ...], density: float) -> list[list[Landmark]]:
+    """Scatter landmarks over a world, one list a layer; those that fall on water are left out when painted."""
+    layers = []
+    for cell, least, greatest in LAYERS:
+        landmarks = []
+        cells = WORLD_SIZE // cell
+        uniform = rng.random((cells, cells, 5))
+        for row in range(cells):
+            for column in range(cells):
+                present, along_x, along_y, size, which = (float(value) for value in uniform[row, column])
+                if present > density:
+                    continue
+                radius = least + (greatest - least) * size
+                margin = radius * 1.1 + 2
+                x = column * cell + margin + along_x * (cell - 2 * margin)
+                y = row * cell + margin + along_y * (cell - 2 * margin)
+                landmarks.append(Landmark(species[int(which * len(species))], x, y, radius))
+        layers.append(landmarks)
+    return layers
+
+
+def paint_landmarks(pictures_BCHW: Tensor, levels_BHW: Tensor, layers: list[list[list[Landmark]]]) -> Tensor:
+    """Paint the landmarks of every world that stand on land.
+
+    Args:
+        pictures_BCHW: Bare ground, RGB in [0, 1].
+        levels_BHW: Palette level of every pixel.
+        layers: For each world the lists of `place_landmarks`.
+    """
+    for index, (cell, _, _) in enumerate(LAYERS):
+        table = _cell_table([world[index] for world in layers], cell).to(pictures_BCHW.device)
+        pictures_BCHW = _paint_layer(pictures_BCHW, levels_BHW, table, cell)
+    return pictures_BCHW
+
+
+def standing(landmarks: list[Landmark], levels_HW: Tensor) -> list[Landmark]:
+    """Those landmarks whose foot is on land, which are the ones that were painted."""
+    return [mark for mark in landmarks if levels_HW[int(mark.y), int(mark.x)] >= FIRST_LAND_LEVEL]
+
+
+def _cell_table(worlds: list[list[Landmark]], cell: int) -> Tensor:
+    """Per world and cell: radius (0 when empty), x, y, kind, colour."""
+    cells = WORLD_SIZE // cell
+    table = np.zeros((len(worlds), cells, cells, 5), dtype=np.float32)
+    for index, landmarks in enumerate(worlds):
+        for mark in landmarks:
+            row = table[index, int(mark.y // cell), int(mark.x // cell)]
+            row[:] = (mark.radius, mark.x, mark.y, mark.species.kind, mark.species.colour)
+    return torch.from_numpy(table)
+
+
+def _paint_layer(pictures: Tensor, levels: Tensor, table: Tensor, cell: int) -> Tensor:
+    batch = torch.arange(len(pictures), device=pictures.device)[:, None, None]
+    foot = levels[batch, table[..., 2].long(), table[..., 1].long()]
+    radius = table[..., 0] * (foot >= FIRST_LAND_LEVEL)
+
+    def spread(values: Tensor) -> Tensor:
+        return values.repeat_interleave(cell, 1).repeat_interleave(cell, 2)
+
+    grid = torch.arange(WORLD_SIZE, device=pictures.device) + 0.5
+    size = spread(radius)
+    u = (grid[None, None, :] - spread(table[..., 1])) / size.clamp(min=1)
+    v = (grid[None, :, None] - spread(table[..., 2])) / size.clamp(min=1)
+    kind = spread(table[..., 3])
+    body, accent = signed_distances(u, v, kind)
+    shadow, _ = signed_distances(u - 0.25, v - 0.25, kind)
+    there = (size > 0).float()
+    dark = ((shadow * size + 0.5).clamp(0, 1) * there * 0.4)[:, None]
+    paint = _two_tones(_colour_table(table.device)[spread(table[..., 4]).long()], kind, accent * size)
+    paint = paint * (OUTLINE + (1 - OUTLINE) * (body * size - 1.0).clamp(0, 1)[:, None])
+    opacity = ((body * size + 0.5).clamp(0, 1) * there)[:, None]
+    return torch.lerp(pictures * (1 - dark), paint, opacity)
+
+
+def signed_distances(u: Tensor, v: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance to the edge of the body and of its accent, positive inside, in parts of the radius.
+
+    Args:
+        u, v: Place relative to the middle of the landmark, in parts of its radius; v grows downwards.
+        kind: Index into `KINDS` of the landmark that owns the pixel.
+    """
+    au, av, d = u.abs(), v.abs(), (u * u + v * v).sqrt()
+    none = torch.full_like(u, -1.0)
+    wedge = torch.minimum(0.85 - v, (v + 1 - 1.5 * au) * 0.55)
+    upper = torch.minimum(0.1 - v, (v + 1 - 1.5 * au) * 0.55)
+    walls = torch.minimum(torch.minimum(0.9 - v, v + 0.15), 0.68 - au)
+    roof = torch.minimum(0.05 - v, (v + 1 - 0.95 * au) * 0.7)
+    door = torch.minimum(0.85 - v, (v + 0.1 - 2.2 * au) * 0.4)
+    diamond = (1 - au * 1.35 - av) * 0.6
+    sails = torch.maximum(0.24 - (u - v).abs() * 0.7, 0.24 - (u + v).abs() * 0.7)
+    cap = torch.minimum(0.95 - d, 0.2 - v)
+    stem = torch.minimum(0.95 - v, torch.minimum(v - 0.1, 0.32 - au))
+    spots = torch.maximum(
+        0.22 - ((au - 0.42).square() + (v + 0.2).square()).sqrt(), 0.2 - (u * u + (v + 0.6) ** 2).sqrt()
+    )
+    octagon = 0.9 - torch.maximum(torch.maximum(au, av * 1.15), (au + av) * 0.74)
+    shapes = (
+        (wedge, upper),
+        (0.95 - d, 0.5 - ((u + 0.25).square() + (v + 0.25).square()).sqrt()),
+        (torch.maximum(walls, roof), walls),
+        (0.95 - d, torch.maximum(0.3 - d, 0.1 - (d - 0.7).abs())),
+        (wedge, door),
+        (diamond, torch.minimum(diamond, -u)),
+        (torch.minimum(sails, 1.0 - d), 0.3 - d),
+        (torch.maximum(cap, stem), torch.maximum(spots, torch.minimum(stem, v - 0.2))),
+        (0.26 - (d - 0.7).abs(), none),
+        (octagon, torch.minimum(octagon - 0.25, -0.1 - v - 0.3 * u)),
+    )
+    body, accent = shapes[0]
+    for index, (outer, inner) in enumerate(shapes[1:], start=1):
+        chosen = kind == index
+        body, accent = torch.where(chosen, outer, body), torch.where(chosen, inner, accent)
+    return body, accent
+
+
+def _two_tones(colour_BHWC: Tensor, kind: Tensor, accent_px: Tensor) -> Tensor:
+    """The colour itself, and on the accent a lighter tone, cream for walls and stems, near black for doors."""
+    light = colour_BHWC * 0.5 + 0.5
+    cream = colour_BHWC.new_tensor((0.96, 0.92, 0.80))
+    night = colour_BHWC.new_tensor((0.14, 0.12, 0.14))
+    walls = ((kind == 2) | (kind == 7))[..., None]
+    doors = ((kind == 3) | (kind == 4))[..., None]
+    tone = torch.where(walls, cream, torch.where(doors, night, light))
+    return torch.lerp(colour_BHWC, tone, (accent_px + 0.5).clamp(0, 1)[..., None]).permute(0, 3, 1, 2)
+
+
+def _colour_table(device: torch.device) -> Tensor:
+    return torch.tensor([rgb for _, rgb in COLOURS], device=device, dtype=torch.float32) / 255
+
+
+def paint_movers(
+    frames_BFCHW: Tensor, origins_BFX: Tensor, times_BF: Tensor, movers: list[tuple[Mover, ...]]
+) -> Tensor:
+    """Paint what flies over the views.
+
+    Args:
+        frames_BFCHW: Views of B worlds at F video frames, RGB in [0, 1].
+        origins_BFX: World pixel of each view's top left corner, (x, y).
+        times_BF: Video frame index of each view, which says where a mover is.
+        movers: Those of each world; worlds may have different numbers of them.
+    """
+    most = max((len(flock) for flock in movers), default=0)
+    height, width = frames_BFCHW.shape[-2:]
+    device = frames_BFCHW.device
+    column = torch.arange(width, device=device) + 0.5
+    row = torch.arange(height, device=device) + 0.5
+    for index in range(most):
+        owners = [b for b, flock in enumerate(movers) if len(flock) > index]
+        flock = [movers[b][index] for b in owners]
+        at = frames_BFCHW.new_tensor([mover.start + mover.velocity for mover in flock])
+        place = at[:, None, :2] + at[:, None, 2:] * times_BF[owners][..., None] - origins_BFX[owners]
+        place = (place + 64) % WORLD_SIZE - 64  # a mover that leaves the world comes in on the other side
+        u = (column - place[..., 0, None])[:, :, None, :]
+        v = (row - place[..., 1, None])[:, :, :, None]
+        body = _mover_distance(u, v, [mover.kind for mover in flock], times_BF[owners])
+        colour = _colour_table(device)[[mover.colour for mover in flock]][:, None, :, None, None]
+        paint = colour * (OUTLINE + (1 - OUTLINE) * (body - 1).clamp(0, 1))[:, :, None]
+        opacity = (body + 0.5).clamp(0, 1)[:, :, None]
+        frames_BFCHW[owners] = torch.lerp(frames_BFCHW[owners], paint, opacity)
+    return frames_BFCHW
+
+
+def _mover_distance(u: Tensor, v: Tensor, kinds: list[int], times_BF: Tensor) -> Tensor:
+    """Distance to the edge in pixels, positive inside: a bird beats its wings, a balloon and an airship do not."""
+    au = u.abs()
+    beat = 3.0 * torch.sin(times_BF * 0.8)[..., None, None]
+    bird = torch.minimum(2.8 - (v + beat * (au / 9) - 1).abs(), 10 - au)
+    balloon = torch.maximum(9 - (u * u + v * v).sqrt(), torch.minimum(2.5 - au, 3 - (v - 12).abs()))
+    airship = 7 - (u * u / 4 + v * v).sqrt()
+    kind = torch.tensor(kinds, device=u.device)[:, None, None, None]
+    return torch.where(kind == 0, bird, torch.where(kind == 1, balloon, airship))
