@@ -14,7 +14,10 @@ import pytest
 
 from cluster.errors import StoreUnavailable
 from cluster.local_store import LocalStore
-from tests.unit.test_encode import picture
+from cluster.s3_store import S3Store
+from tests.fault_proxy import FaultProxy
+from tests.moving_pictures import picture
+from tests.servers import shared_moto, use_endpoint
 from workers.config import VideoConfig
 from workers.errors import EncodeFailed, UploadFailed
 from workers.video.decode import decode_frames, probe, sha256_of_file
@@ -82,7 +85,7 @@ def frames(first: int, stop: int) -> np.ndarray:
 
 
 def open_writer(store, num_frames=50, config=CONFIG, tags=TAGS) -> VideoWriter:
-    return VideoWriter(store, KEY, SEGMENTS, config, tags, num_frames)
+    return VideoWriter(store, KEY, f"{SEGMENTS}/", config, tags, num_frames)
 
 
 def write_take(writer: VideoWriter, num_frames: int, first_chunk: int = 9, chunk: int = 12) -> None:
@@ -284,3 +287,27 @@ def test_memory_is_constant_at_any_length(store, width, height, num_frames):
     sizes.append(process.memory_info().rss)
     warm = sizes[len(sizes) // 8]
     assert max(sizes) - warm < 50 << 20
+
+
+@pytest.fixture(scope="module")
+def moto():
+    return shared_moto()  # before `scratch` moves the temporary folder, in which the server lives on
+
+
+def test_over_s3_a_take_costs_its_segments_and_three_requests_and_survives_resets(moto, monkeypatch):
+    with FaultProxy(moto.url) as proxy:
+        use_endpoint(monkeypatch, proxy)
+        s3 = S3Store(moto.new_bucket(), "renders/night")
+        writer = open_writer(s3)
+        write_take(writer, 50)
+        video = writer.finish()
+        assert [proxy.count(verb) for verb in ("PUT", "HEAD", "POST", "GET", "DELETE")] == [5, 1, 1, 0, 0]
+        assert [info.key for info in s3.list()] == [KEY]
+        assert hashlib.sha256(s3.get(KEY)).hexdigest() == video.sha256
+
+        proxy.arm("reset_before", lambda seen: "segments" in seen.key)
+        proxy.arm("lost_answer", lambda seen: "videos" in seen.key and seen.verb == "PUT")
+        writer = open_writer(s3)
+        write_take(writer, 50)
+        assert writer.finish().sha256 == video.sha256
+        assert [info.key for info in s3.list()] == [KEY]

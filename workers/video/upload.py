@@ -22,13 +22,13 @@ class SegmentUploads:
 
     Args:
         store: Its `put_file` is called from this object's thread, and from the caller's in `upload`.
-        prefix: Folder of the segments in the store, without a slash at its end.
+        prefix: Folder of the segments in the store.
     """
 
     def __init__(self, store: ObjectStore, prefix: str) -> None:
         self.failure: UploadFailed | None = None
         self.seconds = 0.0
-        self._store, self._prefix = store, prefix
+        self._store, self._prefix = store, prefix.rstrip("/")
         self._attempted: list[str] = []
         self._waiting: queue.Queue[Path | None] = queue.Queue(MAX_WAITING_SEGMENTS)
         # A daemon: a process that is told to end must not wait for a network that does not answer.

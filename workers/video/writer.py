@@ -63,7 +63,7 @@ class VideoWriter:
     Args:
         store: Where objects go; its `put_file` is also called from the writer's own thread.
         video_key: Object of the finished video; must be unique to the attempt.
-        segment_prefix: Folder of the segments while the take is being made, without a slash at its end.
+        segment_prefix: Folder of the segments while the take is being made.
         metadata: Tags of the file. Equal frames and equal tags give equal bytes, so keep times and hosts out of it.
         num_frames: Length of the take; frames beyond it are dropped.
     """

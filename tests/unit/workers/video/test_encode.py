@@ -1,7 +1,6 @@
 """Segments and their join: reproducible to the byte, uniform in time, right in colour."""
 
 import hashlib
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -10,50 +9,10 @@ import av
 import numpy as np
 import pytest
 
-from workers.config import VideoConfig
+from tests.moving_pictures import CONFIG, FRAGILE, TAGS, make_segment, make_video, picture
 from workers.errors import EncodeFailed
 from workers.video.decode import decode_frames, frames_sha256_of_file, probe
-from workers.video.encode import Frames, SegmentPlan, encode_segment, join_segments
-
-CONFIG = VideoConfig(segment_frames=16)
-# Without `cpu-independent=1` x264 gives ten different files in twelve runs at this size, on machines with AVX-512; at
-# widths that are multiples of 64 it always gives one, and the tests of the heap would prove nothing.
-FRAGILE = VideoConfig(width=320, height=320, segment_frames=16)
-TAGS = {"item_id": "naïve-7", "prompt_sha256": "ab" * 32, "render_fingerprint": "cd" * 32, "seed": str(2**62)}
-
-
-def picture(frame_index: int, size: int = 128) -> Frames:
-    """A smooth picture that moves, so that B-frames and motion search have work."""
-    y, x = np.mgrid[0:size, 0:size].astype(np.float32)
-    waves = [np.sin((x * a + y * b) / 40 + frame_index / 7) for a, b in ((1, 0.3), (0.2, 1), (0.7, -0.6))]
-    return np.round(np.stack(waves, axis=-1) * 100 + 128).astype(np.uint8)
-
-
-def disturb_heap(randomness: random.Random) -> list[bytearray]:
-    return [bytearray(randomness.randrange(1, 300_000)) for _ in range(randomness.randrange(1, 12))]
-
-
-def make_segment(folder: Path, plan: SegmentPlan, index: int, config: VideoConfig, disturbance: int = 0) -> Path:
-    path = folder / f"{index:05d}.mp4"
-    randomness = random.Random(disturbance)
-    litter = []
-
-    def frames():
-        for frame_index in range(plan.start(index), plan.stop(index)):
-            litter.append(disturb_heap(randomness))
-            if len(litter) > 5:
-                litter.pop(randomness.randrange(5))
-            yield picture(frame_index, config.width)
-
-    encode_segment(path, frames(), config)
-    return path
-
-
-def make_video(folder: Path, plan: SegmentPlan, config: VideoConfig = CONFIG, disturbance: int = 0) -> Path:
-    folder.mkdir(exist_ok=True)
-    segments = [make_segment(folder, plan, index, config, disturbance) for index in range(plan.num_segments)]
-    join_segments(segments, plan, folder / "video.mp4", fps=config.fps, metadata=TAGS)
-    return folder / "video.mp4"
+from workers.video.encode import SegmentPlan, encode_segment, join_segments
 
 
 @pytest.mark.parametrize("num_frames", [1, 9, 10, 25, 26, 100])
@@ -139,13 +98,13 @@ def test_other_process_gives_the_same_file(tmp_path):
     plan = SegmentPlan.of(20, 9, FRAGILE)
     here = hashlib.sha256(make_video(tmp_path / "here", plan, FRAGILE).read_bytes()).hexdigest()
     code = (
-        "import hashlib, pathlib, sys; from tests.unit.test_encode import *;"
+        "import hashlib, pathlib, sys; from tests.moving_pictures import *;"
         "plan = SegmentPlan.of(20, 9, FRAGILE); folder, disturbance = pathlib.Path(sys.argv[1]), int(sys.argv[2]);"
         "print(hashlib.sha256(make_video(folder, plan, FRAGILE, disturbance).read_bytes()).hexdigest())"
     )
     for disturbance in ("11", "12"):
         command = [sys.executable, "-c", code, str(tmp_path / disturbance), disturbance]
-        there = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        there = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[4])
         assert there.stdout.strip() == here
 
 

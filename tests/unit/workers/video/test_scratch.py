@@ -9,7 +9,7 @@ import pytest
 
 from workers.video.scratch import ScratchFolder, remove_dead_folders
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[4]
 
 
 @pytest.fixture(autouse=True)
