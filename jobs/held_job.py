@@ -22,6 +22,7 @@ class HeldJob:
         self.lease = lease
         self.ledger = replay.ledger
         self._replay = replay
+        self._has_ended = False
         self._writer = JournalWriter(
             store, epoch=lease.epoch, nonce=lease.owner.nonce, last_seq=replay.last_seq
         )  # its first act is begin, in take_job
@@ -78,10 +79,16 @@ class HeldJob:
         replay.manifest.publish(replay.unpublished, self.last_seq, self.epoch)
         replay.unpublished.clear()
 
-    def close(self) -> None:
-        """A clean end: `end` entry, last parts, lease released."""
-        self.commit([], "end")
+    def finish(self) -> None:
+        """Nothing more will be committed: `end` entry and last parts. May be called again after a lost answer."""
+        if not self._has_ended:
+            self.commit([], "end")
+            self._has_ended = True
         self.publish()
+
+    def close(self) -> None:
+        """`finish`, and the lease is released."""
+        self.finish()
         self.lease.release()
 
     def _news(self, rows: Sequence[Row]) -> list[Row]:

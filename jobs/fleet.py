@@ -1,0 +1,115 @@
+"""The actors as the state machine sees them: what is in hand, what moves, who is suspect after a loss. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jobs.limits import Limits
+from jobs.scheduling import OpenTask
+from workers.task import ActorInfo, Progress
+
+Doom = Literal["timeout", "fresh_process", "bad_node", "drained", "load_timeout"]
+
+
+@dataclass(slots=True)
+class Call:
+    """A shard in hand at an actor."""
+
+    call_id: str
+    tasks: list[OpenTask]
+    submitted_at: float
+    predicted_s: float
+
+
+@dataclass(slots=True)
+class Actor:
+    """One actor, from spawn to loss."""
+
+    actor_id: str
+    spawned_at: float
+    info: ActorInfo | None = None
+    node_id: str = ""
+    is_ready: bool = False
+    is_draining: bool = False
+    is_reserved: bool = False
+    """It takes nothing more until it is empty; then a task runs alone on it."""
+    doom: Doom | None = None
+    culprit: str | None = None
+    calls: dict[str, Call] = field(default_factory=dict)
+    progress: Progress | None = None
+    moved_at: float = 0.0
+    """When it last gave a sign of progress, or work came in."""
+    task_since: float = 0.0
+    """Since when the task that runs now has been running."""
+
+    @property
+    def oldest(self) -> Call | None:
+        return next(iter(self.calls.values()), None)
+
+    def can_take(self) -> bool:
+        """Is it up, and will it stay?"""
+        return self.is_ready and not self.is_draining and self.doom is None
+
+    def tasks(self) -> Iterator[OpenTask]:
+        for call in self.calls.values():
+            yield from call.tasks
+
+    def add(self, call: Call, now: float) -> None:
+        if not self.calls:
+            self.moved_at = self.task_since = now
+        self.calls[call.call_id] = call
+
+    def end(self, call_id: str, now: float) -> Call | None:
+        """Take a finished call out; None if it is not ours (its actor was lost before)."""
+        self.moved_at = self.task_since = now
+        return self.calls.pop(call_id, None)
+
+    def heard(self, progress: Any, now: float) -> None:
+        """A heartbeat. Only a change counts: a hung actor may still answer."""
+        before = self.progress
+        if before is None or progress.running_task_id != before.running_task_id or progress.attempt != before.attempt:
+            self.task_since = self.moved_at = now
+        elif (progress.ticks, progress.frames_done) != (before.ticks, before.frames_done):
+            self.moved_at = now
+        self.progress = progress
+
+    def rest_s(self, now: float) -> float:
+        """Predicted seconds until its hands are empty; what runs late counts as a tenth to go."""
+        oldest = self.oldest
+        if oldest is None:
+            return 0.0
+        first_s = max(oldest.predicted_s - (now - oldest.submitted_at), 0.1 * oldest.predicted_s)
+        return first_s + sum(call.predicted_s for call in self.calls.values() if call is not oldest)
+
+    def suspects(self) -> list[OpenTask]:
+        """Tasks that may have been running: those of the oldest call, and of the call that it last spoke of."""
+        running = self.progress.running_task_id if self.progress is not None else None
+        oldest = self.oldest
+        return [
+            task
+            for call in self.calls.values()
+            if call is oldest or any(task.task_id == running for task in call.tasks)
+            for task in call.tasks
+        ]
+
+    def running_task(self) -> str | None:
+        """The task that holds the GPU as far as we know, else the first one in hand."""
+        ids = {task.task_id for task in self.tasks()}
+        if self.progress is not None and self.progress.running_task_id in ids:
+            return self.progress.running_task_id
+        return next((task.task_id for task in self.tasks()), None)
+
+    def overdue(self, limits: Limits, now: float) -> str | None:
+        """Why it should be ended now, or None."""
+        if not self.is_ready:
+            late = now - self.spawned_at > limits.load_timeout_s
+            return f"not ready {limits.load_timeout_s:g} s after its start" if late else None
+        if not self.calls:
+            return None
+        if now - self.moved_at > limits.chunk_timeout_s:
+            return f"no progress for {limits.chunk_timeout_s:g} s"
+        if now - self.task_since > limits.task_timeout_s:
+            return f"a task runs longer than {limits.task_timeout_s:g} s"
+        return None

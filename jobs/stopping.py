@@ -1,0 +1,79 @@
+"""SIGINT and SIGTERM as a question the loop asks, and the lease's heartbeat beside it."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from cluster.errors import StoreError
+from jobs.errors import LeaseLost
+from jobs.lease import Lease
+
+logger = logging.getLogger(__name__)
+
+BEATS_PER_TTL = 3
+
+
+class StopSwitch:
+    """Counts requests to stop: signals, or calls of `request`."""
+
+    def __init__(self) -> None:
+        self.num_requests = 0
+        self.reason = ""
+
+    def request(self, reason: str) -> None:
+        self.num_requests += 1
+        self.reason = reason
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Within, SIGINT and SIGTERM only count; only the main thread can ask for that, elsewhere nothing changes."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before: dict[signal.Signals, Any] = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, self._on_signal)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.request(signal.Signals(number).name)
+
+
+class Heartbeat:
+    """Beats a lease from a thread of its own until stopped; `lost` is set when another driver has the job."""
+
+    def __init__(self, lease: Lease, ttl_s: float) -> None:
+        self._lease = lease
+        self._interval_s = ttl_s / BEATS_PER_TTL
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="lease-heartbeat", daemon=True)
+        self.lost: LeaseLost | None = None
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self._lease.beat()
+            except LeaseLost as error:
+                self.lost = error
+                return
+            except StoreError as error:  # the next beat comes in time, or another driver rightly takes over
+                logger.warning("lease heartbeat failed", extra={"why": str(error)})
+            if self._stop.wait(self._interval_s):
+                return
