@@ -5,7 +5,7 @@ import pytest
 
 from workers.config import QualityGateConfig
 from workers.errors import QualityRefused
-from workers.quality.gate import QualityGate
+from workers.quality.gate import LUMA_WEIGHTS, QualityGate, mean_luma
 
 NOISE = np.random.default_rng(7)
 
@@ -103,3 +103,10 @@ def test_hopeless_take_is_refused_before_its_end_and_an_open_one_is_not():
 
 def test_no_frames_no_refusal():
     assert gate().judge(num_frames=10).mean_luma == 0
+
+
+def test_fast_luma_equals_the_plain_mean():
+    frame = NOISE.integers(0, 256, (48, 32, 3), dtype=np.uint8)
+    assert mean_luma(frame) == pytest.approx(frame.mean(axis=(0, 1)) @ LUMA_WEIGHTS, rel=1e-12)
+    assert mean_luma(frame[:, ::-1]) == mean_luma(frame)
+    assert mean_luma(np.full((8192, 16, 3), 255, np.uint8)) == pytest.approx(255)
