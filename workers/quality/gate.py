@@ -88,4 +88,5 @@ def mean_luma(frame_HWC: NDArray[np.uint8]) -> float:
     """
     columns = frame_HWC.reshape(len(frame_HWC), -1).sum(axis=0, dtype=np.uint32)
     channels = columns.reshape(-1, 3).sum(axis=0, dtype=np.uint64)
-    return float(channels @ LUMA_WEIGHTS) / (frame_HWC.shape[0] * frame_HWC.shape[1])
+    num_pixels = frame_HWC.size // 3
+    return float(channels @ LUMA_WEIGHTS) / num_pixels
