@@ -128,6 +128,23 @@ def with_spec_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def arguments_of(spec: JobSpec) -> list[str]:
+    """The shortest command line that gives this spec: PROMPTS, then a flag for each value that is not the default."""
+    dumped = spec.model_dump(mode="json")
+    arguments = [spec.prompts.url]
+    for flag in spec_flags():
+        value: Any = dumped
+        for name in flag.path:
+            value = value.get(name) if isinstance(value, dict) else None
+        if flag.path == ARGUMENT or value is None or value == flag.default:
+            continue
+        if flag.kind is bool:
+            arguments.append(flag.names[0] if value else f"--no-{flag.names[0][2:]}")
+        else:
+            arguments += [flag.names[0], str(value)]
+    return arguments
+
+
 def _annotation(flag: SpecFlag) -> Any:
     if flag.path == ARGUMENT:
         return Annotated[str | None, typer.Argument(metavar="PROMPTS", help=flag.help, show_default=False)]

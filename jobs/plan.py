@@ -14,10 +14,18 @@ import pyarrow.compute as pc
 from cluster.object_store import ObjectStore, open_store
 from jobs.commit import read_json
 from jobs.consume import open_manifest
+from jobs.errors import SpecError
 from jobs.job_record import JOB_KEY
 from jobs.prompts import PromptScan, scan_prompts
 from jobs.replay import Replay
 from jobs.spec import JobSpec
+from workers.errors import RenderError
+from workers.model import backbones
+from workers.model.backbones import find_backbone
+
+BUNDLED_WEIGHTS = Path(backbones.__file__).parents[1] / "training" / "weights"
+SEEDED_MODEL = "tiny-test"
+"""Has no weights: it is for tests of everything but the picture."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,7 @@ def make_plan(
     Raises:
         PromptsError: The list cannot be used.
     """
+    check_model(spec)
     scan = scan_prompts(spec.source, spec.task_defaults)
     notes = [*spec.warnings(), *_bad_rows(scan)]
     rate = _find_rate(spec, gpu_s_per_frame, like, notes)
@@ -105,6 +114,25 @@ def make_plan(
         rate_source=rate.source if rate else "unknown",
         notes=tuple(notes),
     )
+
+
+def check_model(spec: JobSpec) -> Path | None:
+    """Can this model be rendered with, at this size? Returns the folder of its bundled weights, if it has some.
+
+    Raises:
+        SpecError: Names the field.
+    """
+    try:
+        backbone = find_backbone(spec.render.backbone.name)
+        backbone.latent_size(spec.render.video.width, spec.render.video.height)
+    except RenderError as error:
+        raise SpecError(f"render.{error}") from error
+    if backbone.text is None:
+        raise SpecError(
+            f"render.backbone.name: {backbone.name} is known by its sizes only and cannot be rendered with yet"
+        )
+    is_bundled = spec.render.backbone.checkpoint is None and backbone.name != SEEDED_MODEL
+    return BUNDLED_WEIGHTS if is_bundled else None
 
 
 def measured_rate(url: str | Path) -> Rate | None:

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, TextIO
+from typing import Protocol, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -18,25 +18,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-ActorState = Literal["starting", "loading", "rendering", "idle", "draining"]
+from jobs.view import ActorView
+
 LINE_INTERVAL_S = 30.0
 RATE_WINDOW_S = 300.0
 """Long enough for takes of different length, short enough to notice a loss."""
 MAX_ACTOR_LINES = 24
-
-
-@dataclass(frozen=True)
-class ActorLine:
-    """What one actor is doing."""
-
-    actor_id: str
-    state: ActorState
-    task_id: str = ""
-    frames_done: int = 0
-    num_frames: int = 0
-    node: str = ""
-    device: str = ""
-    rss_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,7 +38,7 @@ class JobProgress:
     frames_done: int
     num_frames: int | None
     usd: float | None = None
-    actors: tuple[ActorLine, ...] = ()
+    actors: tuple[ActorView, ...] = ()
     note: str = ""
 
     @property
@@ -186,11 +173,10 @@ def draw(progress: JobProgress, rate: FrameRate) -> Group:
         memory = f"{actor.rss_bytes / 2**20:.0f} MB" if actor.rss_bytes else ""
         table.add_row(
             Text(actor.actor_id, style="cyan"),
-            Text(actor.state, style="green" if actor.state == "rendering" else "yellow"),
-            Text(actor.task_id),
+            Text(actor.state, style="green" if actor.state == "running" else "yellow"),
+            Text(actor.task_id or ""),
             Text(share),
             Text(memory, style="dim"),
-            Text(actor.device, style="dim"),
         )
     if hidden > 0:
         table.add_row(Text(f"and {hidden} more", style="dim"))

@@ -1,6 +1,6 @@
 """JobSpec: everything a job was asked to do, as one frozen record with two fingerprints.
 
-The render fingerprint covers what changes pixels, the job fingerprint the rest. Reading text from outside (YAML, flags,
+The render fingerprint covers the look, the job fingerprint the rest. Reading text from outside (YAML, flags,
 `--set`) is in `spec_text.py`; the flags themselves are made from the fields below in `flags.py`.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -21,7 +21,7 @@ from workers.config import RenderConfig
 
 SCHEMA_VERSION = 1
 RENDER_CODE_MAJOR = 1
-"""Grows when a change of the code changes the pixels of an unchanged spec; part of the render fingerprint."""
+"""Grows when a change of the code changes the pixels of an unchanged spec; a job keeps to one."""
 
 SPLIT_WORDS = frozenset(
     {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"}
@@ -121,13 +121,16 @@ class JobSpec(SpecPart):
     @model_validator(mode="after")
     def _name_the_job(self) -> JobSpec:
         if not self.job_id:
-            object.__setattr__(self, "job_id", default_job_id(self.prompts.url, self.render_fingerprint))
+            object.__setattr__(self, "job_id", default_job_id(self.prompts.url, _sha256(self.pixel_fields())))
         return self
 
     @property
     def render_fingerprint(self) -> str:
-        """SHA-256 (hex) over all that decides pixels besides the row itself."""
-        return _sha256(self.pixel_fields())
+        """SHA-256 (hex) over all that decides the pixels of a take, given its prompt, seed and length.
+
+        The job's seed is not in it: every row names its own seed, so that takes of two jobs can be compared.
+        """
+        return self.render.fingerprint
 
     @property
     def job_fingerprint(self) -> str:
@@ -136,7 +139,7 @@ class JobSpec(SpecPart):
         return _sha256(rest)
 
     def pixel_fields(self) -> dict[str, Any]:
-        """What the render fingerprint covers."""
+        """What may not change within a job: the look, and the seed that every video's own follows from."""
         return {"render": self.render.model_dump(mode="json"), "seed": self.seed, "code_major": RENDER_CODE_MAJOR}
 
     @property
@@ -156,6 +159,11 @@ class JobSpec(SpecPart):
         """Root of everything this job writes."""
         return f"{self.out.rstrip('/')}/{self.job_id}"
 
+    def with_absolute_paths(self) -> JobSpec:
+        """The same job, named so that it is found from any working directory."""
+        prompts = self.prompts.model_copy(update={"url": _absolute(self.prompts.url)})
+        return self.model_copy(update={"prompts": prompts, "out": _absolute(self.out)})
+
     def warnings(self) -> list[str]:
         """What works but will surprise somebody."""
         return [
@@ -165,11 +173,11 @@ class JobSpec(SpecPart):
         ]
 
 
-def default_job_id(prompts_url: str, render_fingerprint: str) -> str:
-    """The input's name and what changes pixels: the same command again finds its own job."""
+def default_job_id(prompts_url: str, pixels: str) -> str:
+    """The input's name and a hash of what changes pixels: the same command again finds its own job."""
     stem = PurePosixPath(prompts_url.replace("\\", "/")).stem
     slug = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")[:40].strip("-") or "job"
-    return f"{slug}-{render_fingerprint[:8]}"
+    return f"{slug}-{pixels[:8]}"
 
 
 def changed_fields(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -182,6 +190,10 @@ def changed_fields(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         if a != b:
             lines.append(f"{path}: {_shown(a, missing)} -> {_shown(b, missing)}")
     return lines
+
+
+def _absolute(url: str) -> str:
+    return url if "://" in url else str(Path(url).expanduser().absolute())
 
 
 def _leaves(value: Any, path: str = "") -> list[tuple[str, Any]]:

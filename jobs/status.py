@@ -124,7 +124,7 @@ def _state(store: ObjectStore, holder: dict[str, object] | None, result: dict[st
         return "stopping" if is_stop_requested(store, int(str(holder["epoch"]))) else "running"
     if store.size(SUCCESS_KEY) is not None:
         return "finished"
-    return "stopped" if result is None or result.get("resumable", True) else "failed"
+    return "stopped" if result is None or result.get("is_resumable", True) else "failed"
 
 
 def _patience_s(store: ObjectStore) -> float:

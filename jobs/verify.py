@@ -10,7 +10,7 @@ import logging
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,6 +61,9 @@ class VerifyReport:
     @property
     def is_good(self) -> bool:
         return not self.problems
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"is_good": self.is_good}
 
     def add(self, problem: Problem) -> None:
         logger.warning("%s: %s: %s", problem.kind, problem.key, problem.detail)

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from jobs.logs import JsonFormatter
-from jobs.progress import ActorLine, FrameRate, JobProgress, LineDisplay, draw, duration_text
+from jobs.progress import FrameRate, JobProgress, LineDisplay, draw, duration_text
+from jobs.view import ActorView
 from tests.fakes import ManualClock
 
 
@@ -67,11 +68,14 @@ def test_an_unknown_total_is_not_guessed() -> None:
 
 
 def test_the_terminal_shows_a_line_per_actor() -> None:
-    actors = (ActorLine("actor-1", "rendering", "lagoon-0", 48, 96), ActorLine("actor-2", "loading"))
+    actors = (
+        ActorView("actor-1", "n1", "running", "lagoon-0", 48, 96, 2, 300 << 20),
+        ActorView("actor-2", "n1", "loading", None, 0, 0, 0, 0),
+    )
     console = Console(file=io.StringIO(), width=120, record=True)
     console.print(draw(progress(48, actors=actors), FrameRate()))
     text = console.export_text()
-    assert "actor-1  rendering  lagoon-0  48/96 frames" in text
+    assert "actor-1  running  lagoon-0  48/96 frames  300 MB" in text
     assert "actor-2  loading" in text
 
 

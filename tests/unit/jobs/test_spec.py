@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from jobs.errors import SpecError
-from jobs.flags import spec_flags, with_spec_flags
+from jobs.flags import arguments_of, spec_flags, with_spec_flags
 from jobs.spec import JobSpec, changed_fields
 from jobs.spec_schema import SCHEMA_FILE, schema_text
 from jobs.spec_text import build_spec
@@ -67,16 +68,21 @@ def test_flags_win_over_set_and_set_over_the_file(tmp_path: Path) -> None:
 def test_each_fingerprint_covers_its_own_fields() -> None:
     spec = build_spec(flags=BASE)
     pixels = build_spec(flags=BASE | {("render", "video", "crf"): 20})
-    reseeded = build_spec(flags=BASE | {("seed",): 1})
+    reseeded = build_spec(flags=BASE | {("seed",): 1})  # every row names its own seed
     rest = build_spec(flags=BASE | {("limits", "attempts"): 9, ("job_id",): spec.job_id})
-    assert len({s.render_fingerprint for s in (spec, pixels, reseeded)}) == 3
-    assert spec.render_fingerprint == rest.render_fingerprint
+    assert spec.render_fingerprint == reseeded.render_fingerprint == rest.render_fingerprint
+    assert spec.render_fingerprint != pixels.render_fingerprint
+    assert changed_fields(spec.pixel_fields(), reseeded.pixel_fields()) == ["seed: 0 -> 1"]
     assert spec.job_fingerprint != rest.job_fingerprint
 
 
-def test_default_job_id_is_the_input_name_and_the_render_fingerprint() -> None:
+def test_default_job_id_is_the_input_name_and_what_changes_pixels() -> None:
     spec = build_spec(flags=BASE)
-    assert spec.job_id == f"my-prompts-{spec.render_fingerprint[:8]}"
+    same = build_spec(flags=BASE | {("out",): "out", ("limits", "attempts"): 9})
+    others = [build_spec(flags=BASE | {("seed",): 1}), build_spec(flags=BASE | {("render", "video", "fps"): 8})]
+    assert re.fullmatch(r"my-prompts-[0-9a-f]{8}", spec.job_id)
+    assert same.job_id == spec.job_id
+    assert len({spec.job_id, *(other.job_id for other in others)}) == 3
     assert spec.job_url == f"out/{spec.job_id}"
 
 
@@ -137,3 +143,21 @@ def test_a_flag_fills_its_field() -> None:
     assert (spec.prompts.url, spec.out, spec.render.video.width, spec.actors.count) == ("p.txt", "x", 64, 2)
     assert (spec.render.cache.kind, spec.seed) == ("window", 5)
     assert build_spec(flags=parsed(["p.txt", "--out", "x", "--actors", "auto"])).actors.count == "auto"
+
+
+def test_the_command_line_of_a_spec_gives_the_spec_again() -> None:
+    given = [
+        "p x.txt",
+        "--out",
+        "o",
+        "--width",
+        "64",
+        "--cache",
+        "window",
+        "--actors",
+        "2",
+        "--exit-zero-on-item-failures",
+    ]
+    spec = build_spec(flags=parsed(given))
+    assert build_spec(flags=parsed(arguments_of(spec))) == spec
+    assert arguments_of(spec)[:1] == ["p x.txt"]

@@ -45,7 +45,7 @@ def test_a_job_with_a_living_driver_is_running_and_wait_times_out(tmp_path: Path
     assert not is_stop_requested(store, job.epoch + 1)
     assert read_status(tmp_path).state == "stopping"
     job.close()
-    write_result(store, {"exit_code": 4, "resumable": True})
+    write_result(store, {"exit_code": 4, "is_resumable": True})
     stopped = read_status(tmp_path)
     assert (stopped.state, stopped.exit_code, stopped.num_succeeded) == ("stopped", 4, 1)
 
