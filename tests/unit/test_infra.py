@@ -10,7 +10,10 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import pytest
+import typer
 import yaml
+
+from jobs.cli import app
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
@@ -208,3 +211,16 @@ def test_cronjob_starts_the_rayjob_of_that_name_with_rights_that_suffice_and_no_
     assert rule["resources"] == ["rayjobs"]
     script = (INFRA / "kuberay/start-night.sh").read_text()
     assert set(rule["verbs"]) == set(re.findall(r"kubectl (\w+)", script))
+
+
+def test_every_command_line_parses_with_the_real_command():
+    words = shlex.split(RAY_JOB["spec"]["entrypoint"])
+    assert words[:3] == ["python", "-m", "jobs.render"]
+    command = typer.main.get_command(app).commands["render"]
+    with command.make_context("render", words[3:]) as context:  # parses, runs nothing
+        given = context.params
+    assert {"s3://amzn-s3-demo-bucket/prompts/night.jsonl", "s3://amzn-s3-demo-bucket/renders", "night"} <= {
+        value for value in given.values() if isinstance(value, str)
+    }
+    with pytest.raises(Exception, match="No such option"):
+        command.make_context("render", [*words[3:], "--no-such-flag"])
