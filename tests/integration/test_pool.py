@@ -1,0 +1,326 @@
+"""ActorPool on a real Ray cluster of two nodes: whatever happens to an actor, each call ends in exactly one event."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from cluster.errors import ActorLoadFailed, ActorLost
+from cluster.pool import (
+    ActorGone,
+    ActorLoadFailure,
+    ActorReady,
+    ActorResources,
+    CallDone,
+    CallFailed,
+    Heartbeat,
+    NodeDraining,
+    PoolEvent,
+)
+from cluster.ray_pool import ActorPool, PoolSettings
+from tests.pool_workers import DyingWorker, EndlessLoader, ObedientWorker, UnloadableWorker
+from tests.ray_cluster import add_node, ray_cluster
+
+ONE_GPU = ActorResources(num_gpus=1, num_cpus=0.5)
+HALF_GPU = ActorResources(num_gpus=0.5, num_cpus=0.5)
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[Cluster]:
+    with ray_cluster(2) as cluster:
+        yield cluster
+
+
+class Listener:
+    """Drives a pool, keeps all its events, and knows which pid an actor has."""
+
+    def __init__(self, pool: ActorPool) -> None:
+        self.pool = pool
+        self.events: list[PoolEvent] = []
+
+    def until(self, is_true: Callable[[list[PoolEvent]], bool], timeout_s: float = 20) -> list[PoolEvent]:
+        deadline = time.monotonic() + timeout_s
+        while not is_true(self.events):
+            assert time.monotonic() < deadline, f"not within {timeout_s} s; events: {self.events}"
+            self.events += self.pool.poll(0.2)
+        return self.events
+
+    def of(self, kind: type) -> list[Any]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+    def ready(self, *actor_ids: str) -> None:
+        self.until(lambda _: set(actor_ids) <= {event.actor_id for event in self.of(ActorReady)})
+
+    def pid(self, actor_id: str) -> int:
+        return int(next(event.info["pid"] for event in self.of(ActorReady) if event.actor_id == actor_id))
+
+    def gone(self, actor_id: str, timeout_s: float = 20) -> ActorGone:
+        self.until(lambda _: any(event.actor_id == actor_id for event in self.of(ActorGone)), timeout_s)
+        found = [event for event in self.of(ActorGone) if event.actor_id == actor_id]
+        assert len(found) == 1
+        return found[0]
+
+    def ends_of_calls(self) -> Counter[str]:
+        ends = Counter(event.call_id for event in self.events if isinstance(event, CallDone | CallFailed))
+        for gone in self.of(ActorGone):
+            ends.update(gone.call_ids)
+        return ends
+
+
+@pytest.fixture
+def listen(two_nodes: Cluster, tmp_path: Path) -> Iterator[Callable[..., Listener]]:
+    pools: list[ActorPool] = []
+
+    def start(worker: type = ObedientWorker, resources: ActorResources = HALF_GPU, **settings: float) -> Listener:
+        pools.append(ActorPool(worker, tmp_path, resources, PoolSettings(**{"heartbeat_s": 0.2, **settings})))
+        return Listener(pools[-1])
+
+    yield start
+    for pool in pools:
+        pool.stop(0)
+
+
+Start = Callable[..., Listener]
+
+
+def test_calls_run_side_by_side_and_heartbeats_come_meanwhile(listen: Start) -> None:
+    ear = listen()
+    actor = ear.pool.spawn()
+    ear.ready(actor)
+    start = time.monotonic()
+    ear.pool.submit(actor, "a", ("sleep", 1.0))
+    ear.pool.submit(actor, "b", ("sleep", 1.0))
+    ear.until(lambda _: len(ear.of(CallDone)) == 2)
+    assert time.monotonic() - start < 1.9
+    assert [beat.progress for beat in ear.of(Heartbeat)].count(2) >= 2
+    assert ear.ends_of_calls() == {"a": 1, "b": 1}
+
+
+def test_an_exception_in_run_is_a_failed_call_and_the_actor_lives_on(listen: Start) -> None:
+    ear = listen()
+    actor = ear.pool.spawn()
+    ear.ready(actor)
+    ear.pool.submit(actor, "bad", ("fail", "no such prompt"))
+    ear.pool.submit(actor, "mimic", ("mimic", None))
+    ear.until(lambda _: len(ear.of(CallFailed)) == 2)
+    ear.pool.submit(actor, "good", ("echo", 7))
+    ear.until(lambda _: bool(ear.of(CallDone)))
+    error = next(event.error for event in ear.of(CallFailed) if event.call_id == "bad")
+    assert type(error) is ValueError
+    assert str(error) == "no such prompt"
+    assert any("pool_workers.py" in note for note in error.__notes__)
+    assert ear.of(CallDone)[0].value == 7
+    assert not ear.of(ActorGone)
+
+
+def test_kill_9_ends_all_open_calls_and_finished_ones_stay_finished(listen: Start) -> None:
+    ear = listen(heartbeat_s=60)
+    actor, other = ear.pool.spawn(), ear.pool.spawn()
+    ear.ready(actor, other)
+    ear.pool.submit(actor, "done", ("echo", 1))
+    time.sleep(0.5)  # its result has arrived, but nobody has polled
+    ear.pool.submit(actor, "open-1", ("sleep", 60))
+    ear.pool.submit(actor, "open-2", ("sleep", 60))
+    ear.pool.submit(other, "other", ("sleep", 1))
+    os.kill(ear.pid(actor), signal.SIGKILL)
+    gone = ear.gone(actor)
+    assert gone.cause == "crashed"
+    assert gone.call_ids == ("open-1", "open-2")
+    ear.until(lambda _: len(ear.of(CallDone)) == 2)
+    assert ear.ends_of_calls() == {"done": 1, "open-1": 1, "open-2": 1, "other": 1}
+    with pytest.raises(ActorLost):
+        ear.pool.submit(actor, "late", ("echo", 1))
+
+
+def test_a_process_that_exits_in_run_is_gone(listen: Start) -> None:
+    ear = listen()
+    actor = ear.pool.spawn()
+    ear.ready(actor)
+    ear.pool.submit(actor, "a", ("exit", 3))
+    assert ear.gone(actor).call_ids == ("a",)
+
+
+def test_an_idle_actor_that_dies_is_noticed(listen: Start) -> None:
+    ear = listen()
+    actor = ear.pool.spawn()
+    ear.ready(actor)
+    os.kill(ear.pid(actor), signal.SIGKILL)
+    assert ear.gone(actor).call_ids == ()
+
+
+def test_a_hanging_run_shows_as_heartbeats_with_the_same_tick(listen: Start) -> None:
+    ear = listen(unresponsive_s=1.0)
+    actor = ear.pool.spawn()
+    ear.ready(actor)
+    ear.pool.submit(actor, "a", ("sleep", 60))
+    ear.until(lambda _: len(ear.of(Heartbeat)) >= 8)
+    assert {beat.progress for beat in ear.of(Heartbeat)[-6:]} == {1}
+    assert not ear.of(ActorGone)
+
+
+def test_a_stopped_process_is_killed_when_it_does_not_answer(listen: Start) -> None:
+    ear = listen(unresponsive_s=1.0)
+    actor = ear.pool.spawn()
+    ear.ready(actor)
+    ear.pool.submit(actor, "a", ("stop_process", None))
+    gone = ear.gone(actor)
+    assert (gone.cause, gone.call_ids) == ("unavailable", ("a",))
+    wait_until_dead(ear.pid(actor))
+
+
+def test_killing_reports_the_open_calls_once_and_hears_nothing_later(listen: Start) -> None:
+    ear = listen()
+    actor = ear.pool.spawn()
+    ear.ready(actor)
+    ear.pool.submit(actor, "a", ("sleep", 0.5))
+    ear.pool.kill(actor)
+    ear.pool.kill(actor)
+    assert ear.gone(actor).cause == "killed"
+    wait_until_dead(ear.pid(actor))
+    time.sleep(0.7)
+    ear.events += ear.pool.poll(0.3)
+    assert ear.ends_of_calls() == {"a": 1}
+
+
+def test_load_failures_carry_the_reason(listen: Start) -> None:
+    for worker, kind, text in (
+        (UnloadableWorker, RuntimeError, "weights are missing"),
+        (DyingWorker, ActorLost, "died"),
+        (EndlessLoader, ActorLoadFailed, "took over"),
+    ):
+        ear = listen(worker, load_timeout_s=1.0 if worker is EndlessLoader else 60.0)
+        actor = ear.pool.spawn()
+        ear.until(lambda _, ear=ear: bool(ear.of(ActorLoadFailure)))
+        failure = ear.of(ActorLoadFailure)[0]
+        assert failure.actor_id == actor
+        assert isinstance(failure.error, kind)
+        assert text in str(failure.error)
+        assert not ear.of(ActorReady)
+
+
+def test_drain_reaches_a_working_actor_and_stop_closes_it(listen: Start, tmp_path: Path) -> None:
+    ear = listen()
+    actor = ear.pool.spawn()
+    ear.ready(actor)
+    ear.pool.submit(actor, "a", ("was_drained", 10))
+    ear.pool.drain(actor)
+    ear.until(lambda _: bool(ear.of(CallDone)))
+    assert ear.of(CallDone)[0].value is True
+    start = time.monotonic()
+    ear.pool.stop(5)
+    assert time.monotonic() - start < 6
+    assert (tmp_path / f"closed-{ear.pid(actor)}").exists()
+    wait_until_dead(ear.pid(actor))
+
+
+def test_stop_does_not_wait_for_a_hanging_worker(listen: Start) -> None:
+    ear = listen()
+    actor = ear.pool.spawn()
+    ear.ready(actor)
+    ear.pool.submit(actor, "a", ("stop_process", None))
+    time.sleep(0.3)
+    start = time.monotonic()
+    ear.pool.stop(1)
+    assert time.monotonic() - start < 2
+    wait_until_dead(ear.pid(actor))
+
+
+def test_avoided_nodes_get_no_actor(listen: Start) -> None:
+    ear = listen(resources=ActorResources(num_gpus=0.1, num_cpus=0.1))
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    avoided = frozenset(nodes[1:])
+    ear.ready(*(ear.pool.spawn(avoid_nodes=avoided) for _ in range(3)))
+    assert {event.node_id for event in ear.of(ActorReady)} == {nodes[0]}
+
+
+def test_waiting_takes_no_threads(listen: Start) -> None:
+    before = threading.active_count()
+    ear = listen()
+    ear.ready(ear.pool.spawn())
+    for number in range(50):
+        ear.pool.submit("actor-0", str(number), ("echo", number))
+    ear.until(lambda _: len(ear.of(CallDone)) == 50)
+    assert threading.active_count() == before
+    assert {event.call_id: event.value for event in ear.of(CallDone)} == {str(n): n for n in range(50)}
+
+
+def test_a_removed_node_takes_its_actors_and_their_calls(two_nodes: Cluster, listen: Start) -> None:
+    ear = listen(resources=ActorResources(num_gpus=2, num_cpus=0.1))
+    node = add_node(two_nodes, gpus_per_node=2)
+    actor = ear.pool.spawn()
+    ear.ready(actor)
+    ear.pool.submit(actor, "a", ("sleep", 60))
+    two_nodes.remove_node(node, allow_graceful=False)
+    gone = ear.gone(actor)
+    assert gone.cause in ("node_lost", "unavailable")
+    assert gone.call_ids == ("a",)
+    wait_until_dead(ear.pid(actor))
+
+
+def test_a_draining_node_is_announced_once(two_nodes: Cluster, listen: Start) -> None:
+    """Ray's private list of draining nodes, on the installed version, through its own command."""
+    ear = listen(resources=ActorResources(num_gpus=2, num_cpus=0.1), draining_check_s=0.2)
+    node = add_node(two_nodes, gpus_per_node=2)
+    actor = ear.pool.spawn()
+    ear.ready(actor)
+    ear.pool.submit(actor, "a", ("sleep", 3))
+    node_id = ear.of(ActorReady)[0].node_id
+    drain_node(two_nodes.address, node_id, deadline_s=60)
+    ear.until(lambda _: bool(ear.of(NodeDraining)))
+    ear.until(lambda _: bool(ear.of(CallDone) or ear.of(ActorGone)))
+    notice = ear.of(NodeDraining)
+    assert [(event.node_id, event.actor_ids) for event in notice] == [(node_id, (actor,))]
+    assert notice[0].deadline_s == pytest.approx(60, abs=30)
+    ear.pool.stop(0)
+    two_nodes.remove_node(node, allow_graceful=False)
+
+
+@pytest.mark.slow
+def test_the_zombie_of_a_killed_raylet_is_ended(two_nodes: Cluster, listen: Start, tmp_path: Path) -> None:
+    """Ray notices after 13 s and leaves the process running; the pool, on the same machine, ends it."""
+    ear = listen(resources=ActorResources(num_gpus=2, num_cpus=0.1))
+    node = add_node(two_nodes, gpus_per_node=2)
+    actor = ear.pool.spawn()
+    ear.ready(actor)
+    ear.pool.submit(actor, "a", ("write_for_ever", "trace"))
+    os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+    gone = ear.gone(actor, timeout_s=60)
+    assert gone.cause in ("node_lost", "unavailable", "crashed")
+    assert gone.call_ids == ("a",)
+    wait_until_dead(ear.pid(actor))
+    two_nodes.remove_node(node, allow_graceful=False)
+
+
+def drain_node(address: str, node_id: str, deadline_s: int) -> None:
+    command = [
+        str(Path(sys.executable).with_name("ray")), "drain-node", "--address", address, "--node-id", node_id,
+        "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test",
+        "--deadline-remaining-seconds", str(deadline_s),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+
+
+def wait_until_dead(pid: int, timeout_s: float = 10) -> None:
+    deadline = time.monotonic() + timeout_s
+    while is_running(pid):
+        assert time.monotonic() < deadline, f"{pid} is still running"
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
