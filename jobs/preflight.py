@@ -78,5 +78,7 @@ def _usable(field: str, act: Callable[[], T]) -> T:
         return act()
     except ValueError as error:
         raise SpecError(f"{field}: {error}") from error
-    except (AccessDenied, NotFound, StoreUnsuitable) as error:
+    except NotFound as error:
+        raise SpecError(f"{field}: no such bucket or folder, and it cannot be made ({error})") from error
+    except (AccessDenied, StoreUnsuitable) as error:
         raise SpecError(f"{field}: {error}; check the address and the credentials") from error

@@ -31,7 +31,7 @@ from jobs.progress import JobProgress, make_display
 from jobs.prompt_row import Rejected
 from jobs.prompts import read_prompts
 from jobs.replay import Replay
-from jobs.report import make_report, report_text
+from jobs.report import SHEET_KEY, make_report, report_text
 from jobs.rows import JobFacts
 from jobs.shards import PlannedTask, plan_tasks
 from jobs.spec import JobSpec
@@ -210,7 +210,8 @@ def _found_text(spec: JobSpec, found: Preflight) -> str:
 
 
 def _end_text(store: ObjectStore, outcome: Outcome, *, with_sheet: bool) -> str:
-    report = make_report(store.url, with_sheet=with_sheet)
+    is_news = outcome.is_complete and (outcome.run_succeeded > 0 or store.size(SHEET_KEY) is None)
+    report = make_report(store.url, with_sheet=with_sheet and is_news)
     lines = [report_text(report)]
     if report.num_videos:
         lines.append(f"  videos: {store.url}/videos/")

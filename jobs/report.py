@@ -14,6 +14,7 @@ from typing import Any
 from cluster.object_store import ObjectStore, open_store
 from jobs.consume import committed_rows
 from jobs.progress import duration_text
+from jobs.prompt_row import segments_of
 from jobs.quarantine import read_quarantine
 from jobs.replay import Replay
 from jobs.status import JobStatus, read_status
@@ -166,7 +167,8 @@ def _draw_sheet(store: ObjectStore, rows: list[dict[str, Any]]) -> str:
         for index, row in enumerate(rows):
             path = Path(folder) / f"{index}.mp4"
             store.get_file(row["file_name"], path)
-            videos.append((f"{row['item_id']}-{row['sample_index']}: {row['prompt']}", path))
+            prompts = " -> ".join(segment.prompt for segment in segments_of(row["prompt"]))
+            videos.append((f"{row['item_id']}-{row['sample_index']}: {prompts}", path))
         sheet = Path(folder) / "sheet.png"
         make_contact_sheet(videos, sheet)
         store.put_file(SHEET_KEY, sheet)
