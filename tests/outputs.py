@@ -90,8 +90,12 @@ def finished_row(store: ObjectStore, task: PlannedTask, video: VideoFile | None 
         started_at=NOW,
         finished_at=NOW,
     )
-    facts = JobFacts("night", store.url, "p.jsonl", FINGERPRINT, "0.1.0")
-    return success_row(facts, task, result, AttemptFacts(epoch=1, number=attempt), NOW)
+    return success_row(facts_of(store), task, result, AttemptFacts(epoch=1, number=attempt), NOW)
+
+
+def facts_of(store: ObjectStore) -> JobFacts:
+    """What all rows of such a job share."""
+    return JobFacts("night", store.url, "p.jsonl", FINGERPRINT, "0.1.0")
 
 
 def make_output(root: Path | str, num_items: int = 4, *, with_videos: bool = True, num_parts: int = 2) -> ObjectStore:

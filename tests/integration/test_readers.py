@@ -6,6 +6,7 @@ Each reader runs in a process of its own: they keep background threads, and two 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -126,8 +127,12 @@ def test_reader_sees_every_row_once_on_local_files(reader: str, job_root: str, t
 
 
 @pytest.mark.slow
-def test_ray_data_sees_every_row_once(job_root: str, tmp_path: Path) -> None:
-    assert run_reader(RAY_DATA, job_root, Path(f"/tmp/lt-rd-{os.getpid()}")) == (NUM_ROWS, sum(range(NUM_ROWS)))
+def test_ray_data_sees_every_row_once(job_root: str) -> None:
+    folder = Path(f"/tmp/lt-rd-{os.getpid()}")  # Ray's socket paths must be short
+    try:
+        assert run_reader(RAY_DATA, job_root, folder) == (NUM_ROWS, sum(range(NUM_ROWS)))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.parametrize("reader", OVER_S3)
