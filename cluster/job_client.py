@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, cast
 
-import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
@@ -81,7 +80,7 @@ class JobClient:
             retry=retry_if_exception(_is_too_early),
             reraise=True,
         )
-        return _translated(lambda: cast(str, retrying(send)))
+        return _translated(lambda: retrying(send))
 
     def status(self, submission_id: str) -> ClusterJob:
         """Raises NotFound: the cluster knows no such job (it forgets them when its head is replaced)."""
@@ -108,7 +107,7 @@ def _translated(call: Callable[[], T]) -> T:
         return call()
     except AuthenticationError as error:
         raise ClusterUnreachable(f"the cluster's job API refuses our token. {AUTH_HINT}") from error
-    except (ConnectionError, requests.RequestException) as error:
+    except OSError as error:  # what the requests package raises is one, too
         raise ClusterUnreachable(
             f"no job API there ({error}); give the dashboard's address, http://HOST:8265"
         ) from error

@@ -35,7 +35,7 @@ def is_loss(error: BaseException) -> bool:
 def judge_loss(error: BaseException, node_id: str, was_draining: bool) -> LossCause:
     """The cause, as far as Ray tells. A node that Ray no longer counts explains more than the error's own text."""
     text = str(error)
-    if isinstance(error, ray_errors.OutOfMemoryError) or any(mark in text for mark in OUT_OF_MEMORY_MARKS):
+    if _is_out_of_memory(error):
         return "out_of_memory"
     if getattr(error, "preempted", False):
         return "preempted"
@@ -52,11 +52,16 @@ def load_error(error: BaseException) -> BaseException:
     """What ActorLoadFailure carries: the worker's own exception where there is one."""
     if isinstance(error, ray_errors.RayTaskError):
         return original(error)
-    if any(mark in str(error) for mark in OUT_OF_MEMORY_MARKS):
+    if _is_out_of_memory(error):
         return ActorOutOfMemory(first_lines(error))
     if isinstance(error, ray_errors.ActorUnschedulableError | ray_errors.RuntimeEnvSetupError):
         return ActorLoadFailed(first_lines(error))
     return error if isinstance(error, ActorError) else ActorLost(first_lines(error))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return isinstance(error, ray_errors.OutOfMemoryError) or any(mark in text for mark in OUT_OF_MEMORY_MARKS)
 
 
 def original(error: ray_errors.RayTaskError) -> BaseException:
