@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from workers.model.rope import grid_positions, make_rotation, rotate, split_head_dim
+from workers.model.rope import grid_positions, make_rotation, rotate, rotate_in_parts, split_head_dim
 
 
 def reference_rotate(x_QND: torch.Tensor, position_Q3: torch.Tensor, theta: float) -> torch.Tensor:
@@ -35,8 +35,10 @@ def test_rotation_equals_complex_product(head_dim: int) -> None:
     torch.manual_seed(1)
     position = torch.rand(7, 3) * torch.tensor([900.0, 30.0, 52.0])
     x = torch.randn(7, 2, head_dim, dtype=torch.float64)
-    out = rotate(x[None].float(), make_rotation(position, head_dim, 10000.0))[0]
-    torch.testing.assert_close(out.double(), reference_rotate(x, position, 10000.0), atol=2e-6, rtol=0)
+    rotation = make_rotation(position, head_dim, 10000.0)
+    for function in (rotate, rotate_in_parts):
+        out = function(x[None].float(), rotation)[0]
+        torch.testing.assert_close(out.double(), reference_rotate(x, position, 10000.0), atol=2e-6, rtol=0)
 
 
 def test_second_pair_turns_by_the_published_angles() -> None:
