@@ -1,0 +1,131 @@
+"""`ray job submit` against a real head: the same command, the manifest at the end, no output lost in Ray's folder."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+import longtake
+
+ROOT = Path(__file__).parents[2]
+RENDER = ["-m", "jobs.render", "--model", "tiny-test", "--width", "64", "--height", "32", "--frames", "24"]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@dataclass
+class Head:
+    """A Ray head of our own, with its environment for those who talk to it."""
+
+    address: str
+    environment: dict[str, str]
+
+    def submit(self, *arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+        """Submit and wait; tries again while the head's agent is still coming up (it answers 500 then)."""
+        command = [ray_program(), "job", "submit", "--address", self.address, "--working-dir", ".", "--", "python"]
+        for _ in range(6):
+            done = subprocess.run(
+                [*command, *arguments],
+                cwd=ROOT,
+                env=self.environment,
+                capture_output=True,
+                text=True,
+                timeout=timeout_s,
+                check=False,
+            )
+            if "No available agent" not in done.stdout + done.stderr:
+                return done
+            time.sleep(5)
+        return done
+
+
+def ray_program() -> str:
+    return str(Path(sys.executable).parent / "ray")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    folder = Path(f"/tmp/lt-j{secrets.token_hex(3)}")  # short: Ray's socket paths must fit in 107 bytes
+    folder.mkdir()
+    token = folder / "token"
+    token.write_text(secrets.token_hex(32))
+    token.chmod(0o600)
+    port, dashboard = free_port(), free_port()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment |= {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    start = [ray_program(), "start", "--head", "--port", str(port), "--dashboard-host", "127.0.0.1"]
+    # The agent's default port is one for the whole machine: with another head there, it would come up without job API.
+    start += [
+        "--dashboard-agent-listen-port",
+        str(free_port()),
+        "--dashboard-port",
+        str(dashboard),
+        "--num-cpus",
+        "2",
+        "--disable-usage-stats",
+    ]
+    start += ["--temp-dir", str(folder / "t"), "--object-store-memory", str(100 << 20)]
+    subprocess.run(start, env=environment, check=True, capture_output=True, timeout=120)
+    try:
+        yield Head(f"http://127.0.0.1:{dashboard}", environment)
+    finally:
+        end_processes(str(folder))
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def end_processes(folder: str) -> None:
+    """The processes of this head, known by its folder; `ray stop` would end those of everybody on the machine."""
+    ours = [p for p in psutil.process_iter() if is_of(p, folder)]
+    for process in ours:
+        process.send_signal(signal.SIGKILL)
+    psutil.wait_procs(ours, timeout=10)
+
+
+def is_of(process: psutil.Process, folder: str) -> bool:
+    try:
+        return process.pid != os.getpid() and any(folder in argument for argument in process.cmdline())
+    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+        return False
+
+
+def test_a_submitted_job_renders_and_a_relative_out_is_refused(head: Head, tmp_path: Path) -> None:
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "a meadow", "id": "a"}\n{"prompt": "a desert", "id": "b", "mood": "dry"}\n')
+    refused = head.submit(*RENDER, str(prompts), "--out", "out")
+    assert refused.returncode == 1  # Ray's client says 1 for whatever the driver said
+    assert "out: 'out' is relative" in refused.stdout + refused.stderr
+
+    done = head.submit(*RENDER, str(prompts), "--out", str(tmp_path / "out"), "--job-id", "night", "--actors", "2")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "to go on after a stop or a crash: python -m jobs.render" in done.stdout
+    table = longtake.open_manifest(tmp_path / "out" / "night").to_table().sort_by("item_id")
+    assert table["item_id"].to_pylist() == ["a", "b"]
+    assert table["mood"].to_pylist() == [None, "dry"]
+    assert longtake.verify(tmp_path / "out" / "night").is_good
+
+    again = head.submit(*RENDER, str(prompts), "--out", str(tmp_path / "out"), "--job-id", "night")
+    assert again.returncode == 0
+    assert longtake.read_status(tmp_path / "out" / "night").num_parts == 1
