@@ -124,7 +124,7 @@ def plan_rollout(task: RenderTask, model: LoadedModel, record: TakeRecord) -> Ro
     shape = (1, backbone.chunk_latent_frames, backbone.latent_channels, *model.latent_size)
     cache = PromptCache(lambda text: project_prompt(text, model, record.stopwatch))
     guidance = model.config.sampling.guidance
-    prompts = prompts_by_chunk(task, model)
+    prompts = prompts_by_chunk(task, backbone)
     camera_TS2 = group_camera(torch.from_numpy(plan_path(task, prompts, backbone))[None], backbone)[0]
 
     def camera_of(index: int) -> Tensor:
@@ -151,11 +151,11 @@ def plan_rollout(task: RenderTask, model: LoadedModel, record: TakeRecord) -> Ro
     )
 
 
-def prompts_by_chunk(task: RenderTask, model: LoadedModel) -> list[str]:
+def prompts_by_chunk(task: RenderTask, backbone: Backbone) -> list[str]:
     """The prompt of each chunk: one that begins within a chunk holds from the start of that chunk."""
-    prompts = [task.segments[0].prompt] * model.backbone.num_chunks(task.num_frames)
+    prompts = [task.segments[0].prompt] * backbone.num_chunks(task.num_frames)
     for segment in sorted(task.segments, key=lambda s: s.frame):
-        first = model.backbone.chunk_of_frame(segment.frame)
+        first = backbone.chunk_of_frame(segment.frame)
         prompts[first:] = [segment.prompt] * len(prompts[first:])
     return prompts
 

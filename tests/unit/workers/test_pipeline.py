@@ -1,0 +1,90 @@
+"""What a task means chunk by chunk, and what a foreign error means for it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.errors import StoreUnavailable
+from workers.assemble import LADDER, load_model, prepare_take
+from workers.config import BackboneConfig, RenderConfig, VideoConfig, WindowCacheConfig
+from workers.errors import BadPrompt, DeviceBroken, GpuOutOfMemory, RenderError, UploadFailed
+from workers.model.backbones import find_backbone
+from workers.pipeline import as_render_error, plan_path, prompts_by_chunk
+from workers.task import PromptSegment, RenderTask
+from workers.worlds.camera import plan_camera
+
+BACKBONE = find_backbone("longtake-world")
+
+
+def make_task(*segments: tuple[int, str], num_frames: int = 60) -> RenderTask:
+    return RenderTask(
+        task_id="a-0",
+        item_id="a",
+        sample_index=0,
+        attempt="e1a1",
+        segments=tuple(PromptSegment(frame=frame, prompt=prompt) for frame, prompt in segments),
+        seed=2**63 - 1,
+        num_frames=num_frames,
+    )
+
+
+@pytest.mark.parametrize(
+    ("segments", "expected"),
+    [
+        ([(0, "a")], "aaaaa"),
+        ([(0, "a"), (24, "b")], "aabbb"),
+        ([(0, "a"), (23, "b"), (36, "c")], "abbcc"),
+        ([(0, "a"), (13, "b"), (14, "c")], "acccc"),
+        ([(0, "a"), (1000, "b")], "aaaaa"),
+        ([(0, "a"), (59, "b")], "aaaab"),
+    ],
+)
+def test_a_prompt_holds_from_the_chunk_in_which_it_begins(segments: list[tuple[int, str]], expected: str) -> None:
+    assert "".join(prompts_by_chunk(make_task(*segments), BACKBONE)) == expected
+
+
+def test_one_prompt_moves_the_camera_as_planned() -> None:
+    task = make_task((0, "pans left"))
+    path = plan_path(task, ["pans left"] * 5, BACKBONE)
+    assert np.array_equal(path, plan_camera("pans left", task.seed, 60))
+
+
+def test_a_new_prompt_moves_the_camera_on_from_where_it_is() -> None:
+    task = make_task((0, "the camera pans left"), (24, "the camera pans down fast"))
+    path = plan_path(task, prompts_by_chunk(task, BACKBONE), BACKBONE)
+    assert path.shape == (60, 2)
+    assert np.array_equal(path[:24], plan_camera("the camera pans left", task.seed, 60)[:24])
+    steps = np.diff(path, axis=0)
+    assert (steps[:23, 0] < 0).all()
+    assert (np.abs(steps[23:]) == [0, 4]).all()
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (BadPrompt("no"), BadPrompt),
+        (torch.OutOfMemoryError("CUDA out of memory"), GpuOutOfMemory),
+        (MemoryError(), GpuOutOfMemory),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), GpuOutOfMemory),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), DeviceBroken),
+        (StoreUnavailable("503"), UploadFailed),
+        (ValueError("what"), RenderError),
+    ],
+)
+def test_a_foreign_error_gets_its_meaning(error: Exception, expected: type[RenderError]) -> None:
+    meaning = as_render_error(error)
+    assert type(meaning) is expected
+    assert str(error) in str(meaning)
+
+
+def test_the_last_rung_never_widens_a_window() -> None:
+    narrow = WindowCacheConfig(sink_latent_frames=1, recent_latent_frames=5)
+    config = RenderConfig(
+        backbone=BackboneConfig(name="tiny-test"), cache=narrow, video=VideoConfig(width=64, height=32)
+    )
+    model = load_model(config)
+    assert prepare_take(model, len(LADDER)).cache_name == "window-1+5"
+    assert prepare_take(model, 0).decode_latent_frames is None
+    assert prepare_take(model, 1).decode_latent_frames == 1
