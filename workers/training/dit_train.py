@@ -34,8 +34,8 @@ DELAY = 4
 class DitRecipe:
     """What decides stage 1."""
 
-    muon_lr: float = 2e-3
-    adam_lr: float = 1.2e-3
+    muon_lr: float = 1.5e-3
+    adam_lr: float = 9e-4
     weight_decay: float = 0.02
     warmup_steps: int = 150
     flat_share: float = 0.5
@@ -139,7 +139,7 @@ class BatchTwice:
     """The batch of each step: even steps a new one, odd steps the one of `DELAY` batches before."""
 
     def __init__(self, feed: Feed, first_step: int) -> None:
-        first = max(0, (first_step + 1) // 2 - DELAY)
+        first = max(0, first_step // 2 - DELAY)
         self._ahead = batches_ahead(feed, first)
         self._held: dict[int, Batch] = {}
         self._next = first

@@ -7,10 +7,16 @@ place favoured, with time stretched at the gaps: far history becomes familiar wi
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import multiprocessing
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +27,22 @@ from workers.model.backbones import Backbone
 from workers.model.text_encoder import tokenize
 from workers.model.vae import VideoVAE
 from workers.worlds.captions import write_caption
-from workers.worlds.clips import Worlds, build_worlds, draw_move, draw_path, draw_spec, render_clip
+from workers.worlds.clips import (
+    WorldPlan,
+    Worlds,
+    draw_move,
+    draw_path,
+    draw_spec,
+    draw_worlds,
+    plan_world,
+    render_clip,
+)
 
 CAPTION_WORDS = 127
 """Prompts of a batch are padded to this many words, so that shapes never change; longer ones are cut."""
+
+PLANNERS = 8
+"""Processes that plan batches; one plan takes some 20 ms."""
 
 PATH_CHUNKS = 84
 COORDINATE_SHIFT = 1024
@@ -88,6 +106,68 @@ def stretch_times(picks_BK: NDArray[np.int64], chunk: int, rng: np.random.Genera
     return (chunk_times[..., None] * chunk + np.arange(chunk)).reshape(len(picks_BK), -1).astype(np.float32)
 
 
+@dataclass(frozen=True)
+class BatchPlan:
+    """All of a batch that is decided on the CPU; may come from another process.
+
+    Attributes:
+        worlds: For each clip its place in the ring: (group of worlds, index in group).
+        newest: The group of worlds that joins the ring with this batch.
+        positions_BF2, clock_BF: Camera in its world, and true time of each video frame.
+        camera_BF2: The camera as the model is told.
+        times_BT: Time index of each latent frame as the model is told.
+        rows_BPF, num_tokens_B, captions: As in `Batch`.
+    """
+
+    worlds: list[tuple[int, int]]
+    newest: list[WorldPlan]
+    positions_BF2: NDArray[np.float32]
+    clock_BF: NDArray[np.float32]
+    camera_BF2: NDArray[np.float32]
+    times_BT: NDArray[np.float32]
+    rows_BPF: NDArray[np.int64]
+    num_tokens_B: NDArray[np.int64]
+    captions: list[str]
+
+
+def plan_group(recipe: FeedRecipe, group: int) -> list[WorldPlan]:
+    """Some worlds of the ring."""
+    first = recipe.seed * 10_000_000 + group * recipe.fresh
+    return [plan_world(draw_spec(seed)) for seed in range(first, first + recipe.fresh)]
+
+
+def plan_batch(recipe: FeedRecipe, backbone: Backbone, batch_index: int) -> BatchPlan:
+    """Decide everything about the batch of this index."""
+    r, chunk, frames = recipe, backbone.chunk_latent_frames, backbone.chunk_latent_frames * backbone.temporal_stride
+    rng = np.random.Generator(np.random.Philox(key=[r.seed, 10**6 + batch_index]))
+    groups = max(1, r.pool // r.fresh)
+    places = rng.permutation(groups * r.fresh)[: r.batch]
+    worlds = [(batch_index + int(place) // r.fresh, int(place) % r.fresh) for place in places]
+    moves = [draw_move(rng) for _ in worlds]
+    paths = np.stack([draw_path(move, PATH_CHUNKS * frames, rng) for move in moves])
+    paths = paths.reshape(r.batch, PATH_CHUNKS, frames, 2)
+    picks = pick_chunks(paths, r, rng)
+    positions = paths[np.arange(r.batch)[:, None], picks].reshape(r.batch, -1, 2)
+    clock = (picks[..., None] * frames + np.arange(frames)).reshape(r.batch, -1).astype(np.float32)
+    specs = [draw_spec(r.seed * 10_000_000 + group * r.fresh + index) for group, index in worlds]
+    captions = [write_caption(spec.scene, move, rng) for spec, move in zip(specs, moves, strict=True)]
+    dropped = rng.random(r.batch) < r.prompt_dropout
+    rows, num_tokens = tokenize(["" if drop else text for drop, text in zip(dropped, captions, strict=True)], backbone)
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, max(0, CAPTION_WORDS - rows.shape[1])))[:, :CAPTION_WORDS]
+    camera = positions + rng.integers(0, COORDINATE_SHIFT, size=(r.batch, 1, 2))
+    return BatchPlan(
+        worlds,
+        plan_group(r, batch_index + groups - 1),
+        positions,
+        clock,
+        camera.astype(np.float32),
+        stretch_times(picks, chunk, rng),
+        rows.numpy(),
+        num_tokens.clamp(max=CAPTION_WORDS).numpy(),
+        captions,
+    )
+
+
 class Feed:
     """Batches by index. Worlds live in a ring that moves on by `fresh` worlds a batch."""
 
@@ -95,89 +175,81 @@ class Feed:
         self.recipe, self.backbone, self.vae, self.device = recipe, backbone, vae, device
         self._drawn: dict[int, Worlds] = {}
 
-    def _worlds(self, batch_index: int) -> list[tuple[Worlds, int]]:
-        """The ring at this batch as (group of worlds, index in group)."""
-        fresh, groups = self.recipe.fresh, max(1, self.recipe.pool // self.recipe.fresh)
+    def batch(self, batch_index: int) -> Batch:
+        """The batch of this index."""
+        return self.draw(batch_index, plan_batch(self.recipe, self.backbone, batch_index))
+
+    @torch.no_grad()
+    def draw(self, batch_index: int, plan: BatchPlan) -> Batch:
+        """Paint and code a planned batch."""
+        groups = max(1, self.recipe.pool // self.recipe.fresh)
         wanted = range(batch_index, batch_index + groups)
         for gone in [key for key in self._drawn if key not in wanted]:
             del self._drawn[gone]
         for group in wanted:
             if group not in self._drawn:
-                first = self.recipe.seed * 10_000_000 + group * fresh
-                specs = [draw_spec(seed) for seed in range(first, first + fresh)]
-                self._drawn[group] = build_worlds(specs, self.device)
-        return [(self._drawn[group], index) for group in wanted for index in range(fresh)]
-
-    @torch.no_grad()
-    def batch(self, batch_index: int) -> Batch:
-        """The batch of this index."""
-        r, chunk, stride = self.recipe, self.backbone.chunk_latent_frames, self.backbone.temporal_stride
-        rng = np.random.Generator(np.random.Philox(key=[r.seed, 10**6 + batch_index]))
-        ring = self._worlds(batch_index)
-        chosen = [ring[int(index)] for index in rng.permutation(len(ring))[: r.batch]]
-        moves = [draw_move(rng) for _ in range(r.batch)]
-        frames = chunk * stride
-        paths = np.stack([draw_path(move, PATH_CHUNKS * frames, rng) for move in moves])
-        paths = paths.reshape(r.batch, PATH_CHUNKS, frames, 2)
-        picks = pick_chunks(paths, r, rng)
-        rows = np.arange(r.batch)[:, None]
-        positions = paths[rows, picks].reshape(r.batch, -1, 2)
-        clock = (picks[..., None] * frames + np.arange(frames)).reshape(r.batch, -1).astype(np.float32)
-        captions = [write_caption(w.specs[i].scene, move, rng) for (w, i), move in zip(chosen, moves, strict=True)]
-        dropped = rng.random(r.batch) < r.prompt_dropout
-        said = ["" if drop else text for drop, text in zip(dropped, captions, strict=True)]
-        token_rows, num_tokens = tokenize(said, self.backbone)
-        token_rows = torch.nn.functional.pad(token_rows, (0, 0, 0, max(0, CAPTION_WORDS - token_rows.shape[1])))
-        camera = positions + rng.integers(0, COORDINATE_SHIFT, size=(r.batch, 1, 2))
+                newest = plan.newest if group == wanted[-1] else plan_group(self.recipe, group)
+                self._drawn[group] = draw_worlds(newest, self.device)
+        stride = self.backbone.temporal_stride
         return Batch(
-            self._encode(chosen, positions, clock),
-            self._send(torch.from_numpy(camera.astype(np.float32))).unflatten(1, (-1, stride)),
-            self._send(torch.from_numpy(stretch_times(picks, chunk, rng))),
-            self._send(token_rows[:, :CAPTION_WORDS]),
-            self._send(num_tokens.clamp(max=CAPTION_WORDS)),
-            captions,
+            self._encode(plan),
+            self._send(plan.camera_BF2).unflatten(1, (-1, stride)),
+            self._send(plan.times_BT),
+            self._send(plan.rows_BPF),
+            self._send(plan.num_tokens_B),
+            plan.captions,
         )
 
-    def _send(self, tensor: Tensor) -> Tensor:
+    def _send(self, array: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(array)
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
+        return tensor
 
-    def _encode(
-        self, chosen: list[tuple[Worlds, int]], positions: NDArray[np.float32], clock: NDArray[np.float32]
-    ) -> Tensor:
+    def _encode(self, plan: BatchPlan) -> Tensor:
         """Latents of the views; a few clips at a time, because pictures are large."""
-        at, when = self._send(torch.from_numpy(positions)), self._send(torch.from_numpy(clock))
+        at, when = self._send(plan.positions_BF2), self._send(plan.clock_BF)
         parts = []
-        for start in range(0, len(chosen), 4):
-            some = chosen[start : start + 4]
-            specs = tuple(worlds.specs[index] for worlds, index in some)
-            pictures = torch.stack([worlds.pictures_BCHW[index] for worlds, index in some])
-            frames = render_clip(Worlds(specs, pictures, ()), at[start : start + 4], when[start : start + 4])
+        for start in range(0, len(plan.worlds), 8):
+            some = plan.worlds[start : start + 8]
+            specs = tuple(self._drawn[group].specs[index] for group, index in some)
+            pictures = torch.stack([self._drawn[group].pictures_BCHW[index] for group, index in some])
+            levels = self._drawn[some[0][0]].levels_BHW
+            frames = render_clip(Worlds(specs, pictures, levels), at[start : start + 8], when[start : start + 8])
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
                 parts.append(self.vae.encode(frames).float())
         return torch.cat(parts)
 
 
+def _planned(feed: Feed, first: int, pool: ProcessPoolExecutor) -> Iterator[tuple[int, BatchPlan]]:
+    """Plans from an index on, made by other processes, some ahead."""
+    ahead: deque[Future[BatchPlan]] = deque()
+    for index in itertools.count(first):
+        while len(ahead) < 2 * PLANNERS:
+            ahead.append(pool.submit(plan_batch, feed.recipe, feed.backbone, index + len(ahead)))
+        yield index, ahead.popleft().result()
+
+
 def batches_ahead(feed: Feed, first: int) -> Iterator[Batch]:
-    """Batches from an index on; on a GPU a thread draws them ahead on its own stream."""
+    """Batches from an index on; on a GPU processes plan them and a thread draws them ahead on its own stream."""
     if feed.device.type != "cuda":
-        while True:
-            yield feed.batch(first)
-            first += 1
+        for index in itertools.count(first):
+            yield feed.batch(index)
     ready: queue.Queue[tuple[Batch, torch.cuda.Event] | BaseException] = queue.Queue(maxsize=3)
     stop = threading.Event()
+    pool = ProcessPoolExecutor(PLANNERS, mp_context=multiprocessing.get_context("spawn"))
 
     def draw() -> None:
-        index, stream = first, torch.cuda.Stream()
+        stream = torch.cuda.Stream()
         try:
             with torch.cuda.stream(stream):
-                while not stop.is_set():
-                    batch = feed.batch(index)
+                for index, plan in _planned(feed, first, pool):
+                    batch = feed.draw(index, plan)
                     event = torch.cuda.Event()
                     event.record(stream)
                     ready.put((batch, event))
-                    index += 1
+                    if stop.is_set():
+                        return
         except BaseException as error:  # handed to the consumer, which raises it
             ready.put(error)
 
@@ -197,7 +269,6 @@ def batches_ahead(feed: Feed, first: int) -> Iterator[Batch]:
     finally:
         stop.set()
         while thread.is_alive():
-            try:
+            with contextlib.suppress(queue.Empty):
                 ready.get(timeout=0.1)
-            except queue.Empty:
-                continue
+        pool.shutdown(cancel_futures=True)

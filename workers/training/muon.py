@@ -49,8 +49,8 @@ class Muon(torch.optim.Optimizer):
         if group["weight_decay"]:
             torch._foreach_mul_(members, 1 - group["lr"] * group["weight_decay"])
         scale = group["lr"] * (_RMS * math.sqrt(max(shape)))
-        for parameter, update in zip(members, updates.float() * scale, strict=True):
-            parameter.sub_(update.view(parameter.shape))
+        steps = (updates.float() * scale).unbind()
+        torch._foreach_sub_(members, [step.view(p.shape) for step, p in zip(steps, members, strict=True)])
 
 
 def orthogonalise(matrices_BRC: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class ClipFeed:
             times = self.rng.integers(0, 4000, size=(count, 1)) + np.arange(NUM_FRAMES)
             at = torch.from_numpy(paths).to(self.device)
             when = torch.from_numpy(times.astype(np.float32)).to(self.device)
-            chosen = Worlds(worlds.specs[:count], worlds.pictures_BCHW[:count], worlds.landmarks[:count])
+            chosen = Worlds(worlds.specs[:count], worlds.pictures_BCHW[:count], worlds.levels_BHW[:count])
             parts.append(render_clip(chosen, at, when))
         return torch.cat(parts)
 

@@ -14,14 +14,16 @@ from torch import Tensor
 
 from workers.worlds.camera import KINDS, CameraMove, Positions, trace
 from workers.worlds.captions import Scene, write_caption
-from workers.worlds.terrain import BIOMES, WATER, WORLD_SIZE, draw_terrain
+from workers.worlds.terrain import BIOMES, WATER, WORLD_SIZE, Noise, draw_noise, draw_terrain
 from workers.worlds.things import (
     COLOURS,
-    KINDS as THING_KINDS,
     MOVERS,
+    NOUNS,
     Landmark,
     Mover,
     Species,
+    Tables,
+    cell_tables,
     paint_landmarks,
     paint_movers,
     place_landmarks,
@@ -68,7 +70,7 @@ class WorldSpec:
     def scene(self) -> Scene:
         """The words that a caption of this world may use."""
         grounds = tuple(BIOMES[index].words for index in dict.fromkeys(self.biomes))
-        things = tuple((COLOURS[one.colour][0], THING_KINDS[one.kind][1]) for one in self.species)
+        things = tuple((COLOURS[one.colour][0], NOUNS[one.kind][1]) for one in self.species)
         movers = tuple((COLOURS[one.colour][0], MOVERS[one.kind][1]) for one in self.movers)
         return Scene(grounds, self.water, things, self.density > 0.52, movers)
 
@@ -80,12 +82,12 @@ class Worlds:
     Attributes:
         specs: One a world.
         pictures_BCHW: The whole worlds, RGB in [-1, 1], float32.
-        landmarks: Those that stand in each world.
+        levels_BHW: Palette level of every pixel, uint8: what is water and what is land.
     """
 
     specs: tuple[WorldSpec, ...]
     pictures_BCHW: Tensor
-    landmarks: tuple[tuple[Landmark, ...], ...]
+    levels_BHW: Tensor
 
 
 def _stream(seed: int, purpose: int) -> np.random.Generator:
@@ -98,7 +100,7 @@ def draw_spec(seed: int, difficulty: Difficulty = Difficulty()) -> WorldSpec:
     first = int(rng.integers(len(BIOMES)))
     other = int(rng.integers(len(BIOMES)))
     second = other if rng.random() < difficulty.second_biome else first
-    kinds = rng.permutation(len(THING_KINDS))[: int(rng.integers(2, 4))]
+    kinds = rng.permutation(len(NOUNS))[: int(rng.integers(2, 4))]
     species = tuple(Species(int(kind), int(rng.integers(len(COLOURS)))) for kind in kinds)
     density = float(rng.uniform(*difficulty.density))
     movers: tuple[Mover, ...] = ()
@@ -107,24 +109,46 @@ def draw_spec(seed: int, difficulty: Difficulty = Difficulty()) -> WorldSpec:
         heading = rng.uniform(-2, 2, size=2)
         movers = tuple(
             Mover(kind, colour, (float(x), float(y)), (float(heading[0]), float(heading[1])))
-            for x, y in rng.uniform(0, WORLD_SIZE, size=(int(rng.integers(1, difficulty.max_movers + 1)) * 8, 2))
+            for x, y in rng.uniform(0, WORLD_SIZE, size=(int(rng.integers(1, difficulty.max_movers + 1)), 2))
         )
     return WorldSpec(seed, (first, second), int(rng.integers(len(WATER))), species, density, movers)
 
 
+@dataclass(frozen=True)
+class WorldPlan:
+    """A world before it is drawn: all that is decided on the CPU, small enough to be sent between processes."""
+
+    spec: WorldSpec
+    noise: Noise
+    layers: list[list[Landmark]]
+    tables: Tables
+
+
+def plan_world(spec: WorldSpec) -> WorldPlan:
+    """Draw the random numbers of a world."""
+    layers = place_landmarks(_stream(spec.seed, 3), spec.species, spec.density)
+    return WorldPlan(spec, draw_noise(_stream(spec.seed, 2), spec.biomes), layers, cell_tables(layers))
+
+
 @torch.no_grad()
+def draw_worlds(plans: list[WorldPlan], device: torch.device) -> Worlds:
+    """Paint worlds; a millisecond each on a GPU, some seconds on a CPU core."""
+    specs = tuple(plan.spec for plan in plans)
+    biomes, water = [spec.biomes for spec in specs], [spec.water for spec in specs]
+    terrain = draw_terrain([plan.noise for plan in plans], biomes, water, device)
+    pictures = paint_landmarks(terrain.pictures_BCHW, terrain.levels_BHW, [plan.tables for plan in plans])
+    return Worlds(specs, pictures.clamp(0, 1) * 2 - 1, terrain.levels_BHW.to(torch.uint8))
+
+
 def build_worlds(specs: list[WorldSpec], device: torch.device) -> Worlds:
-    """Draw worlds; one costs about a millisecond on a GPU and half a second on a CPU core."""
-    rngs = [_stream(spec.seed, 2) for spec in specs]
-    terrain = draw_terrain(rngs, [spec.biomes for spec in specs], [spec.water for spec in specs], device)
-    layers = [place_landmarks(_stream(spec.seed, 3), spec.species, spec.density) for spec in specs]
-    pictures = paint_landmarks(terrain.pictures_BCHW, terrain.levels_BHW, layers)
-    levels = terrain.levels_BHW.cpu() if device.type == "cpu" else None
-    marks = tuple(
-        tuple(mark for layer in world for mark in (standing(layer, levels[index]) if levels is not None else layer))
-        for index, world in enumerate(layers)
-    )
-    return Worlds(tuple(specs), pictures.clamp(0, 1) * 2 - 1, marks)
+    """Plan and draw worlds."""
+    return draw_worlds([plan_world(spec) for spec in specs], device)
+
+
+def landmarks_of(spec: WorldSpec, levels_HW: Tensor) -> list[Landmark]:
+    """All landmarks that stand in a world."""
+    layers = place_landmarks(_stream(spec.seed, 3), spec.species, spec.density)
+    return [mark for layer in layers for mark in standing(layer, levels_HW)]
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 WORLD_SIZE = 1024
@@ -19,6 +20,9 @@ WORLD_SIZE = 1024
 
 OCTAVES = ((4, 1.0), (8, 0.6), (16, 0.34), (32, 0.18), (64, 0.08))
 """Cells per side and amplitude. Nothing finer than 16 pixels: finer noise is lost in a latent and costs its bits."""
+
+BORDER = ((3, 1.0), (12, 0.25))
+"""The same for the field whose sign parts two biomes."""
 
 NUM_LEVELS = 6
 FIRST_LAND_LEVEL = 2
@@ -103,45 +107,48 @@ class Terrain:
     levels_BHW: Tensor
 
 
-def draw_terrain(
-    rngs: list[np.random.Generator], biomes: list[tuple[int, int]], water: list[int], device: torch.device
-) -> Terrain:
+Noise = tuple[NDArray[np.float32], ...]
+"""Random grids of one world: one an octave of the ground, and two of the border between its biomes if it has two."""
+
+
+def draw_noise(rng: np.random.Generator, biomes: tuple[int, int]) -> Noise:
+    """The random numbers of a world's ground; consumed in a fixed order, so equal seeds give equal grounds."""
+    octaves = OCTAVES + (BORDER if biomes[0] != biomes[1] else ())
+    return tuple(rng.standard_normal((cells, cells), dtype=np.float32) for cells, _ in octaves)
+
+
+def draw_terrain(noises: list[Noise], biomes: list[tuple[int, int]], water: list[int], device: torch.device) -> Terrain:
     """Draw the ground of several worlds at once.
 
     Args:
-        rngs: One generator a world; consumed in a fixed order, so equal seeds give equal grounds.
+        noises: The random grids of each world.
         biomes: First and second biome of each world (equal when the world has one only).
         water: Index into `WATER` for each world.
         device: Where the pictures are drawn.
     """
-    heights = _heights(rngs, OCTAVES, device)
+    heights = _heights([noise[: len(OCTAVES)] for noise in noises], OCTAVES, device)
     heights = (heights - heights.mean((1, 2), keepdim=True)) / heights.std((1, 2), keepdim=True)
     raise_B = torch.tensor([WATER[index][1] for index in water], device=device)
     level = (heights + raise_B[:, None, None]) * 1.15 + NUM_LEVELS / 2 - 0.5
     level = level.clamp(0.01, NUM_LEVELS - 0.01)
-    first = _colours(level, _palettes([pair[0] for pair in biomes], device))
-    if any(one != other for one, other in biomes):
-        second = _colours(level, _palettes([pair[1] for pair in biomes], device))
-        first = torch.lerp(first, second, _border(rngs, device))
+    colours = _colours(level, _palettes([pair[0] for pair in biomes], device))
+    mixed = [index for index, pair in enumerate(biomes) if pair[0] != pair[1]]
+    if mixed:
+        other = _colours(level[mixed], _palettes([biomes[index][1] for index in mixed], device))
+        field = _heights([noises[index][len(OCTAVES) :] for index in mixed], BORDER, device)
+        side = (field * 6 + 0.5).clamp(0, 1)[:, None]  # broad regions with a soft edge of some ten pixels
+        colours[mixed] = torch.lerp(colours[mixed], other, side)
     shade = (1 + 2.2 * (heights - torch.roll(heights, (3, 3), (1, 2)))).clamp(0.82, 1.18)
-    return Terrain((first * shade[:, None]).clamp(0, 1), level.floor().clamp(0, NUM_LEVELS - 1))
+    return Terrain((colours * shade[:, None]).clamp(0, 1), level.floor().clamp(0, NUM_LEVELS - 1))
 
 
-def _heights(rngs: list[np.random.Generator], octaves: tuple[tuple[int, float], ...], device: torch.device) -> Tensor:
-    total = torch.zeros(len(rngs), 1, WORLD_SIZE, WORLD_SIZE, device=device)
-    for cells, amplitude in octaves:
-        noise = np.stack([rng.standard_normal((1, cells, cells), dtype=np.float32) for rng in rngs])
+def _heights(noises: list[Noise], octaves: tuple[tuple[int, float], ...], device: torch.device) -> Tensor:
+    total = torch.zeros(len(noises), 1, WORLD_SIZE, WORLD_SIZE, device=device)
+    for index, (_, amplitude) in enumerate(octaves):
+        grid = torch.from_numpy(np.stack([noise[index] for noise in noises])[:, None]).to(device)
         size = (WORLD_SIZE, WORLD_SIZE)
-        total += amplitude * F.interpolate(
-            torch.from_numpy(noise).to(device), size=size, mode="bicubic", align_corners=False
-        )
+        total += amplitude * F.interpolate(grid, size=size, mode="bicubic", align_corners=False)
     return total[:, 0]
-
-
-def _border(rngs: list[np.random.Generator], device: torch.device) -> Tensor:
-    """0 in the first biome, 1 in the second: broad regions with a soft edge of some ten pixels."""
-    field = _heights(rngs, ((3, 1.0), (12, 0.25)), device)
-    return (field * 6 + 0.5).clamp(0, 1)[:, None]
 
 
 def _palettes(indices: list[int], device: torch.device) -> Tensor:

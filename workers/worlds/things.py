@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from workers.worlds.terrain import FIRST_LAND_LEVEL, WORLD_SIZE
@@ -25,7 +26,7 @@ COLOURS: tuple[tuple[str, tuple[int, int, int]], ...] = (
     ("orange", (244, 130, 30)),
 )
 
-KINDS: tuple[tuple[str, str], ...] = (
+NOUNS: tuple[tuple[str, str], ...] = (
     ("pine tree", "pine trees"),
     ("round tree", "round trees"),
     ("house", "houses"),
@@ -43,13 +44,18 @@ MOVERS: tuple[tuple[str, str], ...] = (("bird", "birds"), ("balloon", "balloons"
 LAYERS = ((64, 9.0, 12.0), (128, 15.0, 20.0))
 """Side of a cell that holds at most one landmark, and its least and greatest radius; all in pixels."""
 
+Tables = tuple[NDArray[np.float32], ...]
+
+MOVER_PERIOD = 320.0
+"""A mover stands for a flock: it is seen again every so many pixels in both directions."""
+
 OUTLINE = 0.28
 """How bright the outline is in parts of the colour inside."""
 
 
 @dataclass(frozen=True)
 class Species:
-    """All landmarks of a world that look alike: index into `KINDS`, index into `COLOURS`."""
+    """All landmarks of a world that look alike: index into `NOUNS`, index into `COLOURS`."""
 
     kind: int
     colour: int
@@ -96,16 +102,16 @@ def place_landmarks(rng: np.random.Generator, species: tuple[Species, ...], dens
     return layers
 
 
-def paint_landmarks(pictures_BCHW: Tensor, levels_BHW: Tensor, layers: list[list[list[Landmark]]]) -> Tensor:
+def paint_landmarks(pictures_BCHW: Tensor, levels_BHW: Tensor, tables: list[Tables]) -> Tensor:
     """Paint the landmarks of every world that stand on land.
 
     Args:
         pictures_BCHW: Bare ground, RGB in [0, 1].
         levels_BHW: Palette level of every pixel.
-        layers: For each world the lists of `place_landmarks`.
+        tables: `cell_tables` of each world.
     """
     for index, (cell, _, _) in enumerate(LAYERS):
-        table = _cell_table([world[index] for world in layers], cell).to(pictures_BCHW.device)
+        table = torch.from_numpy(np.stack([world[index] for world in tables])).to(pictures_BCHW.device)
         pictures_BCHW = _paint_layer(pictures_BCHW, levels_BHW, table, cell)
     return pictures_BCHW
 
@@ -115,15 +121,17 @@ def standing(landmarks: list[Landmark], levels_HW: Tensor) -> list[Landmark]:
     return [mark for mark in landmarks if levels_HW[int(mark.y), int(mark.x)] >= FIRST_LAND_LEVEL]
 
 
-def _cell_table(worlds: list[list[Landmark]], cell: int) -> Tensor:
-    """Per world and cell: radius (0 when empty), x, y, kind, colour."""
-    cells = WORLD_SIZE // cell
-    table = np.zeros((len(worlds), cells, cells, 5), dtype=np.float32)
-    for index, landmarks in enumerate(worlds):
+def cell_tables(layers: list[list[Landmark]]) -> Tables:
+    """For each layer and cell of a world: radius (0 when empty), x, y, kind, colour."""
+    tables = []
+    for (cell, _, _), landmarks in zip(LAYERS, layers, strict=True):
+        cells = WORLD_SIZE // cell
+        table = np.zeros((cells, cells, 5), dtype=np.float32)
         for mark in landmarks:
-            row = table[index, int(mark.y // cell), int(mark.x // cell)]
+            row = table[int(mark.y // cell), int(mark.x // cell)]
             row[:] = (mark.radius, mark.x, mark.y, mark.species.kind, mark.species.colour)
-    return torch.from_numpy(table)
+        tables.append(table)
+    return tuple(tables)
 
 
 def _paint_layer(pictures: Tensor, levels: Tensor, table: Tensor, cell: int) -> Tensor:
@@ -154,7 +162,7 @@ def signed_distances(u: Tensor, v: Tensor, kind: Tensor) -> tuple[Tensor, Tensor
 
     Args:
         u, v: Place relative to the middle of the landmark, in parts of its radius; v grows downwards.
-        kind: Index into `KINDS` of the landmark that owns the pixel.
+        kind: Index into `NOUNS` of the landmark that owns the pixel.
     """
     au, av, d = u.abs(), v.abs(), (u * u + v * v).sqrt()
     none = torch.full_like(u, -1.0)
@@ -206,13 +214,13 @@ def _colour_table(device: torch.device) -> Tensor:
 
 
 def paint_movers(
-    frames_BFCHW: Tensor, origins_BFX: Tensor, times_BF: Tensor, movers: list[tuple[Mover, ...]]
+    frames_BFCHW: Tensor, origins_BF2: Tensor, times_BF: Tensor, movers: list[tuple[Mover, ...]]
 ) -> Tensor:
     """Paint what flies over the views.
 
     Args:
         frames_BFCHW: Views of B worlds at F video frames, RGB in [0, 1].
-        origins_BFX: World pixel of each view's top left corner, (x, y).
+        origins_BF2: World pixel of each view's top left corner, (x, y).
         times_BF: Video frame index of each view, which says where a mover is.
         movers: Those of each world; worlds may have different numbers of them.
     """
@@ -225,8 +233,8 @@ def paint_movers(
         owners = [b for b, flock in enumerate(movers) if len(flock) > index]
         flock = [movers[b][index] for b in owners]
         at = frames_BFCHW.new_tensor([mover.start + mover.velocity for mover in flock])
-        place = at[:, None, :2] + at[:, None, 2:] * times_BF[owners][..., None] - origins_BFX[owners]
-        place = (place + 64) % WORLD_SIZE - 64  # a mover that leaves the world comes in on the other side
+        place = at[:, None, :2] + at[:, None, 2:] * times_BF[owners][..., None] - origins_BF2[owners]
+        place = (place + MOVER_PERIOD / 4) % MOVER_PERIOD - MOVER_PERIOD / 4
         u = (column - place[..., 0, None])[:, :, None, :]
         v = (row - place[..., 1, None])[:, :, :, None]
         body = _mover_distance(u, v, [mover.kind for mover in flock], times_BF[owners])

@@ -1,0 +1,207 @@
+"""What the bundled model can do, measured on held-out worlds: memory, sharpness of new land, drift, following prompts.
+
+Used by the training stages to see where they stand and by `tests/bench/world_model.py` for the published table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from workers.denoise import make_schedule
+from workers.model.text_encoder import tokenize
+from workers.model.vae import VideoVAE
+from workers.quality.reference import psnr_db, sharpness, ssim
+from workers.quality.revisit import plan_revisit
+from workers.training.fast_rollout import FastRollout, Visible, sees_all, sees_none, sees_window
+from workers.training.sequence import WorldModel
+from workers.training.vae_train import HELD_OUT_SEED
+from workers.worlds.camera import CameraMove
+from workers.worlds.captions import write_caption
+from workers.worlds.clips import (
+    VIEW_SIZE,
+    Difficulty,
+    Worlds,
+    build_worlds,
+    draw_path,
+    draw_spec,
+    render_views,
+)
+from workers.worlds.terrain import WORLD_SIZE
+
+STILL_AIR = Difficulty(max_movers=0, mover_share=0.0)
+"""Without movers: a place looks the same when it is seen again."""
+
+POLICIES: dict[str, Visible] = {"full": sees_all, "window": sees_window, "none": sees_none}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How chunks are made while measuring."""
+
+    num_steps: int = 4
+    shift: float = 3.0
+    guidance: float = 1.0
+    renoise: bool = False
+
+
+@dataclass
+class Revisit:
+    """Returned views of n worlds, per policy ("vae" is what the VAE alone makes of the truth)."""
+
+    psnr: dict[str, Tensor] = field(default_factory=dict)
+    ssim: dict[str, Tensor] = field(default_factory=dict)
+    first_view_psnr: dict[str, Tensor] = field(default_factory=dict)
+    pictures: dict[str, Tensor] = field(default_factory=dict)
+    """The middle frame of each returned view, [n, 3, 128, 128]."""
+
+
+class Laboratory:
+    """The model, the VAE and held-out worlds.
+
+    Args:
+        model: In evaluation, not compiled.
+        vae: In evaluation.
+        device: Of both.
+    """
+
+    def __init__(self, model: WorldModel, vae: VideoVAE, device: torch.device) -> None:
+        self.model, self.vae, self.device = model, vae, device
+        self.chunk = model.backbone.chunk_latent_frames
+
+    def prompts(self, captions: list[str]) -> list:  # type: ignore[type-arg]
+        """Cross-attention keys of captions."""
+        rows, num_tokens = tokenize(captions, self.model.backbone)
+        with torch.no_grad():
+            return self.model.prompt_keys(rows.to(self.device), num_tokens.to(self.device))
+
+    @torch.no_grad()
+    def encode(self, worlds: Worlds, positions_BF2: Tensor) -> Tensor:
+        """True latents along paths, a stretch at a time."""
+        parts = []
+        for start in range(0, positions_BF2.shape[1], 192):
+            views = render_views(worlds.pictures_BCHW, positions_BF2[:, start : start + 192])
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+                parts.append(self.vae.encode(views).float())
+        return torch.cat(parts, 1)
+
+    @torch.no_grad()
+    def decode(self, latents_BTCHW: Tensor, previous: Tensor | None = None) -> Tensor:
+        """Frames of latents, float32."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            return self.vae.decode(latents_BTCHW, previous).float()
+
+    @torch.no_grad()
+    def revisit(self, distance: int, num: int, sampling: Sampling, *, form: str, policies: tuple[str, ...]) -> Revisit:
+        """Leave a place and return to it.
+
+        Args:
+            distance: Latent frames away.
+            num: Worlds.
+            sampling: How the returned chunk (in a rollout: every chunk after the place) is made.
+            form: "cut" (true frames, hard cut back), "shifted" (the same, displaced by up to 16 pixels) or "rollout".
+            policies: Which histories to compare.
+        """
+        seeds = [HELD_OUT_SEED + 7000 + index for index in range(num)]
+        specs = [draw_spec(seed, STILL_AIR) for seed in seeds]
+        rng = np.random.default_rng(distance)
+        shift = 16 if form == "shifted" else 0
+        paths = [plan_revisit(distance, rng, WORLD_SIZE, VIEW_SIZE, cut=form != "rollout", shift=shift) for _ in seeds]
+        captions = [write_caption(spec.scene, CameraMove("wander", 0, 2.0), rng) for spec in specs]
+        positions = torch.from_numpy(np.stack([path.positions_F2 for path in paths])).to(self.device)
+        latents, true = [], []
+        for start in range(0, num, 8):
+            worlds = build_worlds(specs[start : start + 8], self.device)
+            latents.append(self.encode(worlds, positions[start : start + 8]))
+            true.append(render_views(worlds.pictures_BCHW, positions[start : start + 8, -12:]))
+        truth, z = torch.cat(true), torch.cat(latents)
+        camera = positions.unflatten(1, (-1, 4)) + 512
+        times = torch.arange(z.shape[1], device=self.device, dtype=torch.float32).expand(num, -1)
+        free = paths[0].first_free_latent_frame // self.chunk if form == "rollout" else z.shape[1] // self.chunk - 1
+        result = Revisit()
+        self._keep(result, "vae", self.decode(z[:, -3:], z[:, -4]), truth, None)
+        keys = self.prompts(captions)
+        for name in policies:
+            rollout = FastRollout(self.model, camera, times, keys, POLICIES[name])
+            made = self.run(rollout, z, free, sampling, seed=distance)
+            self._keep(result, name, self.decode(made[:, -3:], made[:, -4]), truth, None)
+            del rollout
+        result.pictures["true"] = truth[:, 6].cpu()
+        return result
+
+    def run(
+        self,
+        rollout: FastRollout,
+        given: Tensor,
+        first_free: int,
+        sampling: Sampling,
+        *,
+        seed: int,
+        empty: list | None = None,  # type: ignore[type-arg]
+    ) -> Tensor:
+        """Latents of a rollout whose chunks before ``first_free`` are given."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        schedule = make_schedule(sampling.num_steps, sampling.shift)
+        chunks = rollout.times.shape[1] // self.chunk
+        made = []
+        for index in range(chunks):
+            if index < first_free:
+                latents = given[:, index * self.chunk : (index + 1) * self.chunk]
+            else:
+                latents = rollout.denoise(
+                    index,
+                    schedule,
+                    generator,
+                    renoise=sampling.renoise,
+                    guidance=sampling.guidance,
+                    empty=empty,
+                )
+            made.append(latents)
+            if index + 1 < chunks:
+                rollout.write(index, latents)
+        return torch.cat(made, 1)
+
+    def _keep(self, result: Revisit, name: str, frames: Tensor, truth: Tensor, first: Tensor | None) -> None:
+        result.psnr[name] = psnr_db(frames, truth).cpu()
+        flat = (frames.flatten(0, 1), truth.flatten(0, 1))
+        result.ssim[name] = ssim(*flat).view(len(frames), -1).mean(1).cpu()
+        result.pictures[name] = frames[:, 6].cpu()
+        if first is not None:
+            result.first_view_psnr[name] = psnr_db(frames, first).cpu()
+
+    @torch.no_grad()
+    def explore(
+        self, num: int, chunks: int, sampling: Sampling, visible: Visible = sees_all, first_seed: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+        """Pans over never-seen land, from noise alone.
+
+        Returns:
+            Generated frames, true frames of the worlds that the captions describe, the same through the VAE
+            ([num, F, 3, 128, 128] each, on the CPU when long), and the captions.
+        """
+        rng = np.random.default_rng(first_seed + 5)
+        specs = [draw_spec(HELD_OUT_SEED + 9000 + first_seed + index, STILL_AIR) for index in range(num)]
+        moves = [CameraMove("pan", index % 8, 2.0) for index in range(num)]
+        captions = [write_caption(spec.scene, move, rng) for spec, move in zip(specs, moves, strict=True)]
+        paths: list[NDArray[np.float32]] = [draw_path(move, chunks * 12, rng) for move in moves]
+        positions = torch.from_numpy(np.stack(paths)).to(self.device)
+        true, coded = [], []
+        for start in range(0, num, 8):
+            worlds = build_worlds(specs[start : start + 8], self.device)
+            views = render_views(worlds.pictures_BCHW, positions[start : start + 8])
+            true.append(views)
+            coded.append(self.decode(self.encode(worlds, positions[start : start + 8])))
+        keys, empty = self.prompts(captions), self.prompts([""] * num)
+        times = torch.arange(chunks * self.chunk, device=self.device, dtype=torch.float32).expand(num, -1)
+        rollout = FastRollout(self.model, positions.unflatten(1, (-1, 4)) + 512, times, keys, visible)
+        latents = self.run(rollout, torch.zeros(0), 0, sampling, seed=first_seed, empty=empty)
+        return self.decode(latents), torch.cat(true), torch.cat(coded), captions
+
+
+def sharpness_ratio(made: Tensor, true: Tensor) -> float:
+    """Mean sharpness of generated frames over that of true ones."""
+    return (sharpness(made.flatten(0, 1)).mean() / sharpness(true.flatten(0, 1)).mean()).item()
