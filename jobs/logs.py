@@ -7,8 +7,12 @@ import logging
 import sys
 from datetime import UTC, datetime
 
-FIELDS = ("job_id", "shard", "task_id", "item_id", "attempt", "epoch", "actor_id", "node_id")
-"""What `extra=` may carry; other attributes of a record are not written."""
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+def facts_of(record: logging.LogRecord) -> dict[str, object]:
+    """What a line was given with `extra=`: task, item, shard, attempt, actor, node, why ..."""
+    return {name: value for name, value in vars(record).items() if name not in _STANDARD}
 
 
 class JsonFormatter(logging.Formatter):
@@ -26,8 +30,8 @@ class JsonFormatter(logging.Formatter):
             "message": record.getMessage(),
         }
         if self._job_id:
-            line["job_id"] = self._job_id
-        line |= {name: getattr(record, name) for name in FIELDS if hasattr(record, name)}
+            line["job"] = self._job_id
+        line |= facts_of(record)
         if record.exc_info:
             line["trace"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False, default=str)
@@ -37,7 +41,7 @@ class TextFormatter(logging.Formatter):
     """`22:00:01 WARNING message [task x, attempt y]`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        facts = ", ".join(f"{name} {getattr(record, name)}" for name in FIELDS if hasattr(record, name))
+        facts = ", ".join(f"{name} {value}" for name, value in facts_of(record).items())
         text = (
             f"{datetime.fromtimestamp(record.created).astimezone():%H:%M:%S} {record.levelname} {record.getMessage()}"
         )

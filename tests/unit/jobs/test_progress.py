@@ -9,7 +9,7 @@ import logging
 import pytest
 from rich.console import Console
 
-from jobs.logs import JsonFormatter
+from jobs.logs import JsonFormatter, TextFormatter
 from jobs.progress import FrameRate, JobProgress, LineDisplay, draw, duration_text
 from jobs.view import ActorView
 from tests.fakes import ManualClock
@@ -88,6 +88,8 @@ def test_durations_read_well(seconds: float | None, text: str) -> None:
 
 def test_json_lines_carry_job_item_and_attempt() -> None:
     record = logging.LogRecord("jobs.driver", logging.WARNING, "f", 1, "lost %s", ("it",), None)
-    record.task_id, record.attempt = "a-0", "e1a2"
+    record.item, record.shard, record.attempt = "a", 3, "e1a2"
     line = json.loads(JsonFormatter("night").format(record))
-    assert (line["job_id"], line["task_id"], line["attempt"], line["message"]) == ("night", "a-0", "e1a2", "lost it")
+    assert (line["job"], line["item"], line["shard"], line["attempt"]) == ("night", "a", 3, "e1a2")
+    assert (line["message"], line["level"]) == ("lost it", "warning")
+    assert TextFormatter().format(record).endswith("WARNING lost it [item a, shard 3, attempt e1a2]")
