@@ -17,6 +17,9 @@ from jobs.spec import JobSpec
 from workers.actor import RenderActor
 from workers.task import RenderSetup
 
+HEARTBEAT_S = 2.0
+"""How old the frame counts of a display may be; a question costs an actor next to nothing."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -51,7 +54,11 @@ class Ground:
         setup = RenderSetup(
             job_id=spec.job_id, config=spec.render, store_url=self._store_url, num_threads=spec.actors.threads
         )
-        settings = PoolSettings(max_in_flight=spec.actors.in_flight, load_timeout_s=spec.limits.load_timeout_s)
+        settings = PoolSettings(
+            max_in_flight=spec.actors.in_flight,
+            heartbeat_s=HEARTBEAT_S,
+            load_timeout_s=spec.limits.load_timeout_s,
+        )
         return ActorPool(RenderActor, setup, self._sizing.resources, settings)
 
 

@@ -180,7 +180,9 @@ def draw(progress: JobProgress, rate: FrameRate) -> Group:
         )
     if hidden > 0:
         table.add_row(Text(f"and {hidden} more", style="dim"))
-    return Group(Text(progress_line(progress, rate)), bar, table)
+    line = Table.grid(expand=True)  # a bare bar would not end its line
+    line.add_row(bar)
+    return Group(Text(progress_line(progress, rate)), line, table)
 
 
 def make_display(*, json_logs: bool = False, interval_s: float = LINE_INTERVAL_S) -> ProgressDisplay:

@@ -74,9 +74,8 @@ def test_the_terminal_shows_a_line_per_actor() -> None:
     )
     console = Console(file=io.StringIO(), width=120, record=True)
     console.print(draw(progress(48, actors=actors), FrameRate()))
-    text = console.export_text()
-    assert "actor-1  running  lagoon-0  48/96 frames  300 MB" in text
-    assert "actor-2  loading" in text
+    lines = [" ".join(line.split()) for line in console.export_text().splitlines()]
+    assert lines[-2:] == ["actor-1 running lagoon-0 48/96 frames 300 MB", "actor-2 loading"]
 
 
 @pytest.mark.parametrize(
