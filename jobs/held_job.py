@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cluster.object_store import ObjectStore
+from jobs.errors import LeaseLost
 from jobs.journal import EntryKind, JournalWriter, encode_row
 from jobs.lease import Clock, Lease, Owner, acquire
 from jobs.manifest import CommittedRow
@@ -114,4 +115,6 @@ def take_job(
     """
     lease = acquire(store, owner, clock=clock, ttl_s=ttl_s, takeover=takeover, min_epoch=replay.max_epoch + 1)
     replay.catch_up()
+    if replay.max_epoch >= lease.epoch:  # a successor has begun while we stood still between lease and journal
+        raise LeaseLost(f"epoch {replay.max_epoch} has begun before ours, {lease.epoch}")
     return HeldJob(store, replay, lease)
