@@ -65,6 +65,11 @@ class RayCluster:
     def is_ours(self) -> bool:
         return self.temp_folder is not None
 
+    def resources(self) -> dict[str, float]:
+        """What all nodes together offer now, by Ray's names: CPU, GPU, memory ..."""
+        total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        return total
+
     def close(self, *, keep_logs: bool = False) -> None:
         """Disconnect; end a cluster of ours and remove its folder, unless its logs are wanted."""
         ray.shutdown()

@@ -31,6 +31,7 @@ ACCESS_KEY, SECRET_KEY = "test", "testsecret"
 CEPH_PROGRAMS = ("radosgw", "radosgw-admin", "ceph-mon", "ceph-osd", "monmaptool", "ceph")
 CEPH_MARKS = [
     pytest.mark.ceph,
+    pytest.mark.slow,  # 13 s to come up, and 600 MB, in each process that runs tests
     pytest.mark.skipif(not all(map(shutil.which, CEPH_PROGRAMS)), reason="radosgw is not installed"),
 ]
 

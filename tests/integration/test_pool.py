@@ -17,7 +17,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from cluster.errors import ActorLoadFailed, ActorLost
+from cluster.errors import ActorLoadFailed, ActorLost, ActorOutOfMemory
 from cluster.pool import (
     ActorGone,
     ActorLoadFailure,
@@ -237,6 +237,14 @@ def test_stop_does_not_wait_for_a_hanging_worker(listen: Start) -> None:
     wait_until_dead(ear.pid(actor))
 
 
+def test_whole_gpus_are_given_to_one_actor_each(listen: Start) -> None:
+    ear = listen(resources=ONE_GPU)
+    ear.ready(ear.pool.spawn(), ear.pool.spawn())
+    assert len({event.node_id for event in ear.of(ActorReady)}) == 2
+    assert [event.info["gpus"] for event in ear.of(ActorReady)] == ["0", "0"]
+    assert all(0 < event.load_s < 60 for event in ear.of(ActorReady))
+
+
 def test_avoided_nodes_get_no_actor(listen: Start) -> None:
     ear = listen(resources=ActorResources(num_gpus=0.1, num_cpus=0.1))
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
@@ -300,6 +308,21 @@ def test_the_zombie_of_a_killed_raylet_is_ended(two_nodes: Cluster, listen: Star
     assert gone.cause in ("node_lost", "unavailable", "crashed")
     assert gone.call_ids == ("a",)
     wait_until_dead(ear.pid(actor))
+    two_nodes.remove_node(node, allow_graceful=False)
+
+
+@pytest.mark.slow
+def test_an_actor_killed_for_memory_is_told_apart(two_nodes: Cluster, listen: Start) -> None:
+    """Ray's own memory monitor, made to believe that the node is full."""
+    node = two_nodes.add_node(
+        num_cpus=1, num_gpus=3, object_store_memory=80 << 20, env_vars={"RAY_memory_usage_threshold": "0.0001"}
+    )
+    ear = listen(resources=ActorResources(num_gpus=3, num_cpus=0.1))
+    actor = ear.pool.spawn()
+    ear.until(lambda _: bool(ear.of(ActorGone) + ear.of(ActorLoadFailure)), timeout_s=60)
+    failures = [event.error for event in ear.of(ActorLoadFailure)]
+    causes = [event.cause for event in ear.of(ActorGone)]
+    assert causes == ["out_of_memory"] or isinstance(failures[0], ActorOutOfMemory), (actor, causes, failures)
     two_nodes.remove_node(node, allow_graceful=False)
 
 

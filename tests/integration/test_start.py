@@ -38,7 +38,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
-def test_a_local_cluster_keeps_to_its_own_folder(home: Path) -> None:
+def test_a_local_cluster_keeps_to_its_own_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_metrics_report_interval_ms", "500")
     with connect(local=LocalSize(num_cpus=1, num_gpus=3)) as cluster:
         folder = cluster.temp_folder
         assert cluster.is_ours
@@ -47,7 +48,7 @@ def test_a_local_cluster_keeps_to_its_own_folder(home: Path) -> None:
         token = folder / "token"
         assert stat.S_IMODE(token.stat().st_mode) == 0o600
         assert len(token.read_text()) == 64
-        assert ray.cluster_resources()["GPU"] == 3
+        assert cluster.resources()["GPU"] == 3
         assert os.environ["RAY_AUTH_MODE"] == "token"
         check_metrics_are_exported()
     assert list(home.iterdir()) == []
@@ -129,6 +130,7 @@ def ray_head() -> Iterator[tuple[str, str]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_a_users_head_takes_jobs_and_drivers_with_its_token_only(home: Path) -> None:
     with private_token(home), ray_head() as (address, api):
