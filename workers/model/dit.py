@@ -216,6 +216,10 @@ class CausalDiT(nn.Module):
         self._run_layer = torch.compile(_run_layer, dynamic=False)
         self._is_compiled = True
 
+    def share_compiled(self, other: CausalDiT) -> None:
+        """Run the function that another model of the same sizes has compiled, instead of compiling once more."""
+        self._run_layer, self._is_compiled = other._run_layer, other._is_compiled
+
     def embed_control(self, control_BTCHW: Tensor) -> Tensor:
         """Control maps on the latent grid as tokens, to be added in `forward`; once per chunk is enough."""
         return _embed_patches(control_BTCHW.to(self.dtype), self.control_embedding)
