@@ -15,6 +15,7 @@ from jobs.held_job import HeldJob
 from jobs.journal import RETRY_THESE
 from jobs.lease import Clock
 from jobs.limits import Limits
+from jobs.observer import ChunkMetricsWriter
 from jobs.rows import Row
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class Committer:
     def __init__(self, job: HeldJob, limits: Limits, clock: Clock) -> None:
         self._job = job
         self.limits = limits
+        self.metrics = ChunkMetricsWriter(job.lease.store, job.epoch)
         self._clock = clock
         self._rows: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="committer", daemon=True)
@@ -89,9 +91,11 @@ class Committer:
             while self._commit_next():
                 if self._is_flush_due():
                     self._persist(self._job.publish)
+                    self.metrics.publish()
                     self._published_at = self._clock.monotonic()
             if self.error is None:
                 self._persist(self._job.finish)
+                self.metrics.publish()
         except Exception as error:  # the thread's outermost call: the loop raises it where it can act
             self.error = self.error or error
 

@@ -162,6 +162,9 @@ class Loop:
             result = command.result
             self.run_frames += result.num_frames
             self._video_s += result.num_frames / result.fps
+            self._committer.metrics.add(result, command.attempt.node_id)
+            if self._inputs.on_result is not None:
+                self._inputs.on_result(result)
             self._committer.submit(success_row(facts, command.task, result, command.attempt, now))
             return
         logger.warning("task given up", extra={"task": command.task.task_id, "kind": command.kind})
@@ -183,6 +186,7 @@ class Loop:
             num_queued=len(state.queue),
             has_read_all=self._has_read_all,
             num_uncommitted=self._committer.num_waiting,
+            num_preemptions=state.num_preemptions,
             run_succeeded=state.num_succeeded,
             run_frames=self.run_frames,
             run_video_s=self._video_s,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from jobs.prompt_row import Rejected
 from jobs.replay import Replay
 from jobs.rows import JobFacts, rejected_id
 from jobs.shards import PlannedTask
+from workers.task import RenderResult
 
 EXIT_DONE, EXIT_ITEMS_FAILED, EXIT_STOPPED = 0, 3, 4
 SourceRow = PlannedTask | Rejected
@@ -30,6 +31,8 @@ class JobInputs:
     """So many failed or rejected items still count as success."""
     card: dict[str, str] = field(default_factory=dict)
     """Lines of the table in the job's README.md."""
+    on_result: Callable[[RenderResult], None] | None = None
+    """Told of every finished take, from the loop's thread; must be quick."""
 
 
 @dataclass(frozen=True)

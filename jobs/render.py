@@ -11,13 +11,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow.compute as pc
 
 from cluster.errors import StoreError
 from cluster.object_store import ObjectStore
 from cluster.start import ray_job_id
+from cluster.telemetry import Telemetry
 from jobs.commit import MANIFEST, PartSeries
 from jobs.driver import Driver
 from jobs.flags import arguments_of
@@ -25,9 +26,10 @@ from jobs.ground import open_ground
 from jobs.job_record import begin_record, code_version, note_run
 from jobs.lease import Owner, read_holder
 from jobs.logs import set_up_logging
+from jobs.observer import TelemetryFeed
 from jobs.outcome import EXIT_ITEMS_FAILED, JobInputs, Outcome, id_of
 from jobs.preflight import Preflight, check_before_start
-from jobs.progress import JobProgress, make_display
+from jobs.progress import FrameRate, JobProgress, make_display
 from jobs.prompt_row import Rejected
 from jobs.prompts import read_prompts
 from jobs.replay import Replay
@@ -99,12 +101,17 @@ def _run(spec: JobSpec, found: Preflight, options: RunOptions) -> Outcome:
             open_ground(spec, found.store.url, num_tasks=found.scan.num_tasks, start_now=has_work)
         )
         display = stack.enter_context(closing(make_display(json_logs=options.json_logs)))
+        telemetry = stack.enter_context(closing(Telemetry(job=spec.job_id, model=spec.render.backbone.name)))
+        feed, rate = TelemetryFeed(telemetry, spec.pricing.usd_per_gpu_hour), FrameRate()
 
         def show(view: JobView) -> None:
-            display.update(_progress(view, spec, found, frames_before))
+            progress = _progress(view, spec, found, frames_before)
+            display.update(progress)
+            rate.add(progress.frames_done)
+            feed.show(view, found.scan.num_tasks, rate.eta_s(progress))
 
         driver = Driver(
-            _inputs(spec, found),
+            replace(_inputs(spec, found), on_result=feed.finished),
             found.store,
             ground.open_pool,
             ground.limits,

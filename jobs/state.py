@@ -67,6 +67,7 @@ class JobState:
         self.queue = Dispatcher(limits)
         self.open: dict[str, OpenTask] = {}
         self.num_succeeded = 0
+        self.num_preemptions = 0
         self.breaker = CircuitBreaker(limits)
         self.is_finished = False
         self._policy = RetryPolicy(limits, seed)
@@ -303,6 +304,7 @@ class JobState:
         if actor is None:
             return
         tasks = list(actor.tasks())
+        self.num_preemptions += actor.doom is None and event.cause in PREEMPTED
         lost_s = self.account.gone(event.actor_id, now, "failed" if actor.doom == "timeout" else "redone")
         if (not actor.is_ready or not tasks) and (actor.doom == "load_timeout" or event.cause not in PREEMPTED):
             self._count_load_failure(event.detail, now)

@@ -35,6 +35,8 @@ class JobView:
     has_read_all: bool
     """Has the whole prompt list been read? Then queued + running is all that is left."""
     num_uncommitted: int
+    num_preemptions: int
+    """Actors lost in this run with their node, or taken away."""
     run_succeeded: int
     run_frames: int
     run_video_s: float

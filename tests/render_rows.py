@@ -6,7 +6,7 @@ from typing import Any
 
 from jobs.rows import AttemptFacts, JobFacts, Row, failure_row, success_row
 from jobs.shards import PlannedTask, video_key
-from workers.task import (
+from workers.task import (, ChunkMetrics
     ActorInfo,
     PromptSegment,
     QualityScores,
@@ -85,6 +85,7 @@ def result_of(task: RenderTask, **changes: Any) -> RenderResult:
         "peak_gpu_bytes": 0,
         "peak_rss_bytes": 1 << 28,
         "quality": QualityScores(mean_luma=0.5),
+        "chunks": (ChunkMetrics(chunk_index=0, seconds=1.0, kv_bytes=4096, density=1.0),),
         "started_at": "2026-11-23T21:59:00+00:00",
         "finished_at": "2026-11-23T21:59:02.5+00:00",
     }
