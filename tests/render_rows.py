@@ -6,8 +6,9 @@ from typing import Any
 
 from jobs.rows import AttemptFacts, JobFacts, Row, failure_row, success_row
 from jobs.shards import PlannedTask, video_key
-from workers.task import (, ChunkMetrics
+from workers.task import (
     ActorInfo,
+    ChunkMetrics,
     PromptSegment,
     QualityScores,
     RenderFailure,
