@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from cluster.capacity import Capacity, capacity
 from cluster.pool import ActorResources, Pool
 from cluster.ray_pool import ActorPool, PoolSettings
 from cluster.start import LocalSize, connect
@@ -21,6 +21,26 @@ HEARTBEAT_S = 2.0
 """How old the frame counts of a display may be; a question costs an actor next to nothing."""
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Room:
+    """Sums over all nodes of a cluster that are up now; an autoscaler may add more."""
+
+    num_gpus: float
+    num_cpus: float
+
+    @classmethod
+    def of(cls, resources: Mapping[str, float]) -> Room:
+        """From Ray's names."""
+        return cls(resources.get("GPU", 0.0), resources.get("CPU", 0.0))
+
+    def fits(self, actor: ActorResources) -> int:
+        """How many such actors find room, if nodes could be cut as one wishes; 0 when not even one does."""
+        counts = [math.floor(self.num_cpus / actor.num_cpus + 1e-9)]
+        if actor.num_gpus:
+            counts.append(math.floor(self.num_gpus / actor.num_gpus + 1e-9))
+        return min(counts)
 
 
 @dataclass(frozen=True)
@@ -75,7 +95,7 @@ def open_ground(spec: JobSpec, store_url: str, *, num_tasks: int, start_now: boo
         ClusterUnreachable: There is no cluster at the address.
     """
     with ExitStack() as stack:
-        found = _connect(spec, stack) if start_now else Capacity(0, 1)
+        found = _connect(spec, stack) if start_now else Room(0, 1)
         sizing = size_fleet(spec, found, num_tasks)
         if start_now and found.fits(sizing.resources) < sizing.num_actors:
             room = found.fits(sizing.resources)
@@ -83,7 +103,7 @@ def open_ground(spec: JobSpec, store_url: str, *, num_tasks: int, start_now: boo
         yield Ground(spec, store_url, sizing, stack, is_up=start_now)
 
 
-def size_fleet(spec: JobSpec, found: Capacity, num_tasks: int) -> Sizing:
+def size_fleet(spec: JobSpec, found: Room, num_tasks: int) -> Sizing:
     """How many actors a job gets: what the spec says, else what the cluster has room for. Pure."""
     part = spec.actors
     gpus = part.gpus_per_actor
@@ -100,11 +120,11 @@ def limits_of(spec: JobSpec, num_actors: int) -> Limits:
     return Limits(num_actors=num_actors, in_flight=spec.actors.in_flight, **shared)
 
 
-def _connect(spec: JobSpec, stack: ExitStack) -> Capacity:
+def _connect(spec: JobSpec, stack: ExitStack) -> Room:
     count, part = spec.actors.count, spec.actors
     local = None
     if isinstance(count, int) and not part.gpus_per_actor:
         # A local cluster of ours gives every actor asked for a place, even on fewer cores.
         local = LocalSize(num_cpus=max(count * part.cpus_per_actor, float(os.cpu_count() or 1)))
-    stack.enter_context(connect(spec.cluster.address, local=local))
-    return capacity()
+    cluster = stack.enter_context(connect(spec.cluster.address, local=local))
+    return Room.of(cluster.resources())
