@@ -66,7 +66,7 @@ class LocalStore:
 
         The bytes go to the device before the name exists, so a reader after a power cut finds all of them or no key.
         Flushing them without their metadata and then one fsync for metadata and name costs one journal commit
-        instead of two (ext4: about 3,000 writes/s of 1 KB against 2,000).
+        instead of two (bare loop on ext4, 1 KB: 3,300-3,700 writes/s against 2,500).
         """
         path = self._path(key)
         with _translated(self.url, key):
