@@ -6,7 +6,7 @@ Needs the store alone: no cluster, no driver, no model.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,10 +90,16 @@ def follow(
             time.sleep(poll_s)
 
 
-def committed_rows(store: ObjectStore) -> Iterator[dict[str, Any]]:
-    """Every succeeded row as it stands now, published or not, as Python values."""
-    for new in _Follower(store, None).read_new():
-        for batch in new.table.to_batches(MAX_BATCH_ROWS):
+def committed_tables(store: ObjectStore, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """Every succeeded row as it stands now, published or not; all columns, or those of ours that are named."""
+    for new in _Follower(store, None, columns).read_new():
+        yield new.table
+
+
+def committed_rows(store: ObjectStore, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The same, row by row as Python values."""
+    for table in committed_tables(store, columns):
+        for batch in table.to_batches(MAX_BATCH_ROWS):
             yield from batch.to_pylist()
 
 
@@ -103,8 +109,9 @@ class _Follower:
     Invariant: every succeeded row with commit_seq <= `_seq` has been handed out, and none above it.
     """
 
-    def __init__(self, store: ObjectStore, cursor: str | None) -> None:
+    def __init__(self, store: ObjectStore, cursor: str | None, columns: Sequence[str] | None = None) -> None:
         self.store = store
+        self._columns = None if columns is None else list(dict.fromkeys([*columns, "commit_seq"]))
         self._types: dict[str, pa.DataType] = {}
         self._seq, self._num_parts = _read_cursor(cursor)
 
@@ -123,7 +130,7 @@ class _Follower:
             head = read_head(data)
             self._types = head.user_types
             self._num_parts += 1
-            table = read_part(data).filter(pc.field("commit_seq") > self._seq).sort_by("commit_seq")
+            table = read_part(data, self._columns).filter(pc.field("commit_seq") > self._seq).sort_by("commit_seq")
             self._seq = max(self._seq, head.last_seq)
             if table.num_rows:
                 yield NewRows(table.replace_schema_metadata(None), self._cursor())
@@ -143,7 +150,7 @@ class _Follower:
 
     def _batch(self, rows: list[CommittedRow], last_seq: int) -> NewRows:
         head = PartHead("", len(rows), self._seq + 1, last_seq, 0, self._types)
-        table = read_part(build_part(rows, head)).sort_by("commit_seq").replace_schema_metadata(None)
+        table = read_part(build_part(rows, head), self._columns).sort_by("commit_seq").replace_schema_metadata(None)
         self._seq = last_seq
         return NewRows(table, self._cursor())
 

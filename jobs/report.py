@@ -11,8 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from cluster.object_store import ObjectStore, open_store
-from jobs.consume import committed_rows
+from jobs.consume import committed_tables
 from jobs.progress import duration_text
 from jobs.prompt_row import segments_of
 from jobs.quarantine import read_quarantine
@@ -23,6 +26,8 @@ from workers.video.contact_sheet import make_contact_sheet
 SHEET_KEY = "report/contact-sheet.png"
 MAX_SHEET_TAKES = 24
 MAX_EXAMPLES = 3
+SUMMED = ("num_frames", "duration_s", "bytes", "gpu_seconds", "wasted_gpu_seconds", "usd")
+SHOWN = ("item_id", "sample_index", "prompt", "file_name")
 
 
 @dataclass(frozen=True)
@@ -67,15 +72,13 @@ def make_report(url: str | Path, *, with_sheet: bool = True) -> JobReport:
     totals: dict[str, float] = defaultdict(float)
     shown = _Sample(MAX_SHEET_TAKES)
     slowest: list[tuple[float, str]] = []
-    usd: float | None = None
-    for row in committed_rows(store):
-        totals["videos"] += 1
-        for column in ("num_frames", "duration_s", "bytes", "gpu_seconds", "wasted_gpu_seconds"):
-            totals[column] += row[column] or 0
-        usd = usd if row["usd"] is None else (usd or 0.0) + row["usd"]
-        task_id = f"{row['item_id']}-{row['sample_index']}"
-        slowest = sorted([*slowest, (row["gpu_seconds"] / row["num_frames"], task_id)], reverse=True)[:MAX_EXAMPLES]
-        shown.add(row)
+    for table in committed_tables(store, (*SUMMED, *SHOWN)):
+        totals["videos"] += table.num_rows
+        for column in SUMMED:
+            totals[column] += pc.sum(table[column]).as_py() or 0
+        totals["priced"] += table.num_rows - table["usd"].null_count
+        slowest = _slowest(table, slowest)
+        shown.add(table)
     result = status.last_result or {}
     busy = totals["gpu_seconds"]
     return JobReport(
@@ -86,7 +89,7 @@ def make_report(url: str | Path, *, with_sheet: bool = True) -> JobReport:
         num_bytes=int(totals["bytes"]),
         gpu_s=busy,
         wasted_gpu_s=totals["wasted_gpu_seconds"],
-        usd=usd,
+        usd=totals["usd"] if totals["priced"] else None,
         gpu_seconds_by_cause=result.get("gpu_seconds"),
         frames_per_gpu_s=totals["num_frames"] / busy if busy else None,
         slowest=tuple(f"{task_id}: {seconds * 1000:.1f} ms a frame" for seconds, task_id in slowest),
@@ -133,13 +136,27 @@ class _Sample:
         self._stride = 1
         self._seen = 0
 
-    def add(self, row: dict[str, Any]) -> None:
-        if self._seen % self._stride == 0:
-            self.rows.append(row)
-            if len(self.rows) > self._size:
+    def add(self, table: pa.Table) -> None:
+        """The next rows of the stream."""
+        index = -self._seen % self._stride
+        while index < table.num_rows:
+            self.rows += table.slice(index, 1).to_pylist()
+            index += self._stride
+            if len(self.rows) > self._size:  # keep every second one, and go on at twice the distance
                 self.rows = self.rows[::2]
                 self._stride *= 2
-        self._seen += 1
+                index += -(self._seen + index) % self._stride
+        self._seen += table.num_rows
+
+
+def _slowest(table: pa.Table, before: list[tuple[float, str]]) -> list[tuple[float, str]]:
+    """The takes that cost most per frame, of these rows and those found before."""
+    per_frame = pc.divide(table["gpu_seconds"], pc.cast(table["num_frames"], pa.float64()))
+    found = list(before)
+    for index in pc.sort_indices(per_frame, [("", "descending")])[:MAX_EXAMPLES].to_pylist():
+        name = f"{table['item_id'][index]}-{table['sample_index'][index]}"
+        found.append((per_frame[index].as_py(), name))
+    return sorted(found, reverse=True)[:MAX_EXAMPLES]
 
 
 def _failures(store: ObjectStore) -> tuple[FailureGroup, ...]:

@@ -30,6 +30,10 @@ logger = logging.getLogger(__name__)
 
 ProblemKind = Literal["missing", "size", "hash", "frames", "damaged", "duplicate", "pixels", "rerender"]
 MAX_LISTED = 1000
+COLUMNS = (
+    *("item_id", "sample_index", "file_name", "bytes", "sha256", "frames_sha256", "num_frames"),
+    *("prompt", "negative_prompt", "seed", "ladder", "model_revision"),
+)
 _ATTEMPT = re.compile(r"-e(\d+)a\d+(?:\.mp4|/)")
 
 
@@ -92,7 +96,7 @@ def verify(
     live_epoch = _live_epoch(store)  # before the rows: a driver that ends meanwhile stays protected
     named: set[bytes] = set()
     again: list[dict[str, Any]] = []
-    for row in committed_rows(store):
+    for row in committed_rows(store, COLUMNS):
         task_id = f"{row['item_id']}-{row['sample_index']}"
         report.num_videos += 1
         report.num_bytes += row["bytes"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from cluster.object_store import open_store
@@ -15,7 +17,7 @@ from jobs.errors import SpecChanged, SpecError
 from jobs.job_record import begin_record, check_same_pixels, read_spec
 from jobs.plan import make_plan
 from jobs.prompts import PromptScan
-from jobs.report import make_report, report_text
+from jobs.report import _Sample, make_report, report_text
 from jobs.spec_text import build_spec
 from jobs.status import read_status, wait_for_end
 from jobs.stop_request import is_stop_requested, request_stop
@@ -101,3 +103,17 @@ def test_plan_measures_its_speed_on_an_earlier_job_or_says_that_it_is_unknown(tm
     assert plan.num_bytes == pytest.approx(frames * 1000 / 8)
     assert any("another look" in note for note in plan.notes)
     assert asdict(plan)["rate_source"].startswith("measured on 4 videos")
+
+
+@pytest.mark.parametrize("sizes", [[5], [24], [25], [10, 100, 1000], [1] * 60])
+def test_a_sheet_shows_takes_spread_over_the_whole_job(sizes: list[int]) -> None:
+    sample, start = _Sample(24), 0
+    for size in sizes:
+        sample.add(pa.table({"n": range(start, start + size)}))
+        start += size
+    numbers = [row["n"] for row in sample.rows]
+    assert numbers == sorted(set(numbers))
+    assert numbers[0] == 0
+    assert min(start, 12) <= len(numbers) <= 24
+    assert start - numbers[-1] <= 2 * max(1, start // 12)
+    assert len({b - a for a, b in itertools.pairwise(numbers)}) <= 1
