@@ -14,6 +14,7 @@ from jobs.errors import SpecError
 from jobs.job_record import JOB_KEY, check_same_pixels
 from jobs.plan import check_model
 from jobs.prompts import PromptScan, scan_prompts
+from jobs.replay import Replay
 from jobs.spec import JobSpec
 
 WEIGHTS_CARD = "card.json"
@@ -26,6 +27,7 @@ class Preflight:
 
     store: ObjectStore
     scan: PromptScan
+    replay: Replay
 
 
 def check_before_start(spec: JobSpec, *, is_ray_job: bool) -> Preflight:
@@ -47,9 +49,10 @@ def check_before_start(spec: JobSpec, *, is_ray_job: bool) -> Preflight:
     record = _usable("out", lambda: read_json(store, JOB_KEY))
     if record is not None:
         check_same_pixels(record, spec, store.url)
-    scan = scan_prompts(spec.source, spec.task_defaults)
+    replay = Replay(store, spec.job_id)
+    scan = scan_prompts(spec.source, spec.task_defaults, is_settled=replay.ledger.is_settled)
     _usable("out", lambda: probe_conditional_writes(store))
-    return Preflight(store, scan)
+    return Preflight(store, scan, replay)
 
 
 def _refuse_relative(field: str, url: str) -> None:

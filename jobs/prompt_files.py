@@ -125,7 +125,7 @@ def _jsonl_rows(file: BinaryIO, label: str) -> Iterator[RawRow]:
 
 def _json_row(text: str) -> dict[str, Any] | RowError:
     try:
-        row = json.loads(text, object_pairs_hook=_unique_fields)
+        row = _DECODER.decode(text)
     except RowError as error:
         return error
     except json.JSONDecodeError as error:
@@ -142,6 +142,9 @@ def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) < len(pairs):
         raise RowError("bad_json", "a field stands twice in one object")
     return fields
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_fields)
 
 
 def _csv_rows(file: BinaryIO, label: str) -> Iterator[RawRow]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,8 @@ from jobs.errors import PromptsError
 from jobs.id_set import IdSet
 from jobs.prompt_files import Format, format_of, raw_rows
 from jobs.prompt_row import MAX_ID_CHARS, Prompt, Rejected, RowError, RowLimits, Scalar, read_row
-from jobs.shards import TaskDefaults
+from jobs.rows import rejected_id
+from jobs.shards import TaskDefaults, task_id_at
 
 ColumnType = Literal["bool", "int64", "float64", "string"]
 MAX_EXTRA_COLUMNS = 256
@@ -53,6 +54,8 @@ class PromptScan:
     columns: Mapping[str, ColumnType] = field(default_factory=dict)
     sha256: str = ""
     longest_frames: int = 0
+    num_open: int = 0
+    """Tasks and rejected lines that the job's record does not know yet."""
 
     @property
     def num_rejected(self) -> int:
@@ -80,20 +83,32 @@ def read_prompts(source: PromptSource, seen: IdSet | None = None) -> Iterator[Pr
             yield row
 
 
-def scan_prompts(source: PromptSource, defaults: TaskDefaults, *, num_examples: int = 20) -> PromptScan:
+def scan_prompts(
+    source: PromptSource,
+    defaults: TaskDefaults,
+    *,
+    is_settled: Callable[[str], bool] = lambda task_id: False,
+    num_examples: int = 20,
+) -> PromptScan:
     """Read the whole list once, keep only counts.
 
+    Args:
+        source: The list.
+        defaults: What a row that does not say otherwise gets.
+        is_settled: What the job's ledger says of an id; for `num_open`.
+        num_examples: How many rejected rows to keep.
     Raises:
         PromptsError: The file cannot be used, or holds not a single good row.
     """
     counts: Counter[str] = Counter()
-    num_items = num_tasks = num_frames = longest = 0
+    num_items = num_tasks = num_frames = longest = num_open = 0
     examples: list[Rejected] = []
     columns: dict[str, ColumnType | None] = {}
     digest = hashlib.sha256()
     for row in read_prompts(source):
         if isinstance(row, Rejected):
             counts[row.kind] += 1
+            num_open += not is_settled(rejected_id(row.line, row.kind))
             digest.update(f"{row.line}\0{row.kind}\n".encode())
             if len(examples) < num_examples:
                 examples.append(row)
@@ -101,6 +116,7 @@ def scan_prompts(source: PromptSource, defaults: TaskDefaults, *, num_examples: 
         num_items += 1
         samples, frames = row.samples or defaults.samples, row.num_frames or defaults.num_frames
         num_tasks += samples
+        num_open += sum(not is_settled(task_id_at(row.item_id, index)) for index in range(samples))
         num_frames += samples * frames
         longest = max(longest, frames)
         digest.update(f"{row.item_id}\0{samples}\n".encode())
@@ -118,6 +134,7 @@ def scan_prompts(source: PromptSource, defaults: TaskDefaults, *, num_examples: 
         columns={name: kind or "string" for name, kind in columns.items()},
         sha256=digest.hexdigest(),
         longest_frames=longest,
+        num_open=num_open,
     )
 
 

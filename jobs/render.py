@@ -27,7 +27,7 @@ from jobs.job_record import begin_record, code_version, note_run
 from jobs.lease import Owner, read_holder
 from jobs.logs import set_up_logging
 from jobs.observer import TelemetryFeed
-from jobs.outcome import EXIT_ITEMS_FAILED, JobInputs, Outcome, id_of
+from jobs.outcome import EXIT_ITEMS_FAILED, JobInputs, Outcome, exit_code, is_closed
 from jobs.preflight import Preflight, check_before_start
 from jobs.progress import FrameRate, JobProgress, make_display
 from jobs.prompt_row import Rejected
@@ -93,12 +93,13 @@ def resume_command(spec: JobSpec) -> str:
 
 
 def _run(spec: JobSpec, found: Preflight, options: RunOptions) -> Outcome:
-    replay = Replay(found.store, spec.job_id)
-    frames_before = _committed_frames(found.store, replay)
-    has_work = any(not replay.ledger.is_settled(id_of(row)) for row in _source(spec))
+    if not found.scan.num_open and is_closed(found.store, found.replay):
+        ledger = found.replay.ledger
+        return Outcome(exit_code(ledger, spec.allowed_failures), "nothing is left to do", ledger.summary())
+    frames_before = _committed_frames(found.store, found.replay)
     with ExitStack() as stack:
         ground = stack.enter_context(
-            open_ground(spec, found.store.url, num_tasks=found.scan.num_tasks, start_now=has_work)
+            open_ground(spec, found.store.url, num_tasks=found.scan.num_tasks, start_now=found.scan.num_open > 0)
         )
         display = stack.enter_context(closing(make_display(json_logs=options.json_logs)))
         telemetry = stack.enter_context(closing(Telemetry(job=spec.job_id, model=spec.render.backbone.name)))

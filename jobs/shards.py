@@ -57,6 +57,11 @@ class TaskDefaults:
     num_frames: int
 
 
+def task_id_at(item_id: str, sample_index: int) -> str:
+    """Id of a task. Ids hold no dots or slashes, and the last dash divides: no two pairs give the same."""
+    return f"{item_id}-{sample_index}"
+
+
 def task_seed(job_seed: int, item_id: str, sample_index: int) -> int:
     """First 63 bits of SHA-256 over (job seed, item, sample): depends on identity alone, never on place or order."""
     text = f"longtake-seed\0{job_seed}\0{item_id}\0{sample_index}"
@@ -76,7 +81,7 @@ def tasks_of(prompt: Prompt, defaults: TaskDefaults) -> Iterator[PlannedTask]:
         else:
             seed = prompt.seed if index == 0 else task_seed(prompt.seed, prompt.item_id, index)
         yield PlannedTask(
-            task_id=f"{prompt.item_id}-{index}",
+            task_id=task_id_at(prompt.item_id, index),
             item_id=prompt.item_id,
             sample_index=index,
             segments=prompt.segments,
