@@ -1,0 +1,129 @@
+"""Promises that hold over whole jobs: placement never shows in the frames, requests stay few, seconds add up."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+
+import longtake
+from tests.fault_proxy import FaultProxy, SeenRequest
+from tests.servers import shared_moto, use_endpoint
+
+ROOT = Path(__file__).parents[2]
+TINY = ["--model", "tiny-test", "--width", "64", "--height", "32", "--actors-cpus-per-actor", "0.25", "--no-sheet"]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def start(prompts: Path, out: str, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "jobs.render", str(prompts), "--out", out, "--job-id", "night", *TINY, *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def finish(driver: subprocess.Popen[str]) -> str:
+    text, _ = driver.communicate(timeout=300)
+    assert driver.returncode == 0, text[:3000] + text[-3000:]
+    return text
+
+
+def write_prompts(path: Path, num_items: int, *, shuffle_seed: int | None = None) -> Path:
+    lines = [json.dumps({"id": f"take-{n}", "prompt": f"a meadow number {n}", "samples": 2}) for n in range(num_items)]
+    if shuffle_seed is not None:
+        random.Random(shuffle_seed).shuffle(lines)
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def frame_hashes(job: Path | str) -> dict[tuple[str, int], str]:
+    columns = ["item_id", "sample_index", "frames_sha256"]
+    rows = longtake.open_manifest(job).to_table(columns=columns).to_pylist()
+    hashes = {(row["item_id"], row["sample_index"]): row["frames_sha256"] for row in rows}
+    assert len(hashes) == len(rows)
+    return hashes
+
+
+def kill_some_actors(driver: subprocess.Popen[str], num_kills: int) -> int:
+    """SIGKILL to processes that are inside `run` (Ray shows it in their title), one after the other."""
+    killed: set[int] = set()
+    deadline = time.monotonic() + 120
+    while len(killed) < num_kills and driver.poll() is None and time.monotonic() < deadline:
+        actors = [p for p in psutil.process_iter(["pid", "cmdline"]) if is_actor_of(p, driver.pid)]
+        fresh = [p for p in actors if p.pid not in killed]
+        if fresh:
+            fresh[0].kill()
+            killed.add(fresh[0].pid)
+        time.sleep(0.1)
+    return len(killed)
+
+
+def is_actor_of(process: psutil.Process, driver_pid: int) -> bool:
+    try:
+        is_ours = any(parent.pid == driver_pid for parent in process.parents())
+        return is_ours and " ".join(process.cmdline()).startswith("ray::WorkerHost.run")
+    except psutil.Error:
+        return False
+
+
+def test_frames_do_not_depend_on_actors_order_or_kills(tmp_path: Path) -> None:
+    plain = write_prompts(tmp_path / "plain.jsonl", 6)
+    shuffled = write_prompts(tmp_path / "shuffled.jsonl", 6, shuffle_seed=3)
+    finish(start(plain, f"{tmp_path}/one", "--frames", "60", "--actors", "1"))
+    expected = frame_hashes(tmp_path / "one/night")
+    assert len(expected) == 12
+    assert len(set(expected.values())) == 12  # every take is another one
+
+    finish(start(shuffled, f"{tmp_path}/two", "--frames", "60", "--actors", "2"))
+    assert frame_hashes(tmp_path / "two/night") == expected
+
+    driver = start(shuffled, f"{tmp_path}/four", "--frames", "60", "--actors", "4")
+    num_killed = kill_some_actors(driver, 2)
+    finish(driver)
+    assert num_killed >= 1
+    assert frame_hashes(tmp_path / "four/night") == expected
+    assert longtake.verify(f"{tmp_path}/four/night", sweep=True).is_good
+
+
+def test_requests_per_video_are_few_and_nothing_is_listed_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    server = shared_moto()
+    totals, lists = [], []
+    with FaultProxy(server.url) as proxy:
+        use_endpoint(monkeypatch, proxy)
+        for num_items in (1, 5):
+            prompts = write_prompts(tmp_path / f"{num_items}.jsonl", num_items)
+            proxy.forget()
+            finish(start(prompts, f"s3://{server.new_bucket()}/x", "--frames", "60", "--actors", "1"))
+            verbs = Counter(kind_of(request) for request in proxy.seen if "/leases/" not in request.key)
+            totals.append(verbs.total() - verbs["LIST"])
+            lists.append(verbs["LIST"])
+    per_video = (totals[1] - totals[0]) / 8
+    segments = 2  # the first chunk, then up to 48 frames
+    assert per_video <= 12 + segments, per_video
+    assert lists[1] == lists[0]
+
+
+def kind_of(request: SeenRequest) -> str:
+    return "LIST" if request.verb == "GET" and "list-type" in request.query else request.verb
+
+
+def test_gpu_seconds_by_cause_add_up_to_the_time_held(tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "p.jsonl", 4)
+    driver = start(prompts, str(tmp_path), "--frames", "60", "--actors", "2")
+    kill_some_actors(driver, 1)
+    finish(driver)
+    result = json.loads((tmp_path / "night/_result.json").read_text())
+    assert sum(result["gpu_seconds"].values()) == pytest.approx(result["held_s"], rel=0.01)
+    assert result["gpu_seconds"]["useful"] > 0
+    assert result["gpu_seconds"]["load"] > 0
