@@ -97,7 +97,7 @@ class PricingPart(SpecPart):
 class JobSpec(SpecPart):
     """One job: a prompt list in, finished videos and a manifest out."""
 
-    schema_version: Literal[1] = Field(SCHEMA_VERSION, description="Version of this form.")
+    schema_version: Literal[1] = Field(1, description="Version of this form.")
     job_id: str = Field("", description="Name of the job's folder below `out`; empty: made from the input's name.")
     prompts: PromptsPart
     out: str = Field(min_length=1, description="Where the job's folder goes: a local path or s3://bucket/prefix.")

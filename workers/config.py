@@ -10,7 +10,7 @@ import hashlib
 import json
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Part(BaseModel):
@@ -34,7 +34,9 @@ class SamplingConfig(Part):
 
     num_steps: int = Field(4, ge=1, le=64, description="Denoising steps per chunk.")
     shift: float = Field(3.0, gt=0.0, le=20.0, description="Timestep shift of the flow-matching schedule.")
-    guidance: float = Field(1.0, ge=0.0, le=20.0, description="Classifier-free guidance; 1 means off (one call a step).")
+    guidance: float = Field(
+        1.0, ge=0.0, le=20.0, description="Classifier-free guidance; 1 means off (one call a step)."
+    )
 
 
 class DenseCacheConfig(Part):
@@ -98,12 +100,6 @@ class RenderConfig(Part):
     kernel: KernelConfig = KernelConfig()
     video: VideoConfig = VideoConfig()
     quality_gate: QualityGateConfig = QualityGateConfig()
-
-    @model_validator(mode="after")
-    def _even_size(self) -> RenderConfig:
-        # yuv420p halves both sides; multiple_of=16 on the fields already guarantees it, this states why.
-        assert self.video.width % 2 == 0 and self.video.height % 2 == 0
-        return self
 
     @property
     def fingerprint(self) -> str:

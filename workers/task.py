@@ -115,7 +115,16 @@ class RenderResult(Record):
 
 
 FailureKind = Literal[
-    "invalid_input", "oom", "nan", "timeout", "encoder", "upload", "actor_died", "preempted_exhausted", "quality", "unknown"
+    "invalid_input",
+    "oom",
+    "nan",
+    "timeout",
+    "encoder",
+    "upload",
+    "actor_died",
+    "preempted_exhausted",
+    "quality",
+    "unknown",
 ]
 
 
