@@ -127,4 +127,6 @@ def _connect(spec: JobSpec, stack: ExitStack) -> Room:
         # A local cluster of ours gives every actor asked for a place, even on fewer cores.
         local = LocalSize(num_cpus=max(count * part.cpus_per_actor, float(os.cpu_count() or 1)))
     cluster = stack.enter_context(connect(spec.cluster.address, local=local))
+    if not cluster.is_ours and "://" not in spec.out:
+        logger.warning("out is a local path: every node of the cluster must see the same files under %s", spec.out)
     return Room.of(cluster.resources())

@@ -5,6 +5,7 @@ What is shown is a `JobProgress`, a plain value that the driver makes; rates and
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections import deque
@@ -19,6 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.view import ActorView
+
+logger = logging.getLogger(__name__)
 
 LINE_INTERVAL_S = 30.0
 RATE_WINDOW_S = 300.0
@@ -146,6 +149,28 @@ class LineDisplay:
         self._last_s = self._clock()
 
 
+class LogDisplay(LineDisplay):
+    """The same as log records, so that a log of JSON objects holds nothing else."""
+
+    def _write(self) -> None:
+        progress = self._pending
+        assert progress is not None
+        facts = {
+            "tasks": progress.num_tasks,
+            "succeeded": progress.num_succeeded,
+            "failed": progress.num_failed,
+            "rejected": progress.num_rejected,
+            "running": progress.num_running,
+            "frames": progress.frames_done,
+            "frames_per_s": self._rate.frames_per_s,
+            "eta_s": self._rate.eta_s(progress),
+            "usd": progress.usd,
+        }
+        logger.info("progress", extra=facts)
+        self._pending = None
+        self._last_s = self._clock()
+
+
 class TerminalDisplay:
     """A bar, the counts, and a line per actor, redrawn in place."""
 
@@ -187,7 +212,7 @@ def draw(progress: JobProgress, rate: FrameRate) -> Group:
 
 def make_display(*, json_logs: bool = False, interval_s: float = LINE_INTERVAL_S) -> ProgressDisplay:
     """The display that fits where stderr goes."""
+    if json_logs:
+        return LogDisplay(interval_s=interval_s)
     console = Console(stderr=True)
-    if console.is_terminal and not json_logs:
-        return TerminalDisplay(console)
-    return LineDisplay(interval_s=interval_s)
+    return TerminalDisplay(console) if console.is_terminal else LineDisplay(interval_s=interval_s)

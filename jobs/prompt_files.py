@@ -254,5 +254,7 @@ def _check_columns(names: list[str], label: str) -> None:
         near = get_close_matches("prompt", names, 1, 0.6)
         near += [name for name in names if name.lower().strip() in {"prompt", "text", "caption"}]
         hint = f"; rename {near[0]!r} to 'prompt'" if near else ""
+        if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
+            hint = "; the fields must be separated by commas"
         found = ", ".join(names[:10]) or "none"
         raise PromptsError(f"{label}: line 1: no column 'prompt' (found: {found}){hint}")

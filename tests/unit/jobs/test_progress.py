@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from jobs.logs import JsonFormatter, TextFormatter
-from jobs.progress import FrameRate, JobProgress, LineDisplay, draw, duration_text
+from jobs.progress import FrameRate, JobProgress, LineDisplay, LogDisplay, draw, duration_text
 from jobs.view import ActorView
 from tests.fakes import ManualClock
 
@@ -92,3 +92,12 @@ def test_json_lines_carry_job_item_and_attempt() -> None:
     assert (line["job"], line["item"], line["shard"], line["attempt"]) == ("night", "a", 3, "e1a2")
     assert (line["message"], line["level"]) == ("lost it", "warning")
     assert TextFormatter().format(record).endswith("WARNING lost it [item a, shard 3, attempt e1a2]")
+
+
+def test_with_json_logs_progress_is_a_record_too(caplog: pytest.LogCaptureFixture) -> None:
+    display = LogDisplay()
+    with caplog.at_level(logging.INFO, "jobs.progress"):
+        display.update(progress(10))
+        display.close()
+    (record,) = caplog.records
+    assert json.loads(JsonFormatter("night").format(record))["frames"] == 10

@@ -187,6 +187,7 @@ def test_parquet_struct_prompts_and_integer_ids(tmp_path: Path) -> None:
         ("p.jsonl", b'{"prompt": ""}\n', "line 1: prompt is empty"),
         ("p.csv", b"id,promt\na,b\n", "rename 'promt'"),
         ("p.csv", b"prompt,prompt\na,b\n", "stands twice"),
+        ("p.csv", b"id;prompt\na;b\n", "separated by commas"),
         ("p.parquet", b"PAR1 not really", "cannot be read as Parquet"),
     ],
 )
