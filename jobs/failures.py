@@ -54,8 +54,10 @@ class RetryPolicy:
 
     def after_failure(self, task_id: str, tries: Tries, failure: RenderFailure) -> Verdict:
         """The actor lives and says what went wrong."""
-        tries.failures += 1
         tries.wasted_s += failure.gpu_s
+        if failure.kind == "preempted_exhausted" and failure.retryable:  # it was told to end; nothing went wrong
+            return self.after_preemption(tries, failure.message)
+        tries.failures += 1
         if not failure.retryable:
             return GiveUp(failure.kind, failure.message)
         if failure.kind == "oom":

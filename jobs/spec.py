@@ -19,7 +19,6 @@ from jobs.prompts import PromptSource
 from jobs.shards import TaskDefaults
 from workers.config import RenderConfig
 
-SCHEMA_VERSION = 1
 RENDER_CODE_MAJOR = 1
 """Grows when a change of the code changes the pixels of an unchanged spec; a job keeps to one."""
 
