@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import sys
 import threading
@@ -40,6 +41,9 @@ from jobs.spec import JobSpec
 from jobs.stop_request import is_stop_requested
 from jobs.stopping import StopSwitch
 from jobs.view import JobView
+from workers.task import RenderResult
+
+logger = logging.getLogger(__name__)
 
 STOP_POLL_S = 3.0
 """How late a `longtake cancel` may be noticed; costs one request a poll."""
@@ -111,8 +115,14 @@ def _run(spec: JobSpec, found: Preflight, options: RunOptions) -> Outcome:
             rate.add(progress.frames_done)
             feed.show(view, found.scan.num_tasks, rate.eta_s(progress))
 
+        def tell(result: RenderResult) -> None:
+            item = result.task_id.rpartition("-")[0]
+            facts = {"item": item, "task": result.task_id, "attempt": result.attempt}
+            logger.info("video finished", extra=facts | {"frames": result.num_frames, "wall_s": result.wall_s})
+            feed.finished(result)
+
         driver = Driver(
-            replace(_inputs(spec, found), on_result=feed.finished),
+            replace(_inputs(spec, found), on_result=tell),
             found.store,
             ground.open_pool,
             ground.limits,
