@@ -22,6 +22,7 @@ from cluster.start import ray_job_id
 from cluster.telemetry import Telemetry
 from jobs.commit import MANIFEST, PartSeries
 from jobs.driver import Driver
+from jobs.errors import JobError
 from jobs.flags import arguments_of
 from jobs.ground import open_ground
 from jobs.job_record import begin_record, code_version, note_run
@@ -130,7 +131,11 @@ def _run(spec: JobSpec, found: Preflight, options: RunOptions) -> Outcome:
             on_progress=show,
         )
         stack.enter_context(_stop_requests(found.store, driver.stop))
-        return driver.run()
+        try:
+            return driver.run()
+        except JobError as error:  # told outside: a refusal is no reason for a local Ray to leave its logs behind
+            refusal = error
+    raise refusal
 
 
 def _source(spec: JobSpec) -> Iterator[PlannedTask | Rejected]:
