@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -28,20 +29,22 @@ def code_version() -> str:
         return "source"
 
 
-def begin_record(store: ObjectStore, spec: JobSpec, scan: PromptScan) -> dict[str, Any]:
+def begin_record(store: ObjectStore, spec: JobSpec, scan: PromptScan, weights: Mapping[str, str]) -> dict[str, Any]:
     """The record of the job: ours if it is new, else the one that is there.
 
+    Args:
+        weights: SHA-256 of each weight file that will render.
     Raises:
         SpecChanged: It was begun with a spec that gives other pixels.
     """
     record = read_json(store, JOB_KEY)
     if record is None:
-        record = _new_record(spec, scan)
+        record = _new_record(spec, scan, weights)
         data = (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
         if not _put_once(store, data):
             record = read_json(store, JOB_KEY)
             assert record is not None
-    check_same_pixels(record, spec, store.url)
+    check_same_pixels(record, spec, weights, store.url)
     return record
 
 
@@ -51,13 +54,13 @@ def note_run(store: ObjectStore, spec: JobSpec, scan: PromptScan, resume_command
     store.put(RUN_KEY, json.dumps(body, ensure_ascii=False).encode())
 
 
-def check_same_pixels(record: dict[str, Any], spec: JobSpec, url: str) -> None:
+def check_same_pixels(record: dict[str, Any], spec: JobSpec, weights: Mapping[str, str], url: str) -> None:
     """Refuse to mix videos of two looks in one manifest.
 
     Raises:
         SpecChanged: Names every field that differs.
     """
-    changes = changed_fields(record["pixels"], spec.pixel_fields())
+    changes = changed_fields(record["pixels"], _pixels(spec, weights))
     if changes:
         lines = "\n".join(f"  {line}" for line in changes)
         raise SpecChanged(
@@ -78,7 +81,11 @@ def read_spec(store: ObjectStore) -> JobSpec:
     return JobSpec.model_validate_json(json.dumps(record["spec"]))
 
 
-def _new_record(spec: JobSpec, scan: PromptScan) -> dict[str, Any]:
+def _pixels(spec: JobSpec, weights: Mapping[str, str]) -> dict[str, Any]:
+    return {**spec.pixel_fields(), "weights": dict(weights)}
+
+
+def _new_record(spec: JobSpec, scan: PromptScan, weights: Mapping[str, str]) -> dict[str, Any]:
     return {
         "job_id": spec.job_id,
         "created_at": datetime.now(UTC).isoformat(),
@@ -87,7 +94,7 @@ def _new_record(spec: JobSpec, scan: PromptScan) -> dict[str, Any]:
         "render_fingerprint": spec.render_fingerprint,
         "job_fingerprint": spec.job_fingerprint,
         "input": _input(spec, scan),
-        "pixels": spec.pixel_fields(),
+        "pixels": _pixels(spec, weights),
         "spec": spec.model_dump(mode="json"),
     }
 

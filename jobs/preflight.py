@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ class Preflight:
     store: ObjectStore
     scan: PromptScan
     replay: Replay
+    weights: dict[str, str]
+    """SHA-256 of each weight file as its card says; empty for a model without files."""
 
 
 def check_before_start(spec: JobSpec, *, is_ray_job: bool) -> Preflight:
@@ -44,15 +47,15 @@ def check_before_start(spec: JobSpec, *, is_ray_job: bool) -> Preflight:
         _refuse_relative("out", spec.out)
         _refuse_relative("prompts.url", spec.prompts.url)
     bundled = check_model(spec)
-    _check_weights(spec.render.backbone.checkpoint, bundled)
+    weights = _read_card(spec.render.backbone.checkpoint, bundled)
     store = _usable("out", lambda: open_store(spec.job_url))
     record = _usable("out", lambda: read_json(store, JOB_KEY))
     if record is not None:
-        check_same_pixels(record, spec, store.url)
+        check_same_pixels(record, spec, weights, store.url)
     replay = Replay(store, spec.job_id)
     scan = scan_prompts(spec.source, spec.task_defaults, is_settled=replay.ledger.is_settled)
     _usable("out", lambda: probe_conditional_writes(store))
-    return Preflight(store, scan, replay)
+    return Preflight(store, scan, replay, weights)
 
 
 def _refuse_relative(field: str, url: str) -> None:
@@ -63,16 +66,19 @@ def _refuse_relative(field: str, url: str) -> None:
         )
 
 
-def _check_weights(checkpoint: str | None, bundled: Path | None) -> None:
+def _read_card(checkpoint: str | None, bundled: Path | None) -> dict[str, str]:
     folder = checkpoint or (str(bundled) if bundled is not None else None)
     if folder is None:
-        return
+        return {}
     store = _usable("render.backbone.checkpoint", lambda: open_store(folder))
-    if _usable("render.backbone.checkpoint", lambda: store.size(WEIGHTS_CARD)) is None:
+    try:
+        files = json.loads(_usable("render.backbone.checkpoint", lambda: store.get(WEIGHTS_CARD)))["files"]
+        return {str(name): str(digest) for name, digest in files.items()}
+    except (SpecError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SpecError(
-            f"render.backbone.checkpoint: {folder}: no weights there (no {WEIGHTS_CARD}); name a folder or an s3:// "
-            "prefix that holds safetensors files with their card"
-        )
+            f"render.backbone.checkpoint: {folder}: no weights there (no readable {WEIGHTS_CARD}); name a folder or an "
+            "s3:// prefix that holds safetensors files with their card"
+        ) from error
 
 
 def _usable(field: str, act: Callable[[], T]) -> T:

@@ -79,7 +79,7 @@ def render(spec: JobSpec, options: RunOptions | None = None) -> int:
     if options.dry_run:
         return 0
     resume = resume_command(spec)
-    begin_record(found.store, spec, found.scan)
+    begin_record(found.store, spec, found.scan, found.weights)
     note_run(found.store, spec, found.scan, resume)
     print(f"to go on after a stop or a crash: {resume}", flush=True)
     outcome = _run(spec, found, options)

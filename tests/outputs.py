@@ -103,7 +103,7 @@ def make_output(root: Path | str, num_items: int = 4, *, with_videos: bool = Tru
     store = open_store(str(root))
     spec = output_spec("out")
     scan = PromptScan(num_items, num_items, num_items, num_items * VIDEO.num_frames, {}, ())
-    begin_record(store, spec, scan)
+    begin_record(store, spec, scan, {})
     job = take(store)
     for index in range(num_items):
         task = planned(f"item-{index}", mood=["calm", "wild"][index % 2], rank=index)

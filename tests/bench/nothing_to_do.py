@@ -55,7 +55,7 @@ def make_finished_job(folder: Path) -> JobSpec:
     flags = {("prompts", "url"): str(prompts), ("out",): str(folder), ("job_id",): "night"}
     spec = build_spec(flags=flags | {("render", "backbone", "name"): "tiny-test"})
     found = check_before_start(spec, is_ray_job=False)
-    begin_record(found.store, spec, found.scan)
+    begin_record(found.store, spec, found.scan, found.weights)
     job = take_job(found.store, Replay(found.store, "night"), Owner.current(), clock=SystemClock(), ttl_s=60.0)
     rows = []
     for task in plan_tasks(read_prompts(spec.source), spec.task_defaults):

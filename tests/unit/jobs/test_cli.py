@@ -75,7 +75,7 @@ def test_verify_of_a_damaged_job_exits_3(finished: Path, tmp_path: Path) -> None
 
 def test_wait_exits_1_when_the_time_is_up_and_4_for_a_stopped_job(tmp_path: Path) -> None:
     store = open_store(tmp_path)
-    begin_record(store, output_spec("out"), PromptScan(1, 1, 1, 8, {}, ()))
+    begin_record(store, output_spec("out"), PromptScan(1, 1, 1, 8, {}, ()), {})
     job = take(store)
     assert run("wait", str(tmp_path), "--timeout", "0.1")[0] == 1
     assert "stop within seconds" in run("cancel", str(tmp_path))[1]
@@ -88,7 +88,7 @@ def test_wait_exits_1_when_the_time_is_up_and_4_for_a_stopped_job(tmp_path: Path
 def test_retry_reopens_the_failures_that_were_chosen(tmp_path: Path) -> None:
     root = tmp_path / "night"
     store = open_store(root)
-    begin_record(store, output_spec(tmp_path), PromptScan(3, 3, 3, 24, {}, ()))
+    begin_record(store, output_spec(tmp_path), PromptScan(3, 3, 3, 24, {}, ()), {})
     job = take(store)
     job.commit([finished_row(store, planned("a"))])
     for item_id, kind in (("b", "oom"), ("c", "nan")):

@@ -37,7 +37,7 @@ def test_a_finished_job_counts_its_rows_without_a_cluster(tmp_path: Path) -> Non
 
 def test_a_job_with_a_living_driver_is_running_and_wait_times_out(tmp_path: Path) -> None:
     store = open_store(tmp_path)
-    begin_record(store, output_spec("out"), SCAN)
+    begin_record(store, output_spec("out"), SCAN, {})
     job = take(store)
     job.commit([finished_row(store, planned("a"))])
     assert read_status(tmp_path).state == "running"
@@ -54,7 +54,7 @@ def test_a_job_with_a_living_driver_is_running_and_wait_times_out(tmp_path: Path
 
 def test_a_driver_that_died_on_this_machine_leaves_an_interrupted_job(tmp_path: Path) -> None:
     store = open_store(tmp_path)
-    begin_record(store, output_spec("out"), SCAN)
+    begin_record(store, output_spec("out"), SCAN, {})
     code = (
         "import sys; from cluster.object_store import open_store; from tests.outputs import take;"
         "take(open_store(sys.argv[1]))"
@@ -78,12 +78,14 @@ def test_report_adds_up_the_rows_and_draws_a_contact_sheet(tmp_path: Path) -> No
 
 def test_resuming_with_other_pixels_is_refused_with_a_diff(tmp_path: Path) -> None:
     store = open_store(tmp_path)
-    record = begin_record(store, output_spec("out"), SCAN)
+    record = begin_record(store, output_spec("out"), SCAN, {})
     assert read_spec(store) == output_spec("out")
-    assert begin_record(store, output_spec("elsewhere"), SCAN) == record  # the rest may change
+    assert begin_record(store, output_spec("elsewhere"), SCAN, {}) == record  # the rest may change
     base = {("prompts", "url"): "p.jsonl", ("out",): "out", ("job_id",): "night"}
     with pytest.raises(SpecChanged, match=r"render\.video\.fps: 8 -> 24"):
-        check_same_pixels(record, build_spec(flags=base | {("render", "video", "fps"): 24}), "x")
+        check_same_pixels(record, build_spec(flags=base | {("render", "video", "fps"): 24}), {}, "x")
+    with pytest.raises(SpecChanged, match=r"weights\.w\.safetensors"):
+        begin_record(store, output_spec("out"), SCAN, {"w.safetensors": "ab" * 32})
 
 
 def test_plan_measures_its_speed_on_an_earlier_job_or_says_that_it_is_unknown(tmp_path: Path) -> None:
