@@ -123,7 +123,7 @@ _WORLD = Backbone(
     text=TextSizes(num_layers=2, num_heads=4, num_rows=4096),
     control_octaves=12,
     first_video_frames=4,
-    sampler="euler",
+    sampler="renoise",
 )
 
 _TINY = Backbone(

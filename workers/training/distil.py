@@ -9,6 +9,7 @@ plain squared error holds the memory. Half of the updates see the student's own 
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,8 @@ from workers.training.sequence import ParallelAttention, Pass, WorldModel, predi
 
 VIEW_PX = 128
 CELL_PX = 8
+GUESSING = 2 * math.log(2)
+"""Loss of a critic that cannot tell."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +34,17 @@ class DistilRecipe:
 
     num_steps: int = 4
     shift: float = 3.0
-    guidance: float = 3.0
+    guidance: float = 2.0
     student_lr: float = 1e-4
-    judge_lr: float = 3e-4
-    critic_lr: float = 2e-4
-    judge_updates: int = 2
-    critic_weight: float = 0.7
-    seen_weight: float = 2.0
+    judge_lr: float = 5e-4
+    critic_lr: float = 5e-4
+    critic_updates: int = 3
+    judge_updates: int = 1
+    critic_weight: float = 0.5
+    seen_weight: float = 4.0
     context_noise: float = 0.2
     own_history: float = 0.5
-    rollout_every: int = 4
+    rollout_every: int = 6
     warmup_steps: int = 30
     ema: float = 0.99
     seed: int = 1
@@ -79,7 +83,9 @@ def seen_cells(camera_BTS2: Tensor, chunk: int, latent_size: int) -> Tensor:
     margin = CELL_PX / 2
     inside = []
     for axis in (0, 1):
-        place = corner_BT2[:, :, None, axis, None] + middle - corner_BT2[:, None, :, axis, None]  # [B, T, earlier, cells]
+        place = (
+            corner_BT2[:, :, None, axis, None] + middle - corner_BT2[:, None, :, axis, None]
+        )  # [B, T, earlier, cells]
         inside.append((place >= margin) & (place <= VIEW_PX - margin))
     index = torch.arange(corner_BT2.shape[1], device=corner_BT2.device) // chunk
     earlier = (index[None, :] < index[:, None])[None, :, :, None]
@@ -127,6 +133,8 @@ class Distiller:
             for other in (self.teacher, self.judge):
                 other.dit.share_compiled(self.student.dit)
         self.generator = torch.Generator(device).manual_seed(recipe.seed)
+        self.critic_skill = torch.zeros((), device=device)
+        """0 while the critic only guesses, 1 when it knows: it has a say only as far as it can tell."""
 
     def set_rate(self, progress: float) -> None:
         """Learning rates at this share of the run: warm-up, flat, down to a fifth in the last third."""
@@ -147,7 +155,10 @@ class Distiller:
         for _ in range(self.recipe.judge_updates):
             values["judge"] = self._update_judge(fixed, made)
         if self.recipe.critic_weight and not own_history:
-            values["critic"] = self._update_critic(batch.latents_BTCHW, made)
+            for _ in range(self.recipe.critic_updates):
+                values["critic"] = self._update_critic(batch.latents_BTCHW, made)
+            skill = ((GUESSING - values["critic"]) / 0.4).clamp(0, 1)
+            self.critic_skill.lerp_(skill, 0.1)
         self.steps += 1
         decay = min(self.recipe.ema, self.steps / (self.steps + 10))
         with torch.no_grad():
@@ -155,6 +166,14 @@ class Distiller:
         if self.recipe.own_history and not own_history and self.steps % self.recipe.rollout_every == 0:
             self.roll_out(batch)
         return values
+
+    def acquaint_judge(self, batch: Batch) -> Tensor:
+        """Train the judge alone on what the student makes; for the beginning, when it knows nothing of the student."""
+        fixed = self._prepare(batch)
+        with torch.no_grad():
+            made = self._sample(fixed, batch)[1]
+        self.steps += 1  # another step of the student's denoising next time
+        return self._update_judge(fixed, made)
 
     @torch.no_grad()
     def roll_out(self, batch: Batch) -> None:
@@ -190,7 +209,9 @@ class Distiller:
 
     def _sample(self, fixed: Pass, batch: Batch) -> tuple[int, Tensor]:
         """The student's clean estimate at a random step of its own denoising; the steps before it without gradients."""
-        last = int(torch.randint(self.recipe.num_steps, (), generator=torch.Generator().manual_seed(self.steps * 31 + 7)))
+        last = int(
+            torch.randint(self.recipe.num_steps, (), generator=torch.Generator().manual_seed(self.steps * 31 + 7))
+        )
         shape = batch.latents_BTCHW.shape
         x = self._draw(*shape)
         for index, sigma in enumerate(self.schedule.sigmas[: last + 1]):
@@ -207,7 +228,8 @@ class Distiller:
         values = {"push": push.square().mean().sqrt()}
         if self.recipe.critic_weight:
             blame = self._critic_push(made.detach())
-            push = push + self.recipe.critic_weight * blame * (push.square().mean() / blame.square().mean()).sqrt()
+            weight = self.recipe.critic_weight * self.critic_skill
+            push = push + weight * blame * (push.square().mean() / (blame.square().mean() + 1e-20)).sqrt()
         if has_truth:
             seen = seen_cells(batch.camera_BTS2, self.chunk, made.shape[-1])[:, :, None].float()
             error = ((made - batch.latents_BTCHW).square() * seen).sum() / (seen.sum() * made.shape[2] + 1)
@@ -262,7 +284,7 @@ class Distiller:
         loss = F.softplus(-on_true).mean() + F.softplus(on_made).mean()
         # A nudge must not change the answer on true latents: keeps the critic smooth (approximate R1 penalty).
         nudged = self.critic(known + 0.05 * self._draw(*known.shape), level)
-        self._descend("critic", loss + 5.0 * (nudged - on_true).square().mean(), self.critic)
+        self._descend("critic", loss + (nudged - on_true).square().mean(), self.critic)
         return loss.detach()
 
     def _descend(self, name: str, loss: Tensor, module: nn.Module) -> None:

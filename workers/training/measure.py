@@ -15,6 +15,7 @@ from torch import Tensor
 from workers.denoise import make_schedule
 from workers.model.text_encoder import tokenize
 from workers.model.vae import VideoVAE
+from workers.quality.landmarks import Quiz, make_quizzes
 from workers.quality.reference import psnr_db, sharpness, ssim
 from workers.quality.revisit import plan_revisit
 from workers.training.fast_rollout import FastRollout, Visible, sees_all, sees_none, sees_window
@@ -55,7 +56,8 @@ class Revisit:
 
     psnr: dict[str, Tensor] = field(default_factory=dict)
     ssim: dict[str, Tensor] = field(default_factory=dict)
-    first_view_psnr: dict[str, Tensor] = field(default_factory=dict)
+    landmarks: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Landmarks of the returned view that are recognised as their own kind and colour, and how many there are."""
     pictures: dict[str, Tensor] = field(default_factory=dict)
     """The middle frame of each returned view, [n, 3, 128, 128]."""
 
@@ -103,36 +105,41 @@ class Laboratory:
             distance: Latent frames away.
             num: Worlds.
             sampling: How the returned chunk (in a rollout: every chunk after the place) is made.
-            form: "cut" (true frames, hard cut back), "shifted" (the same, displaced by up to 16 pixels) or "rollout".
+            form: "cut" (true frames, hard cut back), "shifted" (the same, displaced by up to 16 pixels), "rollout" (out
+                and back, generated after the place) or "generated" (all generated; compared with its own first view).
             policies: Which histories to compare.
         """
-        seeds = [HELD_OUT_SEED + 7000 + index for index in range(num)]
-        specs = [draw_spec(seed, STILL_AIR) for seed in seeds]
+        specs = [draw_spec(HELD_OUT_SEED + 7000 + index, STILL_AIR) for index in range(num)]
         rng = np.random.default_rng(distance)
         shift = 16 if form == "shifted" else 0
-        paths = [plan_revisit(distance, rng, WORLD_SIZE, VIEW_SIZE, cut=form != "rollout", shift=shift) for _ in seeds]
+        cut = form in ("cut", "shifted")
+        paths = [plan_revisit(distance, rng, WORLD_SIZE, VIEW_SIZE, cut=cut, shift=shift) for _ in specs]
         captions = [write_caption(spec.scene, CameraMove("wander", 0, 2.0), rng) for spec in specs]
         positions = torch.from_numpy(np.stack([path.positions_F2 for path in paths])).to(self.device)
-        latents, true = [], []
+        latents, true, quizzes = [], [], []
         for start in range(0, num, 8):
             worlds = build_worlds(specs[start : start + 8], self.device)
             latents.append(self.encode(worlds, positions[start : start + 8]))
             true.append(render_views(worlds.pictures_BCHW, positions[start : start + 8, -12:]))
+            quizzes += make_quizzes(worlds, positions[start : start + 8, -6])
         truth, z = torch.cat(true), torch.cat(latents)
-        camera = positions.unflatten(1, (-1, 4)) + 512
         times = torch.arange(z.shape[1], device=self.device, dtype=torch.float32).expand(num, -1)
-        free = paths[0].first_free_latent_frame // self.chunk if form == "rollout" else z.shape[1] // self.chunk - 1
+        free = {"rollout": paths[0].first_free_latent_frame // self.chunk, "generated": 0}.get(form)
         result = Revisit()
-        self._keep(result, "vae", self.decode(z[:, -3:], z[:, -4]), truth, None)
+        self._keep(result, "vae", self.decode(z[:, -3:], z[:, -4]), truth, quizzes)
         keys = self.prompts(captions)
         for name in policies:
-            rollout = FastRollout(self.model, camera, times, keys, POLICIES[name])
-            made = self.run(rollout, z, free, sampling, seed=distance)
-            self._keep(result, name, self.decode(made[:, -3:], made[:, -4]), truth, None)
+            rollout = FastRollout(self.model, positions.unflatten(1, (-1, 4)) + 512, times, keys, POLICIES[name])
+            first_free = z.shape[1] // self.chunk - 1 if free is None else free
+            made = self.run(rollout, z, first_free, sampling, seed=distance)
+            if form == "generated":
+                truth, quizzes = self.decode(made[:, 15:18], made[:, 14]).flip(1), []
+            self._keep(result, name, self.decode(made[:, -3:], made[:, -4]), truth, quizzes)
             del rollout
         result.pictures["true"] = truth[:, 6].cpu()
         return result
 
+    @torch.no_grad()
     def run(
         self,
         rollout: FastRollout,
@@ -165,13 +172,13 @@ class Laboratory:
                 rollout.write(index, latents)
         return torch.cat(made, 1)
 
-    def _keep(self, result: Revisit, name: str, frames: Tensor, truth: Tensor, first: Tensor | None) -> None:
+    def _keep(self, result: Revisit, name: str, frames: Tensor, truth: Tensor, quizzes: list[Quiz]) -> None:
         result.psnr[name] = psnr_db(frames, truth).cpu()
-        flat = (frames.flatten(0, 1), truth.flatten(0, 1))
-        result.ssim[name] = ssim(*flat).view(len(frames), -1).mean(1).cpu()
+        result.ssim[name] = ssim(frames.flatten(0, 1), truth.flatten(0, 1)).view(len(frames), -1).mean(1).cpu()
         result.pictures[name] = frames[:, 6].cpu()
-        if first is not None:
-            result.first_view_psnr[name] = psnr_db(frames, first).cpu()
+        if quizzes:
+            answers = [quiz.ask(picture) for quiz, picture in zip(quizzes, result.pictures[name], strict=True)]
+            result.landmarks[name] = sum(right for right, _ in answers), sum(asked for _, asked in answers)
 
     @torch.no_grad()
     def explore(
