@@ -306,7 +306,9 @@ class JobState:
         tasks = list(actor.tasks())
         self.num_preemptions += actor.doom is None and event.cause in PREEMPTED
         lost_s = self.account.gone(event.actor_id, now, "failed" if actor.doom == "timeout" else "redone")
-        if (not actor.is_ready or not tasks) and (actor.doom == "load_timeout" or event.cause not in PREEMPTED):
+        waited_for_room = actor.doom == "load_timeout" and any(other.is_ready for other in self.actors.values())
+        came_to_nothing = actor.doom == "load_timeout" or event.cause not in PREEMPTED
+        if (not actor.is_ready or not tasks) and came_to_nothing and not waited_for_room:
             self._count_load_failure(event.detail, now)
         suspects = {id(task) for task in actor.suspects()}
         for task in tasks:

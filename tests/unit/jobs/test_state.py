@@ -145,6 +145,13 @@ def test_an_actor_that_does_not_come_up_is_ended_and_replaced() -> None:
     assert len(out.succeeded) == 20
 
 
+def test_actors_that_wait_for_room_in_vain_do_not_stop_one_that_works() -> None:
+    limits = LIMITS.model_copy(update={"load_timeout_s": 10.0})
+    world = World(load=lambda index: 1.0 if index == 0 else 1e6, fate=lambda task, node_id: Fate(5.0))
+    out = run(world, limits=limits)
+    assert len(out.succeeded) == 20
+
+
 def test_actors_that_never_load_stop_the_job_and_say_why() -> None:
     out = run(World(load=lambda index: RuntimeError("no weights")))
     assert out.finish is not None
