@@ -1,4 +1,4 @@
-"""One PNG that shows a night at a glance: a row of small pictures over time for each take, with a caption.
+"""One PNG that shows a night at a glance: small pictures over time for each take, with a caption.
 
 Only decodes and draws: which takes are shown, and where their files come from, is the report's business.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from workers.errors import EncodeFailed
 from workers.video.decode import decode_frames, indexed_num_frames
 
 MARGIN = 8  # pixels around each picture
@@ -23,35 +24,40 @@ BACKGROUND, INK, FAINT = (24, 24, 27), (244, 244, 245), (161, 161, 170)
 class SheetLayout:
     """How many pictures, and how large."""
 
-    frames_per_take: int = 6
-    picture_width: int = 160  # pixels; the height follows from the first take's shape
+    frames_per_take: int = 5
+    picture_width: int = 128  # pixels; the height follows from the first take's shape
+    columns: int = 2  # takes side by side
 
 
 def make_contact_sheet(
     videos: Sequence[tuple[str, Path]], out_png: Path, layout: SheetLayout | None = None
 ) -> tuple[int, int]:
-    """Draw one row per video: frames evenly spaced from the first to the last, the caption above them.
+    """Draw every video: frames evenly spaced from the first to the last, the caption above them.
+
+    A damaged file gets its caption with a remark and no pictures: the sheet is for looking at what went wrong, too.
 
     Args:
-        videos: Caption and local file of each take, in the order of the rows; at least one.
+        videos: Caption and local file of each take, in reading order; at least one.
         out_png: Overwritten.
     Returns:
         Width and height of the sheet in pixels.
     Raises:
         ValueError: No videos.
-        EncodeFailed: A file is no video, or is damaged where it was read.
     """
     if not videos:
         raise ValueError("a contact sheet needs at least one video")
     layout = layout or SheetLayout()
-    sheet: Image.Image | None = None
-    for row_index, (caption, path) in enumerate(videos):
-        pictures = _pictures(path, layout)
-        if sheet is None:
-            sheet = _blank_sheet(pictures[0].height, len(videos), layout)
-            row_height = sheet.height // len(videos)
-        _draw_row(sheet, row_index * row_height, row_height, caption, pictures)
-    assert sheet is not None
+    takes = [_read_take(caption, path, layout) for caption, path in videos]
+    heights = [pictures[0].height for _, pictures in takes if pictures]
+    picture_height = heights[0] if heights else layout.picture_width
+    columns = min(layout.columns, len(takes))
+    take_width = layout.frames_per_take * (layout.picture_width + MARGIN)
+    take_height = CAPTION_HEIGHT + picture_height + MARGIN
+    num_rows = -(-len(takes) // columns)
+    sheet = Image.new("RGB", (MARGIN + columns * take_width, num_rows * take_height), BACKGROUND)
+    for index, (caption, pictures) in enumerate(takes):
+        corner = (MARGIN + index % columns * take_width, index // columns * take_height)
+        _draw_take(sheet, corner, (take_width, take_height), caption, pictures)
     sheet.save(out_png, format="PNG", optimize=True)
     return sheet.size
 
@@ -64,6 +70,13 @@ def spread(num_frames: int, num_pictures: int) -> list[int]:
     return [round(index * (num_frames - 1) / (count - 1)) for index in range(count)]
 
 
+def _read_take(caption: str, path: Path, layout: SheetLayout) -> tuple[str, list[Image.Image]]:
+    try:
+        return caption, _pictures(path, layout)
+    except EncodeFailed:
+        return f"damaged file: {caption}", []
+
+
 def _pictures(path: Path, layout: SheetLayout) -> list[Image.Image]:
     frames_THWC = decode_frames(path, spread(indexed_num_frames(path), layout.frames_per_take))
     height, width = frames_THWC.shape[1:3]
@@ -71,25 +84,21 @@ def _pictures(path: Path, layout: SheetLayout) -> list[Image.Image]:
     return [Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS) for frame in frames_THWC]
 
 
-def _blank_sheet(picture_height: int, num_rows: int, layout: SheetLayout) -> Image.Image:
-    width = MARGIN + layout.frames_per_take * (layout.picture_width + MARGIN)
-    return Image.new("RGB", (width, num_rows * (CAPTION_HEIGHT + picture_height + MARGIN)), BACKGROUND)
-
-
-def _draw_row(sheet: Image.Image, top: int, height: int, caption: str, pictures: list[Image.Image]) -> None:
+def _draw_take(
+    sheet: Image.Image, corner: tuple[int, int], size: tuple[int, int], caption: str, pictures: list[Image.Image]
+) -> None:
     font = ImageFont.load_default(FONT_SIZE)
     draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, top + 3), shortened(caption, sheet.width - 2 * MARGIN, font), fill=INK, font=font)
-    room = height - CAPTION_HEIGHT - MARGIN
-    for picture_index, picture in enumerate(pictures):
-        left = MARGIN + picture_index * (picture.width + MARGIN)
+    left, top = corner
+    draw.text((left, top + 3), shortened(caption, size[0] - MARGIN, font), fill=INK, font=font)
+    top += CAPTION_HEIGHT
+    room = size[1] - CAPTION_HEIGHT - MARGIN
+    for picture in pictures:
         if picture.height > room:  # a take of another shape than the first one
             picture = picture.crop((0, (picture.height - room) // 2, picture.width, (picture.height + room) // 2))
-        sheet.paste(picture, (left, top + CAPTION_HEIGHT))
-        draw.rectangle(
-            (left - 1, top + CAPTION_HEIGHT - 1, left + picture.width, top + CAPTION_HEIGHT + picture.height),
-            outline=FAINT,
-        )
+        sheet.paste(picture, (left, top))
+        draw.rectangle((left - 1, top - 1, left + picture.width, top + picture.height), outline=FAINT)
+        left += picture.width + MARGIN
 
 
 def shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

@@ -27,7 +27,7 @@ def test_each_row_shows_its_take_over_time(tmp_path):
     red_to_blue = make_take(tmp_path / "a.mp4", [(220, 0, 0)] * 5 + [(0, 0, 220)] * 5)
     green = make_take(tmp_path / "b.mp4", [(0, 200, 0)] * 3)
     size = make_contact_sheet(
-        [("red to blue", red_to_blue), ("green", green)], tmp_path / "sheet.png", SheetLayout(2, 100)
+        [("red to blue", red_to_blue), ("green", green)], tmp_path / "sheet.png", SheetLayout(2, 100, columns=1)
     )
     with Image.open(tmp_path / "sheet.png") as image:
         sheet = np.asarray(image.convert("RGB")).astype(int)
@@ -65,6 +65,20 @@ def test_long_caption_is_cut_to_the_width():
     assert cut.endswith("...")
     assert 250 < font.getlength(cut) <= 300
     assert shortened("short\n  words", 300, font) == "short words"
+
+
+def test_takes_stand_side_by_side_and_a_damaged_one_leaves_its_place_empty(tmp_path):
+    red, blue = (make_take(tmp_path / f"{n}.mp4", [c] * 4) for n, c in (("r", (220, 0, 0)), ("b", (0, 0, 220))))
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(red.read_bytes()[:200])
+    takes = [("red", red), ("broken", broken), ("blue", blue)]
+    assert make_contact_sheet(takes, tmp_path / "sheet.png", SheetLayout(2, 100)) == (8 + 4 * 108, 2 * 128)
+    with Image.open(tmp_path / "sheet.png") as image:
+        sheet = np.asarray(image.convert("RGB")).astype(int)
+    assert np.abs(sheet[70, 58] - (220, 0, 0)).max() < 8
+    assert np.abs(sheet[198, 58] - (0, 0, 220)).max() < 8
+    assert sheet[30:128, 230:].max() < 60  # nothing but background where the damaged take would be
+    assert sheet[3:18, 224:].max() > 150  # but it is named
 
 
 def test_nothing_to_show_is_an_error(tmp_path):
