@@ -1,8 +1,8 @@
 """The bundled video VAE: 4 video frames of 8x8 pixels become one cell of 16 numbers, with mean 0 and variance 1.
 
-The encoder codes each group of 4 video frames on its own, so the latents of a chunk are the same whether it was cut out
-or coded within its video. The decoder also sees the latent frame before, for smooth motion; that one latent frame is all
-that a stream has to remember, whatever the length.
+The encoder codes each group of 4 video frames on its own, so the latents of a chunk are the same whether it was cut
+out or coded within its video. The decoder also sees the latent frame before, for smooth motion; that one latent frame
+is all that a stream has to remember, whatever the length.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def ssim(pictures_NCHW: Tensor, reference_NCHW: Tensor) -> Tensor:
 
 
 def sharpness(pictures: Tensor) -> Tensor:
-    """Mean absolute difference of neighbouring pixels, for each first index: edges and texture raise it, blur lowers it."""
+    """Mean absolute difference of neighbouring pixels, for each first index; edges raise it, blur lowers it."""
     p = pictures.float().clamp(-1, 1)
     across = (p[..., 1:] - p[..., :-1]).abs().flatten(1).mean(1)
     down = (p[..., 1:, :] - p[..., :-1, :]).abs().flatten(1).mean(1)

@@ -1,7 +1,7 @@
 """Does a model remember a place? Camera paths that leave a place and come back to it, so that the truth is known.
 
-The place lies in chunk 5, more than one view away from the first chunk, which every windowed cache keeps. The way back is
-either a hard cut (the context can then be true without giving the place away) or a walk out and back, all generated.
+The place lies in chunk 5, more than one view away from the first chunk, which every windowed cache keeps. The way back
+is either a hard cut (the context can then be true without giving the place away) or a walk out and back, all generated.
 """
 
 from __future__ import annotations

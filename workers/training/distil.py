@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -148,7 +149,8 @@ class Distiller:
         """One update of the student and a few of those that judge it; returns means to be logged."""
         own_history = self.own is not None and self._chance(self.recipe.own_history)
         if own_history:
-            assert self.own is not None and self.own_batch is not None
+            assert self.own is not None
+            assert self.own_batch is not None
             batch = Batch(**{**vars(self.own_batch), "latents_BTCHW": self.own})
         fixed = self._prepare(batch)
         made, values = self._update_student(batch, fixed, has_truth=not own_history)
@@ -159,6 +161,7 @@ class Distiller:
                 values["critic"] = self._update_critic(batch.latents_BTCHW, made)
             skill = ((GUESSING - values["critic"]) / 0.4).clamp(0, 1)
             self.critic_skill.lerp_(skill, 0.1)
+            values["skill"] = self.critic_skill.clone()
         self.steps += 1
         decay = min(self.recipe.ema, self.steps / (self.steps + 10))
         with torch.no_grad():
@@ -185,6 +188,22 @@ class Distiller:
             made.append(rollout.denoise(index, self.schedule, self.generator, renoise=True))
             rollout.write(index, made[-1])
         self.own, self.own_batch = torch.cat(made, 1), batch
+
+    def save(self, path: Path) -> None:
+        """All weights and optimisers; own histories are made anew."""
+        state = {name: getattr(self, name).state_dict() for name in ("student", "judge", "critic", "ema")}
+        state |= {"optimisers": {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()}}
+        torch.save({**state, "steps": self.steps, "skill": self.critic_skill}, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+
+    def load(self, path: Path) -> None:
+        """Go on where `save` was called."""
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        for name in ("student", "judge", "critic", "ema"):
+            getattr(self, name).load_state_dict(state[name])
+        for name, optimiser in self.optimisers.items():
+            optimiser.load_state_dict(state["optimisers"][name])
+        self.steps, self.critic_skill = state["steps"], state["skill"]
 
     def _chance(self, probability: float) -> bool:
         return bool(torch.rand((), generator=torch.Generator().manual_seed(7919 * self.steps + 13)) < probability)
@@ -288,7 +307,7 @@ class Distiller:
         return loss.detach()
 
     def _descend(self, name: str, loss: Tensor, module: nn.Module) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         self.optimisers[name].step()
         self.optimisers[name].zero_grad(set_to_none=True)

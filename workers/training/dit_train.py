@@ -1,16 +1,15 @@
-"""Train the bundled DiT and its text encoder by flow matching with teacher forcing, stage 1 of two.
+"""Train the bundled DiT and its text encoder by flow matching with teacher forcing: stage 1 of `recipe.py`.
 
-`python -m workers.training.dit_train --vae DIR --out DIR --seconds 600`. A run stops at its time, writes a checkpoint,
-and goes on from it when started again; what it does at a step depends on the step and the seed alone.
+A run stops at its time and writes a checkpoint; what it does at a step depends on the step and the seed alone, so going
+on from a checkpoint is the same as never having stopped.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,11 @@ import torch
 from torch import Tensor
 
 from workers.denoise import add_noise, flow_target, shift_sigma
-from workers.model.backbones import Backbone, find_backbone
-from workers.model.vae import VideoVAE
-from workers.training.feed import Batch, Feed, FeedRecipe, batches_ahead
+from workers.model.backbones import Backbone
+from workers.training.feed import Batch, Feed, batches_ahead
 from workers.training.muon import Muon
 from workers.training.progress import Log
 from workers.training.sequence import ParallelAttention, WorldModel, predict_flow, prepare
-from workers.training.vae_train import load_vae
 
 DELAY = 4
 """A batch is used twice: at once, and so many batches later with other noise."""
@@ -81,7 +78,7 @@ class DitTrainer:
         """One optimiser step; returns the loss of each chunk place, averaged over clips."""
         generator = torch.Generator(self.device).manual_seed(self.recipe.seed * 1_000_003 + self.steps)
         loss_K = self.loss(batch, generator)
-        loss_K.mean().backward()  # type: ignore[no-untyped-call]
+        loss_K.mean().backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimiser in self.optimisers:
             optimiser.step()
@@ -159,69 +156,35 @@ class BatchTwice:
         self._ahead.close()  # type: ignore[attr-defined]
 
 
-def train(
-    trainer: DitTrainer, feed: Feed, *, total_s: float, stop_s: float, checkpoint: Path, log: Log, on_time: Any = None
-) -> None:
-    """Step until `stop_s` seconds of training are spent (of `total_s` that the learning rate counts with).
+@dataclass(frozen=True)
+class Span:
+    """How long a call trains: until so many seconds of the stage are spent, of the total that the rate counts with."""
 
-    Args:
-        trainer: Loaded from the checkpoint, if one exists.
-        feed: Where batches come from.
-        total_s: Length of the whole stage.
-        stop_s: When this call ends, counted from the start of the stage.
-        checkpoint: Written at the end.
-        log: Gets a line every 200 steps.
-        on_time: Called as on_time(seconds, trainer) now and then; its time does not count.
-    """
+    total_s: float
+    stop_s: float
+
+
+def train(trainer: DitTrainer, feed: Feed, span: Span, checkpoint: Path, log: Log) -> None:
+    """Step until the span ends, then write the checkpoint; the log gets a line every 200 steps."""
     batches = BatchTwice(feed, trainer.steps)
     spent, last = trainer.seconds, time.monotonic()
-    sums, count = 0.0, 0
+    sums: list[Tensor] = []
     for _ in range(10**9):
-        trainer.set_rate(spent / total_s)
+        trainer.set_rate(spent / span.total_s)
         loss_K = trainer.step(batches.at(trainer.steps))
-        if trainer.steps == 2:  # compiling and starting is not training
-            torch.cuda.synchronize() if feed.device.type == "cuda" else None
-            log.write(stage="dit", started_after_s=time.monotonic() - last)
-            last = time.monotonic()
-        sums, count = sums + loss_K, count + 1
+        sums.append(loss_K)
         now = time.monotonic()
         spent, last = spent + now - last, now
         if trainer.steps % 200 == 0:
-            mean = (sums / count).tolist()
+            mean = torch.stack(sums).mean(0).tolist()
             assert math.isfinite(mean[0]), "the loss is not finite"
             log.write(
                 stage="dit", step=trainer.steps, seconds=spent, loss=sum(mean) / len(mean), first=mean[0], last=mean[-1]
             )
-            sums, count = 0.0, 0
-        if spent >= stop_s:
+            sums.clear()
+        if spent >= span.stop_s:
             break
-        if on_time is not None and on_time(spent, trainer):
-            last = time.monotonic()
     batches.close()
     trainer.seconds = spent
     trainer.save(checkpoint)
     log.write(stage="dit", step=trainer.steps, seconds=spent, checkpoint=str(checkpoint))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--vae", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
-    device, backbone = torch.device(options.device), find_backbone("longtake-world")
-    options.out.mkdir(parents=True, exist_ok=True)
-    vae: VideoVAE = load_vae(options.vae, device)
-    recipe, feed_recipe = DitRecipe(), FeedRecipe()
-    feed = Feed(feed_recipe, backbone, vae, device)
-    trainer = DitTrainer(recipe, backbone, feed_recipe.chunks, device)
-    checkpoint = options.out / "dit.pt"
-    if checkpoint.exists():
-        trainer.load(checkpoint)
-    log = Log(options.out / "dit_log.jsonl", {**asdict(recipe), **asdict(feed_recipe)})
-    train(trainer, feed, total_s=options.seconds, stop_s=options.seconds, checkpoint=checkpoint, log=log)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,5 @@
-"""Many rollouts side by side, for measuring and distilling: chunk by chunk with a cache, as the service does it, but with
-keys kept after RoPE in one buffer of known length. The service's own rollout is the plain reference.
+"""Many rollouts side by side, for measuring and distilling: chunk by chunk with a cache, as the service does it, but
+with keys kept after RoPE in one buffer of known length. The service's own rollout is the plain reference.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers.contracts import PromptKeys
 from workers.denoise import Schedule, clean_estimate
 from workers.model.control import control_maps
-from workers.model.dit import PromptKeys
 from workers.model.rope import Rotation, grid_positions, make_rotation, rotate
 from workers.training.sequence import WorldModel
 
@@ -44,7 +44,6 @@ class FastRollout:
         times_BT: Their time indices.
         prompt: Cross-attention keys.
         visible: Which chunks a chunk sees.
-        empty_prompt: Cross-attention keys without a prompt, when guidance is wanted.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Training batches for the DiT, drawn on the fly: latents of chunks along long camera paths, with their captions.
 
-A batch is a function of (seed, batch index) alone, so a run that goes on from a checkpoint sees the same batches. Half of
-the contexts are contiguous and explore; the others are sparse chunks of one long path, those that show the last chunk's
-place favoured, with time stretched at the gaps: far history becomes familiar without long sequences.
+A batch is a function of (seed, batch index) alone, so a run that goes on from a checkpoint sees the same batches. Half
+of the contexts are contiguous and explore; the others are sparse chunks of one long path, those that show the last
+chunk's place favoured, with time stretched at the gaps: far history becomes familiar without long sequences.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ PLANNERS = 8
 
 PATH_CHUNKS = 84
 COORDINATE_SHIFT = 1024
-"""Worlds are moved by up to so many pixels, so that coordinates mean nothing by themselves and a larger range is known."""
+"""Worlds are moved by up to so many pixels: coordinates mean nothing by themselves, and a larger range is known."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def pick_chunks(positions_BCF2: NDArray[np.float32], recipe: FeedRecipe, rng: np
     batch, path_chunks = positions_BCF2.shape[:2]
     wanted = recipe.chunks
     middle = positions_BCF2[:, :, positions_BCF2.shape[2] // 2]
-    last = rng.integers(wanted, path_chunks, size=batch)
+    last = np.asarray(rng.integers(wanted, path_chunks, size=batch))
     index = np.arange(path_chunks)[None]
     distance = np.abs(middle - middle[np.arange(batch), last][:, None]).max(-1)
     score = rng.gumbel(size=(batch, path_chunks)) + 2.0 * (distance < 80)
@@ -103,7 +103,7 @@ def stretch_times(picks_BK: NDArray[np.int64], chunk: int, rng: np.random.Genera
     gaps = np.diff(picks_BK, axis=1, prepend=picks_BK[:, :1]) > 1
     jumps = np.floor(rng.random(picks_BK.shape) ** 2 * 40) * (rng.random((len(picks_BK), 1)) < 0.5)
     chunk_times = picks_BK + np.cumsum(gaps * jumps, axis=1)
-    return (chunk_times[..., None] * chunk + np.arange(chunk)).reshape(len(picks_BK), -1).astype(np.float32)
+    return np.asarray((chunk_times[..., None] * chunk + np.arange(chunk)).reshape(len(picks_BK), -1), dtype=np.float32)
 
 
 @dataclass(frozen=True)

@@ -34,14 +34,15 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         assert closure is None
         for group in self.param_groups:
-            shapes: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
+            shapes: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
                 shapes[(parameter.shape[0], parameter[0].numel())].append(parameter)
             for shape, members in shapes.items():
                 self._step_bucket(members, shape, group)
 
-    def _step_bucket(self, members: list[nn.Parameter], shape: tuple[int, int], group: dict[str, Any]) -> None:
-        grads = [parameter.grad for parameter in members]
+    def _step_bucket(self, members: list[Tensor], shape: tuple[int, int], group: dict[str, Any]) -> None:
+        grads = [parameter.grad for parameter in members if parameter.grad is not None]
+        assert len(grads) == len(members)
         moments = [self.state[parameter]["momentum"] for parameter in members]
         torch._foreach_lerp_(moments, grads, 1 - group["momentum"])
         ahead = torch._foreach_lerp(grads, moments, group["momentum"])
@@ -56,10 +57,11 @@ class Muon(torch.optim.Optimizer):
 def orthogonalise(matrices_BRC: Tensor) -> Tensor:
     """Bring all singular values of each matrix near 1, by Newton-Schulz rounds in bfloat16."""
     wide = matrices_BRC.shape[1] <= matrices_BRC.shape[2]
-    x = matrices_BRC.bfloat16() if wide else matrices_BRC.bfloat16().mT
+    x = matrices_BRC.bfloat16() if wide else matrices_BRC.bfloat16().transpose(1, 2)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     a, b, c = _QUINTIC
     for _ in range(_ROUNDS):
         square = x @ x.mT
         x = a * x + (b * square + c * (square @ square)) @ x
-    return x if wide else x.mT
+    result: Tensor = x if wide else x.transpose(1, 2)
+    return result

@@ -1,10 +1,13 @@
-"""The log of a training run: one JSON object a line, on disk and on the terminal."""
+"""The log of a training run: one JSON object a line, on disk and to the logger."""
 
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 class Log:
@@ -20,4 +23,4 @@ class Log:
         line = json.dumps(rounded)
         with self.path.open("a") as file:
             file.write(line + "\n")
-        print(line, flush=True)
+        logger.info("%s", line)

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from workers.contracts import PromptKeys
 from workers.model.backbones import Backbone
 from workers.model.control import control_maps
-from workers.model.dit import CausalDiT, PromptKeys
+from workers.model.dit import CausalDiT
 from workers.model.rope import Rotation, grid_positions, make_rotation, rotate
 from workers.model.text_encoder import EncodedText, TextEncoder, fold_padding
 from workers.training.feed import Batch
@@ -38,7 +39,7 @@ class WorldModel(nn.Module):
 
 
 class ParallelAttention:
-    """Masked self-attention over the doubled sequence; one object for a whole run, so that compiled code stays valid."""
+    """Masked self-attention over the doubled sequence; one object a run, so that compiled code stays valid."""
 
     def __init__(self, backbone: Backbone, chunks: int, device: torch.device) -> None:
         self.backbone, self.chunks = backbone, chunks
@@ -83,7 +84,8 @@ class ParallelAttention:
             self.sin.copy_(sin)
 
     def __call__(self, layer_index: int, q_BQND: Tensor, k_BQND: Tensor, v_BQND: Tensor) -> Tensor:
-        assert self.cos is not None and self.sin is not None
+        assert self.cos is not None
+        assert self.sin is not None
         rotation = Rotation(self.cos, self.sin)
         q = rotate(q_BQND, rotation).to(v_BQND.dtype).transpose(1, 2)
         k = rotate(k_BQND, rotation).to(v_BQND.dtype).transpose(1, 2)

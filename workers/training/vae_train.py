@@ -1,4 +1,4 @@
-"""Train the bundled video VAE on worlds drawn on the fly: `python -m workers.training.vae_train --seconds 300 --out DIR`.
+"""Train the bundled video VAE on worlds drawn on the fly, stage 0 of the recipe (`recipe.py`).
 
 The whole step (forward, backward, Muon and AdamW) is one CUDA graph, because its kernels are small. Without a GPU the
 same step runs plainly, which is what the tests do.
@@ -6,7 +6,6 @@ same step runs plainly, which is what the tests do.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable
@@ -116,7 +115,7 @@ class VaeTrainer:
             level = torch.rand(len(latents), 1, 1, 1, 1, device=self.device) * self.recipe.latent_noise
             decoded = self.vae.decode(latents + level * torch.randn_like(latents))
         loss = reconstruction_loss(self.frames, decoded)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
         for optimiser in self.optimisers:
             optimiser.step()
@@ -201,17 +200,3 @@ def load_vae(folder: Path, device: torch.device) -> VideoVAE:
     vae = VideoVAE()
     vae.load_state_dict(load_file(folder / "vae.safetensors"))
     return vae.to(device).eval()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=300)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
-    train(VaeRecipe(batch=options.batch), options.seconds, options.out, torch.device(options.device))
-
-
-if __name__ == "__main__":
-    main()

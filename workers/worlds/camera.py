@@ -149,7 +149,7 @@ def _offsets(move: CameraMove, num_frames: int, rng: np.random.Generator) -> NDA
     if move.kind == "hold":
         return np.zeros((num_frames, 2))
     if move.kind == "pan":
-        return frames[:, None] * step
+        return np.asarray(frames[:, None] * step)
     if move.kind == "out_and_back":
         turn = max(1, int(num_frames // 2 if num_frames <= 240 else rng.integers(80, 240)))
         return np.asarray((turn - np.abs(frames % (2 * turn) - turn))[:, None] * step)

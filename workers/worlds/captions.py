@@ -41,7 +41,8 @@ _TWINS = {"east": "right", "west": "left", "north": "up", "south": "down"}
 _MOODS = (
     "Soft light lies on the hills.", "Nothing hurries here.", "The colours are bright and clear.", "It is a quiet day.",
     "The air is clear.", "Old stories are told about this land.", "Far away, bells can be heard.",
-    "Long ago travellers crossed it on foot.", "A mild wind blows from the sea.", "The edges are crisp, like cut paper.",
+    "Long ago travellers crossed it on foot.", "A mild wind blows from the sea.",
+    "The edges are crisp, like cut paper.",
     "People say that the winters are short.", "It looks like an illustrated map.", "Shadows fall to the lower right.",
     "High quality, detailed, 4k.", "The mood is peaceful.", "The year is young and the roads are empty.",
 )  # fmt: skip

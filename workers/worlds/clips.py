@@ -132,11 +132,12 @@ def plan_world(spec: WorldSpec) -> WorldPlan:
 
 @torch.no_grad()
 def draw_worlds(plans: list[WorldPlan], device: torch.device) -> Worlds:
-    """Paint worlds; a millisecond each on a GPU, some seconds on a CPU core."""
+    """Paint worlds; a millisecond each on a GPU, under a second on a CPU core."""
     specs = tuple(plan.spec for plan in plans)
     biomes, water = [spec.biomes for spec in specs], [spec.water for spec in specs]
     terrain = draw_terrain([plan.noise for plan in plans], biomes, water, device)
-    pictures = paint_landmarks(terrain.pictures_BCHW, terrain.levels_BHW, [plan.tables for plan in plans])
+    pictures = terrain.pictures_BCHW
+    paint_landmarks(pictures, terrain.levels_BHW, [plan.tables for plan in plans])
     return Worlds(specs, pictures.clamp(0, 1) * 2 - 1, terrain.levels_BHW.to(torch.uint8))
 
 

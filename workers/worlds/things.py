@@ -102,8 +102,8 @@ def place_landmarks(rng: np.random.Generator, species: tuple[Species, ...], dens
     return layers
 
 
-def paint_landmarks(pictures_BCHW: Tensor, levels_BHW: Tensor, tables: list[Tables]) -> Tensor:
-    """Paint the landmarks of every world that stand on land.
+def paint_landmarks(pictures_BCHW: Tensor, levels_BHW: Tensor, tables: list[Tables]) -> None:
+    """Paint into the pictures, in place, the landmarks of every world that stand on land.
 
     Args:
         pictures_BCHW: Bare ground, RGB in [0, 1].
@@ -111,9 +111,7 @@ def paint_landmarks(pictures_BCHW: Tensor, levels_BHW: Tensor, tables: list[Tabl
         tables: `cell_tables` of each world.
     """
     for index, (cell, _, _) in enumerate(LAYERS):
-        table = torch.from_numpy(np.stack([world[index] for world in tables])).to(pictures_BCHW.device)
-        pictures_BCHW = _paint_layer(pictures_BCHW, levels_BHW, table, cell)
-    return pictures_BCHW
+        _paint_layer(pictures_BCHW, levels_BHW, np.stack([world[index] for world in tables]), cell)
 
 
 def standing(landmarks: list[Landmark], levels_HW: Tensor) -> list[Landmark]:
@@ -134,79 +132,112 @@ def cell_tables(layers: list[list[Landmark]]) -> Tables:
     return tuple(tables)
 
 
-def _paint_layer(pictures: Tensor, levels: Tensor, table: Tensor, cell: int) -> Tensor:
-    batch = torch.arange(len(pictures), device=pictures.device)[:, None, None]
-    foot = levels[batch, table[..., 2].long(), table[..., 1].long()]
-    radius = table[..., 0] * (foot >= FIRST_LAND_LEVEL)
+def _paint_layer(pictures: Tensor, levels: Tensor, table: NDArray[np.float32], cell: int) -> None:
+    """All cells of one kind at a time: each shape is computed only where it stands."""
+    batch, cells = table.shape[:2]
+    grid = pictures.view(batch, 3, cells, cell, cells, cell)
+    for kind in range(len(NOUNS)):
+        world, row, column = np.nonzero((table[..., 0] > 0) & (table[..., 3] == kind))
+        if not len(world):
+            continue
+        marks = torch.from_numpy(table[world, row, column]).to(pictures.device)
+        size, x, y = (marks[:, index, None, None] for index in range(3))
+        at = [torch.from_numpy(index).to(pictures.device) for index in (world, row, column)]
+        on_land = levels[at[0], marks[:, 2].long(), marks[:, 1].long()] >= FIRST_LAND_LEVEL
+        span = torch.arange(cell, device=pictures.device) + 0.5
+        u = (span[None, None, :] + at[2][:, None, None] * cell - x) / size
+        v = (span[None, :, None] + at[1][:, None, None] * cell - y) / size
+        body, accent = signed_distances(u, v, kind)
+        shadow, _ = signed_distances(u - 0.25, v - 0.25, kind)
+        there = on_land[:, None, None].float()
+        dark = ((shadow * size + 0.5).clamp(0, 1) * there * 0.4)[:, None]
+        paint = _two_tones(_colour_table(pictures.device)[marks[:, 4].long()], kind, accent * size)
+        paint = paint * (OUTLINE + (1 - OUTLINE) * (body * size - 1.0).clamp(0, 1)[:, None])
+        opacity = ((body * size + 0.5).clamp(0, 1) * there)[:, None]
+        grid[at[0], :, at[1], :, at[2]] = torch.lerp(grid[at[0], :, at[1], :, at[2]] * (1 - dark), paint, opacity)
 
-    def spread(values: Tensor) -> Tensor:
-        return values.repeat_interleave(cell, 1).repeat_interleave(cell, 2)
 
-    grid = torch.arange(WORLD_SIZE, device=pictures.device) + 0.5
-    size = spread(radius)
-    u = (grid[None, None, :] - spread(table[..., 1])) / size.clamp(min=1)
-    v = (grid[None, :, None] - spread(table[..., 2])) / size.clamp(min=1)
-    kind = spread(table[..., 3])
-    body, accent = signed_distances(u, v, kind)
-    shadow, _ = signed_distances(u - 0.25, v - 0.25, kind)
-    there = (size > 0).float()
-    dark = ((shadow * size + 0.5).clamp(0, 1) * there * 0.4)[:, None]
-    paint = _two_tones(_colour_table(table.device)[spread(table[..., 4]).long()], kind, accent * size)
-    paint = paint * (OUTLINE + (1 - OUTLINE) * (body * size - 1.0).clamp(0, 1)[:, None])
-    opacity = ((body * size + 0.5).clamp(0, 1) * there)[:, None]
-    return torch.lerp(pictures * (1 - dark), paint, opacity)
-
-
-def signed_distances(u: Tensor, v: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
+def signed_distances(u: Tensor, v: Tensor, kind: int) -> tuple[Tensor, Tensor]:
     """Distance to the edge of the body and of its accent, positive inside, in parts of the radius.
 
     Args:
         u, v: Place relative to the middle of the landmark, in parts of its radius; v grows downwards.
-        kind: Index into `NOUNS` of the landmark that owns the pixel.
+        kind: Index into `NOUNS`.
     """
-    au, av, d = u.abs(), v.abs(), (u * u + v * v).sqrt()
-    none = torch.full_like(u, -1.0)
-    wedge = torch.minimum(0.85 - v, (v + 1 - 1.5 * au) * 0.55)
-    upper = torch.minimum(0.1 - v, (v + 1 - 1.5 * au) * 0.55)
-    walls = torch.minimum(torch.minimum(0.9 - v, v + 0.15), 0.68 - au)
-    roof = torch.minimum(0.05 - v, (v + 1 - 0.95 * au) * 0.7)
-    door = torch.minimum(0.85 - v, (v + 0.1 - 2.2 * au) * 0.4)
-    diamond = (1 - au * 1.35 - av) * 0.6
+    return _SHAPES[kind](u, v)
+
+
+def _wedge(u: Tensor, v: Tensor) -> Tensor:
+    return torch.minimum(0.85 - v, (v + 1 - 1.5 * u.abs()) * 0.55)
+
+
+def _disc(u: Tensor, v: Tensor) -> Tensor:
+    return (u * u + v * v).sqrt()
+
+
+def _pine(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return _wedge(u, v), torch.minimum(0.1 - v, (v + 1 - 1.5 * u.abs()) * 0.55)
+
+
+def _tree(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return 0.95 - _disc(u, v), 0.5 - _disc(u + 0.25, v + 0.25)
+
+
+def _house(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    walls = torch.minimum(torch.minimum(0.9 - v, v + 0.15), 0.68 - u.abs())
+    roof = torch.minimum(0.05 - v, (v + 1 - 0.95 * u.abs()) * 0.7)
+    return torch.maximum(walls, roof), walls
+
+
+def _tower(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    d = _disc(u, v)
+    return 0.95 - d, torch.maximum(0.3 - d, 0.1 - (d - 0.7).abs())
+
+
+def _tent(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return _wedge(u, v), torch.minimum(0.85 - v, (v + 0.1 - 2.2 * u.abs()) * 0.4)
+
+
+def _crystal(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    diamond = (1 - u.abs() * 1.35 - v.abs()) * 0.6
+    return diamond, torch.minimum(diamond, -u)
+
+
+def _windmill(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     sails = torch.maximum(0.24 - (u - v).abs() * 0.7, 0.24 - (u + v).abs() * 0.7)
-    cap = torch.minimum(0.95 - d, 0.2 - v)
-    stem = torch.minimum(0.95 - v, torch.minimum(v - 0.1, 0.32 - au))
-    spots = torch.maximum(
-        0.22 - ((au - 0.42).square() + (v + 0.2).square()).sqrt(), 0.2 - (u * u + (v + 0.6) ** 2).sqrt()
-    )
+    return torch.minimum(sails, 1.0 - _disc(u, v)), 0.3 - _disc(u, v)
+
+
+def _mushroom(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    cap = torch.minimum(0.95 - _disc(u, v), 0.2 - v)
+    stem = torch.minimum(0.95 - v, torch.minimum(v - 0.1, 0.32 - u.abs()))
+    spots = torch.maximum(0.22 - _disc(u.abs() - 0.42, v + 0.2), 0.2 - _disc(u, v + 0.6))
+    return torch.maximum(cap, stem), torch.maximum(spots, torch.minimum(stem, v - 0.2))
+
+
+def _ring(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return 0.26 - (_disc(u, v) - 0.7).abs(), torch.full_like(u, -1.0)
+
+
+def _rock(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    au, av = u.abs(), v.abs()
     octagon = 0.9 - torch.maximum(torch.maximum(au, av * 1.15), (au + av) * 0.74)
-    shapes = (
-        (wedge, upper),
-        (0.95 - d, 0.5 - ((u + 0.25).square() + (v + 0.25).square()).sqrt()),
-        (torch.maximum(walls, roof), walls),
-        (0.95 - d, torch.maximum(0.3 - d, 0.1 - (d - 0.7).abs())),
-        (wedge, door),
-        (diamond, torch.minimum(diamond, -u)),
-        (torch.minimum(sails, 1.0 - d), 0.3 - d),
-        (torch.maximum(cap, stem), torch.maximum(spots, torch.minimum(stem, v - 0.2))),
-        (0.26 - (d - 0.7).abs(), none),
-        (octagon, torch.minimum(octagon - 0.25, -0.1 - v - 0.3 * u)),
-    )
-    body, accent = shapes[0]
-    for index, (outer, inner) in enumerate(shapes[1:], start=1):
-        chosen = kind == index
-        body, accent = torch.where(chosen, outer, body), torch.where(chosen, inner, accent)
-    return body, accent
+    return octagon, torch.minimum(octagon - 0.25, -0.1 - v - 0.3 * u)
 
 
-def _two_tones(colour_BHWC: Tensor, kind: Tensor, accent_px: Tensor) -> Tensor:
+_SHAPES = (_pine, _tree, _house, _tower, _tent, _crystal, _windmill, _mushroom, _ring, _rock)
+_CREAM_ACCENT = (2, 7)  # walls and stems
+_DARK_ACCENT = (3, 4)  # battlements and doors
+
+
+def _two_tones(colour_MC: Tensor, kind: int, accent_px: Tensor) -> Tensor:
     """The colour itself, and on the accent a lighter tone, cream for walls and stems, near black for doors."""
-    light = colour_BHWC * 0.5 + 0.5
-    cream = colour_BHWC.new_tensor((0.96, 0.92, 0.80))
-    night = colour_BHWC.new_tensor((0.14, 0.12, 0.14))
-    walls = ((kind == 2) | (kind == 7))[..., None]
-    doors = ((kind == 3) | (kind == 4))[..., None]
-    tone = torch.where(walls, cream, torch.where(doors, night, light))
-    return torch.lerp(colour_BHWC, tone, (accent_px + 0.5).clamp(0, 1)[..., None]).permute(0, 3, 1, 2)
+    tone = colour_MC * 0.5 + 0.5
+    if kind in _CREAM_ACCENT:
+        tone = colour_MC.new_tensor((0.96, 0.92, 0.80)).expand_as(colour_MC)
+    elif kind in _DARK_ACCENT:
+        tone = colour_MC.new_tensor((0.14, 0.12, 0.14)).expand_as(colour_MC)
+    return torch.lerp(colour_MC[..., None, None], tone[..., None, None], (accent_px + 0.5).clamp(0, 1)[:, None])
 
 
 def _colour_table(device: torch.device) -> Tensor:
