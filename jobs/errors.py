@@ -1,12 +1,12 @@
 """What a user or another driver can do to a job.
 
-    JobError                      exit code
-    ├── SpecError            2    the spec, a flag or the store cannot work; names file, line, field and fix
-    ├── PromptsError         2    the prompt list cannot be read at all
-    ├── SpecChanged          2    the job was begun with other pixels; carries the diff
-    ├── LeaseHeld           75    another driver holds the job
-    ├── LeaseLost           75    another driver has taken the job over: stop writing
-    └── JournalBroken        1    the store's record contradicts itself: a defect of ours, never repaired silently
+JobError                      exit code
+├── SpecError            2    the spec, a flag or the store cannot work; names file, line, field and fix
+├── PromptsError         2    the prompt list cannot be read at all
+├── SpecChanged          2    the job was begun with other pixels; carries the diff
+├── LeaseHeld           75    another driver holds the job
+├── LeaseLost           75    another driver has taken the job over: stop writing
+└── JournalBroken        1    the store's record contradicts itself: a defect of ours, never repaired silently
 """
 
 

@@ -62,7 +62,7 @@ class HeldJob:
         encoded = [encode_row(row) for row in fresh]
         seq = self._writer.append(encoded, kind)
         for row, data in zip(fresh, encoded, strict=True):
-            self.ledger.absorb(row)
+            self.ledger.take(row)
             succeeded = row["status"] == "succeeded"
             series = self._replay.unpublished if succeeded else self._replay.unpublished_quarantine
             series.append(CommittedRow(seq, data))

@@ -26,13 +26,16 @@ class IdSet:
     def __init__(self, names: Iterable[str] = ()) -> None:
         self._tables = [array("Q", bytes(8 * FIRST_SLOTS)) for _ in range(NUM_TABLES)]
         self._used = [0] * NUM_TABLES
+        self._count = 0
         for name in names:
             self.add(name)
 
     def __len__(self) -> int:
-        return sum(self._used)
+        return self._count
 
     def __contains__(self, name: str) -> bool:
+        if not self._count:  # a job without failures asks its empty sets for every task
+            return False
         key = fingerprint(name)
         table = self._tables[key >> 56]
         return table[_slot_of(table, key)] == key
@@ -47,6 +50,7 @@ class IdSet:
             return False
         table[slot] = key
         self._used[index] += 1
+        self._count += 1
         if self._used[index] > MAX_FILL * len(table):
             self._tables[index] = _doubled(table)
         return True

@@ -7,12 +7,13 @@ acts; from there on it is the only writer, because any older driver must pass th
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from pydantic_core import from_json, to_json
 
 from cluster.errors import NotFound, OutcomeUnknown, StoreUnavailable
 from cluster.object_store import ObjectStore
@@ -44,7 +45,7 @@ def key_of(seq: int) -> str:
 
 def encode_row(row: dict[str, Any]) -> bytes:
     """One row as it will stand in an entry; NaN stays NaN, since only we read entries."""
-    return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode()
+    return to_json(row, inf_nan_mode="constants")
 
 
 def read_entries(store: ObjectStore, after_seq: int) -> Iterator[Entry]:
@@ -82,7 +83,7 @@ def _listed(store: ObjectStore, after_seq: int) -> Iterator[int]:
 
 
 def _decode(seq: int, data: bytes) -> Entry:
-    body = json.loads(data)
+    body = from_json(data)
     return Entry(seq, body["kind"], body["epoch"], body["nonce"], tuple(body.get("rows", ())))
 
 
@@ -145,7 +146,7 @@ class JournalWriter:
 
     def _put(self, seq: int, kind: EntryKind, rows: Sequence[bytes]) -> Entry | None:
         """Write ours at `seq`: None when it stands there, else the entry of another driver that does."""
-        head = json.dumps({"kind": kind, "epoch": self._epoch, "nonce": self._nonce}, separators=(",", ":")).encode()
+        head = to_json({"kind": kind, "epoch": self._epoch, "nonce": self._nonce})
         data = head if not rows else head[:-1] + b',"rows":[' + b",".join(rows) + b"]}"
         if self._store.put_if_absent(key_of(seq), data):
             return None

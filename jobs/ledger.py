@@ -71,17 +71,18 @@ class Ledger:
         task_id = task_id_of(row)
         if not self.would_change(row):
             raise JournalBroken(f"a second {row['status']} row of task {task_id}, which is settled")
-        self._take(task_id, row)
+        self.take(row)
 
     def absorb_part(self, row: Row) -> None:
         """Take in a row of a published part; parts of manifest/ come before those of quarantine/, each in order."""
         task_id = task_id_of(row)
         if row["status"] in ("failed", "reopened") and task_id in self._succeeded:
             return  # an earlier generation of a task that has succeeded since
-        self._take(task_id, row)
+        self.take(row)
 
-    def _take(self, task_id: str, row: Row) -> None:
-        status = row["status"]
+    def take(self, row: Row) -> None:
+        """Take in a row of which `would_change` has just said yes."""
+        task_id, status = task_id_of(row), row["status"]
         if status == "succeeded":
             self._succeeded.add(task_id)
             self._reopened.pop(task_id, None)

@@ -7,7 +7,6 @@ which rows is decided in commit.py.
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -15,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic_core import from_json
 
 from jobs.columns import COLUMN_NAMES, COLUMNS, SCHEMA, SCHEMA_VERSION, TIMESTAMP
 from jobs.journal import encode_row
@@ -63,7 +63,7 @@ def build_part(rows: Sequence[CommittedRow], head: PartHead) -> bytes:
     """
     batches, user_rows = [], []
     for first in range(0, len(rows), BATCH_ROWS):
-        batch = [json.loads(row.data) for row in rows[first : first + BATCH_ROWS]]
+        batch = [from_json(row.data) for row in rows[first : first + BATCH_ROWS]]
         user_rows += [row.pop("user", {}) for row in batch]
         seqs = [row.seq for row in rows[first : first + BATCH_ROWS]]
         batches.append(_record_batch(batch, seqs))
@@ -85,7 +85,7 @@ def read_head(data: bytes) -> PartHead:
     Raises:
         ValueError: This is no part of ours, or of a newer schema version.
     """
-    schema = pq.read_schema(io.BytesIO(data))
+    schema = pq.read_schema(pa.BufferReader(data))
     metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
     if "longtake.schema_version" not in metadata:
         raise ValueError("a Parquet file without longtake.* metadata is no manifest part")
@@ -103,7 +103,10 @@ def read_head(data: bytes) -> PartHead:
 
 def read_part(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
     """The rows of a part, or some of its columns."""
-    return pq.read_table(io.BytesIO(data), columns=None if columns is None else list(columns))
+    # Neither a Python file nor a dataset scan: its threads let go of the file late, and abort an interpreter that ends.
+    with pq.ParquetFile(pa.BufferReader(data)) as file:
+        table: pa.Table = file.read(columns=None if columns is None else list(columns))
+    return table
 
 
 def _record_batch(rows: Sequence[Row], seqs: Sequence[int]) -> pa.RecordBatch:
