@@ -1,14 +1,15 @@
 """What the bundled world model can do, on held-out worlds: `python -m tests.bench.world_model` (a GPU: two minutes).
 
 VAE fidelity, memory of places by distance and history, following of prompts, sharpness of land never seen, drift over
-3000 frames. `--small` asks few worlds, for a CPU. The speed on a CPU has its own bench, `world_model_cpu`.
+3000 frames. On a CPU ask for a few worlds and parts (`--worlds 4 --parts cut-39 sharpness`). The speed there has its
+own bench, `world_model_cpu`.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,28 +135,35 @@ def drift_rows(lab: Laboratory, num: int, sampling: Sampling, policy: str, frame
     yield row | {name: float(np.median([change[name] for change in changes])) for name in BANDS}
 
 
-def measure(lab: Laboratory, small: bool, seconds: float) -> list[Row]:
-    """All rows, the most important ones first; what the time does not reach is left out and named."""
+def parts_of(lab: Laboratory, num: int) -> dict[str, Callable[[], Iterator[Row]]]:
+    """All parts by name, the most important ones first, for so many worlds."""
     sampling = Sampling(renoise=lab.model.backbone.sampler == "renoise")
-    num, start, rows = 2 if small else 64, time.monotonic(), list[Row]()
-    distances = DISTANCES[:1] if small else DISTANCES
-    parts: list[tuple[str, Iterator[Row]]] = [
-        ("vae", vae_rows(lab, 8 if small else 128)),
-        ("sharpness", sharpness_rows(lab, num, sampling)),
-        ("follow", follow_rows(lab, 8 if small else 200, sampling)),
-        *((f"cut {d}", revisit_rows(lab, num, sampling, "cut", d)) for d in distances),
-        *((f"rollout {d}", revisit_rows(lab, num, sampling, "rollout", d)) for d in distances),
-        ("drift window", drift_rows(lab, 1 if small else 16, sampling, "window", 240 if small else 3000)),
-        *((f"shifted {d}", revisit_rows(lab, num, sampling, "shifted", d)) for d in distances),
-        ("generated", revisit_rows(lab, num, sampling, "generated", 39)),
-        ("drift full", drift_rows(lab, 1 if small else 4, sampling, "full", 240 if small else 3000)),
-        ("generated far", revisit_rows(lab, num, sampling, "generated", 39 if small else 159)),
-    ]
-    for name, part in parts:
+
+    def revisit(form: str, distance: int) -> Callable[[], Iterator[Row]]:
+        return lambda: revisit_rows(lab, num, sampling, form, distance)
+
+    return {
+        "vae": lambda: vae_rows(lab, 2 * num),
+        "sharpness": lambda: sharpness_rows(lab, num, sampling),
+        "follow": lambda: follow_rows(lab, 200 if num >= 64 else 4 * num, sampling),
+        **{f"cut-{distance}": revisit("cut", distance) for distance in DISTANCES},
+        **{f"rollout-{distance}": revisit("rollout", distance) for distance in DISTANCES},
+        "drift-window": lambda: drift_rows(lab, max(2, num // 4), sampling, "window", 3000),
+        **{f"shifted-{distance}": revisit("shifted", distance) for distance in DISTANCES},
+        "generated-39": revisit("generated", 39),
+        "drift-full": lambda: drift_rows(lab, max(2, num // 16), sampling, "full", 3000),
+        "generated-159": revisit("generated", 159),
+    }
+
+
+def measure(parts: dict[str, Callable[[], Iterator[Row]]], seconds: float) -> list[Row]:
+    """Rows of the parts in turn; those that the time does not reach are named as not measured."""
+    start, rows = time.monotonic(), list[Row]()
+    for name, part in parts.items():
         if time.monotonic() - start > seconds:
             rows.append({"figure": name, "value": None, "form": "not measured: out of time"})
             continue
-        for row in part:
+        for row in part():
             rows.append(row)
             print(round(time.monotonic() - start, 1), row, flush=True)
     return rows
@@ -163,13 +171,19 @@ def measure(lab: Laboratory, small: bool, seconds: float) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--small", action="store_true", help="few worlds, for a CPU")
+    parser.add_argument("--worlds", type=int, default=64, help="worlds of each test")
+    parser.add_argument("--parts", nargs="*", help="only these parts")
+    parser.add_argument("--name", default="world_model", help="name of the result file")
     parser.add_argument("--seconds", type=float, default=600.0, help="begin no further part after this time")
     options = parser.parse_args()
     lab, revision = load(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    rows = measure(lab, options.small, options.seconds)
+    parts = parts_of(lab, options.worlds)
+    if unknown := set(options.parts or ()) - parts.keys():
+        parser.error(f"no parts {sorted(unknown)}; known: {', '.join(parts)}")
+    chosen = {name: part for name, part in parts.items() if not options.parts or name in options.parts}
+    rows = measure(chosen, options.seconds)
     notes = f"weights {revision[:16]}; {Sampling().num_steps} denoising steps; revisit and VAE in dB"
-    report("world_model", rows, notes)
+    report(options.name, rows, notes)
 
 
 if __name__ == "__main__":
