@@ -6,9 +6,11 @@ commit thread (committer.py) and the lease's heartbeat (stopping.py).
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 
 from cluster.object_store import ObjectStore
 from cluster.pool import Pool
@@ -29,6 +31,9 @@ __all__ = ["Driver", "JobInputs", "JobView", "Limits", "Outcome", "SystemClock"]
 logger = logging.getLogger(__name__)
 
 POOL_STOP_S = 5.0
+SWITCH_S = 2e-4
+"""How long the loop may keep the commit thread from going on after a call to the disk; Python's own 5 ms is longer
+than a durable write."""
 
 
 class Driver:
@@ -75,7 +80,7 @@ class Driver:
         if first is None and is_closed(self._store, replay):
             code = exit_code(replay.ledger, self._inputs.allowed_failures)
             return Outcome(code, "nothing is left to do", replay.ledger.summary())
-        with self.stop.on_signals():
+        with self.stop.on_signals(), _quick_thread_switches():
             job = take_job(
                 self._store,
                 replay,
@@ -138,3 +143,13 @@ class Driver:
 
     def _now(self) -> str:
         return self._clock.utc_now().isoformat()
+
+
+@contextlib.contextmanager
+def _quick_thread_switches() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
