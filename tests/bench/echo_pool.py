@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from cluster.pool import ActorReady, CallDone, PoolEvent
@@ -27,6 +28,8 @@ class EchoPool:
         self._events.append(CallDone(actor_id, call_id, self._worker.run(payload)))
 
     def poll(self, timeout_s: float) -> list[PoolEvent]:
+        if not self._events:
+            time.sleep(timeout_s)
         events, self._events = self._events, []
         return events
 

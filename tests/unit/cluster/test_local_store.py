@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -125,3 +126,27 @@ def test_a_folder_without_permission_is_access_denied(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     with pytest.raises(AccessDenied):
         LocalStore(tmp_path / "locked" / "store").put("k", b"")
+
+
+def test_without_unnamed_files_a_named_one_decides_just_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    store = LocalStore(tmp_path)
+    assert store.put_if_absent("a/k", b"first")
+    assert not store.put_if_absent("a/k", b"second")
+    assert store.get("a/k") == b"first"
+    assert list((tmp_path / ".tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("is_unnamed", [True, False])
+def test_of_many_writers_of_one_key_one_wins(is_unnamed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not is_unnamed:
+        monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    store = LocalStore(tmp_path)
+    for number in range(5):
+        with ThreadPoolExecutor(8) as threads:
+            bodies = [b"%d" % writer for writer in range(8)]
+            wins = list(threads.map(lambda body, key=f"k{number}": store.put_if_absent(key, body), bodies))
+        assert wins.count(True) == 1
+        assert store.get(f"k{number}") == bodies[wins.index(True)]
