@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 from urllib.parse import unquote, urlsplit
 
 from cluster.errors import StoreUnsuitable
@@ -78,6 +78,31 @@ class ObjectStore(Protocol):
     def delete(self, keys: Iterable[str]) -> None:
         """Remove objects; those that do not exist are passed over."""
         ...
+
+
+@runtime_checkable
+class SharesFlushes(Protocol):
+    """A store on which several conditional writes together cost less than one after the other."""
+
+    def put_each_if_absent(self, items: Sequence[tuple[str, bytes]]) -> int:
+        """See `put_in_order`."""
+        ...
+
+
+def put_in_order(store: ObjectStore, items: Sequence[tuple[str, bytes]]) -> int:
+    """put_if_absent for each item in turn, ending before the first whose key exists; returns how many were written.
+
+    Whatever interrupts it, a beginning of the items exists and nothing behind it; all that were written are durable.
+
+    Raises:
+        As put_if_absent. Some of the items may have been written then.
+    """
+    if isinstance(store, SharesFlushes):
+        return store.put_each_if_absent(items)
+    for count, (key, data) in enumerate(items):
+        if not store.put_if_absent(key, data):
+            return count
+    return len(items)
 
 
 def open_store(url: str | Path) -> ObjectStore:

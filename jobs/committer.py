@@ -21,6 +21,7 @@ from jobs.rows import Row
 logger = logging.getLogger(__name__)
 
 FIRST_RETRY_S, LAST_RETRY_S = 0.05, 5.0
+ROWS_AT_ONCE = 64  # handed to the journal together, when every row gets an entry of its own
 IDLE_POLL_S = 0.2  # how often it looks whether a flush is due while no row comes
 
 
@@ -102,12 +103,14 @@ class Committer:
     def _commit_next(self) -> bool:
         """Commit what is there, waiting a little for the first row; False when it is time to close."""
         batch: list[Row] = []
+        is_each = self.limits.max_rows_per_entry == 1
+        most = ROWS_AT_ONCE if is_each else self.limits.max_rows_per_entry
         is_open = True
         try:
             row = self._rows.get(timeout=IDLE_POLL_S)
             while row is not None:
                 batch.append(row)
-                if len(batch) == self.limits.max_rows_per_entry:
+                if len(batch) == most:
                     break
                 row = self._rows.get_nowait()
             is_open = row is not None
@@ -116,7 +119,7 @@ class Committer:
         if self.error is not None:
             return False
         if batch:
-            self._persist(lambda: self._job.commit(batch))
+            self._persist(lambda: self._job.commit_each(batch) if is_each else self._job.commit(batch))
             self._num_done += len(batch)
         return is_open
 

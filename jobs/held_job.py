@@ -62,11 +62,27 @@ class HeldJob:
         encoded = [encode_row(row) for row in fresh]
         seq = self._writer.append(encoded, kind)
         for row, data in zip(fresh, encoded, strict=True):
-            self.ledger.take(row)
-            succeeded = row["status"] == "succeeded"
-            series = self._replay.unpublished if succeeded else self._replay.unpublished_quarantine
-            series.append(CommittedRow(seq, data))
+            self._settle(seq, row, data)
         return len(fresh)
+
+    def commit_each(self, rows: Sequence[Row]) -> int:
+        """`commit` with a journal entry of its own for every row, in order."""
+        fresh = self._news(rows)
+        encoded = [encode_row(row) for row in fresh]
+        start = 0
+        while start < len(fresh):
+            seq = self._writer.last_seq + 1
+            count = self._writer.append_some(encoded[start:])
+            for offset in range(count):
+                self._settle(seq + offset, fresh[start + offset], encoded[start + offset])
+            start += count
+        return len(fresh)
+
+    def _settle(self, seq: int, row: Row, data: bytes) -> None:
+        self.ledger.take(row)
+        succeeded = row["status"] == "succeeded"
+        series = self._replay.unpublished if succeeded else self._replay.unpublished_quarantine
+        series.append(CommittedRow(seq, data))
 
     def publish(self) -> None:
         """Write parts with every committed row. Quarantine first: see the invariant of `Replay`.

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic_core import from_json, to_json
 
 from cluster.errors import NotFound, OutcomeUnknown, StoreUnavailable
-from cluster.object_store import ObjectStore
+from cluster.object_store import ObjectStore, put_in_order
 from jobs.errors import JournalBroken, LeaseLost
 
 logger = logging.getLogger(__name__)
@@ -144,10 +144,30 @@ class JournalWriter:
         self._next = seq + 1
         return seq
 
+    def append_some(self, rows: Sequence[bytes]) -> int:
+        """Commit rows as one entry each, in order; returns how many, at least one.
+
+        Raises:
+            As `append`. Some of the rows may stand in the journal then: ask again with the same ones.
+        """
+        assert rows
+        if self._is_closed:
+            raise LeaseLost("this driver has lost its job and writes no more")
+        items = [(key_of(self._next + i), self._encode("rows", [row])) for i, row in enumerate(rows)]
+        count = put_in_order(self._store, items)
+        self._next += count
+        if not count:  # taken: by our own try before, whose answer was lost, or by another driver
+            self.append(rows[:1])
+            count = 1
+        return count
+
+    def _encode(self, kind: EntryKind, rows: Sequence[bytes]) -> bytes:
+        head = to_json({"kind": kind, "epoch": self._epoch, "nonce": self._nonce})
+        return head if not rows else head[:-1] + b',"rows":[' + b",".join(rows) + b"]}"
+
     def _put(self, seq: int, kind: EntryKind, rows: Sequence[bytes]) -> Entry | None:
         """Write ours at `seq`: None when it stands there, else the entry of another driver that does."""
-        head = to_json({"kind": kind, "epoch": self._epoch, "nonce": self._nonce})
-        data = head if not rows else head[:-1] + b',"rows":[' + b",".join(rows) + b"]}"
+        data = self._encode(kind, rows)
         if self._store.put_if_absent(key_of(seq), data):
             return None
         found = self._store.get(key_of(seq))

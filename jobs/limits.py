@@ -35,7 +35,7 @@ class Limits(BaseModel):
 
     max_rows_per_entry: int = Field(500, ge=1, description="Rows that one journal entry may commit.")
     flush_interval_s: float = Field(600.0, gt=0, description="How often committed rows become a manifest part.")
-    part_rows: int = Field(20_000, ge=1, description="Rows after which a manifest part is written at once.")
+    part_rows: int = Field(10_000, ge=1, description="Rows after which a manifest part is written at once.")
     store_patience_s: float = Field(600.0, ge=0, description="How long the store may be away before the job stops.")
     lease_ttl_s: float = Field(60.0, ge=1.0, description="Silence after which another driver may take the job over.")
     stop_grace_s: float = Field(30.0, ge=0, description="Time for takes in hand to finish after a stop request.")

@@ -68,12 +68,13 @@ def build_part(rows: Sequence[CommittedRow], head: PartHead) -> bytes:
         seqs = [row.seq for row in rows[first : first + BATCH_ROWS]]
         batches.append(_record_batch(batch, seqs))
     table = pa.Table.from_batches(batches, schema=SCHEMA)
+    del batches  # sorting copies: two copies of a part are enough
     arrays, misfits = to_arrays(user_rows, unify_types(user_rows, head.user_types))
     table = table.set_column(SCHEMA.get_field_index("user_misfits"), "user_misfits", pa.array(misfits, pa.string()))
     for name, array in arrays.items():
         table = table.append_column(name, array)
     table = table.sort_by([("item_id", "ascending"), ("sample_index", "ascending"), ("commit_seq", "ascending")])
-    table = table.replace_schema_metadata(_metadata(head, len(rows))).combine_chunks()
+    table = table.replace_schema_metadata(_metadata(head, len(rows)))
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", compression_level=ZSTD_LEVEL, write_page_index=True)
     return sink.getvalue()

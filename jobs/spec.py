@@ -59,7 +59,7 @@ class LimitsPart(SpecPart):
     )
     same_failures: int = Field(20, ge=2, description="Stop when so many items in a row fail in the same way.")
     flush_interval_s: float = Field(600.0, gt=0, description="How often committed rows become a manifest part.")
-    part_rows: int = Field(20_000, ge=1, description="Rows after which a manifest part is written at once.")
+    part_rows: int = Field(10_000, ge=1, description="Rows after which a manifest part is written at once.")
     lease_ttl_s: float = Field(60.0, ge=1.0, description="Silence after which another driver may take the job over.")
     stop_grace_s: float = Field(30.0, ge=0, description="Time for takes in hand to finish after a stop request.")
 

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.errors import AccessDenied, NotFound, StoreUnsuitable
 from cluster.local_store import STALE_TMP_S, LocalStore
-from cluster.object_store import local_path, open_store, split_s3_url
+from cluster.object_store import local_path, open_store, put_in_order, split_s3_url
 from cluster.s3_store import S3Store
 
 
@@ -150,3 +150,32 @@ def test_of_many_writers_of_one_key_one_wins(is_unnamed: bool, tmp_path: Path, m
             wins = list(threads.map(lambda body, key=f"k{number}": store.put_if_absent(key, body), bodies))
         assert wins.count(True) == 1
         assert store.get(f"k{number}") == bodies[wins.index(True)]
+
+
+def test_items_are_written_in_order_up_to_the_first_name_that_is_taken(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    items = [(f"deep/folder/{n}", f"item {n}".encode()) for n in range(6)]
+    assert store.put_if_absent("deep/folder/4", b"older")
+    assert put_in_order(store, items) == 4
+    assert [store.get(key) for key, _ in items[:5]] == [b"item 0", b"item 1", b"item 2", b"item 3", b"older"]
+    assert store.size("deep/folder/5") is None
+    assert put_in_order(store, items[:1]) == 0
+    assert put_in_order(store, []) == 0
+
+
+def test_of_writers_of_the_same_items_each_item_has_one(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+
+    def write(who: int) -> int:
+        done = 0
+        while done < 40:
+            items = [(f"j/{n:04d}", f"{who} {n}".encode()) for n in range(done, 40)]
+            count = put_in_order(store, items[:7])
+            won.extend([who] * count)
+            done += max(count, 1)
+        return done
+
+    won: list[int] = []
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(write, range(8))) == [40] * 8
+    assert len(won) == len(list(store.list("j/"))) == 40

@@ -116,6 +116,31 @@ def test_a_commit_whose_answer_was_lost_lands_once() -> None:
         assert [len(entry.rows) for entry in read_entries(backing, 0)] == [0, 0, 1, 1, 1, 1, 1, 1]
 
 
+def test_rows_with_an_entry_each_land_once_and_in_order_whatever_answers_are_lost() -> None:
+    for seed in range(40):
+        backing = MemoryStore()
+        hold(backing).lease.release()
+        store = FlakyStore(backing, seed=seed, faults=0.0)
+        job = hold(store)
+        store.faults = 0.2
+        for names in ("abc", "c", "defg"):
+            until_known(partial(job.commit_each, [succeeded(name) for name in names]))
+        until_known(job.publish)
+        entries = [entry for entry in read_entries(backing, 0) if entry.kind == "rows"]
+        assert [[row["item_id"] for row in entry.rows] for entry in entries] == [[name] for name in "abcdefg"]
+        assert ids(published(backing)) == list("abcdefg")
+
+
+def test_rows_with_an_entry_each_stop_at_a_successor() -> None:
+    store = MemoryStore()
+    job = hold(store)
+    job.commit_each([succeeded("a")])
+    take_job(store, Replay(store, "night"), Owner.current(), clock=ManualClock(), ttl_s=1.0, takeover=True)
+    with pytest.raises(LeaseLost):
+        job.commit_each([succeeded("b"), succeeded("c")])
+    assert sum(len(entry.rows) for entry in read_entries(store, 0)) == 1
+
+
 def test_an_append_that_is_repeated_with_other_rows_is_our_own_mistake() -> None:
     store = MemoryStore()
     job = hold(store)
