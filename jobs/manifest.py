@@ -6,7 +6,6 @@ which rows is decided in commit.py.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -23,6 +22,7 @@ from jobs.user_columns import to_arrays, unify_types
 
 ZSTD_LEVEL = 3
 BATCH_ROWS = 1000  # rows held as Python objects at once; a row costs about 6 KB as objects, 2 KB as JSON
+GROUP_ROWS = 5 * BATCH_ROWS  # rows held as Arrow columns at once: the driver's memory, not the readers', asks for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,23 +61,32 @@ def build_part(rows: Sequence[CommittedRow], head: PartHead) -> bytes:
         rows: What the part covers, in any order.
         head: Its metadata; `num_rows` is taken from `rows`, and `user_types` are the types fixed by earlier parts.
     """
-    batches, user_rows = [], []
-    for first in range(0, len(rows), BATCH_ROWS):
-        batch = [from_json(row.data) for row in rows[first : first + BATCH_ROWS]]
-        user_rows += [row.pop("user", {}) for row in batch]
-        seqs = [row.seq for row in rows[first : first + BATCH_ROWS]]
-        batches.append(_record_batch(batch, seqs))
-    table = pa.Table.from_batches(batches, schema=SCHEMA)
-    del batches  # sorting copies: two copies of a part are enough
-    arrays, misfits = to_arrays(user_rows, unify_types(user_rows, head.user_types))
-    table = table.set_column(SCHEMA.get_field_index("user_misfits"), "user_misfits", pa.array(misfits, pa.string()))
-    for name, array in arrays.items():
-        table = table.append_column(name, array)
-    table = table.sort_by([("item_id", "ascending"), ("sample_index", "ascending"), ("commit_seq", "ascending")])
-    table = table.replace_schema_metadata(_metadata(head, len(rows)))
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", compression_level=ZSTD_LEVEL, write_page_index=True)
-    return sink.getvalue()
+    ordered, types = _plan(rows, head.user_types)
+    user_fields = [pa.field(name, kind) for name, kind in types.items()]
+    schema = pa.schema([*SCHEMA, *user_fields], metadata=_metadata(head, len(rows)))
+    sink = pa.BufferOutputStream()
+    options = {"compression": "zstd", "compression_level": ZSTD_LEVEL, "write_page_index": True}
+    with pq.ParquetWriter(sink, schema, **options) as writer:
+        for first in range(0, len(ordered), GROUP_ROWS):
+            group = ordered[first : first + GROUP_ROWS]
+            batches = [_batch(group[k : k + BATCH_ROWS], types, schema) for k in range(0, len(group), BATCH_ROWS)]
+            writer.write_table(pa.Table.from_batches(batches, schema), row_group_size=GROUP_ROWS)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def _plan(
+    rows: Sequence[CommittedRow], fixed_types: Mapping[str, pa.DataType]
+) -> tuple[list[CommittedRow], dict[str, pa.DataType]]:
+    """Rows in the order of the part (lines that have no item last), and the types of the user's columns."""
+    keys, user_rows = [], []
+    for index, row in enumerate(rows):
+        body = from_json(row.data)
+        item_id = body.get("item_id")
+        keys.append((item_id is None, item_id or "", body.get("sample_index") or 0, row.seq, index))
+        if "user" in body:
+            user_rows.append(body["user"])
+    return [rows[key[-1]] for key in sorted(keys)], unify_types(user_rows, fixed_types)
 
 
 def read_head(data: bytes) -> PartHead:
@@ -104,22 +113,27 @@ def read_head(data: bytes) -> PartHead:
 
 def read_part(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
     """The rows of a part, or some of its columns."""
-    # Neither a Python file nor a dataset scan: its threads let go of the file late, and abort an interpreter that ends.
+    # By this thread alone: Arrow's threads let go of `data` late, and abort an interpreter that ends meanwhile.
     with pq.ParquetFile(pa.BufferReader(data)) as file:
-        table: pa.Table = file.read(columns=None if columns is None else list(columns))
+        table: pa.Table = file.read(columns=None if columns is None else list(columns), use_threads=False)
     return table
 
 
-def _record_batch(rows: Sequence[Row], seqs: Sequence[int]) -> pa.RecordBatch:
+def _batch(rows: Sequence[CommittedRow], types: Mapping[str, pa.DataType], schema: pa.Schema) -> pa.RecordBatch:
+    bodies = [from_json(row.data) for row in rows]
+    users, misfits = to_arrays([body.get("user", {}) for body in bodies], types)
     arrays = []
     for column in COLUMNS:
         if column.name == "commit_seq":
-            arrays.append(pa.array(seqs, column.type))
+            values: Sequence[Any] = [row.seq for row in rows]
+        elif column.name == "user_misfits":
+            values = misfits
         elif column.type == TIMESTAMP:
-            arrays.append(pa.array([_timestamp(row.get(column.name)) for row in rows], column.type))
+            values = [_timestamp(body.get(column.name)) for body in bodies]
         else:
-            arrays.append(pa.array([row.get(column.name) for row in rows], column.type))
-    return pa.record_batch(arrays, schema=SCHEMA)
+            values = [body.get(column.name) for body in bodies]
+        arrays.append(pa.array(values, column.type))
+    return pa.record_batch([*arrays, *users.values()], schema=schema)
 
 
 def _timestamp(text: Any) -> datetime | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -48,6 +50,21 @@ def test_a_row_comes_back_with_its_values_types_and_order() -> None:
     assert row["finished_at"].isoformat() == "2026-11-23T21:59:02.500000+00:00"
     assert (row["mood"], row["score"]) == ("calm", 1.0)
     assert table.schema.field("score").type == pa.float64()
+
+
+def test_a_part_is_read_without_threads_that_could_outlive_the_interpreter(tmp_path: Path) -> None:
+    """Seen once: a driver that had finished its job ended by SIGABRT, as such a thread let go of the bytes too late."""
+    part = tmp_path / "part.parquet"
+    part.write_bytes(part_of(succeeded("a", mood="calm")))
+    code = """
+import os, sys
+from pathlib import Path
+from jobs.manifest import read_part
+before = os.listdir("/proc/self/task")
+assert read_part(Path(sys.argv[1]).read_bytes()).num_rows == 1
+assert os.listdir("/proc/self/task") == before
+"""
+    subprocess.run([sys.executable, "-c", code, str(part)], cwd=Path(__file__).parents[3], check=True, timeout=60)
 
 
 def test_a_part_is_a_pure_function_of_its_rows() -> None:
