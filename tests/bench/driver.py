@@ -1,6 +1,6 @@
-"""The driver without a model: items per second against Ray Data, memory, the time to find nothing to do, the tail.
+"""The driver without a model: items per second against Ray Data, memory, the tail.
 
-`python -m tests.bench.driver --items 100000 --rounds 3`; parts by `--only throughput|memory|resume|makespan`.
+`python -m tests.bench.driver --items 100000 --rounds 3`; parts by `--only throughput|memory|makespan`.
 
 Throughput: two actors, a task that does nothing, every item committed to local disk by its own journal entry before the
 next one is written. Ray Data's map_batches(batch_size=1) + write_parquet on the same cluster commits nothing before the
@@ -22,11 +22,11 @@ from typing import Any
 
 from cluster.object_store import open_store
 from cluster.pool import ActorResources
-from jobs.driver import Driver, JobInputs, Limits, Outcome
+from jobs.driver import Driver, JobInputs, Limits
 from tests.bench import noop
 from tests.bench.record import median_and_spread, report
 
-PARTS = ("throughput", "memory", "resume", "makespan")
+PARTS = ("throughput", "memory", "makespan")
 CHILD = "--memory-child"
 
 
@@ -43,7 +43,7 @@ def main() -> None:
         if args.memory_child:
             print(json.dumps(memory_of_run(args.memory_child, Path(folder))))
             return
-        parts = {"throughput": throughput, "memory": memory, "resume": resume, "makespan": makespan}
+        parts = {"throughput": throughput, "memory": memory, "makespan": makespan}
         for name in args.only or PARTS:
             parts[name](args, Path(folder))
 
@@ -137,25 +137,6 @@ def memory_of_run(count: int, folder: Path) -> dict[str, float]:
 def _status_mb(name: str) -> float:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) / 1024
-
-
-def resume(args: argparse.Namespace, folder: Path) -> None:
-    """How long a finished job takes to find that nothing is left, from a cold process's view of the store."""
-    from tests.bench.echo_pool import EchoPool
-
-    inputs = JobInputs(noop.facts(str(folder)), noop.tasks(args.items))
-    store = open_store(str(folder / "resume"))
-    Driver(inputs, store, EchoPool, Limits(num_actors=2)).run()
-    seconds = []
-    for _ in range(args.rounds):
-        begun = time.perf_counter()
-        outcome: Outcome = Driver(
-            JobInputs(noop.facts(str(folder)), noop.tasks(args.items)), store, EchoPool, Limits()
-        ).run()
-        seconds.append(time.perf_counter() - begun)
-        assert outcome.epoch is None
-    median, spread = median_and_spread(seconds)
-    report("driver_resume", [{"finished items": args.items, "seconds": median, "+-": spread}], "Limit 10 s.")
 
 
 def makespan(args: argparse.Namespace, folder: Path) -> None:
