@@ -5,7 +5,8 @@
 Both sides render the same takes with one actor and one torch thread. "Plain" is model loading apart, then rollout and
 decode alone: no Ray, no driver, no checks, no encoder, no store. "Service" is the time in which the driver's actor had
 work, from the first take's start to the last one's end; start-up is shown beside it. Rounds alternate, so that a
-machine that slows down slows both.
+machine that slows down slows both. The last two rows are shares within the service's own runs, free of that noise: time
+for which takes held the GPU beyond their rollout and decode, and time in which no take held it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -36,12 +38,11 @@ def main() -> None:
     if args.plain_child:
         print(json.dumps({"seconds": plain_seconds(args.model, args.takes, args.frames)}))
         return
-    plain, service, startup = [], [], []
+    plain, runs = [], []
     for _ in range(args.rounds):
         plain.append(run_plain(args))
-        busy, before = run_service(args)
-        service.append(busy)
-        startup.append(before)
+        runs.append(run_service(args))
+    service, startup = [run.busy_s for run in runs], [run.startup_s for run in runs]
     frames = args.takes * args.frames
     rows = []
     for name, values in (("plain rollout loop", plain), ("service", service)):
@@ -55,6 +56,12 @@ def main() -> None:
                 "ratio": median / median_and_spread(plain)[0],
             }
         )
+    for name, values in (
+        ("held beyond rollout and decode", [run.beyond_share for run in runs]),
+        ("no take held the GPU", [run.idle_share for run in runs]),
+    ):
+        median, spread = median_and_spread(values)
+        rows.append({"side": name, "ratio": median, "+-": spread})
     ratios = sorted(s / p for s, p in zip(service, plain, strict=True))
     notes = (
         f"Overhead per round: {', '.join(f'{100 * (r - 1):+.1f}%' for r in ratios)}. "
@@ -107,8 +114,18 @@ def plain_seconds(model_name: str, num_takes: int, num_frames: int) -> float:
     return time.perf_counter() - begun
 
 
-def run_service(args: argparse.Namespace) -> tuple[float, float]:
-    """(seconds in which the actor had work, seconds from the command to the first take's start)."""
+@dataclass(frozen=True)
+class ServiceRun:
+    """One run of the service, seconds and shares of the rollout's own time."""
+
+    busy_s: float
+    startup_s: float
+    beyond_share: float
+    idle_share: float
+
+
+def run_service(args: argparse.Namespace) -> ServiceRun:
+    """Render the takes through the command, then read its manifest and result."""
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / "prompts.txt"
         prompts.write_text("".join(prompt(index) + "\n" for index in range(args.takes)))
@@ -118,10 +135,18 @@ def run_service(args: argparse.Namespace) -> tuple[float, float]:
         subprocess.run(command, check=True, capture_output=True)
         from longtake import open_manifest
 
-        rows = open_manifest(f"{folder}/bench").to_table(columns=["started_at", "finished_at"]).to_pylist()
+        columns = ["started_at", "finished_at", "gpu_seconds", "stage_s"]
+        rows = open_manifest(f"{folder}/bench").to_table(columns=columns).to_pylist()
+        by_cause = json.loads((Path(folder) / "bench/_result.json").read_text())["gpu_seconds"]
     first: datetime = min(row["started_at"] for row in rows)
     last: datetime = max(row["finished_at"] for row in rows)
-    return (last - first).total_seconds(), first.timestamp() - begun
+    pure_s = sum(row["stage_s"][stage] for row in rows for stage in ("text", "denoise", "cache", "vae"))
+    return ServiceRun(
+        busy_s=(last - first).total_seconds(),
+        startup_s=first.timestamp() - begun,
+        beyond_share=sum(row["gpu_seconds"] for row in rows) / pure_s - 1,
+        idle_share=(by_cause["idle"] + by_cause["upload_wait"]) / pure_s,
+    )
 
 
 def prompt(index: int) -> str:
