@@ -1,0 +1,254 @@
+"""kill -9 at random moments, and two drivers at once: every item exactly once, every video whole, nothing left over.
+
+Real drivers, real actors, real videos. A seed decides what is struck and when; a reader watches every run
+(tests/killed_jobs.py). Most runs share one Ray cluster of several nodes, because a new Ray costs 6 to 10 s.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import pytest
+from ray.cluster_utils import Cluster
+
+from cluster.object_store import open_store
+from jobs.journal import read_entries
+from jobs.lease import last_epoch
+from tests.killed_jobs import (
+    NUM_ITEMS,
+    KilledJob,
+    Watcher,
+    actors_of,
+    check_account,
+    children_of,
+    end,
+    is_alive,
+    title_of,
+    undisturbed,
+)
+from tests.ray_cluster import add_node, ray_cluster
+
+RAY_SLOTS = 2  # CPUs of a node
+ONE_A_NODE = ("--actors-cpus-per-actor", "1.5")
+Target = Literal["actor", "driver"]
+RAY_FOLDER = re.compile(r"/tmp/lt-\w+")
+MANY_A_NODE = ("--actors-cpus-per-actor", "0.5")  # so that a new driver need not wait for the actors of a dead one
+
+
+@dataclass
+class Ground:
+    """The cluster on which drivers run, and its worker nodes."""
+
+    cluster: Cluster
+    nodes: list[Any]
+
+    @property
+    def raylets(self) -> list[int]:
+        return [raylet_of(node) for node in self.nodes]
+
+    def replace(self, node: Any) -> None:
+        self.nodes.remove(node)
+        self.cluster.remove_node(node, allow_graceful=False)
+        self.nodes.append(add_node(self.cluster, cpus_per_node=RAY_SLOTS))
+
+    def wait_for_quiet(self) -> None:
+        """Actors of dead drivers are ended by Ray; until then they go on writing."""
+        until(lambda: not actors_of(self.raylets), 30)
+
+
+def raylet_of(node: Any) -> int:
+    return int(node.all_processes["raylet"][0].process.pid)
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))  # scratch folders of killed actors
+        patch.setenv("RAY_health_check_period_ms", "1000")  # a dead raylet is noticed after 5 s, not 13
+        with ray_cluster(2, cpus_per_node=RAY_SLOTS) as cluster:
+            yield Ground(cluster, [node for node in cluster.list_all_nodes() if node is not cluster.head_node])
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return undisturbed(tmp_path_factory.mktemp("reference"))
+
+
+@pytest.fixture
+def job(ground: Ground, tmp_path: Path) -> Iterator[KilledJob]:
+    with KilledJob(tmp_path, "--address", ground.cluster.address, *MANY_A_NODE) as job:
+        yield job
+
+
+@pytest.fixture
+def watcher(tmp_path: Path) -> Iterator[Watcher]:
+    with Watcher(tmp_path / "night") as watcher:
+        yield watcher
+
+
+def until(is_true: Callable[[], bool], timeout_s: float = 90) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_true():
+        assert time.monotonic() < deadline, f"not within {timeout_s} s"
+        time.sleep(0.02)
+
+
+def until_videos(watcher: Watcher, driver: subprocess.Popen[bytes], count: int) -> None:
+    until(lambda: watcher.num_committed >= count or driver.poll() is not None)
+
+
+@dataclass(frozen=True)
+class Strike:
+    """What is killed, and how long after so many videos are committed."""
+
+    after_videos: int
+    delay_s: float
+    target: Target
+
+
+def plan_strikes(rng: random.Random) -> list[Strike]:
+    """Two or three; one at least hits a driver, so that no driver sees more than two of its actors die."""
+    targets: list[Target] = ["driver", *rng.choices(("actor", "driver"), k=rng.randint(1, 2))]
+    rng.shuffle(targets)
+    moments = sorted(rng.randint(0, NUM_ITEMS - 3) for _ in targets)
+    delays = [rng.uniform(0, 0.4 if moment else 6) for moment in moments]
+    return [Strike(*strike) for strike in zip(moments, delays, targets, strict=True)]
+
+
+def kill_an_actor(raylets: list[int], driver: subprocess.Popen[bytes], rng: random.Random) -> bool:
+    """One that is inside `run`, as soon as there is one."""
+    until(lambda: bool(actors_of(raylets, doing=".run")) or driver.poll() is not None)
+    actors = actors_of(raylets, doing=".run")
+    if actors:
+        rng.choice(actors).kill()
+    return bool(actors)
+
+
+def carry_out(strikes: list[Strike], job: KilledJob, ground: Ground, watcher: Watcher, rng: random.Random) -> int:
+    """Start the job, strike, start again what was killed, to the end; returns how many strikes met something."""
+    num_met = 0
+    driver = job.start()
+    for strike in strikes:
+        until_videos(watcher, driver, strike.after_videos)
+        time.sleep(strike.delay_s)
+        if strike.target == "actor":
+            num_met += kill_an_actor(ground.raylets, driver, rng)
+        elif driver.poll() is None:
+            driver.kill()
+            job.finish(driver, -signal.SIGKILL)
+            driver = job.start()
+            num_met += 1
+    job.finish(driver)
+    return num_met
+
+
+def test_a_killed_driver_is_followed_by_the_same_command(
+    job: KilledJob, ground: Ground, watcher: Watcher, expected: dict[str, str]
+) -> None:
+    strikes = [Strike(1, 0.1, "driver")]
+    assert carry_out(strikes, job, ground, watcher, random.Random(0)) == 1
+    ground.wait_for_quiet()
+    check_account(job, watcher, expected)
+    assert last_epoch(open_store(job.root)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_killed_actors_and_drivers_lose_and_double_nothing(
+    seed: int, job: KilledJob, ground: Ground, watcher: Watcher, expected: dict[str, str]
+) -> None:
+    rng = random.Random(seed)
+    assert carry_out(plan_strikes(rng), job, ground, watcher, rng) > 0
+    ground.wait_for_quiet()
+    check_account(job, watcher, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 104))
+def test_a_killed_raylet_leaves_a_zombie_that_changes_nothing(
+    seed: int, tmp_path: Path, ground: Ground, watcher: Watcher, expected: dict[str, str]
+) -> None:
+    """With odd seeds the driver dies too: then nobody ends the zombie, and it writes beside its successor."""
+    rng = random.Random(seed)
+    with KilledJob(tmp_path, "--address", ground.cluster.address, *ONE_A_NODE) as job:
+        driver = job.start()
+        until_videos(watcher, driver, rng.randint(0, 3))
+        until(lambda: bool(actors_of(ground.raylets, doing=".run")))
+        time.sleep(rng.uniform(0, 0.4))
+        busy = [node for node in ground.nodes if actors_of([raylet_of(node)], doing=".run")]
+        node = rng.choice(busy or ground.nodes)
+        zombies = children_of([raylet_of(node)])
+        try:
+            psutil.Process(raylet_of(node)).kill()
+            if seed % 2:
+                time.sleep(rng.uniform(0, 1))
+                driver.kill()
+                job.finish(driver, -signal.SIGKILL)
+                driver = job.start()
+            job.finish(driver)
+        finally:
+            end(zombies)
+            ground.replace(node)
+        ground.wait_for_quiet()
+        check_account(job, watcher, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(200, 204))
+def test_a_driver_that_is_taken_over_ends_with_75_and_writes_no_more(
+    seed: int, job: KilledJob, ground: Ground, watcher: Watcher, expected: dict[str, str]
+) -> None:
+    """With odd seeds the first one stands still meanwhile, as a frozen machine does, and wakes up too late."""
+    rng = random.Random(seed)
+    store = open_store(job.root)
+    first = job.start("--actors", "1")
+    until(lambda: last_epoch(store) == 1)
+    time.sleep(rng.uniform(0, 1.5))
+    if seed % 2:
+        until_videos(watcher, first, 1)
+        first.send_signal(signal.SIGSTOP)
+    second = job.start("--takeover")
+    until(lambda: any(entry.epoch == 2 for entry in read_entries(store, 0)) or second.poll() is not None)
+    time.sleep(rng.uniform(0, 1))
+    first.send_signal(signal.SIGCONT)
+    job.finish(first, 75)
+    written = job.keys_of_epoch(1)
+    job.finish(second)
+    assert job.keys_of_epoch(1) == written
+    ground.wait_for_quiet()
+    check_account(job, watcher, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(300, 302))
+def test_actors_do_not_outlive_a_driver_that_is_killed_with_a_ray_of_its_own(
+    seed: int, tmp_path: Path, watcher: Watcher, expected: dict[str, str]
+) -> None:
+    rng = random.Random(seed)
+    with KilledJob(tmp_path) as job:
+        driver = job.start()
+        until_videos(watcher, driver, 1)
+        kill_an_actor([driver.pid], driver, rng)
+        time.sleep(rng.uniform(0, 1))
+        actors, processes = actors_of([driver.pid]), children_of([driver.pid])
+        folders = {Path(found[0]) for process in processes if (found := RAY_FOLDER.findall(title_of(process)))}
+        try:
+            driver.kill()
+            job.finish(driver, -signal.SIGKILL)
+            until(lambda: not any(is_alive(actor) for actor in actors), 30)
+            job.finish(job.start())
+        finally:
+            end(processes)  # Ray's agents go on for about a minute
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
+        check_account(job, watcher, expected)
