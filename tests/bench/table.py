@@ -15,7 +15,8 @@ Made by `python -m tests.bench.table` from `tests/bench/results/*.json`; every t
 def main() -> None:
     """Write docs/results.md."""
     parts = [HEAD]
-    for path in sorted(RESULTS.glob("*.json")):
+    files = sorted(RESULTS.glob("*.json"))
+    for path in files:
         record = json.loads(path.read_text())
         parts.append(f"## {record.get('name', path.stem)}\n")
         parts.append(f"{record['date']}, {record['device']}, commit {record['commit']}: `{record['command']}`\n")
@@ -25,7 +26,7 @@ def main() -> None:
     target = ROOT / "docs" / "results.md"
     target.parent.mkdir(exist_ok=True)
     target.write_text("\n".join(parts))
-    print(f"wrote {target.relative_to(ROOT)}: {len(parts) - 1} tables")
+    print(f"wrote {target.relative_to(ROOT)}: {len(files)} tables")
 
 
 if __name__ == "__main__":
