@@ -39,6 +39,9 @@ class SamplingConfig(Part):
     )
 
 
+SearchName = Literal["exact", "lsh", "quant", "faiss-lsh", "faiss-flat"]
+
+
 class DenseCacheConfig(Part):
     """Every key of the whole history, uncompressed: memory grows with the video."""
 
@@ -53,7 +56,24 @@ class WindowCacheConfig(Part):
     recent_latent_frames: int = Field(21, ge=1, description="Newest latent frames kept.")
 
 
-CacheConfig = Annotated[DenseCacheConfig | WindowCacheConfig, Field(discriminator="kind")]
+class TemporalCacheConfig(Part):
+    """The whole history under a fixed number of bytes: keys of one thing over time become one key (TempCache)."""
+
+    kind: Literal["temporal"] = "temporal"
+    sink_latent_frames: int = Field(3, ge=0, description="First latent frames, kept as they are.")
+    recent_latent_frames: int = Field(6, ge=1, description="Newest latent frames, kept as they are.")
+    budget_latent_frames: int = Field(
+        120, ge=2, description="Hard limit: the bytes that so many latent frames take uncompressed in bfloat16."
+    )
+    min_cosine: float = Field(0.95, ge=-1.0, le=1.0, description="Keys merge from this cosine (before RoPE) on.")
+    storage: Literal["model", "int8", "int4"] = Field("int8", description="How old keys and values are stored.")
+    search: SearchName = Field("exact", description="Who finds the nearest key.")
+    target_recall: float | None = Field(
+        None, gt=0.0, le=1.0, description="Sets min_cosine for each layer and head; empty keeps it as given."
+    )
+
+
+CacheConfig = Annotated[DenseCacheConfig | WindowCacheConfig | TemporalCacheConfig, Field(discriminator="kind")]
 
 
 class DenseAttentionConfig(Part):
@@ -62,7 +82,54 @@ class DenseAttentionConfig(Part):
     kind: Literal["dense"] = "dense"
 
 
-AttentionConfig = DenseAttentionConfig
+class AnnSelfAttentionConfig(Part):
+    """A query attends to the keys of its own buckets (AnnSA)."""
+
+    kind: Literal["annsa"] = "annsa"
+    search: SearchName = Field("quant", description="What makes the buckets.")
+    density: float = Field(0.3, gt=0.0, le=1.0, description="Share of the history's keys that a query sees.")
+    target_recall: float | None = Field(
+        None, gt=0.0, le=1.0, description="Sets the density for each layer, head and noise level; empty keeps it."
+    )
+    dense_step_share: float = Field(0.3, ge=0.0, le=1.0, description="Share of the first steps that stay dense.")
+    layers: tuple[int, ...] | None = Field(None, description="Layers that are sparse; empty means all.")
+    calibration: str | None = Field(None, description="File of `longtake calibrate` that says which layers are sparse.")
+
+
+AttentionConfig = Annotated[DenseAttentionConfig | AnnSelfAttentionConfig, Field(discriminator="kind")]
+
+
+class DensePromptConfig(Part):
+    """Every query attends to every row of the prompt."""
+
+    kind: Literal["dense"] = "dense"
+
+
+class AnnPromptConfig(Part):
+    """Rows of the prompt that fall into no bucket of a current query are left out for this step (AnnCA)."""
+
+    kind: Literal["annca"] = "annca"
+    search: SearchName = Field("quant", description="What makes the buckets.")
+
+
+PromptAttentionConfig = Annotated[DensePromptConfig | AnnPromptConfig, Field(discriminator="kind")]
+
+
+class PositionsConfig(Part):
+    """Which time the rotation of a cached key gets."""
+
+    time: Literal["absolute", "relative", "capped"] = Field(
+        "absolute", description="As made; counted from the newest query; or that with a largest distance."
+    )
+    cap_latent_frames: int = Field(750, ge=1, description="Largest distance in time that `capped` lets the model see.")
+
+
+class GuardConfig(Part):
+    """Watches how much attention the compression costs, and acts on it while the take is rendered."""
+
+    enabled: bool = Field(False, description="Estimate recall in each chunk and act below the floor.")
+    floor: float = Field(0.85, gt=0.0, lt=1.0, description="Lowest recall that is accepted.")
+    num_queries: int = Field(8, ge=1, le=256, description="Queries looked at in a layer and chunk.")
 
 
 class KernelConfig(Part):
@@ -97,6 +164,9 @@ class RenderConfig(Part):
     sampling: SamplingConfig = SamplingConfig()
     cache: CacheConfig = DenseCacheConfig()
     attention: AttentionConfig = DenseAttentionConfig()
+    prompt_attention: PromptAttentionConfig = DensePromptConfig()
+    positions: PositionsConfig = PositionsConfig()
+    guard: GuardConfig = GuardConfig()
     kernel: KernelConfig = KernelConfig()
     video: VideoConfig = VideoConfig()
     quality_gate: QualityGateConfig = QualityGateConfig()

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -22,9 +23,10 @@ class KeyValues:
     k_BKND: Tensor
     v_BKND: Tensor
     position_K3: Tensor
-    """(latent frame, row, column) of each key, float32; keys in a cache are kept BEFORE RoPE."""
+    """(latent frame, row, column) of each key, float32: [K, 3], or [B, K, N, 3] where each head keeps other tokens.
+    Keys in a cache are kept BEFORE RoPE."""
     log_mass_BNK: Tensor | None = None
-    """log m where one key stands for m; added to the logit."""
+    """log m where one key stands for m, -inf where there is none; added to the logit."""
 
     @property
     def num_tokens(self) -> int:
@@ -34,6 +36,63 @@ class KeyValues:
     def num_bytes(self) -> int:
         mass = 0 if self.log_mass_BNK is None else self.log_mass_BNK.nbytes
         return self.k_BKND.nbytes + self.v_BKND.nbytes + mass
+
+    def narrow(self, start: int, stop: int) -> KeyValues:
+        """Keys from `start` up to `stop`, as views."""
+        if (start, stop) == (0, self.num_tokens):
+            return self
+        position = self.position_K3[start:stop] if self.position_K3.dim() == 2 else self.position_K3[:, start:stop]
+        mass = None if self.log_mass_BNK is None else self.log_mass_BNK[..., start:stop]
+        return KeyValues(self.k_BKND[:, start:stop], self.v_BKND[:, start:stop], position, mass)
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """Which keys a query sees, in rectangles of queries by keys: the form of every sparse policy.
+
+    Queries and keys are first put in order (those of one bucket side by side), then cut into tiles; the last tile of
+    either side may be short. A query whose tile sees nothing gets an empty attention (log-sum-exp -inf).
+    """
+
+    visible_BNIJ: Tensor
+    """bool; I tiles of queries, J tiles of keys."""
+    query_tile: int
+    key_tile: int
+    query_order_BNQ: Tensor | None = None
+    """int64: which query stands at each place; None leaves them as they come."""
+    key_order_BNK: Tensor | None = None
+
+    def mean_keys(self, num_queries: int, num_keys: int) -> Tensor:
+        """Keys that a query sees on average over batch and heads; a number in a tensor, so that nothing waits."""
+        rows = _tile_sizes(num_queries, self.query_tile, self.visible_BNIJ)
+        columns = _tile_sizes(num_keys, self.key_tile, self.visible_BNIJ)
+        pairs_BN = torch.einsum("bnij,i,j->bn", self.visible_BNIJ.float(), rows, columns)
+        return pairs_BN.mean() / num_queries
+
+    def mask(self, num_queries: int, num_keys: int) -> Tensor:
+        """What the tiles say, pair by pair and in the order in which queries and keys came: bool_BNQK."""
+        mask = self.visible_BNIJ.repeat_interleave(self.query_tile, 2)[:, :, :num_queries]
+        mask = mask.repeat_interleave(self.key_tile, 3)[..., :num_keys]
+        if self.query_order_BNQ is not None:
+            index = self.query_order_BNQ.argsort(-1)[..., None]
+            mask = mask.gather(2, index.expand(*mask.shape[:2], num_queries, num_keys))
+        if self.key_order_BNK is not None:
+            index = self.key_order_BNK.argsort(-1)[:, :, None]
+            mask = mask.gather(3, index.expand(*mask.shape[:2], num_queries, num_keys))
+        return mask
+
+
+def _tile_sizes(num: int, tile: int, like: Tensor) -> Tensor:
+    """Length of each tile, float32: all full but perhaps the last."""
+    start = torch.arange(0, num, tile, device=like.device, dtype=torch.float32)
+    return (num - start).clamp(max=tile)
+
+
+class TiledKeys(NamedTuple):
+    """Keys of which each query sees some."""
+
+    keys: KeyValues
+    tiles: Tiles
 
 
 class PromptKeys(NamedTuple):
@@ -47,14 +106,36 @@ class PromptKeys(NamedTuple):
     v_image_BPND: Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
+class Moment:
+    """Where in a rollout a call of the model stands."""
+
+    chunk_index: int
+    step_index: int = 0
+    num_steps: int = 1
+    noise_level: float = 1.0
+    """Sigma in [0, 1] of the noisiest latent frame in hand; 0 in a clean pass."""
+    is_clean_pass: bool = False
+    branch: int = 0
+    """0 with the prompt, 1 with the negative prompt."""
+
+
+@dataclass(frozen=True)
+class PlanPart:
+    """A run of keys, of those cached (in the order of the cache) or of the chunk's own."""
+
+    source: Literal["cached", "own"]
+    start: int
+    stop: int
+    tiles: Tiles | None = None
+    """None: every query sees every key of the run."""
+
+
+@dataclass(frozen=True)
 class AttentionPlan:
-    """What the queries of one layer see: disjoint sets of keys, under one softmax over all of them.
+    """What the queries of one layer see: disjoint runs of keys, under one softmax over all of them."""
 
-    A part that is the very object a cache returned is rotated only once per chunk.
-    """
-
-    parts: tuple[KeyValues, ...]
+    parts: tuple[PlanPart, ...]
 
 
 class KVCache(Protocol):
@@ -65,7 +146,10 @@ class KVCache(Protocol):
         ...
 
     def read(self, layer_index: int) -> KeyValues | None:
-        """All keys of a layer, oldest first; None before the first chunk. The same object until the next append."""
+        """All keys of a layer, the sink first and the newest last; None before the first chunk.
+
+        The same object until the next append.
+        """
         ...
 
     @property
@@ -90,8 +174,32 @@ class KVCache(Protocol):
 class AttentionPolicy(Protocol):
     """Which keys a query sees."""
 
-    def plan(self, layer_index: int, q_BQND: Tensor, cached: KeyValues | None, own: KeyValues) -> AttentionPlan:
+    def begin_chunk(self, position_Q3: Tensor) -> None:
+        """Calls from now on are about the next chunk: whatever was shared among steps is void."""
+        ...
+
+    def plan(
+        self, layer_index: int, moment: Moment, q_BQND: Tensor, cached: KeyValues | None, own: KeyValues
+    ) -> AttentionPlan:
         """Choose among the cached keys and the chunk's own; queries and keys are before RoPE."""
+        ...
+
+
+class PromptAttention(Protocol):
+    """Which rows of the prompt a query sees, and the attention over them."""
+
+    def __call__(self, layer_index: int, q_BQND: Tensor, keys: PromptKeys) -> Tensor:
+        """Cross-attention, out_BQND."""
+        ...
+
+
+class AttentionProbe(Protocol):
+    """Looks on while a rollout attends; changes nothing."""
+
+    def observe(
+        self, layer_index: int, moment: Moment, q_BQND: Tensor, cached: KeyValues | None, plan: AttentionPlan
+    ) -> None:
+        """A layer is about to attend. Queries are after RoPE, cached keys before; called in each step of each layer."""
         ...
 
 
@@ -103,12 +211,12 @@ class Kernel(Protocol):
         """Name and version, as it stands in the manifest."""
         ...
 
-    def attend(self, q_BQND: Tensor, parts: tuple[KeyValues, ...]) -> tuple[Tensor, Tensor]:
+    def attend(self, q_BQND: Tensor, parts: tuple[KeyValues | TiledKeys, ...]) -> tuple[Tensor, Tensor]:
         """Softmax attention over the union of all parts.
 
         Args:
             q_BQND: Queries after RoPE; any real dtype.
-            parts: Keys after RoPE; at least one part with at least one key.
+            parts: Disjoint keys after RoPE; each query sees at least one key of at least one part.
         Returns:
             out_BQND in the dtype of the queries, and the natural log-sum-exp of the logits, lse_BQN in float32 (float64
             for float64 inputs).

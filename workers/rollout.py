@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from workers.contracts import PromptKeys
+from workers.contracts import Moment, PromptKeys
 from workers.denoise import Schedule, step_euler, step_renoise
 from workers.errors import NonFiniteLatents
 from workers.metrics import Stopwatch
@@ -54,7 +54,7 @@ class CleanChunk:
     latents_BTCHW: Tensor
     kv_bytes: int
     density: float
-    """Keys that existed for this chunk's queries (its own included) over all keys ever made: 1 for full history."""
+    """Keys that this chunk's queries saw (its own included) over all keys ever made: 1 for dense full history."""
 
 
 class Rollout:
@@ -78,7 +78,6 @@ class Rollout:
             NonFiniteLatents: A chunk holds a NaN or an infinity; it is neither yielded nor remembered.
         """
         for index in range(first_chunk, plan.num_chunks):
-            num_cached = self._attention.cache.num_tokens
             with self._stopwatch.stage("denoise"):
                 self._attention.begin_chunk(self._positions(plan, index))
                 prompts = plan.prompt(index)
@@ -89,11 +88,11 @@ class Rollout:
                     raise NonFiniteLatents(f"chunk {index} holds NaN or infinity after its last denoising step")
             with self._stopwatch.stage("cache"):
                 if index + 1 < plan.num_chunks:  # nobody looks back at the last one
-                    self._attention.begin_clean_pass()
-                    self._flow(latents, 0.0, prompts[:1], control, plan.guidance)
+                    clean = Moment(index, noise_level=0.0, is_clean_pass=True)
+                    self._flow(latents, 0.0, clean, prompts[:1], control, plan.guidance)
                 self._attention.end_chunk()
             num_own = latents.shape[1] * math.prod(self._model.backbone.token_grid(plan.latent_size))
-            density = (num_cached + num_own) / ((index + 1) * num_own)
+            density = self._attention.take_mean_keys() / ((index + 1) * num_own)
             yield CleanChunk(index, latents, self._attention.cache.num_bytes, density)
 
     def _denoise(
@@ -104,7 +103,8 @@ class Rollout:
         latents = plan.noise(index, 0).to(self._device)
         is_euler = self._model.backbone.sampler == "euler"
         for step, (sigma, timestep) in enumerate(zip(schedule.sigmas, schedule.timesteps, strict=True)):
-            flow = self._flow(latents, timestep, prompts, control, plan.guidance)
+            moment = Moment(index, step, len(schedule.sigmas), sigma)
+            flow = self._flow(latents, timestep, moment, prompts, control, plan.guidance)
             next_sigma = schedule.next_sigma(step)
             if is_euler or next_sigma == 0.0:  # to level 0 both samplers take the clean estimate
                 latents = step_euler(latents, flow, sigma, next_sigma)
@@ -117,13 +117,17 @@ class Rollout:
         self,
         latents: Tensor,
         timestep: float,
+        moment: Moment,
         prompts: Sequence[Sequence[PromptKeys]],
         control: Tensor | None,
         guidance: float,
     ) -> Tensor:
         """Predicted flow in float32, guided when there are two prompts."""
         times = torch.full(latents.shape[:2], timestep, dtype=torch.float32, device=self._device)
-        flows = [self._model(latents, times, keys, self._attention, control_BQE=control).float() for keys in prompts]
+        flows = []
+        for branch, keys in enumerate(prompts):
+            self._attention.begin_call(replace(moment, branch=branch))
+            flows.append(self._model(latents, times, keys, self._attention, control_BQE=control).float())
         return flows[0] if len(flows) == 1 else torch.lerp(flows[1], flows[0], guidance)
 
     def _positions(self, plan: RolloutPlan, index: int) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from workers.contracts import KeyValues
+from workers.contracts import KeyValues, TiledKeys
 
 
 class ReferenceKernel:
@@ -17,16 +17,23 @@ class ReferenceKernel:
     def version(self) -> str:
         return f"reference (torch {torch.__version__})"
 
-    def attend(self, q_BQND: Tensor, parts: tuple[KeyValues, ...]) -> tuple[Tensor, Tensor]:
+    def attend(self, q_BQND: Tensor, parts: tuple[KeyValues | TiledKeys, ...]) -> tuple[Tensor, Tensor]:
         dtype = torch.float64 if q_BQND.dtype == torch.float64 else torch.float32
         q = q_BQND.to(dtype) / math.sqrt(q_BQND.shape[-1])
-        logits = []
-        for part in parts:
+        logits, values = [], []
+        for whole in parts:
+            part, tiles = whole if isinstance(whole, TiledKeys) else (whole, None)
             logit_BNQK = torch.einsum("bqnd,bknd->bnqk", q, part.k_BKND.to(dtype))
             if part.log_mass_BNK is not None:
                 logit_BNQK = logit_BNQK + part.log_mass_BNK.to(dtype)[:, :, None, :]
+            if tiles is not None:
+                hidden = ~tiles.mask(q.shape[1], part.num_tokens)
+                logit_BNQK = logit_BNQK.masked_fill(hidden, -math.inf)
             logits.append(logit_BNQK)
+            values.append(part.v_BKND.to(dtype))
         logit_BNQK = torch.cat(logits, dim=-1)
-        v_BKND = torch.cat([part.v_BKND.to(dtype) for part in parts], dim=1)
-        out_BQND = torch.einsum("bnqk,bknd->bqnd", logit_BNQK.softmax(-1), v_BKND)
-        return out_BQND.to(q_BQND.dtype), logit_BNQK.logsumexp(-1).transpose(1, 2)
+        lse_BNQ = logit_BNQK.logsumexp(-1)
+        # A query that sees nothing has lse -inf and the result 0.
+        weight_BNQK = torch.exp(logit_BNQK - lse_BNQ.masked_fill(lse_BNQ.isneginf(), 0.0)[..., None])
+        out_BQND = torch.einsum("bnqk,bknd->bqnd", weight_BNQK, torch.cat(values, dim=1))
+        return out_BQND.to(q_BQND.dtype), lse_BNQ.transpose(1, 2)

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.contracts import KeyValues
+from workers.contracts import KeyValues, TiledKeys
 from workers.kernels.lse import attend_parts
+from workers.kernels.reference import ReferenceKernel
 
 _MAX_FLASH_HEAD_DIM = 256
 
@@ -23,8 +24,12 @@ class SdpaKernel:
     def version(self) -> str:
         return f"sdpa (torch {torch.__version__})"
 
-    def attend(self, q_BQND: Tensor, parts: tuple[KeyValues, ...]) -> tuple[Tensor, Tensor]:
-        return attend_parts(_attend_one, q_BQND, parts)
+    def attend(self, q_BQND: Tensor, parts: tuple[KeyValues | TiledKeys, ...]) -> tuple[Tensor, Tensor]:
+        return attend_parts(_attend_one, _attend_tiled, q_BQND, parts)
+
+
+def _attend_tiled(q_BQND: Tensor, part: TiledKeys) -> tuple[Tensor, Tensor]:
+    return ReferenceKernel().attend(q_BQND, (part,))
 
 
 def _attend_one(q_BQND: Tensor, keys: KeyValues) -> tuple[Tensor, Tensor]:

@@ -6,11 +6,27 @@ attends like any other and then gives its keys to the cache.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
-from workers.contracts import AttentionPolicy, Kernel, KeyValues, KVCache
+from workers.contracts import (
+    AttentionPlan,
+    AttentionPolicy,
+    AttentionProbe,
+    Kernel,
+    KeyValues,
+    KVCache,
+    Moment,
+    PlanPart,
+    TiledKeys,
+)
 from workers.model.backbones import Backbone
 from workers.model.rope import Rotation, make_rotation, rotate
+
+Reindex = Callable[[Tensor, float], Tensor]
+"""(latent frame of each cached key, latent frame of the newest query) -> the time that its rotation gets."""
 
 
 class RolloutAttention:
@@ -21,28 +37,52 @@ class RolloutAttention:
         cache: Filled by clean passes.
         policy: Chooses among the keys.
         kernel: Computes.
+        reindex: Temporal positions of cached keys; None keeps them as they are.
+        probes: Look on.
     """
 
-    def __init__(self, backbone: Backbone, cache: KVCache, policy: AttentionPolicy, kernel: Kernel) -> None:
-        self.cache = cache
+    def __init__(
+        self,
+        backbone: Backbone,
+        cache: KVCache,
+        policy: AttentionPolicy,
+        kernel: Kernel,
+        *,
+        reindex: Reindex | None = None,
+        probes: tuple[AttentionProbe, ...] = (),
+    ) -> None:
+        self.cache, self.policy = cache, policy
         self._head_dim, self._theta = backbone.head_dim, backbone.rope_theta
-        self._policy, self._kernel = policy, kernel
+        self._kernel, self._reindex, self._probes = kernel, reindex, probes
         self._position_Q3: Tensor | None = None
         self._rotation: Rotation | None = None
+        self._now = 0.0
+        self._moment = Moment(0)
         self._rotated: dict[int, tuple[KeyValues, KeyValues]] = {}
         self._tables: dict[tuple[int, int], tuple[Tensor, Rotation]] = {}
-        self._is_clean = False
+        self._num_layers = backbone.num_layers
+        self._num_calls = 0
+        self._keys_seen = torch.zeros(())
 
     def begin_chunk(self, position_Q3: Tensor) -> None:
         """The next calls are about tokens at these (latent frame, row, column), float32, on the model's device."""
         self._position_Q3 = position_Q3
+        self._now = float(position_Q3[-1, 0])
         self._rotation = make_rotation(position_Q3, self._head_dim, self._theta)
+        self._moment = Moment(int(self._now))
         self.end_chunk()
-        self._is_clean = False
+        self.policy.begin_chunk(position_Q3)
 
-    def begin_clean_pass(self) -> None:
-        """The next call of each layer brings clean keys, which are to be remembered."""
-        self._is_clean = True
+    def begin_call(self, moment: Moment) -> None:
+        """The next call of each layer belongs to this moment; a clean pass brings keys that are to be remembered."""
+        self._moment = moment
+        self._num_calls += 1
+
+    def take_mean_keys(self) -> float:
+        """Keys that a query saw on average over the calls and layers since the last time this was asked."""
+        mean = float(self._keys_seen) / max(1, self._num_calls)
+        self._keys_seen, self._num_calls = torch.zeros(()), 0
+        return mean
 
     def end_chunk(self) -> None:
         """Forget what was rotated for this chunk, before the next one needs the memory."""
@@ -54,33 +94,65 @@ class RolloutAttention:
         assert self._position_Q3 is not None
         own = KeyValues(k_BQND, v_BQND, self._position_Q3)
         cached = self.cache.read(layer_index)
-        plan = self._policy.plan(layer_index, q_BQND, cached, own)
-        parts = tuple(self._rotate(layer_index, part, own, cached) for part in plan.parts)
-        out_BQND, _ = self._kernel.attend(rotate(q_BQND, self._rotation), parts)
-        if self._is_clean:
+        plan = self.policy.plan(layer_index, self._moment, q_BQND, cached, own)
+        q_rotated = rotate(q_BQND, self._rotation)
+        self._count(plan, q_BQND.shape[1])
+        for probe in self._probes:
+            probe.observe(layer_index, self._moment, q_rotated, cached, plan)
+        out_BQND, _ = self._kernel.attend(q_rotated, self._parts(layer_index, plan, cached, own))
+        if self._moment.is_clean_pass:
             self._rotated.pop(layer_index, None)
             self.cache.append(layer_index, own)
         return out_BQND
 
-    def _rotate(self, layer_index: int, part: KeyValues, own: KeyValues, cached: KeyValues | None) -> KeyValues:
-        """The same keys after RoPE."""
-        if part is own:
-            assert self._rotation is not None
-            return KeyValues(rotate(part.k_BKND, self._rotation), part.v_BKND, part.position_K3, part.log_mass_BNK)
-        source, rotated = self._rotated.get(layer_index, (None, None))
-        if rotated is not None and source is part:
-            return rotated
-        rotated = KeyValues(
-            rotate(part.k_BKND, self._table(part.position_K3)), part.v_BKND, part.position_K3, part.log_mass_BNK
+    def rotate_cached(self, keys: KeyValues) -> KeyValues:
+        """Keys of the cache after RoPE, at the positions that this chunk sees them at."""
+        return KeyValues(
+            rotate(keys.k_BKND, self._table(keys.position_K3)), keys.v_BKND, keys.position_K3, keys.log_mass_BNK
         )
-        if part is cached:
-            self._rotated[layer_index] = part, rotated
+
+    def _count(self, plan: AttentionPlan, num_queries: int) -> None:
+        """Add the keys that a query sees here; a tensor as soon as there are tiles, so that nothing waits for them."""
+        for part in plan.parts:
+            num_keys = part.stop - part.start
+            seen = num_keys if part.tiles is None else part.tiles.mean_keys(num_queries, num_keys)
+            self._keys_seen = self._keys_seen + seen / self._num_layers
+
+    def _parts(
+        self, layer_index: int, plan: AttentionPlan, cached: KeyValues | None, own: KeyValues
+    ) -> tuple[KeyValues | TiledKeys, ...]:
+        """The planned keys after RoPE."""
+        assert self._rotation is not None
+        own = KeyValues(rotate(own.k_BKND, self._rotation), own.v_BKND, own.position_K3)
+
+        def keys_of(part: PlanPart) -> KeyValues | TiledKeys:
+            source = own
+            if part.source == "cached":
+                assert cached is not None, "a plan names cached keys only where there are some"
+                source = self._rotate_once(layer_index, cached)
+            keys = source.narrow(part.start, part.stop)
+            return keys if part.tiles is None else TiledKeys(keys, part.tiles)
+
+        return tuple(keys_of(part) for part in plan.parts if part.stop > part.start)
+
+    def _rotate_once(self, layer_index: int, cached: KeyValues) -> KeyValues:
+        source, rotated = self._rotated.get(layer_index, (None, None))
+        if rotated is None or source is not cached:
+            rotated = self.rotate_cached(cached)
+            self._rotated[layer_index] = cached, rotated
         return rotated
 
-    def _table(self, position_K3: Tensor) -> Rotation:
+    def _table(self, position: Tensor) -> Rotation:
         """Rotation of cached keys; layers that share their positions share it."""
-        key = position_K3.data_ptr(), len(position_K3)
+        key = position.data_ptr(), position.numel()
         if key not in self._tables:
+            at = position
+            if self._reindex is not None:
+                at = position.clone()
+                at[..., 0] = self._reindex(position[..., 0], self._now)
+            table = make_rotation(at, self._head_dim, self._theta)
+            if position.dim() != 2:  # every layer has its own: not worth keeping
+                return table
             # The positions are kept beside their table, so that their address cannot be given to others meanwhile.
-            self._tables[key] = position_K3, make_rotation(position_K3, self._head_dim, self._theta)
+            self._tables[key] = position, table
         return self._tables[key][1]

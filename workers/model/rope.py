@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of a set of tokens, float32, [B or 1, Q, 1, D/2]: the 1 spans the heads."""
+    """Cosines and sines of a set of tokens, float32, [B or 1, Q, N or 1, D/2]: a 1 spans the heads."""
 
     cos: Tensor
     sin: Tensor
@@ -29,7 +29,7 @@ def make_rotation(position_BQ3: Tensor, head_dim: int, theta: float) -> Rotation
     """Rotation of tokens at (time, row, column).
 
     Args:
-        position_BQ3: [Q, 3] or [B, Q, 3], any real dtype and device.
+        position_BQ3: [Q, 3], [B, Q, 3], or [B, Q, N, 3] where heads differ; any real dtype and device.
         head_dim: Channels of one head, even.
         theta: Base of the wavelengths, 10000 in Wan.
     """
@@ -40,7 +40,9 @@ def make_rotation(position_BQ3: Tensor, head_dim: int, theta: float) -> Rotation
     angle = torch.cat(angles, dim=-1)
     if angle.dim() == 2:
         angle = angle[None]
-    return Rotation(angle.cos().float()[:, :, None], angle.sin().float()[:, :, None])
+    if angle.dim() == 3:
+        angle = angle[:, :, None]
+    return Rotation(angle.cos().float(), angle.sin().float())
 
 
 def rotate(x_BQND: Tensor, rotation: Rotation) -> Tensor:

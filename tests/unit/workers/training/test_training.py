@@ -11,6 +11,7 @@ import torch
 
 from workers.attention.dense import DenseAttention
 from workers.cache.dense import DenseCache
+from workers.contracts import Moment
 from workers.denoise import make_schedule
 from workers.kernels.reference import ReferenceKernel
 from workers.model.attend import RolloutAttention
@@ -81,7 +82,7 @@ def test_the_fast_rollout_equals_the_services_own(model: WorldModel, batch: Batc
         timestep = torch.full((1, 3), 500.0)
         slow = model.dit(clean, timestep, keys, attention, control_BQE=fast._control)
         torch.testing.assert_close(fast.flow(clean, 0.5), slow, rtol=1e-4, atol=1e-5)
-        attention.begin_clean_pass()
+        attention.begin_call(Moment(0, is_clean_pass=True))
         model.dit(clean, torch.zeros(1, 3), keys, attention, control_BQE=fast._control)
         attention.end_chunk()
         fast.write(chunk, clean)
