@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out
-# On a GPU machine: make install EXTRAS=gpu,dev (flashinfer, faiss-gpu, flash-attn).
+# On a GPU machine: make install EXTRAS=gpu,wan,dev (flashinfer, faiss-gpu, flash-attn; text encoder and VAE of Wan).
 EXTRAS ?= cpu,dev
 # Without a GPU the CPU build of torch is enough; a pip that is already told where to find one is left alone.
 CPU_INDEX := $(shell command -v nvidia-smi >/dev/null 2>&1 || [ -n "$$PIP_FIND_LINKS" ] || echo --extra-index-url https://download.pytorch.org/whl/cpu)
