@@ -8,9 +8,9 @@ keys, P prompt tokens, N heads, D head dimension, E model width. Tokens are in t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -193,13 +193,83 @@ class PromptAttention(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class Attending:
+    """A layer that is about to attend, as a probe sees it. Views: nothing in here is kept without a copy."""
+
+    layer_index: int
+    moment: Moment
+    plan: AttentionPlan
+    q_BQND: Tensor
+    """After RoPE."""
+    cached: KeyValues | None
+    """After RoPE, in the order of the cache."""
+    own: KeyValues
+    """After RoPE."""
+    own_k_BKND: Tensor
+    """Before RoPE."""
+    rotate: Callable[[KeyValues], KeyValues]
+    """RoPE of further keys of the past, at the times that this chunk sees them at."""
+
+
 class AttentionProbe(Protocol):
     """Looks on while a rollout attends; changes nothing."""
 
-    def observe(
-        self, layer_index: int, moment: Moment, q_BQND: Tensor, cached: KeyValues | None, plan: AttentionPlan
-    ) -> None:
-        """A layer is about to attend. Queries are after RoPE, cached keys before; called in each step of each layer."""
+    def wants(self, layer_index: int, moment: Moment) -> bool:
+        """Whether to be shown this call of this layer; asked in each, so that what is not shown costs nothing."""
+        ...
+
+    def observe(self, attending: Attending) -> None:
+        """A layer is about to attend; nothing in here may wait for the device."""
+        ...
+
+
+@runtime_checkable
+class TracksOwners(Protocol):
+    """A cache that knows what became of each key it was ever given; only measurements pay for that."""
+
+    def owners(self, layer_index: int) -> Tensor | None:
+        """owner_BNT: for each original token, in the order of their coming, the index (in the order of `read`) of the
+        entry that holds it, -1 if none does; int64. None where it is not tracked."""
+        ...
+
+
+class AuditKeys(NamedTuple):
+    """A uniform sample of the keys that a run of cache entries was made from: what a guard judges that run by."""
+
+    k_BAND: Tensor
+    """As they were given, before RoPE; A of them, the same tokens in all heads."""
+    position_A3: Tensor
+    """As they were given."""
+    owner_BNA: Tensor
+    """int64: index (in the order of `read`) of the entry that holds the key now, from `start` up to `stop`; -1 where it
+    was evicted."""
+    num_original_tokens: int
+    """How many tokens the sample stands for: all that the run was ever made from, evicted ones included."""
+    start: int
+    stop: int
+    """The run of cache entries. Entries outside of it are single keys as they were given; nothing is lost there."""
+
+
+@runtime_checkable
+class Audited(Protocol):
+    """A cache that keeps a small sample of what it compressed."""
+
+    def audit(self, layer_index: int) -> AuditKeys | None:
+        """The sample of one layer as of the last append; None while nothing is compressed, or without auditing."""
+        ...
+
+
+@runtime_checkable
+class Tightens(Protocol):
+    """A policy or cache that can be told to keep or see more than it was configured to."""
+
+    def tighten(self, factor: float) -> None:
+        """Act from now on as if configured `factor` (>= 1) times tighter; 1 is the configuration itself.
+
+        A density becomes min(1, density * factor), a merge threshold 1 - (1 - threshold) / factor. Each call replaces
+        the one before it.
+        """
         ...
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from workers.contracts import (
+    Attending,
     AttentionPlan,
     AttentionPolicy,
     AttentionProbe,
@@ -97,9 +98,16 @@ class RolloutAttention:
         plan = self.policy.plan(layer_index, self._moment, q_BQND, cached, own)
         q_rotated = rotate(q_BQND, self._rotation)
         self._count(plan, q_BQND.shape[1])
-        for probe in self._probes:
-            probe.observe(layer_index, self._moment, q_rotated, cached, plan)
-        out_BQND, _ = self._kernel.attend(q_rotated, self._parts(layer_index, plan, cached, own))
+        own_rotated = KeyValues(rotate(k_BQND, self._rotation), v_BQND, self._position_Q3)
+        probes = [probe for probe in self._probes if probe.wants(layer_index, self._moment)]
+        if probes:
+            seen = None if cached is None else self._rotate_once(layer_index, cached)
+            attending = Attending(
+                layer_index, self._moment, plan, q_rotated, seen, own_rotated, k_BQND, self.rotate_cached
+            )
+            for probe in probes:
+                probe.observe(attending)
+        out_BQND, _ = self._kernel.attend(q_rotated, self._parts(layer_index, plan, cached, own_rotated))
         if self._moment.is_clean_pass:
             self._rotated.pop(layer_index, None)
             self.cache.append(layer_index, own)
@@ -121,9 +129,7 @@ class RolloutAttention:
     def _parts(
         self, layer_index: int, plan: AttentionPlan, cached: KeyValues | None, own: KeyValues
     ) -> tuple[KeyValues | TiledKeys, ...]:
-        """The planned keys after RoPE."""
-        assert self._rotation is not None
-        own = KeyValues(rotate(own.k_BKND, self._rotation), own.v_BKND, own.position_K3)
+        """The planned keys after RoPE, of which the chunk's own have it already."""
 
         def keys_of(part: PlanPart) -> KeyValues | TiledKeys:
             source = own
