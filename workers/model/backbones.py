@@ -6,7 +6,7 @@ picture (positions, latents, timing) is said here and nowhere else.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from workers.errors import ConfigUnsupported
@@ -20,6 +20,31 @@ class TextSizes:
     num_heads: int
     num_rows: int
     """Rows of the table that hashed words and word pieces share."""
+
+
+@dataclass(frozen=True)
+class ControlBranchSizes:
+    """The control module of LongVie 2: two stacks of narrower layers beside the first layers of the model."""
+
+    dim: int
+    num_layers: int
+    num_heads: int
+    ffn_dim: int
+
+
+@dataclass(frozen=True)
+class Native:
+    """How a published model was trained to be sampled: what it is rendered with unless somebody asks for other."""
+
+    num_steps: int
+    shift: float
+    guidance: float = 1.0
+    window_chunks: int = 1
+    """Chunks denoised together, each at a level of its own; 1 is chunk by chunk."""
+    attended_latent_frames: int = 21
+    """Latent frames that a query sees at most, the noisy ones included."""
+    sink_latent_frames: int = 0
+    """First latent frames that stay visible, moved to stand right before the recent ones."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +82,11 @@ class Backbone:
     fps: int = 16
     sampler: Literal["euler", "renoise"] = "renoise"
     """How a denoising step goes on: along the flow, or from the clean estimate with fresh noise (distilled models)."""
+    rollout: Literal["chunkwise", "rolling", "clipwise"] = "chunkwise"
+    """How chunks follow one another: one at a time, several at falling noise levels, or whole clips (`rollouts/`)."""
+    native: Native | None = None
+    control_branch: ControlBranchSizes | None = None
+    """Depth and track maps (LongVie 2); None means that the model takes none."""
 
     def __post_init__(self) -> None:
         assert self.dim % self.num_heads == 0
@@ -65,6 +95,11 @@ class Backbone:
     @property
     def head_dim(self) -> int:
         return self.dim // self.num_heads
+
+    @property
+    def clip_stride(self) -> int:
+        """Pictures from the start of a clip to that of the next, whose first picture is the last of this one."""
+        return self.temporal_stride * (self.chunk_latent_frames - 1)
 
     @property
     def control_channels(self) -> int:
@@ -99,12 +134,16 @@ class Backbone:
 
     def num_chunks(self, num_frames: int) -> int:
         """Whole chunks needed for at least `num_frames` pictures."""
+        if self.rollout == "clipwise":
+            return max(1, -(-(num_frames - 1) // self.clip_stride))
         missing = max(0, num_frames - self.first_video_frames)
         latent_frames = 1 + -(-missing // self.temporal_stride)
         return -(-latent_frames // self.chunk_latent_frames)
 
     def chunk_of_frame(self, frame: int) -> int:
-        """Chunk that decodes to this video frame."""
+        """Chunk that decodes to this video frame; where clips overlap, the earlier one."""
+        if self.rollout == "clipwise":
+            return max(0, frame - 1) // self.clip_stride
         missing = max(0, frame - self.first_video_frames + 1)
         return (-(-missing // self.temporal_stride)) // self.chunk_latent_frames
 
@@ -183,7 +222,64 @@ _WAN_I2V = Backbone(
     image_dim=1280,
 )
 
-BACKBONES: dict[str, Backbone] = {b.name: b for b in (_WORLD, _TINY, _WAN_1B, _WAN_14B, _WAN_I2V)}
+_SELF_FORCING = replace(_WAN_1B, name="self-forcing-1.3b", native=Native(num_steps=4, shift=5.0))
+
+_ROLLING_FORCING = replace(
+    _WAN_1B,
+    name="rolling-forcing-1.3b",
+    rollout="rolling",
+    native=Native(num_steps=5, shift=5.0, window_chunks=5, sink_latent_frames=3),
+)
+
+_LONGVIE2 = replace(
+    _WAN_I2V,
+    name="longvie2-14b",
+    sampler="euler",
+    rollout="clipwise",
+    chunk_latent_frames=21,  # a clip of 81 pictures is one chunk
+    native=Native(num_steps=50, shift=5.0, guidance=5.0),
+    control_branch=ControlBranchSizes(dim=2560, num_layers=12, num_heads=20, ffn_dim=6912),
+)
+
+BACKBONES: dict[str, Backbone] = {
+    b.name: b for b in (_WORLD, _TINY, _WAN_1B, _WAN_14B, _WAN_I2V, _SELF_FORCING, _ROLLING_FORCING, _LONGVIE2)
+}
+
+
+@dataclass(frozen=True)
+class AttentionGeometry:
+    """Self-attention of a model that is measured but not rendered with: enough for benchmarks of attention."""
+
+    name: str
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    latent_frames: int
+    rows: int
+    columns: int
+    text_tokens: int
+    """Prompt tokens that stand in the same softmax as the video's."""
+    rope_channels: tuple[int, int, int]
+    rope_theta: float
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one call."""
+        return self.latent_frames * self.rows * self.columns + self.text_tokens
+
+
+HUNYUAN_VIDEO = AttentionGeometry(
+    name="hunyuanvideo",
+    num_layers=60,  # 20 with two streams and 40 with one; all attend jointly
+    num_heads=24,
+    head_dim=128,
+    latent_frames=33,  # 129 pictures of 1280x720
+    rows=45,
+    columns=80,
+    text_tokens=256,
+    rope_channels=(16, 56, 56),
+    rope_theta=256.0,
+)
 
 
 def find_backbone(name: str) -> Backbone:

@@ -3,7 +3,7 @@
 import pytest
 
 from workers.errors import ConfigUnsupported
-from workers.model.backbones import BACKBONES, find_backbone
+from workers.model.backbones import BACKBONES, HUNYUAN_VIDEO, find_backbone
 
 
 def test_published_token_counts_and_picture_counts() -> None:
@@ -22,6 +22,19 @@ def test_chunks_and_frames_agree(name: str) -> None:
         chunks = backbone.num_chunks(frames)
         assert backbone.num_video_frames(chunks * step) >= frames > backbone.num_video_frames((chunks - 1) * step)
         assert backbone.chunk_of_frame(frames - 1) == chunks - 1
+
+
+def test_clips_overlap_by_one_picture() -> None:
+    longvie = find_backbone("longvie2-14b")
+    assert [longvie.num_chunks(n) for n in (1, 81, 82, 161, 162, 401)] == [1, 1, 2, 2, 3, 5]
+    assert [longvie.chunk_of_frame(n) for n in (0, 80, 81, 160, 161)] == [0, 0, 1, 1, 2]
+    assert longvie.num_video_frames(longvie.chunk_latent_frames) == 81
+    assert longvie.chunk_latent_frames * longvie.tokens_per_latent_frame(640, 352) == 18_480
+
+
+def test_a_benchmark_geometry_counts_the_tokens_of_one_call() -> None:
+    assert HUNYUAN_VIDEO.num_tokens == 33 * 45 * 80 + 256
+    assert sum(HUNYUAN_VIDEO.rope_channels) == HUNYUAN_VIDEO.head_dim
 
 
 def test_a_picture_that_is_not_whole_tokens_is_refused_with_its_size() -> None:
