@@ -24,6 +24,9 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 AttendPrompt = Callable[[int, Tensor, PromptKeys], Tensor]
 """(layer_index, q_BQND, keys) -> out_BQND."""
 
+AddAfterLayer = Callable[[int, Tensor, Tensor], Tensor]
+"""(layer_index, x_BQE, time_BT6E) -> x_BQE: what a control branch adds to the tokens that leave a layer."""
+
 
 def attend_prompt_dense(layer_index: int, q_BQND: Tensor, keys: PromptKeys) -> Tensor:
     """Every query sees every prompt row; image tokens, if any, are a second softmax whose result is added."""
@@ -224,6 +227,15 @@ class CausalDiT(nn.Module):
         """Control maps on the latent grid as tokens, to be added in `forward`; once per chunk is enough."""
         return _embed_patches(control_BTCHW.to(self.dtype), self.control_embedding)
 
+    def embed_patches(self, latents_BTCHW: Tensor) -> Tensor:
+        """Latents [B, T, in channels, H, W] as tokens, in the order (latent frame, row, column)."""
+        return _embed_patches(latents_BTCHW.to(self.dtype), self.patch_embedding)
+
+    def embed_prompt(self, text_BPE: Tensor, image_BPE: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Rows of the prompt and image tokens at the width of the model: what all layers project their keys from."""
+        text = self.text_embedding(text_BPE.to(self.dtype))
+        return text, None if image_BPE is None else self.img_emb(image_BPE.to(self.dtype))
+
     def project_prompt(
         self, text_BPE: Tensor, log_mass_BP: Tensor | None = None, image_BPE: Tensor | None = None
     ) -> list[PromptKeys]:
@@ -234,8 +246,7 @@ class CausalDiT(nn.Module):
             log_mass_BP: Weight of each row when equal rows were folded into one (`fold_padding`).
             image_BPE: Image tokens of I2V models, before their projection.
         """
-        text = self.text_embedding(text_BPE.to(self.dtype))
-        image = None if image_BPE is None else self.img_emb(image_BPE.to(self.dtype))
+        text, image = self.embed_prompt(text_BPE, image_BPE)
         return [layer.cross_attn.project(text, log_mass_BP, image) for layer in self.layers]
 
     def forward(
@@ -247,6 +258,7 @@ class CausalDiT(nn.Module):
         *,
         control_BQE: Tensor | None = None,
         attend_prompt: AttendPrompt = attend_prompt_dense,
+        add_after_layer: AddAfterLayer | None = None,
     ) -> Tensor:
         """Flow [B, T, latent channels, H, W] of latents [B, T, in channels, H, W], in the dtype of the model.
 
@@ -257,9 +269,10 @@ class CausalDiT(nn.Module):
             attend: Self-attention; tokens are in the order (latent frame, row, column).
             control_BQE: `embed_control` of these latent frames.
             attend_prompt: Cross-attention.
+            add_after_layer: A control branch; None for models without.
         """
         height, width = latents_BTCHW.shape[-2:]
-        x = _embed_patches(latents_BTCHW.to(self.dtype), self.patch_embedding)
+        x = self.embed_patches(latents_BTCHW)
         if control_BQE is not None:
             x = x + control_BQE
         x = x.to(self.dtype)  # under autocast the residual stream stays in the dtype of the weights
@@ -268,6 +281,8 @@ class CausalDiT(nn.Module):
         for index, (layer, keys) in enumerate(zip(self.layers, prompt, strict=True)):
             layer_index = -1 if self._is_compiled else index
             x = self._run_layer(layer, x, time_BT6E, keys, layer_index, attend, attend_prompt)
+            if add_after_layer is not None:
+                x = add_after_layer(index, x, time_BT6E)
         return self._unpatch(self.head(x, time_BTE), height, width)
 
     def _unpatch(self, patches_BQE: Tensor, height: int, width: int) -> Tensor:
