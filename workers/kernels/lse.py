@@ -13,10 +13,12 @@ from workers.contracts import KeyValues, TiledKeys
 def merge(out_a_BQND: Tensor, lse_a_BQN: Tensor, out_b_BQND: Tensor, lse_b_BQN: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over the union of two disjoint sets of keys, from the results over each.
 
-    Associative and commutative up to rounding. A side with lse -inf saw no key and counts for nothing; not both may.
+    Associative and commutative up to rounding. A side with lse -inf saw no key and counts for nothing; if both are,
+    so is the union.
     """
     lse_BQN = torch.logaddexp(lse_a_BQN, lse_b_BQN)
-    share_b_BQN1 = torch.exp(lse_b_BQN - lse_BQN).unsqueeze(-1).to(out_a_BQND.dtype)
+    some_BQN = lse_BQN.masked_fill(lse_BQN.isneginf(), 0.0)
+    share_b_BQN1 = torch.exp(lse_b_BQN - some_BQN).unsqueeze(-1).to(out_a_BQND.dtype)
     return torch.lerp(out_a_BQND, out_b_BQND, share_b_BQN1), lse_BQN
 
 

@@ -13,26 +13,33 @@ from torch import Tensor
 from workers.contracts import KeyValues, TiledKeys
 from workers.kernels.lse import attend_parts
 from workers.kernels.reference import ReferenceKernel
+from workers.kernels.tiled import GatherMemory, attend_tiled
 
 _MAX_FLASH_HEAD_DIM = 256
+_MIN_CPU_KEYS = 16
+"""Fewer than a vector holds, and the CPU kernel takes a query that is NaN for one that sees nothing, which hides it."""
 
 
 class SdpaKernel:
-    """torch's own attention; every device and head dimension that it supports."""
+    """torch's own attention; every device and head dimension that it supports. Keys that tiles choose are gathered."""
+
+    def __init__(self) -> None:
+        self._memory = GatherMemory()
 
     @property
     def version(self) -> str:
         return f"sdpa (torch {torch.__version__})"
 
     def attend(self, q_BQND: Tensor, parts: tuple[KeyValues | TiledKeys, ...]) -> tuple[Tensor, Tensor]:
-        return attend_parts(_attend_one, _attend_tiled, q_BQND, parts)
+        return attend_parts(_attend_one, self._attend_tiled, q_BQND, parts)
 
-
-def _attend_tiled(q_BQND: Tensor, part: TiledKeys) -> tuple[Tensor, Tensor]:
-    return ReferenceKernel().attend(q_BQND, (part,))
+    def _attend_tiled(self, q_BQND: Tensor, part: TiledKeys) -> tuple[Tensor, Tensor]:
+        return attend_tiled(q_BQND, part, _attend_one, self._memory)
 
 
 def _attend_one(q_BQND: Tensor, keys: KeyValues) -> tuple[Tensor, Tensor]:
+    if keys.num_tokens == 0 or (q_BQND.device.type == "cpu" and keys.num_tokens < _MIN_CPU_KEYS):
+        return ReferenceKernel().attend(q_BQND, (keys,))
     # Keys of a narrower store are widened here: the operators want one dtype.
     q, k, v = (x.to(q_BQND.dtype).transpose(1, 2) for x in (q_BQND, keys.k_BKND, keys.v_BKND))
     bias = None
@@ -42,6 +49,9 @@ def _attend_one(q_BQND: Tensor, keys: KeyValues) -> tuple[Tensor, Tensor]:
         out, lse_BNQ = _attend_cuda(q, k, v, bias)
     else:
         out, lse_BNQ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)[:2]
+    if bias is not None:
+        # Where no key exists the operators report 0 for the log-sum-exp.
+        lse_BNQ = lse_BNQ.masked_fill(bias.isneginf().all(-1), -torch.inf)
     return out.transpose(1, 2), lse_BNQ.transpose(1, 2)
 
 
