@@ -23,6 +23,40 @@ class TextSizes:
 
 
 @dataclass(frozen=True)
+class Umt5Sizes:
+    """Wan's text encoder; its width is the `text_dim` of the backbone."""
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    ffn_dim: int
+    num_words: int
+    """Rows of the vocabulary, unused ones included."""
+
+
+@dataclass(frozen=True)
+class WanVaeSizes:
+    """Wan's VAE; latent channels and strides are those of the backbone."""
+
+    dim: int
+    multipliers: tuple[int, int, int, int] = (1, 2, 4, 4)
+    num_units: int = 2
+    """Residual units in a stage of the encoder; the decoder has one more."""
+
+
+@dataclass(frozen=True)
+class ImageEncoderSizes:
+    """The vision tower of CLIP whose last layer but one gives the image tokens; its width is `image_dim`."""
+
+    num_layers: int
+    num_heads: int
+    ffn_dim: int
+    picture: int
+    """Height and width of the picture that it sees."""
+    patch: int
+
+
+@dataclass(frozen=True)
 class ControlBranchSizes:
     """The control module of LongVie 2: two stacks of narrower layers beside the first layers of the model."""
 
@@ -87,6 +121,9 @@ class Backbone:
     native: Native | None = None
     control_branch: ControlBranchSizes | None = None
     """Depth and track maps (LongVie 2); None means that the model takes none."""
+    umt5: Umt5Sizes | None = None
+    wan_vae: WanVaeSizes | None = None
+    image_encoder: ImageEncoderSizes | None = None
 
     def __post_init__(self) -> None:
         assert self.dim % self.num_heads == 0
@@ -182,6 +219,25 @@ _TINY = Backbone(
     sampler="euler",
 )
 
+_UMT5_XXL = Umt5Sizes(num_layers=24, num_heads=64, head_dim=64, ffn_dim=10240, num_words=256384)
+_WAN_VAE = WanVaeSizes(dim=96)
+_CLIP_VIT_H = ImageEncoderSizes(num_layers=32, num_heads=16, ffn_dim=5120, picture=224, patch=14)
+
+_TINY_WAN = Backbone(
+    name="tiny-wan-test",
+    dim=80,
+    num_layers=3,
+    num_heads=2,
+    ffn_dim=96,
+    in_channels=16,
+    text_dim=32,
+    text_tokens=24,
+    width=64,
+    height=32,
+    umt5=Umt5Sizes(num_layers=2, num_heads=4, head_dim=8, ffn_dim=48, num_words=128),
+    wan_vae=WanVaeSizes(dim=4),
+)
+
 _WAN_1B = Backbone(
     name="wan2.1-t2v-1.3b",
     dim=1536,
@@ -193,6 +249,8 @@ _WAN_1B = Backbone(
     text_tokens=512,
     width=832,
     height=480,
+    umt5=_UMT5_XXL,
+    wan_vae=_WAN_VAE,
 )
 
 _WAN_14B = Backbone(
@@ -206,6 +264,8 @@ _WAN_14B = Backbone(
     text_tokens=512,
     width=832,
     height=480,
+    umt5=_UMT5_XXL,
+    wan_vae=_WAN_VAE,
 )
 
 _WAN_I2V = Backbone(
@@ -220,6 +280,9 @@ _WAN_I2V = Backbone(
     width=640,
     height=352,
     image_dim=1280,
+    umt5=_UMT5_XXL,
+    wan_vae=_WAN_VAE,
+    image_encoder=_CLIP_VIT_H,
 )
 
 _SELF_FORCING = replace(_WAN_1B, name="self-forcing-1.3b", native=Native(num_steps=4, shift=5.0))
@@ -242,7 +305,8 @@ _LONGVIE2 = replace(
 )
 
 BACKBONES: dict[str, Backbone] = {
-    b.name: b for b in (_WORLD, _TINY, _WAN_1B, _WAN_14B, _WAN_I2V, _SELF_FORCING, _ROLLING_FORCING, _LONGVIE2)
+    b.name: b
+    for b in (_WORLD, _TINY, _TINY_WAN, _WAN_1B, _WAN_14B, _WAN_I2V, _SELF_FORCING, _ROLLING_FORCING, _LONGVIE2)
 }
 
 
