@@ -181,8 +181,15 @@ class AttentionPolicy(Protocol):
     def plan(
         self, layer_index: int, moment: Moment, q_BQND: Tensor, cached: KeyValues | None, own: KeyValues
     ) -> AttentionPlan:
-        """Choose among the cached keys and the chunk's own; queries and keys are before RoPE."""
+        """Choose among the cached keys and the chunk's own; queries and keys are before RoPE (but `PlansAfterRope`)."""
         ...
+
+
+@runtime_checkable
+class PlansAfterRope(Protocol):
+    """Marks a policy that compares queries with keys as attention does: its `plan` gets all of them after RoPE."""
+
+    plans_after_rope: Literal[True]
 
 
 class PromptAttention(Protocol):

@@ -21,6 +21,7 @@ from workers.contracts import (
     KVCache,
     Moment,
     PlanPart,
+    PlansAfterRope,
     TiledKeys,
 )
 from workers.model.backbones import Backbone
@@ -95,10 +96,14 @@ class RolloutAttention:
         assert self._position_Q3 is not None
         own = KeyValues(k_BQND, v_BQND, self._position_Q3)
         cached = self.cache.read(layer_index)
-        plan = self.policy.plan(layer_index, self._moment, q_BQND, cached, own)
         q_rotated = rotate(q_BQND, self._rotation)
-        self._count(plan, q_BQND.shape[1])
         own_rotated = KeyValues(rotate(k_BQND, self._rotation), v_BQND, self._position_Q3)
+        if isinstance(self.policy, PlansAfterRope):
+            seen = None if cached is None else self._rotate_once(layer_index, cached)
+            plan = self.policy.plan(layer_index, self._moment, q_rotated, seen, own_rotated)
+        else:
+            plan = self.policy.plan(layer_index, self._moment, q_BQND, cached, own)
+        self._count(plan, q_BQND.shape[1])
         probes = [probe for probe in self._probes if probe.wants(layer_index, self._moment)]
         if probes:
             seen = None if cached is None else self._rotate_once(layer_index, cached)

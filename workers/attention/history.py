@@ -1,0 +1,102 @@
+"""What all sparse policies share: which run of the cache they thin out, and which calls they leave dense.
+
+The first keys of the cache (sink), its newest ones and the chunk's own are seen by every query; tiles apply to the
+history between. So a policy is asked only what it is good at, and none is handicapped where the others are dense.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from workers.contracts import AttentionPlan, KeyValues, Moment, PlanPart, Tiles
+
+
+@dataclass(frozen=True)
+class DenseRegion:
+    """Where a sparse policy stays dense."""
+
+    sink_tokens: int
+    """First keys of the cache."""
+    recent_tokens: int
+    """Newest keys of the cache."""
+    step_share: float = 0.0
+    """Share of the first denoising steps of a chunk, in [0, 1]; a clean pass is never among them."""
+    num_layers: int = 0
+    """First layers of the model."""
+
+    def holds(self, layer_index: int, moment: Moment) -> bool:
+        """Whether this call sees every key; a step counts by its middle, so 0.3 of four steps is one."""
+        if layer_index < self.num_layers:
+            return True
+        return not moment.is_clean_pass and (moment.step_index + 0.5) / moment.num_steps < self.step_share
+
+    def history(self, num_cached: int) -> tuple[int, int]:
+        """First and one past the last of the cached keys between sink and newest; equal where there are none."""
+        start = min(self.sink_tokens, num_cached)
+        return start, max(start, num_cached - self.recent_tokens)
+
+
+def plan_history(
+    cached: KeyValues | None, own: KeyValues, span: tuple[int, int] | None, tiles: Tiles | None
+) -> AttentionPlan:
+    """Everything outside of the span dense, the span by its tiles; without a span everything is dense.
+
+    Args:
+        span: The history, as `DenseRegion.history` gives it.
+        tiles: What is seen of it; None leaves it out.
+    """
+    parts = [PlanPart("own", 0, own.num_tokens)]
+    if cached is not None and span is None:
+        parts.insert(0, PlanPart("cached", 0, cached.num_tokens))
+    elif cached is not None and span is not None:
+        start, stop = span
+        between = [] if tiles is None else [PlanPart("cached", start, stop, tiles)]
+        parts = [PlanPart("cached", 0, start), *between, PlanPart("cached", stop, cached.num_tokens), *parts]
+    return AttentionPlan(tuple(part for part in parts if part.stop > part.start))
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where tokens are: time in latent frames and place within the frame, counted row by row, both float32.
+
+    Shape [1, 1, K], or [B, N, K] where each head keeps other tokens. Entries that stand for no token are at infinity.
+    """
+
+    time: Tensor
+    place: Tensor
+
+    def order(self, by: str) -> Tensor:
+        """int64: tokens sorted by time, then place ("time"), or by place, then time ("place")."""
+        major, minor = (self.time, self.place) if by == "time" else (self.place, self.time)
+        first = torch.argsort(minor, dim=-1, stable=True)
+        return first.gather(-1, torch.argsort(major.gather(-1, first), dim=-1, stable=True))
+
+    def sorted(self, order: Tensor) -> Places:
+        return Places(self.time.gather(-1, order), self.place.gather(-1, order))
+
+
+def count_columns(position_Q3: Tensor) -> int:
+    """Columns of the token grid of a chunk: tokens of its first row."""
+    return int((position_Q3[:, :2] == position_Q3[0, :2]).all(-1).sum())
+
+
+def find_places(keys_position: Tensor, columns: int, log_mass_BNK: Tensor | None = None) -> Places:
+    """Places of positions [K, 3] or [B, K, N, 3]."""
+    per_head = keys_position[None, :, None] if keys_position.dim() == 2 else keys_position
+    time, row, column = per_head.float().transpose(1, 2).unbind(-1)
+    place = row * columns + column
+    if log_mass_BNK is not None:
+        empty = log_mass_BNK.isneginf()
+        time, place = time.masked_fill(empty, torch.inf), place.masked_fill(empty, torch.inf)
+    return Places(time, place)
+
+
+def cut_tiles(x: Tensor, tile: int, fill: float) -> Tensor:
+    """[..., K] as [..., J, tile]; a short last tile is filled up."""
+    missing = -x.shape[-1] % tile
+    tiles: Tensor = F.pad(x, (0, missing), value=fill).unflatten(-1, (-1, tile))
+    return tiles
