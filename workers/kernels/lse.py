@@ -34,5 +34,5 @@ def attend_parts(
     ]
     out_BQND, lse_BQN = results[0]
     for out_b_BQND, lse_b_BQN in results[1:]:
-        out_BQND, lse_BQN = merge(out_BQND, lse_BQN, out_b_BQND, lse_b_BQN)
-    return out_BQND, lse_BQN
+        out_BQND, lse_BQN = merge(out_BQND.to(lse_BQN.dtype), lse_BQN, out_b_BQND.to(lse_BQN.dtype), lse_b_BQN)
+    return out_BQND.to(q_BQND.dtype), lse_BQN

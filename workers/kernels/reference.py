@@ -17,9 +17,11 @@ class ReferenceKernel:
     def version(self) -> str:
         return f"reference (torch {torch.__version__})"
 
-    def attend(self, q_BQND: Tensor, parts: tuple[KeyValues | TiledKeys, ...]) -> tuple[Tensor, Tensor]:
+    def attend(
+        self, q_BQND: Tensor, parts: tuple[KeyValues | TiledKeys, ...], scale: float | None = None
+    ) -> tuple[Tensor, Tensor]:
         dtype = torch.float64 if q_BQND.dtype == torch.float64 else torch.float32
-        q = q_BQND.to(dtype) / math.sqrt(q_BQND.shape[-1])
+        q = q_BQND.to(dtype) * (scale or 1.0 / math.sqrt(q_BQND.shape[-1]))
         logits, values = [], []
         for whole in parts:
             part, tiles = whole if isinstance(whole, TiledKeys) else (whole, None)
@@ -37,3 +39,8 @@ class ReferenceKernel:
         weight_BNQK = torch.exp(logit_BNQK - lse_BNQ.masked_fill(lse_BNQ.isneginf(), 0.0)[..., None])
         out_BQND = torch.einsum("bnqk,bknd->bqnd", weight_BNQK, torch.cat(values, dim=1))
         return out_BQND.to(q_BQND.dtype), lse_BNQ.transpose(1, 2)
+
+
+def attend_reference(q_BQND: Tensor, keys: KeyValues, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """The reference over one set of keys."""
+    return ReferenceKernel().attend(q_BQND, (keys,), scale)

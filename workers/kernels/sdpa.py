@@ -12,7 +12,7 @@ from torch import Tensor
 
 from workers.contracts import KeyValues, TiledKeys
 from workers.kernels.lse import attend_parts
-from workers.kernels.reference import ReferenceKernel
+from workers.kernels.reference import attend_reference
 from workers.kernels.tiled import GatherMemory, attend_tiled
 
 _MAX_FLASH_HEAD_DIM = 256
@@ -31,15 +31,16 @@ class SdpaKernel:
         return f"sdpa (torch {torch.__version__})"
 
     def attend(self, q_BQND: Tensor, parts: tuple[KeyValues | TiledKeys, ...]) -> tuple[Tensor, Tensor]:
-        return attend_parts(_attend_one, self._attend_tiled, q_BQND, parts)
+        return attend_parts(attend_sdpa, self._attend_tiled, q_BQND, parts)
 
     def _attend_tiled(self, q_BQND: Tensor, part: TiledKeys) -> tuple[Tensor, Tensor]:
-        return attend_tiled(q_BQND, part, _attend_one, self._memory)
+        return attend_tiled(q_BQND, part, attend_sdpa, self._memory)
 
 
-def _attend_one(q_BQND: Tensor, keys: KeyValues) -> tuple[Tensor, Tensor]:
+def attend_sdpa(q_BQND: Tensor, keys: KeyValues, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """One dense call."""
     if keys.num_tokens == 0 or (q_BQND.device.type == "cpu" and keys.num_tokens < _MIN_CPU_KEYS):
-        return ReferenceKernel().attend(q_BQND, (keys,))
+        return attend_reference(q_BQND, keys, scale)
     # Keys of a narrower store are widened here: the operators want one dtype.
     q, k, v = (x.to(q_BQND.dtype).transpose(1, 2) for x in (q_BQND, keys.k_BKND, keys.v_BKND))
     bias = None
@@ -48,7 +49,9 @@ def _attend_one(q_BQND: Tensor, keys: KeyValues) -> tuple[Tensor, Tensor]:
     if q.is_cuda:
         out, lse_BNQ = _attend_cuda(q, k, v, bias)
     else:
-        out, lse_BNQ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)[:2]
+        out, lse_BNQ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)[
+            :2
+        ]
     if bias is not None:
         # Where no key exists the operators report 0 for the log-sum-exp.
         lse_BNQ = lse_BNQ.masked_fill(bias.isneginf().all(-1), -torch.inf)
