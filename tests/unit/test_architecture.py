@@ -52,6 +52,7 @@ WORKERS_RANK = {
     "pipeline": 1,
     "training": 1,
     "rollout": 2,
+    "rollouts": 2,
     "snapshot": 2,
     "video": 2,
     "quality": 2,

@@ -1,0 +1,125 @@
+"""Slow, plain rollouts written from the published schedules: what `workers/rollouts` must equal.
+
+No cache, policy or kernel of ours is in here: keys of finished chunks lie in a dictionary, and every call says frame by
+frame what is seen and at which time. Only the DiT's layers (checked against diffusers) and the rotation are shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from workers.contracts import PromptKeys
+from workers.model.backbones import Backbone, find_backbone
+from workers.model.dit import CausalDiT
+from workers.model.rope import grid_positions, make_rotation, rotate
+
+ROWS, COLUMNS, FRAMES = 2, 3, 3  # tokens of a latent frame, not square; latent frames of a chunk
+TOKENS = ROWS * COLUMNS
+TINY = replace(find_backbone("tiny-test"), control_octaves=0, sampler="renoise")
+SIGMAS = (1.0, 0.95238104, 0.88235291, 0.76923077, 0.55555560)
+
+
+@dataclass
+class Seen:
+    """What a call sees of the past: one latent frame of a finished chunk, rotated at this time."""
+
+    frame: int
+    time: float
+
+
+@dataclass
+class PlainAttention:
+    """Attention over listed frames and the call's own tokens."""
+
+    backbone: Backbone
+    own_times: list[float] = field(default_factory=list)
+    past: list[Seen] = field(default_factory=list)
+    store_from: int | None = None
+    """First latent frame of the chunk whose keys are kept from this call, if any."""
+    keys: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """(layer, latent frame) -> keys before RoPE and values."""
+
+    def turn(self, x: Tensor, times: list[float]) -> Tensor:
+        position = grid_positions(torch.tensor(times), ROWS, COLUMNS)
+        return rotate(x, make_rotation(position, self.backbone.head_dim, self.backbone.rope_theta))
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        old = [self.keys[layer, seen.frame] for seen in self.past]
+        all_k = torch.cat([*(pair[0] for pair in old), k], 1)
+        all_v = torch.cat([*(pair[1] for pair in old), v], 1)
+        all_k = self.turn(all_k, [seen.time for seen in self.past] + self.own_times)
+        logits = torch.einsum("bqnd,bknd->bnqk", self.turn(q, self.own_times), all_k)
+        weights = (logits / self.backbone.head_dim**0.5).softmax(-1)
+        if self.store_from is not None:
+            for i in range(k.shape[1] // TOKENS):
+                part = slice(i * TOKENS, (i + 1) * TOKENS)
+                self.keys[layer, self.store_from + i] = k[:, part], v[:, part]
+        return torch.einsum("bnqk,bknd->bqnd", weights, all_v)
+
+
+def make_model(backbone: Backbone, seed: int = 21) -> CausalDiT:
+    """Random weights without zeros: they would hide errors."""
+    torch.manual_seed(seed)
+    model = CausalDiT(backbone)
+    model.reset_parameters(zero_output=False)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias") or "norm" in name or "modulation" in name:
+                p.add_(torch.randn_like(p) * 0.2)
+            elif name.startswith("time_"):
+                torch.nn.init.xavier_normal_(p)  # the usual start hardly feels the timestep
+    return model.eval().requires_grad_(False)
+
+
+Noise = Callable[[int, int], Tensor]
+SeesPast = Callable[[int, int, bool], list[Seen]]
+"""(first latent frame of the call, its latent frames, is clean pass) -> what it sees of the past."""
+
+
+def native_past(start: int, num: int, is_clean_pass: bool) -> list[Seen]:
+    """Rolling-Forcing: never more than 21 latent frames, the sink moved up to the recent ones."""
+    if is_clean_pass:
+        return [Seen(f, f) for f in range(max(0, start + FRAMES - 21), start)]
+    if start == 0:
+        return []
+    recent = min(start - 3, 21 - 3 - num)
+    sink = [Seen(f, start - recent - 3 + f) for f in range(3)]
+    return sink + [Seen(f, f) for f in range(start - recent, start)]
+
+
+def full_past(start: int, num: int, is_clean_pass: bool) -> list[Seen]:
+    """Every finished frame where it was made."""
+    return [Seen(f, f) for f in range(start)]
+
+
+def roll_windows(
+    model: CausalDiT, num_chunks: int, noise: Noise, prompt: list[PromptKeys], past: SeesPast = native_past
+) -> list[Tensor]:
+    """Rolling-Forcing's schedule, window by window; chunks of clean latents."""
+    num_levels = len(SIGMAS)
+    attention = PlainAttention(model.backbone)
+    working = {c: noise(c, 0) for c in range(num_chunks)}
+    output: dict[int, Tensor] = {}
+    for w in range(num_chunks + num_levels - 1):
+        oldest, newest = max(0, w - num_levels + 1), min(num_chunks - 1, w)
+        chunks = list(range(oldest, newest + 1))
+        sigma = torch.tensor([SIGMAS[w - c] for c in chunks]).repeat_interleave(FRAMES)[None]
+        start, num = oldest * FRAMES, len(chunks) * FRAMES
+        attention.own_times = [float(f) for f in range(start, start + num)]
+        attention.past, attention.store_from = past(start, num, False), None
+        x = torch.cat([working[c] for c in chunks], 1)
+        clean = x - sigma[..., None, None, None] * model(x, 1000 * sigma, prompt, attention)
+        for c, x0 in zip(chunks, clean.split(FRAMES, 1), strict=True):
+            output[c] = x0
+            if w - c < num_levels - 1:
+                level = SIGMAS[w - c + 1]
+                working[c] = (1 - level) * x0 + level * noise(c, w - c + 1)
+        # As published the clean pass runs in every window; in the first four it is overwritten before it is read.
+        attention.own_times = attention.own_times[:FRAMES]
+        attention.past, attention.store_from = past(start, FRAMES, True), start
+        model(output[oldest], torch.zeros(1, FRAMES), prompt, attention)
+    return [output[c] for c in range(num_chunks)]
