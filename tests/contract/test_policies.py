@@ -11,6 +11,8 @@ from workers.attention.dense import DenseAttention
 from workers.attention.history import DenseRegion
 from workers.attention.radial import RadialAttention, RadialSettings
 from workers.attention.streaming import StreamingAttention
+from workers.attention.svg import SvgAttention, SvgSettings
+from workers.attention.svg2 import Svg2Attention, Svg2Settings
 from workers.contracts import AttentionPlan, AttentionPolicy, KeyValues, Moment, PlanPart, TiledKeys, Tiles
 from workers.kernels.reference import ReferenceKernel
 
@@ -38,6 +40,14 @@ POLICIES: dict[str, Made] = {
     "radial": Made(
         lambda: RadialAttention(RadialSettings(REGION, TILE)),
         lambda: RadialAttention(RadialSettings(REGION, TILE, decay=1e6)),
+    ),
+    "svg": Made(
+        lambda: SvgAttention(SvgSettings(REGION, TILE, num_samples=7)),
+        lambda: SvgAttention(SvgSettings(REGION, TILE, density=1.0)),
+    ),
+    "svg2": Made(
+        lambda: Svg2Attention(Svg2Settings(REGION, query_tile=4, key_tile=TILE, keys_per_cluster=16, top_p=0.5)),
+        lambda: Svg2Attention(Svg2Settings(REGION, query_tile=4, key_tile=TILE, top_p=1.0)),
     ),
 }
 
