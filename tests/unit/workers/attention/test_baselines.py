@@ -38,7 +38,7 @@ def tiles_of(plan: AttentionPlan) -> Tiles:
 def sees(query: int, key: int, num_frames: int, tile: int, decay: float) -> bool:
     """The mask of the paper for one pair: a query of the chunk after `num_frames`, a key among those."""
     distance = num_frames + query // FRAME - key // FRAME
-    width = decay * FRAME / 2 ** int(math.log2(distance))
+    width: float = decay * FRAME / 2 ** int(math.log2(distance))
     apart = abs(query % FRAME - key % FRAME)
     if width >= tile:
         return apart <= width
