@@ -123,3 +123,51 @@ def roll_windows(
         attention.past, attention.store_from = past(start, FRAMES, True), start
         model(output[oldest], torch.zeros(1, FRAMES), prompt, attention)
     return [output[c] for c in range(num_chunks)]
+
+
+def roll_chunks(
+    model: CausalDiT, num_chunks: int, noise: Noise, prompt: list[PromptKeys], window: int, sink: int
+) -> list[Tensor]:
+    """Self-Forcing's schedule with a buffer of `window` latent frames whose first `sink` ones stay."""
+    levels = (1.0, 0.9375, 0.83333331, 0.625)
+    attention = PlainAttention(model.backbone)
+    output: list[Tensor] = []
+    for c in range(num_chunks):
+        start = c * FRAMES
+        attention.own_times = [float(f) for f in range(start, start + FRAMES)]
+        kept = range(min(sink, start)), range(max(min(sink, start), start - (window - sink - FRAMES)), start)
+        attention.past, attention.store_from = [Seen(f, f) for part in kept for f in part], None
+        x = noise(c, 0)
+        for k, level in enumerate(levels):
+            clean = x - level * model(x, torch.full((1, FRAMES), 1000 * level), prompt, attention)
+            if k + 1 < len(levels):
+                x = (1 - levels[k + 1]) * clean + levels[k + 1] * noise(c, k + 1)
+        output.append(clean)
+        attention.store_from = start
+        model(clean, torch.zeros(1, FRAMES), prompt, attention)
+    return output
+
+
+def roll_masked(model: CausalDiT, num_chunks: int, noise: Noise, prompt: list[PromptKeys]) -> list[Tensor]:
+    """Self-Forcing without any memory: every call runs over the whole video so far under a chunk-causal mask."""
+    levels = (1.0, 0.9375, 0.83333331, 0.625)
+    output: list[Tensor] = []
+    for c in range(num_chunks):
+        position = grid_positions(torch.arange((c + 1) * FRAMES), ROWS, COLUMNS)
+        rotation = make_rotation(position, model.backbone.head_dim, model.backbone.rope_theta)
+        chunk_of = torch.arange(len(position)) // (FRAMES * TOKENS)
+        hidden = chunk_of[:, None] < chunk_of[None]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rotation=rotation, hidden=hidden) -> Tensor:
+            logits = torch.einsum("bqnd,bknd->bnqk", rotate(q, rotation), rotate(k, rotation)) / q.shape[-1] ** 0.5
+            return torch.einsum("bnqk,bknd->bqnd", logits.masked_fill(hidden, -torch.inf).softmax(-1), v)
+
+        x = noise(c, 0)
+        for k, level in enumerate(levels):
+            t = torch.zeros(1, (c + 1) * FRAMES)
+            t[:, -FRAMES:] = 1000 * level
+            clean = x - level * model(torch.cat((*output, x), 1), t, prompt, attend)[:, -FRAMES:]
+            if k + 1 < len(levels):
+                x = (1 - levels[k + 1]) * clean + levels[k + 1] * noise(c, k + 1)
+        output.append(clean)
+    return output

@@ -6,6 +6,7 @@ timestep 1000 * sigma. Noise is a function of (seed, chunk, step) and never of c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,15 +37,31 @@ class Schedule:
         return self.sigmas[step_index + 1] if step_index + 1 < self.num_steps else 0.0
 
 
-def make_schedule(num_steps: int, shift: float) -> Schedule:
-    """`num_steps` equally spaced entries of Wan's shifted table, from pure noise on.
+def warp_steps(step_list: Sequence[int], shift: float) -> Schedule:
+    """Entries of Wan's shifted table by their place before the shift: 1000 is noise, 1 nearly clean.
 
     Computed in float32 like the published models: the last bits of a timestep reach the sinusoid.
     """
     u = torch.linspace(1.0, 0.0, _TRAINING_TIMESTEPS + 1)[:-1]
-    sigma = shift_sigma(u, shift)
-    index = [round(_TRAINING_TIMESTEPS * i / num_steps) for i in range(num_steps)]
-    sigma = sigma[index]
+    return _as_schedule(shift_sigma(u, shift)[[_TRAINING_TIMESTEPS - step for step in step_list]])
+
+
+def make_schedule(num_steps: int, shift: float) -> Schedule:
+    """`num_steps` equally spaced entries of that table, from pure noise on (Self-Forcing, Rolling-Forcing)."""
+    return warp_steps(
+        [_TRAINING_TIMESTEPS - round(_TRAINING_TIMESTEPS * i / num_steps) for i in range(num_steps)], shift
+    )
+
+
+def make_flow_schedule(num_steps: int, shift: float) -> Schedule:
+    """`num_steps` levels from pure noise on, equally spaced before the shift, for many Euler steps (LongVie 2).
+
+    The same levels as `make_schedule` where both exist, up to the last bit of float32.
+    """
+    return _as_schedule(shift_sigma(torch.linspace(1.0, 0.0, num_steps + 1)[:-1], shift))
+
+
+def _as_schedule(sigma: Tensor) -> Schedule:
     return Schedule(tuple(sigma.tolist()), tuple((sigma * _TRAINING_TIMESTEPS).tolist()))
 
 

@@ -88,12 +88,34 @@ class Rollout:
                     raise NonFiniteLatents(f"chunk {index} holds NaN or infinity after its last denoising step")
             with self._stopwatch.stage("cache"):
                 if index + 1 < plan.num_chunks:  # nobody looks back at the last one
-                    clean = Moment(index, noise_level=0.0, is_clean_pass=True)
-                    self._flow(latents, 0.0, clean, prompts[:1], control, plan.guidance)
+                    self._remember(plan, index, latents, prompts, control)
                 self._attention.end_chunk()
             num_own = latents.shape[1] * math.prod(self._model.backbone.token_grid(plan.latent_size))
             density = self._attention.take_mean_keys() / ((index + 1) * num_own)
             yield CleanChunk(index, latents, self._attention.cache.num_bytes, density)
+
+    @torch.inference_mode()
+    def remember(self, plan: RolloutPlan, index: int, latents_BTCHW: Tensor) -> None:
+        """Take clean latents from elsewhere as a chunk of the past: the video goes on from them."""
+        with self._stopwatch.stage("cache"):
+            self._attention.begin_chunk(self._positions(plan, index))
+            maps = plan.control(index)
+            control = None if maps is None else self._model.embed_control(maps.to(self._device))
+            self._remember(plan, index, latents_BTCHW.to(self._device), plan.prompt(index), control)
+            self._attention.end_chunk()
+            self._attention.take_mean_keys()  # no chunk was made: its keys count for none
+
+    def _remember(
+        self,
+        plan: RolloutPlan,
+        index: int,
+        latents: Tensor,
+        prompts: Sequence[Sequence[PromptKeys]],
+        control: Tensor | None,
+    ) -> None:
+        """The clean pass."""
+        moment = Moment(index, noise_level=0.0, is_clean_pass=True)
+        self._flow(latents, 0.0, moment, prompts[:1], control, plan.guidance)
 
     def _denoise(
         self, plan: RolloutPlan, index: int, prompts: Sequence[Sequence[PromptKeys]], control: Tensor | None

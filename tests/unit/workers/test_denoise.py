@@ -10,9 +10,11 @@ from workers.denoise import (
     clean_estimate,
     draw_noise,
     flow_target,
+    make_flow_schedule,
     make_schedule,
     step_euler,
     step_renoise,
+    warp_steps,
 )
 
 
@@ -20,6 +22,31 @@ def test_published_timesteps_of_four_and_five_steps_at_shift_five() -> None:
     assert make_schedule(4, 5.0).timesteps == pytest.approx((1000.0, 937.5, 833.3333, 625.0), abs=1e-4)
     expected = (1000.0, 952.38104, 882.35291, 769.23077, 555.55560)
     assert make_schedule(5, 5.0).timesteps == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize("steps", [(1000, 750, 500, 250), (1000, 800, 600, 400, 200), (999, 313, 1)])
+def test_warped_steps_are_the_closed_form_to_the_last_bits_of_float32(steps: tuple[int, ...]) -> None:
+    schedule = warp_steps(steps, 5.0)
+    for step, sigma, timestep in zip(steps, schedule.sigmas, schedule.timesteps, strict=True):
+        u = step / 1000
+        assert sigma == pytest.approx(5 * u / (1 + 4 * u), abs=2e-7)
+        assert timestep == pytest.approx(1000 * 5 * u / (1 + 4 * u), abs=2e-4)
+        assert timestep == float(torch.tensor(sigma) * 1000)
+    assert warp_steps((1000, 750, 500, 250), 5.0) == make_schedule(4, 5.0)
+    assert warp_steps((1000, 800, 600, 400, 200), 5.0) == make_schedule(5, 5.0)
+
+
+def test_fifty_euler_levels_are_the_published_ones() -> None:
+    schedule = make_flow_schedule(50, 5.0)
+    expected = [5 * (1 - i / 50) / (1 + 4 * (1 - i / 50)) for i in range(50)]
+    assert schedule.sigmas == pytest.approx(expected, abs=2e-7)
+    assert schedule.timesteps[1] == pytest.approx(995.9349593, abs=1e-3)
+    assert schedule.next_sigma(49) == 0.0
+    # In bfloat16, as that model gets them, timesteps above 512 are multiples of 4.
+    assert torch.tensor(schedule.timesteps[1]).bfloat16().item() == 996.0
+    # The mix of history and noise in later clips, 25/27, lies between two levels.
+    assert not any(abs(sigma - 25 / 27) < 1e-4 for sigma in schedule.sigmas)
+    assert schedule.sigmas[14] > 25 / 27 > schedule.sigmas[15]
 
 
 @pytest.mark.parametrize("num_steps", [1, 3, 7, 64])
