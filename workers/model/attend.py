@@ -60,6 +60,7 @@ class RolloutAttention:
         self._rotation: Rotation | None = None
         self._now = 0.0
         self._moment = Moment(0)
+        self._remembered: slice | None = None
         self._rotated: dict[int, tuple[KeyValues, KeyValues]] = {}
         self._tables: dict[tuple[int, int], tuple[Tensor, Rotation]] = {}
         self._num_layers = backbone.num_layers
@@ -75,9 +76,14 @@ class RolloutAttention:
         self.end_chunk()
         self.policy.begin_chunk(position_Q3)
 
-    def begin_call(self, moment: Moment) -> None:
-        """The next call of each layer belongs to this moment; a clean pass brings keys that are to be remembered."""
-        self._moment = moment
+    def begin_call(self, moment: Moment, remembered: slice | None = None) -> None:
+        """The next call of each layer belongs to this moment; a clean pass brings keys that are to be remembered.
+
+        Args:
+            moment: Where the call stands.
+            remembered: Tokens of the call whose keys a clean pass gives to the cache; None means all.
+        """
+        self._moment, self._remembered = moment, remembered
         self._num_calls += 1
 
     def take_mean_keys(self) -> float:
@@ -115,7 +121,8 @@ class RolloutAttention:
         out_BQND, _ = self._kernel.attend(q_rotated, self._parts(layer_index, plan, cached, own_rotated))
         if self._moment.is_clean_pass:
             self._rotated.pop(layer_index, None)
-            self.cache.append(layer_index, own)
+            part = self._remembered
+            self.cache.append(layer_index, own if part is None else own.narrow(part.start, part.stop))
         return out_BQND
 
     def rotate_cached(self, keys: KeyValues) -> KeyValues:
