@@ -219,6 +219,7 @@ class Attending:
     """RoPE of further keys of the past, at the times that this chunk sees them at."""
 
 
+@runtime_checkable
 class AttentionProbe(Protocol):
     """Looks on while a rollout attends; changes nothing."""
 
@@ -277,6 +278,30 @@ class Tightens(Protocol):
         A density becomes min(1, density * factor), a merge threshold 1 - (1 - threshold) / factor. Each call replaces
         the one before it.
         """
+        ...
+
+
+class StepReuse(Protocol):
+    """Spares the layers of the model in some denoising steps: what they added before is added again.
+
+    Told of every call before the model runs, and asked within it; a clean pass is never spared, for it fills the cache.
+    """
+
+    def begin_call(self, moment: Moment) -> None:
+        """The next call of the model belongs to this moment. Step 0 begins a chunk: nothing older is used again."""
+        ...
+
+    def recall(self, x_BQE: Tensor, modulated_BQE: Tensor) -> Tensor | None:
+        """What all layers together add to their input, to be used instead of running them; None runs them.
+
+        Args:
+            x_BQE: Input of the first layer.
+            modulated_BQE: The same after the first layer's norm and its modulation by the timestep.
+        """
+        ...
+
+    def learn(self, residual_BQE: Tensor) -> None:
+        """The layers were run and added this."""
         ...
 
 

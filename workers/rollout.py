@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from workers.contracts import Moment, PromptKeys
+from workers.contracts import Moment, PromptKeys, StepReuse
 from workers.denoise import Schedule, step_euler, step_renoise
 from workers.errors import NonFiniteLatents
 from workers.metrics import Stopwatch
@@ -64,10 +64,17 @@ class Rollout:
         model: In evaluation mode.
         attention: Fresh, with an empty cache, or with that of the chunks before `first_chunk`.
         stopwatch: Gets the stages "denoise" and "cache".
+        reuse: Spares the layers in some denoising steps; of this rollout alone.
     """
 
-    def __init__(self, model: CausalDiT, attention: RolloutAttention, stopwatch: Stopwatch) -> None:
-        self._model, self._attention, self._stopwatch = model, attention, stopwatch
+    def __init__(
+        self,
+        model: CausalDiT,
+        attention: RolloutAttention,
+        stopwatch: Stopwatch,
+        reuse: StepReuse | None = None,
+    ) -> None:
+        self._model, self._attention, self._stopwatch, self._reuse = model, attention, stopwatch, reuse
         self._device = model.head.modulation.device
 
     @torch.inference_mode()
@@ -148,8 +155,12 @@ class Rollout:
         times = torch.full(latents.shape[:2], timestep, dtype=torch.float32, device=self._device)
         flows = []
         for branch, keys in enumerate(prompts):
-            self._attention.begin_call(replace(moment, branch=branch))
-            flows.append(self._model(latents, times, keys, self._attention, control_BQE=control).float())
+            call = replace(moment, branch=branch)
+            self._attention.begin_call(call)
+            if self._reuse is not None:
+                self._reuse.begin_call(call)
+            flow = self._model(latents, times, keys, self._attention, control_BQE=control, reuse=self._reuse)
+            flows.append(flow.float())
         return flows[0] if len(flows) == 1 else torch.lerp(flows[1], flows[0], guidance)
 
     def _positions(self, plan: RolloutPlan, index: int) -> Tensor:

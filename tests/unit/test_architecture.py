@@ -60,6 +60,7 @@ WORKERS_RANK = {
     "worlds": 2,
     "cache": 2,
     "attention": 2,
+    "reuse": 2,
     "kernels": 2,
     "model": 3,
     "search": 3,

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workers.contracts import PromptKeys
+from workers.contracts import PromptKeys, StepReuse
 from workers.model.backbones import Backbone
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -123,6 +123,11 @@ class Layer(nn.Module):
         x_BQE = x_BQE + self.cross_attn(self.norm3(x_BQE), keys, layer_index, attend_prompt)
         h = self.ffn(_modulate(x_BQE, m[3], m[4], self.eps))
         return _add_gated(x_BQE, h, m[5])
+
+    def modulate_input(self, x_BQE: Tensor, time_BT6E: Tensor) -> Tensor:
+        """What self-attention gets of this input, with its timestep."""
+        shift, scale = (self.modulation + time_BT6E)[:, :, :2].unsqueeze(3).unbind(2)
+        return _modulate(x_BQE, shift, scale, self.eps)
 
 
 class Head(nn.Module):
@@ -259,6 +264,7 @@ class CausalDiT(nn.Module):
         control_BQE: Tensor | None = None,
         attend_prompt: AttendPrompt = attend_prompt_dense,
         add_after_layer: AddAfterLayer | None = None,
+        reuse: StepReuse | None = None,
     ) -> Tensor:
         """Flow [B, T, latent channels, H, W] of latents [B, T, in channels, H, W], in the dtype of the model.
 
@@ -270,6 +276,7 @@ class CausalDiT(nn.Module):
             control_BQE: `embed_control` of these latent frames.
             attend_prompt: Cross-attention.
             add_after_layer: A control branch; None for models without.
+            reuse: May have all layers skipped; None never does.
         """
         height, width = latents_BTCHW.shape[-2:]
         x = self.embed_patches(latents_BTCHW)
@@ -278,11 +285,17 @@ class CausalDiT(nn.Module):
         x = x.to(self.dtype)  # under autocast the residual stream stays in the dtype of the weights
         time_BTE = self.time_embedding(_sinusoid(timestep_BT, self.backbone.freq_dim).to(self.dtype))
         time_BT6E = self.time_projection(time_BTE).unflatten(-1, (6, -1))
+        residual = None if reuse is None else reuse.recall(x, self.layers[0].modulate_input(x, time_BT6E))
+        if residual is not None:
+            return self._unpatch(self.head(x + residual, time_BTE), height, width)
+        start = x
         for index, (layer, keys) in enumerate(zip(self.layers, prompt, strict=True)):
             layer_index = -1 if self._is_compiled else index
             x = self._run_layer(layer, x, time_BT6E, keys, layer_index, attend, attend_prompt)
             if add_after_layer is not None:
                 x = add_after_layer(index, x, time_BT6E)
+        if reuse is not None:
+            reuse.learn(x - start)
         return self._unpatch(self.head(x, time_BTE), height, width)
 
     def _unpatch(self, patches_BQE: Tensor, height: int, width: int) -> Tensor:
