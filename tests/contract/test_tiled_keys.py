@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from workers.contracts import Kernel, KeyValues, TiledKeys, Tiles
+from workers.kernels.memory import KeyMemory
 from workers.kernels.reference import ReferenceKernel
 from workers.kernels.sdpa import SdpaKernel
-from workers.kernels.tiled import GatherMemory, attend_tiled
+from workers.kernels.tiled import RowGroup, attend_tiled
 
 KERNELS: dict[str, Callable[[], Kernel]] = {"reference": ReferenceKernel, "sdpa": SdpaKernel}
 BATCH, HEADS, HEAD_DIM = 2, 3, 8
@@ -115,18 +116,22 @@ def dense_reference(q_BQND: Tensor, keys: KeyValues) -> tuple[Tensor, Tensor]:
     return ReferenceKernel().attend(q_BQND, (keys,))
 
 
+def new_memory(max_bytes: int = 2**30) -> KeyMemory[tuple[RowGroup, ...]]:
+    return KeyMemory(max_bytes)
+
+
 def test_gathered_keys_serve_later_steps_and_go_with_their_source() -> None:
     torch.manual_seed(6)
-    memory = GatherMemory()
+    memory = new_memory()
     part = make_part(20, 64, (4, 8), share=0.4)
     q, later = torch.randn(2, BATCH, 20, HEADS, HEAD_DIM, dtype=torch.float64).unbind(0)
     attend_tiled(q, part, dense_reference, memory)
-    kept = memory.find(part, torch.float64)
+    kept = memory.find(*part, torch.float64)
     again = TiledKeys(part.keys.narrow(0, 64), part.tiles)  # as each step makes its views anew
     assert kept is not None
-    assert memory.find(again, torch.float64) is kept
-    assert memory.find(again, torch.float32) is None
-    assert memory.find(TiledKeys(part.keys.narrow(0, 56), part.tiles), torch.float64) is None
+    assert memory.find(*again, torch.float64) is kept
+    assert memory.find(*again, torch.float32) is None
+    assert memory.find(*TiledKeys(part.keys.narrow(0, 56), part.tiles), torch.float64) is None
     assert memory.num_bytes > 0
     out, _ = attend_tiled(later, again, dense_reference, memory)
     torch.testing.assert_close(out, attend_by_hand(later, part)[0], atol=1e-12, rtol=0)
@@ -138,7 +143,7 @@ def test_gathered_keys_serve_later_steps_and_go_with_their_source() -> None:
 
 
 def test_gathered_keys_go_with_their_tiles() -> None:
-    memory = GatherMemory()
+    memory = new_memory()
     keys, tiles = make_part(20, 64, (4, 8), share=0.4)
     q = torch.randn(BATCH, 20, HEADS, HEAD_DIM, dtype=torch.float64)
     attend_tiled(q, TiledKeys(keys, tiles), dense_reference, memory)
@@ -151,19 +156,19 @@ def test_gathered_keys_go_with_their_tiles() -> None:
 def test_no_more_is_kept_than_was_allowed() -> None:
     q = torch.randn(BATCH, 20, HEADS, HEAD_DIM, dtype=torch.float64)
     parts = [make_part(20, 64, (4, 8), share=0.4) for _ in range(4)]
-    memory = GatherMemory()
+    memory = new_memory()
     attend_tiled(q, parts[0], dense_reference, memory)
     room = memory.num_bytes * 5 // 2
-    memory = GatherMemory(room)
+    memory = new_memory(room)
     for part in parts:
         out, _ = attend_tiled(q, part, dense_reference, memory)
         torch.testing.assert_close(out, attend_by_hand(q, part)[0], atol=1e-12, rtol=0)
     assert 0 < memory.num_bytes <= room
-    assert memory.find(parts[-1], torch.float64) is None
+    assert memory.find(*parts[-1], torch.float64) is None
 
 
 def test_keys_changed_in_place_are_gathered_anew() -> None:
-    memory = GatherMemory()
+    memory = new_memory()
     part = make_part(20, 64, (4, 8), share=0.4)
     q = torch.randn(BATCH, 20, HEADS, HEAD_DIM, dtype=torch.float64)
     attend_tiled(q, part, dense_reference, memory)

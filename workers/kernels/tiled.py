@@ -6,16 +6,15 @@ little is padded. The cost follows the density. What was gathered can be kept fo
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Hashable, Iterator
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from workers.contracts import KeyValues, TiledKeys, Tiles
+from workers.kernels.memory import KeyMemory
 
 AttendDense = Callable[[Tensor, KeyValues], tuple[Tensor, Tensor]]
 
@@ -34,43 +33,8 @@ class RowGroup(NamedTuple):
     """R in the place of the batch, one head; log m is -inf on padding."""
 
 
-class GatherMemory:
-    """Gathered keys, kept while the keys and the tiles that they came from exist, up to a number of bytes.
-
-    An entry goes as soon as its `Tiles` or the memory of its keys or values is freed, which a rollout does at the end
-    of each chunk; what would exceed `max_bytes` is not kept. Keys are recognised by their memory, so that views made
-    anew for each step count as the same; they may not be changed in place while their tiles exist.
-    """
-
-    def __init__(self, max_bytes: int = 2**30) -> None:
-        self._max_bytes = max_bytes
-        self._kept: dict[Hashable, tuple[tuple[RowGroup, ...], tuple[weakref.ref[Any], ...]]] = {}
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(_num_bytes(groups) for groups, _ in list(self._kept.values()))
-
-    def find(self, part: TiledKeys, dtype: torch.dtype) -> tuple[RowGroup, ...] | None:
-        kept = self._kept.get(_identity(part, dtype))
-        return None if kept is None else kept[0]
-
-    def keep(self, part: TiledKeys, dtype: torch.dtype, groups: tuple[RowGroup, ...]) -> None:
-        if self.num_bytes + _num_bytes(groups) > self._max_bytes:
-            return
-        identity = _identity(part, dtype)
-        drop = partial(self._drop, identity)
-        sources = (part.tiles, part.keys.k_BKND.untyped_storage(), part.keys.v_BKND.untyped_storage())
-        self._kept[identity] = groups, tuple(weakref.ref(source, drop) for source in sources)
-
-    def has_room_for(self, num_bytes: int) -> bool:
-        return self.num_bytes + num_bytes <= self._max_bytes
-
-    def _drop(self, identity: Hashable, _: weakref.ref[Any]) -> None:
-        self._kept.pop(identity, None)
-
-
 def attend_tiled(
-    q_BQND: Tensor, part: TiledKeys, attend_dense: AttendDense, memory: GatherMemory | None = None
+    q_BQND: Tensor, part: TiledKeys, attend_dense: AttendDense, memory: KeyMemory[tuple[RowGroup, ...]] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention where each query sees the keys of its visible tiles; out_BQND and lse_BQN as of a `Kernel`.
 
@@ -104,10 +68,10 @@ def attend_tiled(
     return out_BNQD.transpose(1, 2), lse_BNQ.transpose(1, 2)
 
 
-def _groups(part: TiledKeys, dtype: torch.dtype, memory: GatherMemory | None) -> Iterator[RowGroup]:
+def _groups(part: TiledKeys, dtype: torch.dtype, memory: KeyMemory[tuple[RowGroup, ...]] | None) -> Iterator[RowGroup]:
     """All groups, from memory or gathered one by one."""
     if memory is not None:
-        kept = memory.find(part, dtype)
+        kept = memory.find(*part, dtype)
         if kept is not None:
             yield from kept
             return
@@ -119,7 +83,7 @@ def _groups(part: TiledKeys, dtype: torch.dtype, memory: GatherMemory | None) ->
                 gathered = None
         yield group
     if memory is not None and gathered is not None:
-        memory.keep(part, dtype, tuple(gathered))
+        memory.keep(*part, dtype, tuple(gathered), num_bytes=_num_bytes(gathered))
 
 
 def _gather(part: TiledKeys, dtype: torch.dtype) -> Iterator[RowGroup]:
@@ -198,15 +162,5 @@ def _take_lines(x_BKND: Tensor, index_RL: Tensor, head_R: Tensor) -> Tensor:
     return lines.index_select(0, line_RL.flatten()).view(*index_RL.shape, head_dim)
 
 
-def _identity(part: TiledKeys, dtype: torch.dtype) -> Hashable:
-    tensors = (part.keys.k_BKND, part.keys.v_BKND, part.keys.log_mass_BNK)
-    return id(part.tiles), dtype, *(None if x is None else _place(x) for x in tensors)
-
-
-def _place(x: Tensor) -> Hashable:
-    version = 0 if x.is_inference() else x._version
-    return x.data_ptr(), x.dtype, tuple(x.shape), x.stride(), version
-
-
-def _num_bytes(groups: tuple[RowGroup, ...] | list[RowGroup]) -> int:
+def _num_bytes(groups: list[RowGroup]) -> int:
     return sum(group.keys.num_bytes for group in groups)
