@@ -15,7 +15,7 @@ import mmap
 import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from workers.errors import CheckpointMismatch
 
-PIECE_BYTES = 32 << 20
+PIECE_BYTES = 8 << 20
 """Read and copied at a time: large enough for full disk speed, small beside any model."""
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -59,6 +59,19 @@ class Stored:
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def reshaped(self, shape: tuple[int, ...]) -> Stored:
+        """The same numbers under another shape."""
+        assert math.prod(shape) == math.prod(self.shape)
+        return replace(self, shape=shape)
+
+    def share(self, index: int, count: int) -> Stored:
+        """One of `count` equal runs of rows."""
+        rows, *rest = self.shape
+        assert rows % count == 0
+        num = math.prod(self.shape) // count
+        pieces = functools.partial(_cut, self.pieces, index * num, (index + 1) * num)
+        return replace(self, shape=(rows // count, *rest), pieces=pieces)
+
     def read(self, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor in memory of its own.
 
@@ -73,6 +86,14 @@ class Stored:
             flat[start : start + len(piece)].copy_(piece)
             start += len(piece)
         return out
+
+
+def _cut(pieces: Callable[[], Iterator[Tensor]], start: int, stop: int) -> Iterator[Tensor]:
+    at = 0
+    for piece in pieces():
+        if at + len(piece) > start and at < stop:
+            yield piece[max(0, start - at) : stop - at]
+        at += len(piece)
 
 
 def open_tensors(path: Path) -> dict[str, Stored]:
