@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from workers.cache.dense import DenseCache
+from workers.cache.flow import FlowCache, FlowSettings
 from workers.cache.window import WindowCache
 from workers.contracts import KeyValues, KVCache
 
@@ -15,6 +16,8 @@ CACHES: dict[str, Callable[[], KVCache]] = {
     "window": lambda: WindowCache(LAYERS, sink_tokens=2 * TOKENS, recent_tokens=5 * TOKENS),
     "window-without-sink": lambda: WindowCache(LAYERS, sink_tokens=0, recent_tokens=2 * TOKENS),
     "window-smaller-than-a-chunk": lambda: WindowCache(LAYERS, sink_tokens=1, recent_tokens=4),
+    "flow": lambda: FlowCache(LAYERS, FlowSettings(2 * TOKENS, 3 * TOKENS + 1, 4 * TOKENS + 2, TOKENS)),
+    "flow-without-sink": lambda: FlowCache(LAYERS, FlowSettings(0, 1, 2 * TOKENS, TOKENS)),
 }
 
 
@@ -29,6 +32,10 @@ def fill(cache: KVCache, chunks: range) -> None:
     for index in chunks:
         for layer in range(LAYERS):
             cache.append(layer, make_chunk(index, layer))
+
+
+def positions_of_head(kept: KeyValues, head: int) -> torch.Tensor:
+    return kept.position_K3 if kept.position_K3.dim() == 2 else kept.position_K3[0, :, head]
 
 
 def assert_same(a: KVCache, b: KVCache) -> None:
@@ -75,17 +82,19 @@ class TestEveryCache:
             keys = torch.cat([c.k_BKND for c in source], 1)
             values = torch.cat([c.v_BKND for c in source], 1)
             times = torch.cat([c.position_K3 for c in source])
-            where = [int((keys[0, :, 0, 0] == key).nonzero()) for key in kept.k_BKND[0, :, 0, 0]]
-            assert where == sorted(where)
-            assert torch.equal(values[:, where], kept.v_BKND)
-            assert torch.equal(times[where], kept.position_K3)
+            for head in range(kept.k_BKND.shape[2]):
+                where = [int((keys[0, :, head, 0] == key).nonzero()) for key in kept.k_BKND[0, :, head, 0]]
+                assert where == sorted(where)
+                assert torch.equal(keys[0, where, head], kept.k_BKND[0, :, head])
+                assert torch.equal(values[0, where, head], kept.v_BKND[0, :, head])
+                assert torch.equal(times[where], positions_of_head(kept, head))
 
     def test_counts_tokens_and_bytes_in_use(self, make: Callable[[], KVCache]) -> None:
         cache = make()
         fill(cache, range(4))
         kept = cache.read(0)
         assert kept is not None
-        assert cache.num_tokens == kept.num_tokens == len(kept.position_K3)
+        assert cache.num_tokens == kept.num_tokens == len(positions_of_head(kept, 0))
         assert cache.num_bytes == LAYERS * 2 * kept.num_tokens * 2 * 8 * 4
 
     def test_restored_state_goes_on_like_the_unbroken_one(self, make: Callable[[], KVCache]) -> None:

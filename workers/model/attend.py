@@ -36,7 +36,7 @@ class RolloutAttention:
 
     Args:
         backbone: Head dimension and RoPE base.
-        cache: Filled by clean passes.
+        cache: Filled by clean passes; one that is a probe too looks on.
         policy: Chooses among the keys.
         kernel: Computes.
         reindex: Temporal positions of cached keys; None keeps them as they are.
@@ -55,7 +55,8 @@ class RolloutAttention:
     ) -> None:
         self.cache, self.policy = cache, policy
         self._head_dim, self._theta = backbone.head_dim, backbone.rope_theta
-        self._kernel, self._reindex, self._probes = kernel, reindex, probes
+        looking_on = (cache,) if isinstance(cache, AttentionProbe) else ()
+        self._kernel, self._reindex, self._probes = kernel, reindex, (*probes, *looking_on)
         self._position_Q3: Tensor | None = None
         self._rotation: Rotation | None = None
         self._now = 0.0
