@@ -14,7 +14,8 @@ from torch import Tensor
 
 from workers.contracts import PromptKeys
 from workers.model.backbones import Backbone, find_backbone
-from workers.model.dit import CausalDiT
+from workers.model.control_branch import ControlBranch
+from workers.model.dit import CausalDiT, attend_prompt_dense
 from workers.model.rope import grid_positions, make_rotation, rotate
 
 ROWS, COLUMNS, FRAMES = 2, 3, 3  # tokens of a latent frame, not square; latent frames of a chunk
@@ -38,8 +39,8 @@ class PlainAttention:
     backbone: Backbone
     own_times: list[float] = field(default_factory=list)
     past: list[Seen] = field(default_factory=list)
-    store_from: int | None = None
-    """First latent frame of the chunk whose keys are kept from this call, if any."""
+    store: dict[int, int] = field(default_factory=dict)
+    """Which latent frames of the call have their keys kept: place in the call -> latent frame of the video."""
     keys: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
     """(layer, latent frame) -> keys before RoPE and values."""
 
@@ -54,10 +55,9 @@ class PlainAttention:
         all_k = self.turn(all_k, [seen.time for seen in self.past] + self.own_times)
         logits = torch.einsum("bqnd,bknd->bnqk", self.turn(q, self.own_times), all_k)
         weights = (logits / self.backbone.head_dim**0.5).softmax(-1)
-        if self.store_from is not None:
-            for i in range(k.shape[1] // TOKENS):
-                part = slice(i * TOKENS, (i + 1) * TOKENS)
-                self.keys[layer, self.store_from + i] = k[:, part], v[:, part]
+        for place, frame in self.store.items():
+            part = slice(place * TOKENS, (place + 1) * TOKENS)
+            self.keys[layer, frame] = k[:, part], v[:, part]
         return torch.einsum("bnqk,bknd->bqnd", weights, all_v)
 
 
@@ -110,7 +110,7 @@ def roll_windows(
         sigma = torch.tensor([SIGMAS[w - c] for c in chunks]).repeat_interleave(FRAMES)[None]
         start, num = oldest * FRAMES, len(chunks) * FRAMES
         attention.own_times = [float(f) for f in range(start, start + num)]
-        attention.past, attention.store_from = past(start, num, False), None
+        attention.past, attention.store = past(start, num, False), {}
         x = torch.cat([working[c] for c in chunks], 1)
         clean = x - sigma[..., None, None, None] * model(x, 1000 * sigma, prompt, attention)
         for c, x0 in zip(chunks, clean.split(FRAMES, 1), strict=True):
@@ -120,7 +120,7 @@ def roll_windows(
                 working[c] = (1 - level) * x0 + level * noise(c, w - c + 1)
         # As published the clean pass runs in every window; in the first four it is overwritten before it is read.
         attention.own_times = attention.own_times[:FRAMES]
-        attention.past, attention.store_from = past(start, FRAMES, True), start
+        attention.past, attention.store = past(start, FRAMES, True), {i: start + i for i in range(FRAMES)}
         model(output[oldest], torch.zeros(1, FRAMES), prompt, attention)
     return [output[c] for c in range(num_chunks)]
 
@@ -136,14 +136,14 @@ def roll_chunks(
         start = c * FRAMES
         attention.own_times = [float(f) for f in range(start, start + FRAMES)]
         kept = range(min(sink, start)), range(max(min(sink, start), start - (window - sink - FRAMES)), start)
-        attention.past, attention.store_from = [Seen(f, f) for part in kept for f in part], None
+        attention.past, attention.store = [Seen(f, f) for part in kept for f in part], {}
         x = noise(c, 0)
         for k, level in enumerate(levels):
             clean = x - level * model(x, torch.full((1, FRAMES), 1000 * level), prompt, attention)
             if k + 1 < len(levels):
                 x = (1 - levels[k + 1]) * clean + levels[k + 1] * noise(c, k + 1)
         output.append(clean)
-        attention.store_from = start
+        attention.store = {i: start + i for i in range(FRAMES)}
         model(clean, torch.zeros(1, FRAMES), prompt, attention)
     return output
 
@@ -170,4 +170,83 @@ def roll_masked(model: CausalDiT, num_chunks: int, noise: Noise, prompt: list[Pr
             if k + 1 < len(levels):
                 x = (1 - levels[k + 1]) * clean + levels[k + 1] * noise(c, k + 1)
         output.append(clean)
+    return output
+
+
+@dataclass
+class PlainClip:
+    """One clip of LongVie 2 as the model gets it, one row of prompt and image for each branch of guidance."""
+
+    noise: Tensor
+    condition: Tensor
+    dense: Tensor
+    sparse: Tensor
+    text: list[Tensor]
+    image: Tensor
+    history: Tensor | None = None
+
+
+def sum_control(model: CausalDiT, branch: ControlBranch, clip: PlainClip, text: Tensor, time: Tensor) -> list[Tensor]:
+    """What each of the first layers gets added; `time` are the six vectors of the clip's frames."""
+    rows = [branch.control_text_linear(x) for x in model.embed_prompt(text, clip.image)]
+    attention = PlainAttention(branch.backbone, [float(i) for i in range(clip.noise.shape[1])])
+    time = torch.stack([branch.control_t_mod(time[:, :, i]) for i in range(6)], dim=2)
+    dense = branch.control_initial_combine_linear_dense(model.embed_patches(clip.dense))
+    sparse = branch.control_initial_combine_linear_sparse(model.embed_patches(clip.sparse))
+    sums = []
+    for i in range(branch.num_layers):
+        for name in ("dense", "sparse"):
+            layer = getattr(branch, f"control_blocks_{name}")[i]
+            prompt = layer.cross_attn.project(rows[0], None, rows[1])
+            x = dense if name == "dense" else sparse
+            x = layer(x, time, prompt, i, attention, attend_prompt_dense)
+            dense, sparse = (x, sparse) if name == "dense" else (dense, x)
+        sums.append(branch.control_combine_linears[i](dense + sparse))
+    return sums
+
+
+def roll_clips(
+    model: CausalDiT, branch: ControlBranch, clips: list[PlainClip], sigmas: list[float], guidance: float, keeps: int
+) -> list[Tensor]:
+    """LongVie 2's loop; with `keeps` > 0 the first so many latent frames of a clip stay visible to all later ones."""
+    attention = PlainAttention(model.backbone)
+    output: list[Tensor] = []
+    for j, clip in enumerate(clips):
+        num = clip.noise.shape[1]
+        num_history = 0 if clip.history is None else clip.history.shape[1]
+        start = (num - 1) * j
+        attention.own_times = [float(f) for f in range(start - num_history, start + num)]
+        attention.past = [Seen((num - 1) * i + f, (num - 1) * i + f) for i in range(j) for f in range(keeps)]
+
+        def call(latents: Tensor, t: float, b: int, clip=clip, num_history=num_history) -> Tensor:
+            x = torch.cat((latents, clip.condition), 2)
+            if clip.history is not None:
+                ones = torch.ones(1, num_history, 20, *latents.shape[3:])
+                x = torch.cat((torch.cat((ones, clip.history), 2), x), 1)
+            keys = model.project_prompt(clip.text[b], None, clip.image)
+            sums: list[Tensor] = []
+
+            def add(index: int, h: Tensor, time: Tensor) -> Tensor:
+                if index == 0:
+                    sums.extend(sum_control(model, branch, clip, clip.text[b], time[:, num_history:]))
+                if index >= len(sums):
+                    return h
+                return h + torch.cat((torch.zeros_like(h[:, : num_history * TOKENS]), sums[index]), 1)
+
+            return model(x, torch.full((1, x.shape[1]), t), keys, attention, add_after_layer=add)[:, num_history:]
+
+        attention.store = {}
+        x = clip.noise.clone()
+        if clip.history is not None:
+            x[:, 0] = (1 - 0.925926) * clip.history[:, -1] + 0.925926 * x[:, 0]
+        for step, sigma in enumerate(sigmas):
+            flow = call(x, 1000 * sigma, 0)
+            if guidance != 1.0:
+                negative = call(x, 1000 * sigma, 1)
+                flow = negative + guidance * (flow - negative)
+            x = x + ((sigmas[step + 1] if step + 1 < len(sigmas) else 0.0) - sigma) * flow
+        output.append(x)
+        if keeps:
+            attention.store = {num_history + f: start + f for f in range(keeps)}
+            call(x, 0.0, 0)
     return output

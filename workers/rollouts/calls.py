@@ -40,10 +40,16 @@ class ModelCalls:
         self.device = model.head.modulation.device
 
     def flow(
-        self, latents_BTCHW: Tensor, timestep_BT: Tensor, moment: Moment, keys: PromptLayers, extras: CallExtras
+        self,
+        latents_BTCHW: Tensor,
+        timestep_BT: Tensor,
+        moment: Moment,
+        keys: PromptLayers,
+        extras: CallExtras,
+        remembered: slice | None = None,
     ) -> Tensor:
-        """Predicted flow under one prompt, float32."""
-        self.attention.begin_call(moment)
+        """Predicted flow under one prompt, float32; a clean pass may remember part of its tokens only."""
+        self.attention.begin_call(moment, remembered)
         flow: Tensor = self.model(
             latents_BTCHW,
             timestep_BT,
