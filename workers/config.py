@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Part(BaseModel):
@@ -39,7 +39,7 @@ class SamplingConfig(Part):
     )
 
 
-SearchName = Literal["exact", "lsh", "quant", "faiss-lsh", "faiss-flat"]
+SearchName = Literal["exact", "lsh", "quant", "faiss-lsh", "faiss-flat", "faiss-sq8"]
 
 
 class DenseCacheConfig(Part):
@@ -73,7 +73,29 @@ class TemporalCacheConfig(Part):
     )
 
 
-CacheConfig = Annotated[DenseCacheConfig | WindowCacheConfig | TemporalCacheConfig, Field(discriminator="kind")]
+class FlowCacheConfig(Part):
+    """A fixed number of keys per head, chosen by importance and against redundancy (FlowCache)."""
+
+    kind: Literal["flow"] = "flow"
+    sink_latent_frames: int = Field(3, ge=0, description="First latent frames, always kept.")
+    recent_latent_frames: int = Field(6, ge=1, description="Newest latent frames, always kept.")
+    budget_latent_frames: int = Field(120, ge=2, description="Hard limit: latent frames' worth of keys, all together.")
+    importance: float = Field(0.07, ge=0.0, le=1.0, description="Weight of importance; redundancy has the rest.")
+
+    @model_validator(mode="after")
+    def _leave_room_for_history(self) -> Self:
+        ends = self.sink_latent_frames + self.recent_latent_frames
+        if self.budget_latent_frames <= ends:
+            raise ValueError(
+                f"budget_latent_frames {self.budget_latent_frames} must be above {ends}, the sum of "
+                f"sink_latent_frames {self.sink_latent_frames} and recent_latent_frames {self.recent_latent_frames}"
+            )
+        return self
+
+
+CacheConfig = Annotated[
+    DenseCacheConfig | WindowCacheConfig | TemporalCacheConfig | FlowCacheConfig, Field(discriminator="kind")
+]
 
 
 class DenseAttentionConfig(Part):
@@ -96,7 +118,88 @@ class AnnSelfAttentionConfig(Part):
     calibration: str | None = Field(None, description="File of `longtake calibrate` that says which layers are sparse.")
 
 
-AttentionConfig = Annotated[DenseAttentionConfig | AnnSelfAttentionConfig, Field(discriminator="kind")]
+class StreamingAttentionConfig(Part):
+    """A query sees the first and the newest latent frames, whatever the cache holds."""
+
+    kind: Literal["streaming"] = "streaming"
+    sink_latent_frames: int = Field(3, ge=0, description="First latent frames, seen by all.")
+    recent_latent_frames: int = Field(21, ge=1, description="Newest latent frames, seen by all.")
+
+
+class PatternConfig(Part):
+    """What the baselines share: where they are dense, and their tiles."""
+
+    sink_latent_frames: int = Field(3, ge=0, description="First latent frames, seen by all.")
+    recent_latent_frames: int = Field(6, ge=1, description="Newest latent frames, seen by all.")
+    dense_step_share: float = Field(0.25, ge=0.0, le=1.0, description="Share of the first steps that stay dense.")
+    dense_layers: int = Field(1, ge=0, description="First layers that stay dense.")
+    tile: int | None = Field(
+        None, ge=1, le=1024, description="Queries and keys of a tile; empty: a quarter of a latent frame, at most 128."
+    )
+
+
+class RadialAttentionConfig(PatternConfig):
+    """A static mask whose width halves with each doubling of the distance in time (RadialAttention)."""
+
+    kind: Literal["radial"] = "radial"
+    decay: float = Field(1.0, gt=0.0, le=1000.0, description="Factor on the width of the mask.")
+
+
+class SvgAttentionConfig(PatternConfig):
+    """Each head is spatial or temporal, found by profiling (SparseVideoGen)."""
+
+    kind: Literal["svg"] = "svg"
+    density: float = Field(0.25, gt=0.0, le=1.0, description="Share of the history's keys that a query sees.")
+    num_samples: int = Field(64, ge=1, le=4096, description="Queries that profile a head in each call.")
+
+
+class Svg2AttentionConfig(PatternConfig):
+    """Queries and keys are ordered by k-means; a query cluster sees the key clusters with most mass (SparseVideoGen 2)."""
+
+    kind: Literal["svg2"] = "svg2"
+    top_p: float = Field(0.9, gt=0.0, le=1.0, description="Share of the predicted attention mass that is seen.")
+    min_share: float = Field(0.1, ge=0.0, le=1.0, description="Share of the key clusters that is always seen.")
+    queries_per_cluster: int = Field(16, ge=1, description="Mean size of a query cluster.")
+    keys_per_cluster: int = Field(64, ge=1, description="Mean size of a key cluster, while there are few enough.")
+    max_key_clusters: int = Field(1000, ge=1, description="Most key clusters of a head.")
+
+
+AttentionConfig = Annotated[
+    DenseAttentionConfig
+    | AnnSelfAttentionConfig
+    | StreamingAttentionConfig
+    | RadialAttentionConfig
+    | SvgAttentionConfig
+    | Svg2AttentionConfig,
+    Field(discriminator="kind"),
+]
+
+
+class NoReuseConfig(Part):
+    """Every denoising step runs the whole model."""
+
+    kind: Literal["none"] = "none"
+
+
+class TeaCacheConfig(Part):
+    """A step whose input hardly changed adds again what the layers added before (TeaCache)."""
+
+    kind: Literal["teacache"] = "teacache"
+    threshold: float = Field(0.15, gt=0.0, description="Predicted change that may add up before the layers run again.")
+    coefficients: tuple[float, ...] = Field(
+        (1.0, 0.0), min_length=1, description="Polynomial from input to output change, highest power first."
+    )
+
+
+class FlowReuseConfig(Part):
+    """As TeaCache, by the change of a chunk's embedded latents alone (FlowCache)."""
+
+    kind: Literal["flowcache"] = "flowcache"
+    threshold: float = Field(0.15, gt=0.0, description="Change that may add up before the layers run again.")
+    warmup_steps: int = Field(1, ge=1, description="First steps of a chunk that always run.")
+
+
+ReuseConfig = Annotated[NoReuseConfig | TeaCacheConfig | FlowReuseConfig, Field(discriminator="kind")]
 
 
 class DensePromptConfig(Part):
@@ -165,6 +268,7 @@ class RenderConfig(Part):
     cache: CacheConfig = DenseCacheConfig()
     attention: AttentionConfig = DenseAttentionConfig()
     prompt_attention: PromptAttentionConfig = DensePromptConfig()
+    reuse: ReuseConfig = NoReuseConfig()
     positions: PositionsConfig = PositionsConfig()
     guard: GuardConfig = GuardConfig()
     kernel: KernelConfig = KernelConfig()

@@ -1,0 +1,156 @@
+"""AnnSA: a query sees the tiles of the history where its attention is, found by approximate search.
+
+Source: FAST-AR (arXiv 2602.01801), section 5.4: queries and keys get codes by a search back end, and a query attends
+to the keys near it, by tiles. Two forms: in `bucket` order (the paper's) keys and queries are sorted by their bucket,
+so that a tile holds keys of one kind; in `time` order a tile is a piece of a picture. In both, the tiles that a query
+tile sees are those with the highest estimated mass (`tile_mass.py`). On the bundled model time order has the higher
+recall at every density: after RoPE, attention goes by place and time more than by kind.
+
+Sink, newest keys and the chunk's own are dense. A selection is made once per chunk and shared by its steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from workers.attention.history import DenseRegion, plan_history
+from workers.attention.tile_mass import Rotate, Shared, TileSample, estimate_mass, keep_mass, keep_share, sample_tiles
+from workers.contracts import AttentionPlan, KeyValues, Moment, Tiles
+from workers.search.protocol import Search
+
+
+@dataclass(frozen=True)
+class AnnSettings:
+    """How the history is thinned out."""
+
+    sink_tokens: int
+    """First keys of the cache, always seen."""
+    recent_tokens: int
+    """Newest keys of the cache, always seen."""
+    density: float = 0.3
+    """Share of the history's tiles that a query tile sees, in (0, 1]; 1 is dense."""
+    target_recall: float | None = None
+    """In (0, 1]: take as many tiles as their estimated mass needs, whatever the density."""
+    query_tile: int = 64
+    key_tile: int = 64
+    num_samples: int = 8
+    """Keys of each tile that are looked at."""
+    order: Literal["time", "bucket"] = "time"
+    num_buckets: int = 64
+    """In `bucket` order; a power of two."""
+    every_step: bool = False
+    """Choose anew in each step, not once per chunk."""
+
+    def __post_init__(self) -> None:
+        assert 0 < self.density <= 1
+        assert 1 <= self.num_samples <= self.key_tile
+
+
+@dataclass(frozen=True, eq=False)
+class _Indexed:
+    """What is known of one layer's keys until they change."""
+
+    cached: KeyValues
+    """Kept, so that its identity is not given to another."""
+    sample: TileSample
+    key_order_BNK: Tensor | None
+
+
+class AnnSelfAttention:
+    """The policy.
+
+    Args:
+        settings: Sizes and shares.
+        search: Makes the buckets and estimates inner products.
+        rotate: RoPE of keys, and of queries given as keys; None chooses by what they are before it.
+    """
+
+    def __init__(self, settings: AnnSettings, search: Search, rotate: Rotate | None) -> None:
+        self._settings, self._search, self._rotate = settings, search, rotate
+        self._region = DenseRegion(settings.sink_tokens, settings.recent_tokens)
+        self._factor = 1.0
+        self._indexed: dict[int, _Indexed] = {}
+        self._chosen: dict[tuple[int, int], tuple[KeyValues, Tiles]] = {}
+        self._shared: Shared = {}
+
+    def begin_chunk(self, position_Q3: Tensor) -> None:
+        self._indexed.clear()
+        self._chosen.clear()
+        self._shared.clear()
+
+    def tighten(self, factor: float) -> None:
+        """See `Tightens`; for the chunks to come."""
+        self._factor = factor
+
+    def plan(
+        self, layer_index: int, moment: Moment, q_BQND: Tensor, cached: KeyValues | None, own: KeyValues
+    ) -> AttentionPlan:
+        span = None if cached is None else self._region.history(cached.num_tokens)
+        if cached is None or span is None or span[0] >= span[1] or self._is_dense:
+            return plan_history(cached, own, None, None)
+        key = layer_index, moment.branch
+        kept = self._chosen.get(key)
+        if kept is None or kept[0] is not cached or self._settings.every_step:
+            kept = self._chosen[key] = cached, self._choose(layer_index, q_BQND, cached, own, span)
+        return plan_history(cached, own, span, kept[1])
+
+    @property
+    def _is_dense(self) -> bool:
+        return self._settings.target_recall is None and self._settings.density * self._factor >= 1
+
+    def _choose(
+        self, layer_index: int, q_BQND: Tensor, cached: KeyValues, own: KeyValues, span: tuple[int, int]
+    ) -> Tiles:
+        s = self._settings
+        indexed = self._index(layer_index, cached, span)
+        query_order = None
+        if s.order == "bucket":
+            history = cached.narrow(*span).k_BKND.transpose(1, 2)
+            code = self._search.buckets(q_BQND.transpose(1, 2), s.num_buckets, history)
+            query_order = torch.argsort(code, dim=-1, stable=True)
+        if self._rotate is not None:
+            q_BQND = self._rotate(KeyValues(q_BQND, q_BQND, own.position_K3)).k_BKND
+        rest = self._sample_rest(cached, own, span)
+        mass = estimate_mass(self._search, q_BQND, indexed.sample, rest, s.query_tile, query_order)
+        if s.target_recall is None:
+            visible = keep_share(mass, min(1.0, s.density * self._factor))
+        else:
+            visible = keep_mass(mass, 1 - (1 - s.target_recall) / self._factor)
+        return Tiles(visible, s.query_tile, s.key_tile, query_order, indexed.key_order_BNK)
+
+    def _index(self, layer_index: int, cached: KeyValues, span: tuple[int, int]) -> _Indexed:
+        known = self._indexed.get(layer_index)
+        if known is not None and known.cached is cached:
+            return known
+        s, history = self._settings, cached.narrow(*span)
+        key_order = None
+        if s.order == "bucket":
+            k_BNKD = history.k_BKND.transpose(1, 2)
+            code = self._search.buckets(k_BNKD, s.num_buckets, k_BNKD)
+            if history.log_mass_BNK is not None:  # empty entries last, so that they fill tiles of their own
+                code = code.masked_fill(history.log_mass_BNK.isneginf(), s.num_buckets)
+            key_order = torch.argsort(code, dim=-1, stable=True)
+        sample = sample_tiles(
+            history, s.key_tile, s.num_samples, self._rotate, key_order_BNK=key_order, shared=self._shared
+        )
+        known = self._indexed[layer_index] = _Indexed(cached, sample, key_order)
+        return known
+
+    def _sample_rest(self, cached: KeyValues, own: KeyValues, span: tuple[int, int]) -> TileSample:
+        """Sink, newest keys and own keys, each as one tile: how much of the softmax they take needs no more."""
+        parts = [cached.narrow(0, span[0]), cached.narrow(span[1], cached.num_tokens), own]
+        share = self._settings.num_samples / self._settings.key_tile
+        samples = [
+            sample_tiles(
+                part, part.num_tokens, max(1, round(share * part.num_tokens)), self._rotate, shared=self._shared
+            )
+            for part in parts
+            if part.num_tokens
+        ]
+        batch, heads = own.k_BKND.shape[0], own.k_BKND.shape[2]
+        weights = [sample.log_weight_BNS.expand(batch, heads, -1) for sample in samples]
+        return TileSample(torch.cat([sample.k_BNSD for sample in samples], 2), torch.cat(weights, -1), 1)

@@ -1,0 +1,53 @@
+"""Which calls a sparse policy is given: the first denoising steps and the layers that show no sparsity stay dense.
+
+Source: FAST-AR (arXiv 2602.01801), section 6.1: dense in the first 30% of the steps, sparse in about 70% of the layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+from torch import Tensor
+
+from workers.attention.dense import plan_dense
+from workers.contracts import AttentionPlan, AttentionPolicy, KeyValues, Moment, Tightens
+
+
+class GatedAttention:
+    """A policy in some steps and layers, dense in the others.
+
+    Args:
+        policy: Asked where it is not dense.
+        dense_step_share: In [0, 1]: floor(share * steps) first steps of each chunk are dense. The clean pass counts as
+            the last step, so it is dense only if all are.
+        sparse_layers: Layers that are given to the policy; None means all.
+    """
+
+    def __init__(
+        self, policy: AttentionPolicy, *, dense_step_share: float, sparse_layers: Collection[int] | None = None
+    ) -> None:
+        self._policy, self._dense_step_share = policy, dense_step_share
+        self._sparse_layers = None if sparse_layers is None else frozenset(sparse_layers)
+
+    def begin_chunk(self, position_Q3: Tensor) -> None:
+        self._policy.begin_chunk(position_Q3)
+
+    def tighten(self, factor: float) -> None:
+        """See `Tightens`; passed on to a policy that can."""
+        if isinstance(self._policy, Tightens):
+            self._policy.tighten(factor)
+
+    def plan(
+        self, layer_index: int, moment: Moment, q_BQND: Tensor, cached: KeyValues | None, own: KeyValues
+    ) -> AttentionPlan:
+        if self.is_dense(layer_index, moment):
+            return plan_dense(cached, own)
+        return self._policy.plan(layer_index, moment, q_BQND, cached, own)
+
+    def is_dense(self, layer_index: int, moment: Moment) -> bool:
+        if self._sparse_layers is not None and layer_index not in self._sparse_layers:
+            return True
+        step = moment.num_steps - 1 if moment.is_clean_pass else moment.step_index
+        # A share such as 0.3 of 10 steps is 3, not the 2 that rounding in binary would make of it.
+        return step < math.floor(self._dense_step_share * moment.num_steps + 1e-9)

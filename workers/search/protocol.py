@@ -1,0 +1,122 @@
+"""Who is near whom: what a search back end offers, and the pieces that all of them share.
+
+Vectors are batched by B and N (batch and head); every back end is a function of its input alone: seeds are fixed and
+no global generator is read. Heads never see one another, so their order does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_SCORES = 2**24
+"""Scores held at once while all keys are looked through: 64 MiB in float32."""
+
+
+class Nearest(NamedTuple):
+    """The nearest key of each query."""
+
+    index_BNQ: Tensor
+    """int64."""
+    cosine_BNQ: Tensor
+    """Its true cosine, in the dtype of the queries, also where the search was approximate."""
+
+
+class Search(Protocol):
+    """One way to find neighbours. Checked by tests/property/test_search.py."""
+
+    @property
+    def name(self) -> str:
+        """As in the configuration."""
+        ...
+
+    def top1(self, query_BNQD: Tensor, key_BNKD: Tensor) -> Nearest:
+        """The key with the highest cosine, or one that is likely to be it; at least one key."""
+        ...
+
+    def buckets(self, x_BNXD: Tensor, num_buckets: int, like_BNKD: Tensor) -> Tensor:
+        """code_BNX, int64 in [0, num_buckets): vectors of one direction tend to share their bucket.
+
+        Queries and keys are in one space when both are asked about with the same `like_BNKD`, the vectors that the
+        buckets are made for.
+        """
+        ...
+
+    def similarity(self, query_BNQD: Tensor, key_BNKD: Tensor) -> Tensor:
+        """Inner products, BNQK in float32 or wider, as exactly as the codes of this back end tell them."""
+        ...
+
+
+Score = Callable[[slice, slice], Tensor]
+"""(queries, keys) -> score_BNQK of these runs, higher is nearer."""
+
+
+def best_keys(score: Score, num_rows: int, num_queries: int, num_keys: int, num_best: int = 1) -> Tensor:
+    """Keys with high scores for each query, index_BNQC with C <= `num_best`, the best among them.
+
+    The best key is always there; the others are the best of as many stretches of keys, not the best of all. At most
+    `MAX_SCORES` scores exist at once.
+
+    Args:
+        score: Computes scores.
+        num_rows: Batch times heads.
+        num_queries, num_keys: Above 0.
+        num_best: Candidates for each query.
+    """
+    query_step = max(1, min(num_queries, MAX_SCORES // max(1, num_rows * num_keys), 1024))
+    key_step = max(1, min(num_keys, MAX_SCORES // max(1, num_rows * query_step)))
+    found = []
+    for q in range(0, num_queries, query_step):
+        queries = slice(q, min(num_queries, q + query_step))
+        best: tuple[Tensor, Tensor] | None = None
+        for k in range(0, num_keys, key_step):
+            keys = slice(k, min(num_keys, k + key_step))
+            value, index = _winners(score(queries, keys), num_best)
+            if best is not None:
+                value, index = torch.cat((best[0], value), -1), torch.cat((best[1], index + k), -1)
+            if value.shape[-1] > num_best:
+                value, at = value.topk(num_best, dim=-1)
+                index = index.gather(-1, at)
+            best = value, index
+        assert best is not None
+        found.append(best[1])
+    return torch.cat(found, 2)
+
+
+def _winners(score: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """The highest score of each of `num` stretches of the last axis, and of what is left over."""
+    num = min(num, score.shape[-1])
+    whole = score.shape[-1] // num * num
+    value, index = score[..., :whole].unflatten(-1, (num, -1)).max(-1)
+    index = index + torch.arange(num, device=score.device) * (whole // num)
+    if whole < score.shape[-1]:
+        last_value, last = score[..., whole:].max(-1, keepdim=True)
+        value, index = torch.cat((value, last_value), -1), torch.cat((index, last + whole), -1)
+    return value, index
+
+
+def rescore(query_BNQD: Tensor, key_BNKD: Tensor, index_BNQC: Tensor) -> Nearest:
+    """The candidate with the highest true cosine."""
+    query, key = unit(query_BNQD), unit(key_BNKD)
+    cosines = []
+    for column in index_BNQC.unbind(-1):
+        chosen = key.gather(2, column[..., None].expand(*column.shape, key.shape[-1]))
+        cosines.append((query * chosen).sum(-1))
+    cosine_BNQ, at = torch.stack(cosines, -1).max(-1)
+    return Nearest(index_BNQC.gather(-1, at[..., None])[..., 0], cosine_BNQ.to(query_BNQD.dtype))
+
+
+def unit(x: Tensor) -> Tensor:
+    """Vectors of length 1 (0 stays 0), float32 or wider."""
+    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+
+
+def landmark_buckets(search: Search, x_BNXD: Tensor, num_buckets: int, like_BNKD: Tensor) -> Tensor:
+    """Buckets around evenly spaced members of `like_BNKD`: a vector's code is its nearest landmark."""
+    num_like = like_BNKD.shape[2]
+    at = torch.arange(min(num_buckets, num_like), device=x_BNXD.device) * num_like // min(num_buckets, num_like)
+    return search.top1(x_BNXD, like_BNKD[:, :, at]).index_BNQ
