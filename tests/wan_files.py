@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import tokenizers
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from workers.checkpoints.wan import to_diffusers
 from workers.model.backbones import Backbone, find_backbone
 from workers.model.dit import CausalDiT
+from workers.model.umt5 import make_umt5
+from workers.model.wan_vae import make_wan_vae
 
 TINY = find_backbone("tiny-wan-test")
 TINY_I2V = replace(TINY, in_channels=36, image_dim=32)
@@ -97,3 +102,98 @@ def write_forcing(path: Path, parts: Mapping[str, Tensors], *, zip_form: bool = 
     content = {part: {name(part, key): t for key, t in tensors.items()} for part, tensors in parts.items()}
     torch.save(content, path, _use_new_zipfile_serialization=zip_form)
     return path
+
+
+def make_umt5_tensors(backbone: Backbone = TINY) -> Tensors:
+    """The text encoder by the names of transformers; tied embeddings once."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        module = make_umt5(backbone).requires_grad_(False)
+        scramble(module)
+    return {key: t for key, t in module.state_dict().items() if key != "encoder.embed_tokens.weight"}
+
+
+def make_vae_tensors(backbone: Backbone = TINY) -> Tensors:
+    """The VAE by the names of diffusers; wide enough numbers that pictures differ."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(8)
+        module = make_wan_vae(backbone).requires_grad_(False)
+        for tensor in module.parameters():
+            tensor.add_(torch.randn_like(tensor) * 0.02)
+    return dict(module.state_dict())
+
+
+def original_umt5_name(key: str) -> str:
+    """From transformers' names to those of the published file: written from the table of names, not from our code."""
+    if key == "shared.weight":
+        return "token_embedding.weight"
+    if key == "encoder.final_layer_norm.weight":
+        return "norm.weight"
+    for ours, theirs in (
+        (".layer.0.layer_norm.", ".norm1."),
+        (".layer.1.layer_norm.", ".norm2."),
+        (".layer.0.SelfAttention.relative_attention_bias.", ".pos_embedding.embedding."),
+        (".layer.0.SelfAttention.", ".attn."),
+        (".layer.1.DenseReluDense.wi_0.", ".ffn.gate.0."),
+        (".layer.1.DenseReluDense.wi_1.", ".ffn.fc1."),
+        (".layer.1.DenseReluDense.wo.", ".ffn.fc2."),
+    ):
+        key = key.replace(ours, theirs)
+    return key.replace("encoder.block.", "blocks.")
+
+
+def original_vae_name(key: str) -> str:
+    """From diffusers' names to those of `Wan2.1_VAE.pth`."""
+    match = re.match(r"decoder\.up_blocks\.(\d)\.(?:resnets\.(\d)|upsamplers\.0)\.", key)
+    if match:
+        number = 4 * int(match[1]) + (int(match[2]) if match[2] else 3)
+        key = f"decoder.upsamples.{number}." + key[match.end() :]
+    if re.match(r"(post_)?quant_conv\.", key):
+        return key.replace("post_quant_conv.", "conv2.").replace("quant_conv.", "conv1.")
+    for ours, theirs in (
+        ("down_blocks.", "downsamples."),
+        ("mid_block.resnets.0.", "middle.0."),
+        ("mid_block.attentions.0.", "middle.1."),
+        ("mid_block.resnets.1.", "middle.2."),
+        ("conv_in.", "conv1_in."),
+        ("norm_out.", "head.0."),
+        ("conv_out.", "head.2."),
+        ("conv_shortcut.", "shortcut."),
+    ):
+        key = key.replace(ours, theirs)
+    if "middle.1." not in key:
+        for ours, theirs in ((".norm1.", "0"), (".conv1.", "2"), (".norm2.", "3"), (".conv2.", "6")):
+            key = key.replace(ours, f".residual.{theirs}.")
+    return key.replace("conv1_in.", "conv1.")
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A word tokenizer in the form of umT5's: pad 0, end mark 1, unknown 2."""
+    words = ["a", "red", "green", "house", "river", "flies", "over", "the", "north", "south", "hill", "&", "camera"]
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    folder.mkdir(parents=True)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    ).save_pretrained(folder)
+
+
+def write_whole_model(folder: Path, *, layout: str = "original", backbone: Backbone = TINY) -> Path:
+    """Transformer, text encoder, VAE and tokenizer in one folder, as a base model is published."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dit, text, vae = make_dit(backbone).state_dict(), make_umt5_tensors(backbone), make_vae_tensors(backbone)
+    if layout == "original":
+        write_original(folder, dit)
+        torch.save({original_umt5_name(key): t for key, t in text.items()}, folder / "models_t5_umt5-xxl-enc-bf16.pth")
+        torch.save({original_vae_name(key): t for key, t in vae.items()}, folder / "Wan2.1_VAE.pth")
+        write_tokenizer(folder / "google" / "umt5-xxl")
+        return folder
+    write_diffusers_shards(folder, dit)
+    for name in ("text_encoder", "vae"):
+        (folder / name).mkdir()
+    split_shards(folder / "text_encoder", text, "model", 2)
+    save_file(vae, str(folder / "vae" / "diffusion_pytorch_model.safetensors"))
+    write_tokenizer(folder / "tokenizer")
+    return folder

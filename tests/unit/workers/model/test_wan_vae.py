@@ -1,0 +1,74 @@
+"""Wan's VAE: chunks decode to the same pixels as all at once, in constant memory; latents are normalised."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.wan_files import TINY, make_vae_tensors
+from workers.model.wan_vae import WanVae, make_wan_vae
+
+SIZE = (4, 6)
+
+
+@pytest.fixture(scope="module")
+def vae() -> WanVae:
+    module = make_wan_vae(TINY).eval().requires_grad_(False)
+    module.load_state_dict(make_vae_tensors())
+    return WanVae(module)
+
+
+@pytest.fixture(scope="module")
+def latents() -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(1, 12, 16, *SIZE)
+
+
+@pytest.mark.parametrize("sizes", [(12,), (3, 3, 3, 3), (1,) * 12, (2, 5, 1, 4)])
+def test_chunks_decode_to_the_same_pixels_as_the_library_decodes_all_at_once(
+    vae: WanVae, latents: Tensor, sizes: tuple[int, ...]
+) -> None:
+    stream = vae.stream()
+    frames = torch.cat([stream.decode(chunk) for chunk in latents.split(list(sizes), 1)], 1)
+    with torch.inference_mode():
+        expected = vae.module.decode(vae.denormalise(latents)).sample.transpose(1, 2)  # type: ignore[operator]
+    assert frames.shape == (1, 45, 3, 8 * SIZE[0], 8 * SIZE[1])  # 1, then 4 for each latent frame
+    assert torch.equal(frames, expected)
+    assert frames.std() > 0.01
+    assert frames.abs().max() <= 1
+
+
+def test_streams_do_not_meet_in_the_network(vae: WanVae, latents: Tensor) -> None:
+    one, two = vae.stream(), vae.stream()
+    first, second = [], []
+    for chunk in latents.split(3, 1):
+        first.append(one.decode(chunk))
+        second.append(two.decode(-chunk))
+    assert torch.equal(torch.cat(first, 1), vae.stream().decode(latents))
+    assert torch.equal(torch.cat(second, 1), vae.stream().decode(-latents))
+
+
+def test_memory_does_not_grow_with_the_video(vae: WanVae, latents: Tensor) -> None:
+    stream = vae.stream()
+    held = []
+    for chunk in latents.split(3, 1):
+        stream.decode(chunk)
+        held.append(stream.num_bytes)
+    assert held[0] > 0
+    assert held[1:] == held[1:2] * 3
+
+
+def test_latents_are_normalised_both_ways(vae: WanVae) -> None:
+    torch.manual_seed(2)
+    frames = torch.rand(1, 9, 3, 32, 48) * 2 - 1
+    latents = vae.encode(frames)
+    assert latents.shape == (1, 3, 16, 4, 6)
+    with torch.inference_mode():
+        mean = vae.module.encode(frames.transpose(1, 2)).latent_dist.mean  # type: ignore[operator]
+    torch.testing.assert_close(vae.denormalise(latents), mean, atol=1e-5, rtol=1e-5)
+    # Section 3 of the description of Wan: channel 0 has mean -0.7571 and standard deviation 2.8184.
+    torch.testing.assert_close(latents[0, :, 0] * 2.8184 - 0.7571, mean[0, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_frames_that_would_be_dropped_are_refused(vae: WanVae) -> None:
+    with pytest.raises(ValueError, match="8 video frames: expected 1, 5, 9"):
+        vae.encode(torch.zeros(1, 8, 3, 32, 32))

@@ -1,0 +1,150 @@
+"""Wan's text encoder: umT5, encoder only, through transformers, which is loaded when it is needed.
+
+A prompt is encoded once, so the weights (11 GB in bfloat16 for the true model) need not stay on the GPU: they rest on
+the CPU and visit the GPU layer by layer, also while a rollout fills it.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from workers.errors import CheckpointMismatch, ConfigUnsupported
+from workers.model.backbones import Backbone
+from workers.model.text_encoder import EncodedText
+
+_SPACE = re.compile(r"\s+")
+
+
+def clean_prompt(text: str) -> str:
+    """A prompt as Wan's encoder was trained to read it: repaired text, entities resolved (twice), single spaces."""
+    text = cast(str, import_library("ftfy").fix_text(text))
+    text = html.unescape(html.unescape(text)).strip()
+    return _SPACE.sub(" ", text).strip()
+
+
+def import_library(name: str) -> Any:
+    """A package of the extra `wan`.
+
+    Raises:
+        ConfigUnsupported: It is not installed.
+    """
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        raise ConfigUnsupported(
+            f"backbone.name: Wan models need the package {error.name}: pip install 'longtake[wan]'"
+        ) from error
+
+
+def make_umt5(backbone: Backbone) -> nn.Module:
+    """The encoder without weights of its own; build it on the meta device."""
+    assert backbone.umt5 is not None, f"{backbone.name} has another text encoder"
+    sizes = backbone.umt5
+    library = import_library("transformers.models.umt5.modeling_umt5")
+    config = import_library("transformers.models.umt5.configuration_umt5").UMT5Config(
+        vocab_size=sizes.num_words,
+        d_model=backbone.text_dim,
+        d_kv=sizes.head_dim,
+        d_ff=sizes.ffn_dim,
+        num_layers=sizes.num_layers,
+        num_heads=sizes.num_heads,
+        relative_attention_num_buckets=32,
+        relative_attention_max_distance=128,
+        feed_forward_proj="gated-gelu",
+        layer_norm_epsilon=1e-6,
+        dropout_rate=0.0,
+    )
+    return cast(nn.Module, library.UMT5EncoderModel(config))
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder; nothing is downloaded.
+
+    Raises:
+        CheckpointMismatch: The folder holds none.
+    """
+    try:
+        return import_library("transformers.models.auto.tokenization_auto").AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointMismatch(
+            f"{folder}: no tokenizer ({str(error).splitlines()[0]}); expected tokenizer.json and tokenizer_config.json "
+            "of google/umt5-xxl, published with the base model"
+        ) from error
+
+
+class Umt5Encoder:
+    """Prompts to rows for the transformer.
+
+    Args:
+        module: `make_umt5` with weights, in evaluation mode, all on one device.
+        tokenizer: `open_tokenizer`.
+        text_tokens: Longest prompt in tokens, the end mark included.
+        device: Where it computes.
+        is_resting: The weights stay where they are and visit the device layer by layer, while a layer runs.
+    """
+
+    def __init__(
+        self, module: nn.Module, tokenizer: Any, text_tokens: int, device: torch.device, *, is_resting: bool = False
+    ) -> None:
+        self.module, self.text_tokens, self.device = module, text_tokens, device
+        self._tokenizer = tokenizer
+        encoder = cast(Any, module).encoder
+        self._embed: nn.Embedding = encoder.embed_tokens
+        self._encoder = encoder
+        if is_resting:
+            for part in (*encoder.block, encoder.final_layer_norm):
+                _visit(part, device)
+
+    def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Rows of the vocabulary ids_BP, padded to the longest text, and is_token_BP; longer texts are cut."""
+        found = self._tokenizer(
+            [clean_prompt(text) for text in texts],
+            padding="longest",
+            truncation=True,
+            max_length=self.text_tokens,
+            add_special_tokens=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        return found["input_ids"], found["attention_mask"].bool()
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str]) -> EncodedText:
+        """Encode prompts as they are written; rows behind a prompt are zero, and attended as such."""
+        ids_BP, is_token_BP = self.tokenize(texts)
+        embedded = self._embed(ids_BP.to(self._embed.weight.device)).to(self.device)
+        is_token_BP = is_token_BP.to(self.device)
+        rows = self._encoder(inputs_embeds=embedded, attention_mask=is_token_BP.long()).last_hidden_state
+        return EncodedText(rows * is_token_BP[..., None], is_token_BP.sum(-1))
+
+
+def _visit(part: nn.Module, device: torch.device) -> None:
+    """Let the weights of a part be on a device while it runs, and only then; they rest where they are."""
+    resting = [
+        (owner, name, tensor)
+        for owner in part.modules()
+        for name, tensor in owner._parameters.items()
+        if tensor is not None
+    ]
+
+    def come(*_: object) -> None:
+        for owner, name, tensor in resting:
+            visitor = tensor.detach().to(device, copy=True, non_blocking=True)
+            owner._parameters[name] = cast(nn.Parameter, visitor)  # a plain tensor: it lives for one call
+
+    def go(*_: object) -> None:
+        for owner, name, tensor in resting:
+            owner._parameters[name] = tensor
+
+    part.register_forward_pre_hook(come)
+    part.register_forward_hook(go, always_call=True)
