@@ -17,12 +17,13 @@ from pathlib import Path
 
 import torch
 
-from workers.attention.dense import DenseAttention
+from workers.assemble_policies import make_policy, make_reuse
 from workers.cache.dense import DenseCache
+from workers.cache.flow import FlowCache, FlowSettings
 from workers.cache.window import WindowCache
 from workers.checkpoints.files import Weights, open_weights
-from workers.config import DenseCacheConfig, RenderConfig, WindowCacheConfig
-from workers.contracts import AttentionPolicy, Kernel, KVCache
+from workers.config import DenseCacheConfig, FlowCacheConfig, RenderConfig, WindowCacheConfig
+from workers.contracts import AttentionPolicy, Kernel, KVCache, StepReuse
 from workers.denoise import Schedule, make_schedule
 from workers.errors import ConfigUnsupported
 from workers.kernels.select import select_kernel
@@ -69,6 +70,7 @@ class TakeParts:
 
     cache: KVCache
     cache_name: str
+    reuse: StepReuse | None
     decode_latent_frames: int | None
     """Latent frames decoded at once; None means a whole chunk."""
     ladder: tuple[str, ...]
@@ -96,7 +98,7 @@ def load_model(config: RenderConfig) -> LoadedModel:
         text_encoder=text_encoder.to(device).eval().requires_grad_(False),
         vae=_to_channels_last(vae.to(device)).eval().requires_grad_(False),
         kernel=kernel,
-        policy=DenseAttention(),
+        policy=make_policy(config.attention, backbone.tokens_per_latent_frame(config.video.width, config.video.height)),
         schedule=make_schedule(config.sampling.num_steps, config.sampling.shift),
         revision=revision,
     )
@@ -115,10 +117,13 @@ def prepare_take(model: LoadedModel, ladder_rung: int) -> TakeParts:
     dtype = torch.bfloat16 if "cache-bfloat16" in ladder else None
     num_layers = model.backbone.num_layers
     cache: KVCache
+    frame_tokens = model.backbone.tokens_per_latent_frame(model.config.video.width, model.config.video.height)
     if isinstance(config, DenseCacheConfig):
         cache, name = DenseCache(num_layers, dtype), "dense"
+    elif isinstance(config, FlowCacheConfig):
+        cache = FlowCache(num_layers, _flow_settings(config, frame_tokens), dtype)
+        name = f"flow-{config.budget_latent_frames}"
     else:
-        frame_tokens = model.backbone.tokens_per_latent_frame(model.config.video.width, model.config.video.height)
         cache = WindowCache(
             num_layers,
             sink_tokens=config.sink_latent_frames * frame_tokens,
@@ -126,7 +131,19 @@ def prepare_take(model: LoadedModel, ladder_rung: int) -> TakeParts:
             dtype=dtype,
         )
         name = f"window-{config.sink_latent_frames}+{config.recent_latent_frames}"
-    return TakeParts(cache, name, 1 if "decode-single" in ladder else None, ladder)
+    reuse = make_reuse(model.config.reuse)
+    return TakeParts(cache, name, reuse, 1 if "decode-single" in ladder else None, ladder)
+
+
+def _flow_settings(config: FlowCacheConfig, frame_tokens: int) -> FlowSettings:
+    history = config.budget_latent_frames - config.sink_latent_frames - config.recent_latent_frames
+    return FlowSettings(
+        sink_tokens=config.sink_latent_frames * frame_tokens,
+        recent_tokens=config.recent_latent_frames * frame_tokens,
+        history_tokens=history * frame_tokens,
+        frame_tokens=frame_tokens,
+        importance=config.importance,
+    )
 
 
 def _build_modules(backbone: Backbone, checkpoint: str | None) -> tuple[CausalDiT, TextEncoder, VideoVAE, str]:

@@ -154,7 +154,7 @@ class SvgAttentionConfig(PatternConfig):
 
 
 class Svg2AttentionConfig(PatternConfig):
-    """Queries and keys are ordered by k-means; a query cluster sees the key clusters with most mass (SparseVideoGen 2)."""
+    """Queries and keys in the order of k-means; a query cluster sees the key clusters with most mass (SVG 2)."""
 
     kind: Literal["svg2"] = "svg2"
     top_p: float = Field(0.9, gt=0.0, le=1.0, description="Share of the predicted attention mass that is seen.")

@@ -98,7 +98,8 @@ def generate(
     decoder = model.vae.stream()
     num_frames = 0
     chunk_started = time.perf_counter()
-    for chunk in Rollout(model.dit, attention, record.stopwatch).run(plan_rollout(task, model, record)):
+    rollout = Rollout(model.dit, attention, record.stopwatch, parts.reuse)
+    for chunk in rollout.run(plan_rollout(task, model, record)):
         with record.stopwatch.stage("vae"):
             frames_THWC = decode(chunk, decoder, parts, model.device)
         with record.stopwatch.stage("check"):

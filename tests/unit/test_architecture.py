@@ -49,6 +49,7 @@ HOME = {
 WORKERS_RANK = {
     "actor": 0,
     "assemble": 1,
+    "assemble_policies": 1,
     "pipeline": 1,
     "training": 1,
     "rollout": 2,
