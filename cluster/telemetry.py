@@ -35,6 +35,8 @@ METRICS: Mapping[str, MetricSpec] = {
     "longtake_gpu_seconds_total": MetricSpec("counter", "Seconds that GPUs were held, by what for", ("reason",)),
     "longtake_kv_bytes": MetricSpec("gauge", "Bytes of the KV caches on GPUs"),
     "longtake_attention_density": MetricSpec("gauge", "Attended pairs / dense pairs, last take"),
+    "longtake_attention_recall": MetricSpec("gauge", "Estimated attention recall, mean of the last guarded take"),
+    "longtake_guard_chunks_total": MetricSpec("counter", "Chunks after which the quality guard acted", ("action",)),
     "longtake_upload_bytes_total": MetricSpec("counter", "Bytes of committed video objects"),
     "longtake_s3_retries_total": MetricSpec("counter", "Requests to the store that had to be repeated", ("code",)),
     "longtake_leases_active": MetricSpec("gauge", "1 while this driver holds the job's lease"),

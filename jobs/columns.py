@@ -91,6 +91,8 @@ COLUMNS: tuple[Column, ...] = tuple(
         ("method", "kv_compression_ratio", _F32, "", "Keys of the whole history / keys kept; null if not measured."),
         ("method", "attn_density_mean", _F32, "", "Attended pairs / dense pairs, mean; null if not measured."),
         ("method", "attn_recall_probe", _F32, "", "Dense softmax mass on what was kept; null if not measured."),
+        ("method", "guard_tightened", _I32, "chunks", "So many made the guard tighten; null: no guard."),
+        ("method", "guard_dense_chunks", _I32, "chunks", "So many it rendered again, densely; null: no guard."),
         ("cost", "gpu_seconds", _F64, "s", "Time in which the successful attempt held the GPU."),
         ("cost", "wasted_gpu_seconds", _F64, "s", "Held by earlier attempts of this task in the same epoch."),
         ("cost", "upload_wait_s", _F64, "s", "Part of gpu_seconds spent waiting for encoder or store."),

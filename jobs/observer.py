@@ -113,6 +113,11 @@ class TelemetryFeed:
         out.gauge("longtake_kv_bytes", result.kv_bytes)
         if result.attn_density_mean is not None:
             out.gauge("longtake_attention_density", result.attn_density_mean)
+        if result.attn_recall_probe is not None:
+            out.gauge("longtake_attention_recall", result.attn_recall_probe)
+        for action, num in (("tightened", result.guard_tightened), ("dense", result.guard_dense_chunks)):
+            if num is not None:
+                out.count("longtake_guard_chunks_total", num, action=action)
 
     def show(self, view: JobView, num_tasks: int, eta_s: float | None) -> None:
         """How the job stands now; called about once a second."""

@@ -91,6 +91,8 @@ def success_row(
     _set_if_known(row, "kv_compression_ratio", result.kv_compression_ratio)
     _set_if_known(row, "attn_density_mean", result.attn_density_mean)
     _set_if_known(row, "attn_recall_probe", result.attn_recall_probe)
+    _set_if_known(row, "guard_tightened", result.guard_tightened)
+    _set_if_known(row, "guard_dense_chunks", result.guard_dense_chunks)
     _set_cost(row, facts)
     return row
 

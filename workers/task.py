@@ -66,6 +66,10 @@ class QualityScores(Record):
     mean_luma: float = 0.0
 
 
+GuardAction = Literal["tightened", "relaxed", "dense"]
+"""What the quality guard did after a chunk: the following ones see more or less, or it was rendered again, densely."""
+
+
 class ChunkMetrics(Record):
     """One finished chunk: time in seconds, cache size in bytes."""
 
@@ -74,6 +78,7 @@ class ChunkMetrics(Record):
     kv_bytes: int
     density: float | None = None
     recall: float | None = None
+    guard: GuardAction | None = None
 
 
 class RenderResult(Record):
@@ -101,6 +106,8 @@ class RenderResult(Record):
     kv_compression_ratio: float | None = None
     attn_density_mean: float | None = None
     attn_recall_probe: float | None = None
+    guard_tightened: int | None = Field(None, description="Chunks after which the guard tightened; null: no guard.")
+    guard_dense_chunks: int | None = Field(None, description="Chunks that it rendered again, densely.")
     wall_s: float
     gpu_s: float = Field(description="Seconds in which this task held the GPU.")
     upload_wait_s: float = Field(0.0, description="Part of gpu_s in which generation waited for encoder or store.")
