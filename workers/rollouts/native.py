@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from workers.attention.dense import DenseAttention
 from workers.attention.native_window import NativeWindow, NativeWindowAttention
+from workers.cache.dense import DenseCache
 from workers.cache.window import WindowCache
 from workers.contracts import AttentionPolicy, KVCache
 from workers.model.attend import Reindex
@@ -34,6 +36,8 @@ def native_parts(backbone: Backbone, latent_size: tuple[int, int], dtype: torch.
     """
     native = backbone.native
     assert native is not None, f"{backbone.name} has no native window"
+    if backbone.rollout == "clipwise":  # nothing is remembered between clips
+        return NativeParts(DenseCache(backbone.num_layers, dtype), DenseAttention(), None)
     frame_tokens = math.prod(backbone.token_grid(latent_size))
     attended, sink = native.attended_latent_frames, native.sink_latent_frames
     # A clean pass of one chunk looks back farthest; with a rolling window it may see more frames than the sink leaves.
