@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jsonschema
 import pytest
@@ -17,6 +18,7 @@ from jobs.flags import arguments_of, spec_flags, with_spec_flags
 from jobs.spec import JobSpec, changed_fields
 from jobs.spec_schema import SCHEMA_FILE, schema_text
 from jobs.spec_text import build_spec
+from workers.config import RenderConfig
 
 BASE = {("prompts", "url"): "lists/My prompts.txt", ("out",): "out"}
 
@@ -125,15 +127,24 @@ def test_every_field_has_its_flag_and_every_flag_its_field() -> None:
     names = [name for flag in spec_flags() for name in flag.names]
     assert len(set(paths)) == len(paths)
     assert len(set(names)) == len(names)
-    spec = build_spec(flags=BASE)
-    windowed = build_spec(flags=BASE | {("render", "cache", "kind"): "window"})
-    fields = leaves(spec.model_dump(mode="json")) | leaves(windowed.model_dump(mode="json"))
+    fields = leaves(build_spec(flags=BASE).model_dump(mode="json"))
+    kind_of: dict[tuple[str, ...], dict[tuple[str, ...], str]] = {}
+    for part, kind in every_kind():
+        flag = {("render", part, "kind"): kind}
+        of_kind = leaves(build_spec(flags=BASE | flag).model_dump(mode="json"))
+        kind_of |= {path: flag for path in of_kind if path[:2] == ("render", part) and path[2] != "kind"}
+        fields |= of_kind
     assert set(fields) <= set(paths)
     for path in paths:  # a flag without a field would be refused as unknown
-        values: dict[tuple[str, ...], Any] = dict(BASE)
-        if path[:2] == ("render", "cache"):
-            values[("render", "cache", "kind")] = "window"
+        values: dict[tuple[str, ...], Any] = BASE | kind_of.get(path, {})
         build_spec(flags=values | {path: fields[path]} if path not in BASE else values)
+
+
+def every_kind() -> Iterator[tuple[str, str]]:
+    """Parts of a render that come in kinds, with each of their kinds."""
+    for part, field in RenderConfig.model_fields.items():
+        for kind in get_args(field.annotation):
+            yield part, kind.model_fields["kind"].default
 
 
 def test_a_flag_fills_its_field() -> None:
