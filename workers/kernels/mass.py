@@ -61,7 +61,7 @@ def through_channels(attend: AttendScaled, q_BQND: Tensor, keys: KeyValues) -> t
     wide = widen(q_BQND, keys.k_BKND, keys.log_mass_BNK)
     v_BKND = F.pad(keys.v_BKND, (0, wide.k_BKND.shape[-1] - head_dim))
     out, lse_BQN = attend(wide.q_BQND, KeyValues(wide.k_BKND, v_BKND, keys.position_K3), wide.scale)
-    return clear_rows_without_keys(out[..., :head_dim], lse_BQN)
+    return clear_rows_without_keys(out[..., :head_dim], lse_BQN, wide.scale)
 
 
 def widen(q_BQND: Tensor, k_BKND: Tensor, log_mass_BNK: Tensor, channels: int = 16) -> WidenedKeys:
@@ -74,8 +74,7 @@ def widen(q_BQND: Tensor, k_BKND: Tensor, log_mass_BNK: Tensor, channels: int = 
     """
     head_dim, dtype = q_BQND.shape[-1], q_BQND.dtype
     scale = 1.0 / math.sqrt(head_dim)
-    no_key = max(_NO_KEY, torch.finfo(dtype).min / 4)
-    wanted_BKN = (log_mass_BNK.transpose(1, 2) / scale).clamp(min=no_key)
+    wanted_BKN = (log_mass_BNK.transpose(1, 2) / scale).clamp(min=_no_key(dtype))
     high = wanted_BKN.to(dtype)
     low = (wanted_BKN - high.to(wanted_BKN.dtype)).masked_fill(log_mass_BNK.transpose(1, 2).isneginf(), 0.0).to(dtype)
     k_wide = F.pad(k_BKND.to(dtype), (0, channels))
@@ -85,10 +84,14 @@ def widen(q_BQND: Tensor, k_BKND: Tensor, log_mass_BNK: Tensor, channels: int = 
     return WidenedKeys(q_wide, k_wide, scale)
 
 
-def clear_rows_without_keys(out_BQND: Tensor, lse_BQN: Tensor) -> tuple[Tensor, Tensor]:
+def _no_key(dtype: torch.dtype) -> float:
+    """float16 reaches only to -65504; a quarter of that, scaled, is still below any logit that a model has."""
+    return max(_NO_KEY, torch.finfo(dtype).min / 4)
+
+
+def clear_rows_without_keys(out_BQND: Tensor, lse_BQN: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """0 and -inf for queries that saw only keys which do not exist; the channels hold a finite number for those."""
-    # float16 reaches only to -65504: a quarter of that, scaled down, is still far below any real logit's sum.
-    empty_BQN = lse_BQN < -1000.0
+    empty_BQN = lse_BQN < _no_key(out_BQND.dtype) * scale / 2
     return out_BQND.masked_fill(empty_BQN[..., None], 0.0), lse_BQN.masked_fill(empty_BQN, -torch.inf)
 
 
