@@ -281,6 +281,18 @@ class Tightens(Protocol):
         ...
 
 
+class ChunkJudge(Protocol):
+    """Looks at each chunk after its last denoising step and may have it made again."""
+
+    def begin_chunk(self) -> None:
+        """A new chunk is about to be denoised."""
+        ...
+
+    def wants_again(self) -> bool:
+        """Whether to denoise it once more, from the same noise; asked after each time. May wait for the device."""
+        ...
+
+
 class StepReuse(Protocol):
     """Spares the layers of the model in some denoising steps: what they added before is added again.
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from workers.contracts import Moment, PromptKeys, StepReuse
+from workers.contracts import ChunkJudge, Moment, PromptKeys, StepReuse
 from workers.denoise import Schedule, step_euler, step_renoise
 from workers.errors import NonFiniteLatents
 from workers.metrics import Stopwatch
@@ -65,6 +65,7 @@ class Rollout:
         attention: Fresh, with an empty cache, or with that of the chunks before `first_chunk`.
         stopwatch: Gets the stages "denoise" and "cache".
         reuse: Spares the layers in some denoising steps; of this rollout alone.
+        judge: May have a chunk denoised again before it becomes history.
     """
 
     def __init__(
@@ -73,8 +74,10 @@ class Rollout:
         attention: RolloutAttention,
         stopwatch: Stopwatch,
         reuse: StepReuse | None = None,
+        judge: ChunkJudge | None = None,
     ) -> None:
-        self._model, self._attention, self._stopwatch, self._reuse = model, attention, stopwatch, reuse
+        self._model, self._attention, self._stopwatch = model, attention, stopwatch
+        self._reuse, self._judge = reuse, judge
         self._device = model.head.modulation.device
 
     @torch.inference_mode()
@@ -86,11 +89,15 @@ class Rollout:
         """
         for index in range(first_chunk, plan.num_chunks):
             with self._stopwatch.stage("denoise"):
+                if self._judge is not None:
+                    self._judge.begin_chunk()
                 self._attention.begin_chunk(self._positions(plan, index))
                 prompts = plan.prompt(index)
                 maps = plan.control(index)
                 control = None if maps is None else self._model.embed_control(maps.to(self._device))
                 latents = self._denoise(plan, index, prompts, control)
+                while self._judge is not None and self._judge.wants_again():
+                    latents = self._denoise(plan, index, prompts, control)
                 if not bool(torch.isfinite(latents).all()):
                     raise NonFiniteLatents(f"chunk {index} holds NaN or infinity after its last denoising step")
             with self._stopwatch.stage("cache"):
