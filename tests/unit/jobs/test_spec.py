@@ -130,7 +130,7 @@ def test_every_field_has_its_flag_and_every_flag_its_field() -> None:
     fields = leaves(build_spec(flags=BASE).model_dump(mode="json"))
     kind_of: dict[tuple[str, ...], dict[tuple[str, ...], str]] = {}
     for part, kind in every_kind():
-        flag = {("render", part, "kind"): kind}
+        flag: dict[tuple[str, ...], str] = {("render", part, "kind"): kind}
         of_kind = leaves(build_spec(flags=BASE | flag).model_dump(mode="json"))
         kind_of |= {path: flag for path in of_kind if path[:2] == ("render", part) and path[2] != "kind"}
         fields |= of_kind
