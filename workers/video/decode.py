@@ -108,6 +108,17 @@ def decode_frames(path: Path, indices: Sequence[int]) -> Frames:
     return np.stack([found[frame_index] for frame_index in indices])
 
 
+def each_picture(path: Path) -> Iterator[Frames]:
+    """All frames as RGB [H, W, 3], in order, converted as the file's own tags say (BT.601 where it has none).
+
+    Raises:
+        EncodeFailed: It is not a video, or is damaged.
+    """
+    with _strict(path) as (container, stream):
+        for frame in container.decode(stream):
+            yield np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)
+
+
 def sha256_of_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in constant memory."""
     digest = hashlib.sha256()
