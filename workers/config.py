@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Part(BaseModel):
@@ -26,7 +27,19 @@ class BackboneConfig(Part):
     checkpoint: str | None = Field(
         None, description="Path or s3:// URL of weights; empty means the weights bundled with the package."
     )
+    finetune: str | None = Field(
+        None,
+        description="Path or s3:// URL of what was trained on top of the checkpoint: a distilled .pt, or the folder of "
+        "LongVie 2's two files; empty: looked for in the checkpoint's folder.",
+    )
+    use_ema: bool = Field(True, description="Of a distilled checkpoint with both, the averaged weights.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Arithmetic of the transformer.")
+
+    @field_validator("checkpoint", "finetune")
+    @classmethod
+    def _name_from_anywhere(cls, url: str | None) -> str | None:
+        """Actors have working directories of their own."""
+        return url if url is None or "://" in url else str(Path(url).expanduser().absolute())
 
 
 class SamplingConfig(Part):
@@ -108,7 +121,14 @@ class AnnSelfAttentionConfig(Part):
     """A query attends to the keys of its own buckets (AnnSA)."""
 
     kind: Literal["annsa"] = "annsa"
-    search: SearchName = Field("quant", description="What makes the buckets.")
+    search: SearchName = Field("quant", description="What tells near keys from far ones.")
+    order: Literal["time", "bucket"] = Field(
+        "time", description="How keys are put into tiles: pieces of a picture, or keys of one bucket (the paper's)."
+    )
+    num_buckets: int = Field(64, ge=2, le=4096, description="Buckets of a head in `bucket` order; a power of two.")
+    tile: int | None = Field(
+        None, ge=8, le=1024, description="Queries and keys of a tile; empty: a latent frame, at most 128."
+    )
     density: float = Field(0.3, gt=0.0, le=1.0, description="Share of the history's keys that a query sees.")
     target_recall: float | None = Field(
         None, gt=0.0, le=1.0, description="Sets the density for each layer, head and noise level; empty keeps it."
@@ -116,6 +136,16 @@ class AnnSelfAttentionConfig(Part):
     dense_step_share: float = Field(0.3, ge=0.0, le=1.0, description="Share of the first steps that stay dense.")
     layers: tuple[int, ...] | None = Field(None, description="Layers that are sparse; empty means all.")
     calibration: str | None = Field(None, description="File of `longtake calibrate` that says which layers are sparse.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_buckets & (self.num_buckets - 1):
+            raise ValueError(f"attention.num_buckets: {self.num_buckets} is not a power of two in [2, 4096]")
+        if self.layers is not None and self.calibration is not None:
+            raise ValueError("attention.layers and attention.calibration: give one of them, both say which are sparse")
+        if self.layers is not None and any(layer < 0 for layer in self.layers):
+            raise ValueError(f"attention.layers: {self.layers} names a layer below 0")
+        return self
 
 
 class StreamingAttentionConfig(Part):
@@ -213,6 +243,13 @@ class AnnPromptConfig(Part):
 
     kind: Literal["annca"] = "annca"
     search: SearchName = Field("quant", description="What makes the buckets.")
+    num_buckets: int = Field(16, ge=2, le=4096, description="Buckets of a head, a power of two; more keep fewer rows.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_buckets & (self.num_buckets - 1):
+            raise ValueError(f"prompt_attention.num_buckets: {self.num_buckets} is not a power of two in [2, 4096]")
+        return self
 
 
 PromptAttentionConfig = Annotated[DensePromptConfig | AnnPromptConfig, Field(discriminator="kind")]

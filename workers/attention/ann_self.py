@@ -37,8 +37,8 @@ class AnnSettings:
     """In (0, 1]: take as many tiles as their estimated mass needs, whatever the density."""
     query_tile: int = 64
     key_tile: int = 64
-    num_samples: int = 8
-    """Keys of each tile that are looked at."""
+    sample_share: float = 1 / 8
+    """Share of the keys of each tile that are looked at, in (0, 1]."""
     order: Literal["time", "bucket"] = "time"
     num_buckets: int = 64
     """In `bucket` order; a power of two."""
@@ -47,7 +47,12 @@ class AnnSettings:
 
     def __post_init__(self) -> None:
         assert 0 < self.density <= 1
-        assert 1 <= self.num_samples <= self.key_tile
+        assert 0 < self.sample_share <= 1
+
+    @property
+    def num_samples(self) -> int:
+        """Keys of a tile that are looked at."""
+        return max(1, round(self.sample_share * self.key_tile))
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +105,9 @@ class AnnSelfAttention:
 
     @property
     def _is_dense(self) -> bool:
-        return self._settings.target_recall is None and self._settings.density * self._factor >= 1
+        if self._settings.target_recall is None:
+            return self._settings.density * self._factor >= 1
+        return self._settings.target_recall >= 1
 
     def _choose(
         self, layer_index: int, q_BQND: Tensor, cached: KeyValues, own: KeyValues, span: tuple[int, int]
@@ -143,7 +150,7 @@ class AnnSelfAttention:
     def _sample_rest(self, cached: KeyValues, own: KeyValues, span: tuple[int, int]) -> TileSample:
         """Sink, newest keys and own keys, each as one tile: how much of the softmax they take needs no more."""
         parts = [cached.narrow(0, span[0]), cached.narrow(span[1], cached.num_tokens), own]
-        share = self._settings.num_samples / self._settings.key_tile
+        share = self._settings.sample_share
         samples = [
             sample_tiles(
                 part, part.num_tokens, max(1, round(share * part.num_tokens)), self._rotate, shared=self._shared
