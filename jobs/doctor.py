@@ -13,7 +13,7 @@ from typing import Any
 from cluster.errors import ClusterError
 from cluster.object_store import open_store, probe_conditional_writes
 from jobs.plan import BUNDLED_WEIGHTS
-from jobs.preflight import WEIGHTS_CARD
+from jobs.weights import WEIGHTS_CARD
 
 PACKAGES = ("ray", "torch", "av", "pyarrow", "boto3")
 MIN_FREE_GB = 5

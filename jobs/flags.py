@@ -24,6 +24,7 @@ SHORT_NAMES: dict[FieldPath, str] = {
     ("render", "video", "num_frames"): "--frames",
     ("render", "video", "fps"): "--fps",
     ("render", "backbone", "name"): "--model",
+    ("render", "backbone", "checkpoint"): "--checkpoint",
     ("render", "sampling", "num_steps"): "--steps",
     ("render", "cache", "kind"): "--cache",
     ("actors", "count"): "--actors",

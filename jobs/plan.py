@@ -127,11 +127,12 @@ def check_model(spec: JobSpec) -> Path | None:
         backbone.latent_size(spec.render.video.width, spec.render.video.height)
     except RenderError as error:
         raise SpecError(f"render.{error}") from error
-    if backbone.text is None:
+    if backbone.text is None and spec.render.backbone.checkpoint is None:
         raise SpecError(
-            f"render.backbone.name: {backbone.name} is known by its sizes only and cannot be rendered with yet"
+            f"render.backbone.checkpoint: {backbone.name} needs published weights; "
+            f"`longtake models show {backbone.name}` says where they are and how to get them"
         )
-    is_bundled = spec.render.backbone.checkpoint is None and backbone.name != SEEDED_MODEL
+    is_bundled = backbone.text is not None and spec.render.backbone.checkpoint is None and backbone.name != SEEDED_MODEL
     return BUNDLED_WEIGHTS if is_bundled else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,8 @@ from jobs.plan import check_model
 from jobs.prompts import PromptScan, scan_prompts
 from jobs.replay import Replay
 from jobs.spec import JobSpec
+from jobs.weights import identify_weights
 
-WEIGHTS_CARD = "card.json"
 T = TypeVar("T")
 
 
@@ -30,7 +29,7 @@ class Preflight:
     scan: PromptScan
     replay: Replay
     weights: dict[str, str]
-    """SHA-256 of each weight file as its card says; empty for a model without files."""
+    """What names each weight file (`identify_weights`); empty for a model without files."""
 
 
 def check_before_start(spec: JobSpec, *, is_ray_job: bool) -> Preflight:
@@ -47,7 +46,7 @@ def check_before_start(spec: JobSpec, *, is_ray_job: bool) -> Preflight:
         _refuse_relative("out", spec.out)
         _refuse_relative("prompts.url", spec.prompts.url)
     bundled = check_model(spec)
-    weights = _read_card(spec.render.backbone.checkpoint, bundled)
+    weights = _usable("render.backbone.checkpoint", lambda: identify_weights(spec.render.backbone, bundled))
     store = _usable("out", lambda: open_store(spec.job_url))
     record = _usable("out", lambda: read_json(store, JOB_KEY))
     if record is not None:
@@ -64,21 +63,6 @@ def _refuse_relative(field: str, url: str) -> None:
             f"{field}: {url!r} is relative: under a Ray job it would be in the copy of the working directory that Ray "
             "throws away. Give s3://bucket/key, or an absolute path that all nodes share"
         )
-
-
-def _read_card(checkpoint: str | None, bundled: Path | None) -> dict[str, str]:
-    folder = checkpoint or (str(bundled) if bundled is not None else None)
-    if folder is None:
-        return {}
-    store = _usable("render.backbone.checkpoint", lambda: open_store(folder))
-    try:
-        files = json.loads(_usable("render.backbone.checkpoint", lambda: store.get(WEIGHTS_CARD)))["files"]
-        return {str(name): str(digest) for name, digest in files.items()}
-    except (SpecError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SpecError(
-            f"render.backbone.checkpoint: {folder}: no weights there (no readable {WEIGHTS_CARD}); name a folder or an "
-            "s3:// prefix that holds safetensors files with their card"
-        ) from error
 
 
 def _usable(field: str, act: Callable[[], T]) -> T:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -21,25 +20,21 @@ from workers.assemble_policies import make_policy, make_reuse
 from workers.cache.dense import DenseCache
 from workers.cache.flow import FlowCache, FlowSettings
 from workers.cache.window import WindowCache
-from workers.checkpoints.files import Weights, open_weights
+from workers.checkpoints.modules import load_modules
 from workers.config import DenseCacheConfig, FlowCacheConfig, RenderConfig, WindowCacheConfig
 from workers.contracts import AttentionPolicy, Kernel, KVCache, StepReuse
 from workers.denoise import Schedule, make_schedule
-from workers.errors import ConfigUnsupported
 from workers.kernels.select import select_kernel
 from workers.model.backbones import Backbone, find_backbone
+from workers.model.control_branch import ControlBranch
 from workers.model.dit import CausalDiT
-from workers.model.text_encoder import TextEncoder
-from workers.model.vae import VideoVAE
+from workers.model.image_encoder import ImageEncoder
+from workers.model.text_encoder import PromptEncoder
+from workers.model.vae import PictureDecoder
 
 logger = logging.getLogger(__name__)
 
 LADDER = ("decode-single", "cache-bfloat16", "cache-window")
-BUNDLED_WEIGHTS = Path(__file__).parent / "training" / "weights"
-BUNDLED_BACKBONE = "longtake-world"
-TEST_BACKBONE = "tiny-test"
-"""Has no weights: it starts from numbers drawn with a fixed seed, for tests of everything but the picture."""
-_TEST_SEED = 20
 _LAST_RESORT = WindowCacheConfig()
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -52,12 +47,14 @@ class LoadedModel:
     backbone: Backbone
     device: torch.device
     dit: CausalDiT
-    text_encoder: TextEncoder
-    vae: VideoVAE
+    text_encoder: PromptEncoder
+    vae: PictureDecoder
     kernel: Kernel
     policy: AttentionPolicy
     schedule: Schedule
     revision: str
+    image_encoder: ImageEncoder | None = None
+    control_branch: ControlBranch | None = None
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -89,20 +86,22 @@ def load_model(config: RenderConfig) -> LoadedModel:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = _DTYPES[config.backbone.dtype]
     kernel = select_kernel(config.kernel.name, device, dtype)
-    dit, text_encoder, vae, revision = _build_modules(backbone, config.backbone.checkpoint)
+    modules = load_modules(backbone, config.backbone, device, dtype)
     model = LoadedModel(
         config=config,
         backbone=backbone,
         device=device,
-        dit=dit.to(device, dtype).eval().requires_grad_(False),
-        text_encoder=text_encoder.to(device).eval().requires_grad_(False),
-        vae=_to_channels_last(vae.to(device)).eval().requires_grad_(False),
+        dit=modules.dit,
+        text_encoder=modules.text_encoder,
+        vae=modules.vae,
         kernel=kernel,
         policy=make_policy(config.attention, backbone.tokens_per_latent_frame(config.video.width, config.video.height)),
         schedule=make_schedule(config.sampling.num_steps, config.sampling.shift),
-        revision=revision,
+        revision=modules.revision,
+        image_encoder=modules.image_encoder,
+        control_branch=modules.control_branch,
     )
-    logger.info("loaded %s revision %s on %s, kernel %s", backbone.name, revision[:12], device, kernel.version)
+    logger.info("loaded %s revision %s on %s, kernel %s", backbone.name, modules.revision[:12], device, kernel.version)
     return model
 
 
@@ -144,31 +143,3 @@ def _flow_settings(config: FlowCacheConfig, frame_tokens: int) -> FlowSettings:
         frame_tokens=frame_tokens,
         importance=config.importance,
     )
-
-
-def _build_modules(backbone: Backbone, checkpoint: str | None) -> tuple[CausalDiT, TextEncoder, VideoVAE, str]:
-    """The networks with their weights, float32 on the CPU, and the revision of the weights."""
-    if backbone.text is None:
-        raise ConfigUnsupported(
-            f"backbone.name: {backbone.name} is known by its sizes only; this version renders with {BUNDLED_BACKBONE}"
-        )
-    if backbone.name == TEST_BACKBONE and checkpoint is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_TEST_SEED)
-            dit, text_encoder, vae = CausalDiT(backbone), TextEncoder(backbone), VideoVAE()
-            dit.reset_parameters(zero_output=False)
-        return dit, text_encoder, vae, f"seed-{_TEST_SEED}"
-    weights: Weights = open_weights(checkpoint or BUNDLED_WEIGHTS)
-    dit, text_encoder, vae = CausalDiT(backbone), TextEncoder(backbone), VideoVAE()
-    weights.fill("dit", dit)
-    weights.fill("text", text_encoder)
-    weights.fill("vae", vae)
-    return dit, text_encoder, vae, weights.revision
-
-
-def _to_channels_last(vae: VideoVAE) -> VideoVAE:
-    """Convolutions run faster on pictures whose channels lie together."""
-    for module in vae.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
-    return vae

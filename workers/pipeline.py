@@ -18,16 +18,17 @@ from torch import Tensor
 from cluster.errors import StoreError
 from cluster.object_store import ObjectStore
 from workers.assemble import LoadedModel, TakeParts, prepare_take
+from workers.assemble_policies import make_attention
 from workers.cache.prompt import PromptCache, PromptLayers
 from workers.denoise import draw_noise
 from workers.errors import DeviceBroken, GpuOutOfMemory, RenderError, UploadFailed
 from workers.metrics import Stopwatch, peak_gpu_bytes, peak_rss_bytes, reset_peak_gpu_bytes, rss_bytes
-from workers.model.attend import RolloutAttention
 from workers.model.backbones import Backbone
 from workers.model.control import control_maps, group_camera, world_origin
 from workers.model.text_encoder import fold_padding
-from workers.model.vae import DecodeStream, to_pictures
+from workers.model.vae import PictureStream, to_pictures
 from workers.quality.gate import QualityGate
+from workers.quality.guard import RecallGuard
 from workers.rollout import CleanChunk, Rollout, RolloutPlan
 from workers.task import ChunkMetrics, QualityScores, RenderResult, RenderTask, StageSeconds
 from workers.video.writer import VideoFile, VideoWriter
@@ -58,6 +59,7 @@ class TakeRecord:
     chunks: list[ChunkMetrics] = field(default_factory=list)
     quality: QualityScores = field(default_factory=QualityScores)
     peak_gpu_bytes: int = 0
+    guard: RecallGuard | None = None
 
 
 def render_take(
@@ -94,11 +96,11 @@ def generate(
     """Roll out, decode chunk by chunk, check and hand over the pictures."""
     reset_peak_gpu_bytes(model.device)
     gate = QualityGate(model.config.quality_gate)
-    attention = RolloutAttention(model.backbone, parts.cache, model.policy, model.kernel)
+    attention, guard = make_attention(model.config.guard, model.backbone, parts.cache, model.policy, model.kernel)
     decoder = model.vae.stream()
     num_frames = 0
     chunk_started = time.perf_counter()
-    rollout = Rollout(model.dit, attention, record.stopwatch, parts.reuse)
+    rollout = Rollout(model.dit, attention, record.stopwatch, parts.reuse, guard)
     for chunk in rollout.run(plan_rollout(task, model, record)):
         with record.stopwatch.stage("vae"):
             frames_THWC = decode(chunk, decoder, parts, model.device)
@@ -108,14 +110,13 @@ def generate(
         writer.write(frames_THWC)
         num_frames = min(task.num_frames, num_frames + len(frames_THWC))
         now = time.perf_counter()
-        record.chunks.append(
-            ChunkMetrics(
-                chunk_index=chunk.index, seconds=now - chunk_started, kv_bytes=chunk.kv_bytes, density=chunk.density
-            )
+        metrics = ChunkMetrics(
+            chunk_index=chunk.index, seconds=now - chunk_started, kv_bytes=chunk.kv_bytes, density=chunk.density
         )
+        record.chunks.append(metrics if guard is None else metrics.model_copy(update=guard.chunk_facts()))
         chunk_started = now
         on_chunk(num_frames, writer.blocked_s)
-    record.quality = gate.judge()
+    record.guard, record.quality = guard, gate.judge()
     record.peak_gpu_bytes = peak_gpu_bytes(model.device)
 
 
@@ -183,7 +184,7 @@ def project_prompt(text: str, model: LoadedModel, stopwatch: Stopwatch) -> Promp
         return model.dit.project_prompt(folded.text_BPE, folded.log_mass_BP)
 
 
-def decode(chunk: CleanChunk, decoder: DecodeStream, parts: TakeParts, device: torch.device) -> NDArray[np.uint8]:
+def decode(chunk: CleanChunk, decoder: PictureStream, parts: TakeParts, device: torch.device) -> NDArray[np.uint8]:
     """Pictures [n, H, W, 3] of a chunk, on the host."""
     if parts.decode_latent_frames is None:
         pieces: Sequence[Tensor] = (chunk.latents_BTCHW,)
@@ -249,6 +250,9 @@ def summarise(
         kv_bytes=kv_bytes,
         kv_compression_ratio=dense_bytes / kv_bytes if kv_bytes else None,
         attn_density_mean=sum(c.density or 0.0 for c in record.chunks) / len(record.chunks),
+        attn_recall_probe=mean_recall(record.chunks),
+        guard_tightened=None if record.guard is None else record.guard.num_tightened,
+        guard_dense_chunks=None if record.guard is None else record.guard.num_dense_chunks,
         wall_s=time.perf_counter() - record.started,
         gpu_s=gpu_s,
         upload_wait_s=video.blocked_s,
@@ -269,6 +273,12 @@ def summarise(
         started_at=record.started_at,
         finished_at=utc_now(),
     )
+
+
+def mean_recall(chunks: Sequence[ChunkMetrics]) -> float | None:
+    """Over the chunks for which it was estimated; None without any."""
+    recalls = [chunk.recall for chunk in chunks if chunk.recall is not None]
+    return sum(recalls) / len(recalls) if recalls else None
 
 
 def as_render_error(error: Exception) -> RenderError:

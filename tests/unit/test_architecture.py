@@ -20,6 +20,9 @@ NAMED_EXCEPTIONS = {
     ("jobs.verify", "workers.video.decode"),
     ("jobs.plan", "workers.model.backbones"),
     ("jobs.render", "workers.model.backbones"),
+    ("jobs.weights", "workers.model.backbones"),
+    # What models are published, what they need and cost: facts without torch.
+    ("jobs.models", "workers.registry"),
 }
 CLUSTER_SEEN_BY_WORKERS = {"cluster.object_store", "cluster.errors"}
 
@@ -34,6 +37,7 @@ HOME = {
     "triton": {"workers"},
     "transformers": {"workers"},
     "diffusers": {"workers"},
+    "ftfy": {"workers"},
     "safetensors": {"workers"},
     "av": {"workers"},
     "PIL": {"workers"},
@@ -58,6 +62,8 @@ WORKERS_RANK = {
     "video": 2,
     "quality": 2,
     "checkpoints": 2,
+    "registry": 2,
+    "releases": 4,
     "worlds": 2,
     "cache": 2,
     "attention": 2,

@@ -21,13 +21,14 @@ from workers.errors import CheckpointMismatch
 
 logger = logging.getLogger(__name__)
 
+CONTROL_FILE, DIT_FILE = "control.safetensors", "dit.safetensors"
 CONTROL_PREFIX = "pipe.dual_controller."
 _DIT_PREFIX = "pipe.dit."
 
 
 def read_control(folder: WeightFolder) -> dict[str, Stored]:
     """The control branches, by their published names without the prefix."""
-    found = fetch_tensors(folder, _one_file(folder, "control.safetensors"))
+    found = fetch_tensors(folder, _one_file(folder, CONTROL_FILE))
     return {strip_wrappers(key.replace(CONTROL_PREFIX, "")): stored for key, stored in found.items()}
 
 
@@ -48,7 +49,7 @@ def replace_tensors(base: Mapping[str, Stored], folder: WeightFolder) -> dict[st
     Raises:
         CheckpointMismatch: A tensor has no place in the base, or another shape than there.
     """
-    name = _one_file(folder, "dit.safetensors")
+    name = _one_file(folder, DIT_FILE)
     found = fetch_tensors(folder, name)
     new, _ = our_names({key.removeprefix(_DIT_PREFIX): stored for key, stored in found.items()})
     strangers = sorted(new.keys() - base.keys())

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import blake2b
-from typing import NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,14 @@ class FoldedText(NamedTuple):
 
     text_BPE: Tensor
     log_mass_BP: Tensor
+
+
+class PromptEncoder(Protocol):
+    """What a rollout asks of a text encoder."""
+
+    def encode(self, texts: Sequence[str]) -> EncodedText:
+        """Prompts as they are written, to rows on the device of the model."""
+        ...
 
 
 @lru_cache(maxsize=65536)

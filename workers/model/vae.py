@@ -7,7 +7,7 @@ is all that a stream has to remember, whatever the length.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,22 @@ from torch import Tensor, nn
 LATENT_CHANNELS = 16
 TEMPORAL_STRIDE = 4
 SPATIAL_STRIDE = 8
+
+
+class PictureStream(Protocol):
+    """Decodes one video, from its start on, as its latents come."""
+
+    def decode(self, latents_BTCHW: Tensor) -> Tensor:
+        """The next frames [B, F, 3, H, W], about [-1, 1]; all frames are those of decoding all latents at once."""
+        ...
+
+
+class PictureDecoder(Protocol):
+    """What a rollout asks of a VAE."""
+
+    def stream(self) -> PictureStream:
+        """A decoder for one video."""
+        ...
 
 
 class _Residual(nn.Module):

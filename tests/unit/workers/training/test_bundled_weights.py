@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from workers.assemble import BUNDLED_WEIGHTS
 from workers.checkpoints.files import Weights, open_weights
+from workers.checkpoints.modules import BUNDLED_WEIGHTS
 from workers.model.backbones import find_backbone
 from workers.model.vae import VideoVAE
 from workers.training.measure import Laboratory, Sampling
