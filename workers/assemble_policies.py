@@ -1,8 +1,9 @@
-"""AttentionConfig -> attention policy, ReuseConfig -> step reuse: names become classes, latent frames become tokens."""
+"""Configuration -> attention policy, step reuse, quality guard: names become classes, latent frames become tokens."""
 
 from __future__ import annotations
 
 from workers.attention.dense import DenseAttention
+from workers.attention.estimate import RecallProbe
 from workers.attention.history import DenseRegion
 from workers.attention.radial import RadialAttention, RadialSettings
 from workers.attention.streaming import StreamingAttention
@@ -11,6 +12,7 @@ from workers.attention.svg2 import Svg2Attention, Svg2Settings
 from workers.config import (
     AttentionConfig,
     DenseAttentionConfig,
+    GuardConfig,
     NoReuseConfig,
     PatternConfig,
     RadialAttentionConfig,
@@ -20,8 +22,11 @@ from workers.config import (
     SvgAttentionConfig,
     TeaCacheConfig,
 )
-from workers.contracts import AttentionPolicy, StepReuse
+from workers.contracts import AttentionPolicy, Kernel, KVCache, StepReuse, Tightens
 from workers.errors import ConfigUnsupported
+from workers.model.attend import RolloutAttention
+from workers.model.backbones import Backbone
+from workers.quality.guard import RecallGuard
 from workers.reuse.flowcache import FlowReuse
 from workers.reuse.teacache import TeaCache, TeaCacheSettings
 
@@ -54,6 +59,18 @@ def make_reuse(config: ReuseConfig) -> StepReuse | None:
     if isinstance(config, TeaCacheConfig):
         return TeaCache(TeaCacheSettings(config.threshold, config.coefficients))
     return FlowReuse(TeaCacheSettings(config.threshold, first_steps=config.warmup_steps))
+
+
+def make_attention(
+    guard: GuardConfig, backbone: Backbone, cache: KVCache, policy: AttentionPolicy, kernel: Kernel
+) -> tuple[RolloutAttention, RecallGuard | None]:
+    """Self-attention of one take, and its quality guard if one is wanted; without, nothing looks on."""
+    if not guard.enabled:
+        return RolloutAttention(backbone, cache, policy, kernel), None
+    probe = RecallProbe(cache, guard.num_queries)
+    attention = RolloutAttention(backbone, cache, policy, kernel, probes=(probe,))
+    can_tighten = [part for part in (policy, cache) if isinstance(part, Tightens)]
+    return attention, RecallGuard(guard, probe, attention, DenseAttention(), can_tighten)
 
 
 def _make_baseline(config: PatternConfig, frame_tokens: int) -> AttentionPolicy:

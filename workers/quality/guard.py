@@ -147,6 +147,10 @@ class RecallGuard:
             self.num_dense_chunks += 1
         return decision.render_dense
 
+    def chunk_facts(self) -> dict[str, object]:
+        """Of the newest chunk, for its ChunkMetrics."""
+        return {"recall": None if math.isnan(self.recall) else self.recall, "guard": self.action}
+
     def _tighten(self) -> None:
         for part in self._parts:
             part.tighten(self.state.factor)
