@@ -26,7 +26,7 @@ from workers.metrics import Stopwatch, peak_gpu_bytes, peak_rss_bytes, reset_pea
 from workers.model.backbones import Backbone
 from workers.model.control import control_maps, group_camera, world_origin
 from workers.model.text_encoder import fold_padding
-from workers.model.vae import DecodeStream, to_pictures
+from workers.model.vae import PictureStream, to_pictures
 from workers.quality.gate import QualityGate
 from workers.quality.guard import RecallGuard
 from workers.rollout import CleanChunk, Rollout, RolloutPlan
@@ -184,7 +184,7 @@ def project_prompt(text: str, model: LoadedModel, stopwatch: Stopwatch) -> Promp
         return model.dit.project_prompt(folded.text_BPE, folded.log_mass_BP)
 
 
-def decode(chunk: CleanChunk, decoder: DecodeStream, parts: TakeParts, device: torch.device) -> NDArray[np.uint8]:
+def decode(chunk: CleanChunk, decoder: PictureStream, parts: TakeParts, device: torch.device) -> NDArray[np.uint8]:
     """Pictures [n, H, W, 3] of a chunk, on the host."""
     if parts.decode_latent_frames is None:
         pieces: Sequence[Tensor] = (chunk.latents_BTCHW,)
