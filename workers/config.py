@@ -129,6 +129,8 @@ class AnnSelfAttentionConfig(Part):
     tile: int | None = Field(
         None, ge=8, le=1024, description="Queries and keys of a tile; empty: a latent frame, at most 128."
     )
+    sink_latent_frames: int = Field(3, ge=0, description="First latent frames, seen by all.")
+    recent_latent_frames: int = Field(6, ge=1, description="Newest latent frames, seen by all.")
     density: float = Field(0.3, gt=0.0, le=1.0, description="Share of the history's keys that a query sees.")
     target_recall: float | None = Field(
         None, gt=0.0, le=1.0, description="Sets the density for each layer, head and noise level; empty keeps it."
