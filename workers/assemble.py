@@ -24,7 +24,7 @@ from workers.checkpoints.modules import load_modules
 from workers.config import DenseCacheConfig, FlowCacheConfig, RenderConfig, WindowCacheConfig
 from workers.contracts import AttentionPolicy, Kernel, KVCache, StepReuse
 from workers.denoise import Schedule, make_schedule
-from workers.kernels.select import select_kernel
+from workers.kernels.select import KernelNeed, select_kernel
 from workers.model.backbones import Backbone, find_backbone
 from workers.model.control_branch import ControlBranch
 from workers.model.dit import CausalDiT
@@ -85,7 +85,13 @@ def load_model(config: RenderConfig) -> LoadedModel:
     backbone.latent_size(config.video.width, config.video.height)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = _DTYPES[config.backbone.dtype]
-    kernel = select_kernel(config.kernel.name, device, dtype)
+    need = KernelNeed(
+        dtype,
+        backbone.head_dim,
+        log_mass=config.cache.kind == "temporal",
+        tiles=config.attention.kind != "dense",
+    )
+    kernel = select_kernel(config.kernel.name, device, need)
     modules = load_modules(backbone, config.backbone, device, dtype)
     model = LoadedModel(
         config=config,

@@ -274,10 +274,15 @@ class GuardConfig(Part):
     num_queries: int = Field(8, ge=1, le=256, description="Queries looked at in a layer and chunk.")
 
 
+KernelName = Literal[
+    "auto", "reference", "sdpa", "flash-attn-4", "flash-attn-3", "flash-attn-2", "flashinfer", "triton", "flex"
+]
+
+
 class KernelConfig(Part):
     """How attention is computed. `auto` resolves once, at load, and the choice is written to the manifest."""
 
-    name: Literal["auto", "reference", "sdpa"] = Field("auto", description="Attention kernel.")
+    name: KernelName = Field("auto", description="Attention kernel; one that cannot do the render is an error.")
 
 
 class VideoConfig(Part):

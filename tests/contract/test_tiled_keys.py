@@ -11,12 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from workers.contracts import Kernel, KeyValues, TiledKeys, Tiles
+from workers.kernels.flex import FlexKernel
 from workers.kernels.memory import KeyMemory
 from workers.kernels.reference import ReferenceKernel
 from workers.kernels.sdpa import SdpaKernel
 from workers.kernels.tiled import RowGroup, attend_tiled
 
-KERNELS: dict[str, Callable[[], Kernel]] = {"reference": ReferenceKernel, "sdpa": SdpaKernel}
+KERNELS: dict[str, Callable[[], Kernel]] = {
+    "reference": ReferenceKernel,
+    "sdpa": SdpaKernel,
+    "flex": lambda: FlexKernel(compiled=False),
+}
 BATCH, HEADS, HEAD_DIM = 2, 3, 8
 
 
@@ -46,7 +51,13 @@ def attend_by_hand(q_BQND: Tensor, part: TiledKeys) -> tuple[Tensor, Tensor]:
     return out, logits.logsumexp(-1).transpose(1, 2)
 
 
-@pytest.mark.parametrize("make", KERNELS.values(), ids=KERNELS.keys())
+# FlexAttention without a compiler takes seconds for what the others do in milliseconds.
+SLOW = {"flex": pytest.mark.slow}
+
+
+@pytest.mark.parametrize(
+    "make", [pytest.param(make, id=name, marks=SLOW.get(name, ())) for name, make in KERNELS.items()]
+)
 class TestEveryKernel:
     @settings(max_examples=40, deadline=None)
     @given(

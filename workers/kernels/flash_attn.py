@@ -28,6 +28,7 @@ AttendPlain = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 """(q_BQND, k_BKND, v_BKND, scale) -> out_BQND, lse_BNQ; D side by side in memory, one 16-bit dtype."""
 
 _TILE = 128
+GENERATIONS: dict[str, Generation] = {"flash-attn-4": 4, "flash-attn-3": 3, "flash-attn-2": 2}
 _PACKAGES: dict[Generation, str] = {4: "flash-attn-4", 3: "flash-attn-3", 2: "flash-attn"}
 
 

@@ -33,6 +33,14 @@ def _fold(most, total, summed, logit, values, PRECISION: tl.constexpr):  # type:
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _finish(most, total, summed):  # type: ignore[no-untyped-def]
+    """Result and natural log-sum-exp; 0 and -inf where nothing was seen."""
+    empty = total == 0.0
+    some = tl.where(empty, 1.0, total)
+    return summed / some[:, None], tl.where(empty, float("-inf"), (most + tl.log2(some)) * 0.6931471805599453)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _attend_rows(  # type: ignore[no-untyped-def]
     q, k, v, mass, out, lse, key_tile_index, key_tile_count, query_order, key_order,
     stride_qb, stride_qt, stride_qn, stride_kb, stride_kt, stride_kn, stride_vb, stride_vt, stride_vn,
@@ -86,15 +94,10 @@ def _attend_rows(  # type: ignore[no-untyped-def]
             logit = tl.where(is_key[None, :], logit, float("-inf"))
             values = tl.load(at_v + line * stride_vt + channel[None, :], mask=there, other=0.0)
             most, total, summed = _fold(most, total, summed, logit, values, PRECISION)
-    empty = total == 0.0
-    result = summed / tl.where(empty, 1.0, total)[:, None]
-    length = tl.where(empty, float("-inf"), (most + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453)
+    result, length = _finish(most, total, summed)
     line_out = (batch.to(tl.int64) * num_queries + token) * heads + head
-    tl.store(
-        out + line_out[:, None] * head_dim + channel[None, :],
-        result.to(out.dtype.element_ty),
-        mask=is_query[:, None] & is_channel[None, :],
-    )
+    at_out = out + line_out[:, None] * head_dim + channel[None, :]
+    tl.store(at_out, result.to(out.dtype.element_ty), mask=is_query[:, None] & is_channel[None, :])
     tl.store(lse + line_out, length, mask=is_query)
 
 
