@@ -1,0 +1,109 @@
+"""AnnSA in a rollout: chosen once per chunk, shared by its steps, anew for new keys; and chosen well."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from workers.attention.ann_self import AnnSelfAttention, AnnSettings
+from workers.attention.gate import GatedAttention
+from workers.contracts import AttentionPlan, KeyValues, Moment, Tightens, Tiles
+from workers.search.exact import ExactSearch
+from workers.search.quant import QuantSearch
+
+TILE, TILES, HEADS, HEAD_DIM = 16, 24, 2, 32
+SETTINGS = AnnSettings(8, 8, 0.25, query_tile=16, key_tile=TILE)
+
+
+def make_layer(seed: int = 0) -> tuple[Tensor, KeyValues, KeyValues]:
+    """A history in which each query tile looks at a few tiles, other ones in each head."""
+    g = torch.Generator().manual_seed(seed)
+    theme = torch.randn(TILES, HEADS, HEAD_DIM, generator=g)
+    k = theme.repeat_interleave(TILE, 0) + 0.7 * torch.randn(TILES * TILE, HEADS, HEAD_DIM, generator=g)
+    ends = torch.randn(8, HEADS, HEAD_DIM, generator=g)
+    k = torch.cat((ends, k, ends))[None]
+    liked = torch.randint(TILES, (3, 4), generator=g)
+    taste = torch.stack([theme[row].sum(0) for row in liked]).repeat_interleave(16, 0)
+    q = 1.5 * (taste + torch.randn(48, HEADS, HEAD_DIM, generator=g))[None]
+    own = torch.randn(1, 48, HEADS, HEAD_DIM, generator=g)
+    return q, KeyValues(k, k, torch.zeros(k.shape[1], 3)), KeyValues(own, own, torch.zeros(48, 3))
+
+
+def tiles_of(plan: AttentionPlan) -> Tiles:
+    (tiles,) = [part.tiles for part in plan.parts if part.tiles is not None]
+    return tiles
+
+
+def recall(tiles: Tiles, q: Tensor, cached: KeyValues, own: KeyValues) -> Tensor:
+    """Of the dense softmax, by head; sink, newest and own keys are seen."""
+    k = torch.cat((cached.k_BKND, own.k_BKND), 1)
+    p = (torch.einsum("bqnd,bknd->bnqk", q, k) / math.sqrt(HEAD_DIM)).softmax(-1)
+    mask = torch.ones_like(p, dtype=torch.bool)
+    mask[..., 8 : cached.num_tokens - 8] = tiles.mask(48, cached.num_tokens - 16)
+    return (p * mask).sum(-1).mean((0, 2))
+
+
+def test_steps_share_a_selection_and_new_keys_void_it() -> None:
+    q, cached, own = make_layer()
+    policy = AnnSelfAttention(SETTINGS, QuantSearch(), None)
+    first = tiles_of(policy.plan(0, Moment(5, 1, 4), q, cached, own))
+    assert tiles_of(policy.plan(0, Moment(5, 2, 4), q + 1, cached, own)) is first
+    assert tiles_of(policy.plan(1, Moment(5, 2, 4), q, cached, own)) is not first
+    assert tiles_of(policy.plan(0, Moment(5, 2, 4, branch=1), q, cached, own)) is not first
+    assert tiles_of(policy.plan(0, Moment(5, 2, 4), q, replace(cached), own)) is not first
+    policy.begin_chunk(own.position_K3)
+    assert tiles_of(policy.plan(0, Moment(6, 1, 4), q, cached, own)) is not first
+    anew = AnnSelfAttention(replace(SETTINGS, every_step=True), QuantSearch(), None)
+    before = tiles_of(anew.plan(0, Moment(5, 1, 4), q, cached, own))
+    assert tiles_of(anew.plan(0, Moment(5, 2, 4), q, cached, own)) is not before
+
+
+def test_a_history_that_is_not_there_is_dense() -> None:
+    q, cached, own = make_layer()
+    policy = AnnSelfAttention(SETTINGS, QuantSearch(), None)
+    assert [part.source for part in policy.plan(0, Moment(0), q, None, own).parts] == ["own"]
+    short = cached.narrow(0, 16)
+    assert all(part.tiles is None for part in policy.plan(0, Moment(1), q, short, own).parts)
+
+
+@pytest.mark.parametrize("search", [ExactSearch(), QuantSearch()])
+def test_a_quarter_of_the_tiles_holds_nearly_all_of_a_concentrated_attention(search: ExactSearch | QuantSearch) -> None:
+    q, cached, own = make_layer()
+    tiles = tiles_of(AnnSelfAttention(SETTINGS, search, None).plan(0, Moment(5), q, cached, own))
+    assert recall(tiles, q, cached, own).min() > 0.9
+    chance = replace(tiles, visible_BNIJ=tiles.visible_BNIJ.roll(5, -1))
+    assert recall(chance, q, cached, own).max() < 0.6
+
+
+@pytest.mark.parametrize("target", [0.8, 0.9, 0.95])
+def test_a_target_is_reached_with_fewer_keys_than_one_share_for_all_needs(target: float) -> None:
+    q, cached, own = make_layer(3)
+    q = q * torch.tensor([0.2, 1.5])[:, None]  # one head spreads its attention, the other concentrates it
+    # Tiles of 16 with 2 samples each would be chosen for the samples' luck.
+    settings = replace(SETTINGS, target_recall=target, sample_share=0.5)
+    tiles = tiles_of(AnnSelfAttention(settings, ExactSearch(), None).plan(0, Moment(5), q, cached, own))
+    reached = recall(tiles, q, cached, own).mean()
+    assert abs(reached - target) < 0.04
+    share = tiles.visible_BNIJ.float().mean().item()
+    fixed = AnnSelfAttention(replace(settings, target_recall=None, density=share), ExactSearch(), None)
+    assert recall(tiles_of(fixed.plan(0, Moment(5), q, cached, own)), q, cached, own).mean() < reached
+
+
+def test_tightening_shows_more_and_its_end_shows_what_was_configured() -> None:
+    q, cached, own = make_layer()
+    for settings in (SETTINGS, replace(SETTINGS, target_recall=0.6)):
+        policy = GatedAttention(AnnSelfAttention(settings, QuantSearch(), None), dense_step_share=0.0)
+        assert isinstance(policy, Tightens)
+        seen = []
+        for factor in (1.0, 2.0, 1.0):
+            policy.begin_chunk(own.position_K3)
+            policy.tighten(factor)
+            seen.append(tiles_of(policy.plan(0, Moment(5), q, cached, own)).visible_BNIJ.float().mean().item())
+        assert seen[0] == seen[2] < seen[1]
+    loose = AnnSelfAttention(SETTINGS, QuantSearch(), None)
+    loose.tighten(4.0)
+    assert all(part.tiles is None for part in loose.plan(0, Moment(5), q, cached, own).parts)
