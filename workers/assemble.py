@@ -21,16 +21,26 @@ from workers.cache.dense import DenseCache
 from workers.cache.flow import FlowCache, FlowSettings
 from workers.cache.window import WindowCache
 from workers.checkpoints.modules import load_modules
-from workers.config import DenseCacheConfig, FlowCacheConfig, RenderConfig, WindowCacheConfig
+from workers.config import (
+    CacheConfig,
+    DenseCacheConfig,
+    FlowCacheConfig,
+    NativeCacheConfig,
+    RenderConfig,
+    WindowCacheConfig,
+)
 from workers.contracts import AttentionPolicy, Kernel, KVCache, StepReuse
 from workers.denoise import Schedule, make_schedule
 from workers.kernels.select import KernelNeed, select_kernel
+from workers.model.attend import Reindex
 from workers.model.backbones import Backbone, find_backbone
 from workers.model.control_branch import ControlBranch
 from workers.model.dit import CausalDiT
 from workers.model.image_encoder import ImageEncoder
 from workers.model.text_encoder import PromptEncoder
 from workers.model.vae import PictureDecoder
+from workers.rollouts.native import native_parts
+from workers.rollouts.select import check_rollout
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +77,9 @@ class TakeParts:
 
     cache: KVCache
     cache_name: str
+    policy: AttentionPolicy
+    reindex: Reindex | None
+    """Times of cached keys; None keeps them as they were made."""
     reuse: StepReuse | None
     decode_latent_frames: int | None
     """Latent frames decoded at once; None means a whole chunk."""
@@ -83,6 +96,7 @@ def load_model(config: RenderConfig) -> LoadedModel:
     """
     backbone = find_backbone(config.backbone.name)
     backbone.latent_size(config.video.width, config.video.height)
+    check_rollout(backbone, config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = _DTYPES[config.backbone.dtype]
     need = KernelNeed(
@@ -114,30 +128,43 @@ def load_model(config: RenderConfig) -> LoadedModel:
 def prepare_take(model: LoadedModel, ladder_rung: int) -> TakeParts:
     """A fresh cache and the savings of the first `ladder_rung` rungs."""
     ladder = LADDER[:ladder_rung]
-    config = model.config.cache
-    if "cache-window" in ladder and (
-        isinstance(config, DenseCacheConfig) or config.recent_latent_frames > _LAST_RESORT.recent_latent_frames
-    ):
-        config = _LAST_RESORT
     dtype = torch.bfloat16 if "cache-bfloat16" in ladder else None
+    config = _last_resort(model.config.cache) if "cache-window" in ladder else model.config.cache
+    policy, reindex = model.policy, None
+    if isinstance(config, NativeCacheConfig):
+        native = native_parts(model.backbone, model.latent_size, dtype)
+        cache, name, policy, reindex = native.cache, "native", native.policy, native.reindex
+    else:
+        cache, name = _make_cache(model, config, dtype)
+    reuse = make_reuse(model.config.reuse)
+    return TakeParts(cache, name, policy, reindex, reuse, 1 if "decode-single" in ladder else None, ladder)
+
+
+def _last_resort(config: CacheConfig) -> CacheConfig:
+    """A small window in place of anything larger; a model's native window is one already."""
+    if isinstance(config, NativeCacheConfig):
+        return config
+    is_larger = isinstance(config, DenseCacheConfig) or config.recent_latent_frames > _LAST_RESORT.recent_latent_frames
+    return _LAST_RESORT if is_larger else config
+
+
+def _make_cache(model: LoadedModel, config: CacheConfig, dtype: torch.dtype | None) -> tuple[KVCache, str]:
+    """The cache and its name in the manifest."""
     num_layers = model.backbone.num_layers
-    cache: KVCache
     frame_tokens = model.backbone.tokens_per_latent_frame(model.config.video.width, model.config.video.height)
     if isinstance(config, DenseCacheConfig):
-        cache, name = DenseCache(num_layers, dtype), "dense"
-    elif isinstance(config, FlowCacheConfig):
+        return DenseCache(num_layers, dtype), "dense"
+    if isinstance(config, FlowCacheConfig):
         cache = FlowCache(num_layers, _flow_settings(config, frame_tokens), dtype)
-        name = f"flow-{config.budget_latent_frames}"
-    else:
-        cache = WindowCache(
-            num_layers,
-            sink_tokens=config.sink_latent_frames * frame_tokens,
-            recent_tokens=config.recent_latent_frames * frame_tokens,
-            dtype=dtype,
-        )
-        name = f"window-{config.sink_latent_frames}+{config.recent_latent_frames}"
-    reuse = make_reuse(model.config.reuse)
-    return TakeParts(cache, name, reuse, 1 if "decode-single" in ladder else None, ladder)
+        return cache, f"flow-{config.budget_latent_frames}"
+    assert not isinstance(config, NativeCacheConfig)
+    window = WindowCache(
+        num_layers,
+        sink_tokens=config.sink_latent_frames * frame_tokens,
+        recent_tokens=config.recent_latent_frames * frame_tokens,
+        dtype=dtype,
+    )
+    return window, f"window-{config.sink_latent_frames}+{config.recent_latent_frames}"
 
 
 def _flow_settings(config: FlowCacheConfig, frame_tokens: int) -> FlowSettings:

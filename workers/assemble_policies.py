@@ -24,7 +24,7 @@ from workers.config import (
 )
 from workers.contracts import AttentionPolicy, Kernel, KVCache, StepReuse, Tightens
 from workers.errors import ConfigUnsupported
-from workers.model.attend import RolloutAttention
+from workers.model.attend import Reindex, RolloutAttention
 from workers.model.backbones import Backbone
 from workers.quality.guard import RecallGuard
 from workers.reuse.flowcache import FlowReuse
@@ -62,13 +62,18 @@ def make_reuse(config: ReuseConfig) -> StepReuse | None:
 
 
 def make_attention(
-    guard: GuardConfig, backbone: Backbone, cache: KVCache, policy: AttentionPolicy, kernel: Kernel
+    guard: GuardConfig,
+    backbone: Backbone,
+    cache: KVCache,
+    policy: AttentionPolicy,
+    kernel: Kernel,
+    reindex: Reindex | None = None,
 ) -> tuple[RolloutAttention, RecallGuard | None]:
     """Self-attention of one take, and its quality guard if one is wanted; without, nothing looks on."""
     if not guard.enabled:
-        return RolloutAttention(backbone, cache, policy, kernel), None
+        return RolloutAttention(backbone, cache, policy, kernel, reindex=reindex), None
     probe = RecallProbe(cache, guard.num_queries)
-    attention = RolloutAttention(backbone, cache, policy, kernel, probes=(probe,))
+    attention = RolloutAttention(backbone, cache, policy, kernel, reindex=reindex, probes=(probe,))
     can_tighten = [part for part in (policy, cache) if isinstance(part, Tightens)]
     return attention, RecallGuard(guard, probe, attention, DenseAttention(), can_tighten)
 

@@ -106,8 +106,15 @@ class FlowCacheConfig(Part):
         return self
 
 
+class NativeCacheConfig(Part):
+    """The window, the sink and the times that a published model was trained with; brings its own attention."""
+
+    kind: Literal["native"] = "native"
+
+
 CacheConfig = Annotated[
-    DenseCacheConfig | WindowCacheConfig | TemporalCacheConfig | FlowCacheConfig, Field(discriminator="kind")
+    DenseCacheConfig | WindowCacheConfig | TemporalCacheConfig | FlowCacheConfig | NativeCacheConfig,
+    Field(discriminator="kind"),
 ]
 
 
@@ -318,6 +325,19 @@ class RenderConfig(Part):
     kernel: KernelConfig = KernelConfig()
     video: VideoConfig = VideoConfig()
     quality_gate: QualityGateConfig = QualityGateConfig()
+
+    @model_validator(mode="after")
+    def _native_is_whole(self) -> Self:
+        if isinstance(self.cache, NativeCacheConfig):
+            if self.attention.kind != "dense":
+                raise ValueError(
+                    f"cache.kind: native brings its own attention; attention.kind: {self.attention.kind} must be dense"
+                )
+            if self.positions.time != "absolute":
+                raise ValueError(
+                    f"cache.kind: native brings its own times; positions.time: {self.positions.time} must be absolute"
+                )
+        return self
 
     @property
     def fingerprint(self) -> str:

@@ -29,7 +29,8 @@ from workers.model.text_encoder import fold_padding
 from workers.model.vae import PictureStream, to_pictures
 from workers.quality.gate import QualityGate
 from workers.quality.guard import RecallGuard
-from workers.rollout import CleanChunk, Rollout, RolloutPlan
+from workers.rollout import CleanChunk, RolloutPlan
+from workers.rollouts.select import make_rollout
 from workers.task import ChunkMetrics, QualityScores, RenderResult, RenderTask, StageSeconds
 from workers.video.writer import VideoFile, VideoWriter
 from workers.worlds.camera import RANGE, plan_camera, read_move, trace
@@ -96,11 +97,13 @@ def generate(
     """Roll out, decode chunk by chunk, check and hand over the pictures."""
     reset_peak_gpu_bytes(model.device)
     gate = QualityGate(model.config.quality_gate)
-    attention, guard = make_attention(model.config.guard, model.backbone, parts.cache, model.policy, model.kernel)
+    attention, guard = make_attention(
+        model.config.guard, model.backbone, parts.cache, parts.policy, model.kernel, parts.reindex
+    )
     decoder = model.vae.stream()
     num_frames = 0
     chunk_started = time.perf_counter()
-    rollout = Rollout(model.dit, attention, record.stopwatch, parts.reuse, guard)
+    rollout = make_rollout(model.dit, attention, record.stopwatch, parts.reuse, guard)
     for chunk in rollout.run(plan_rollout(task, model, record)):
         with record.stopwatch.stage("vae"):
             frames_THWC = decode(chunk, decoder, parts, model.device)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from workers.contracts import Moment
+from workers.contracts import ChunkJudge, Moment
 from workers.denoise import add_noise, clean_estimate
 from workers.errors import NonFiniteLatents
 from workers.metrics import Stopwatch
@@ -63,6 +63,7 @@ class RollingWindowRollout:
         model: In evaluation mode.
         attention: Fresh, with an empty cache, or with that of the chunks before `first_chunk`.
         stopwatch: Gets the stages "denoise" and "cache".
+        judge: May have a window denoised again before its oldest chunk becomes history.
         attend_prompt: Cross-attention.
     """
 
@@ -71,10 +72,12 @@ class RollingWindowRollout:
         model: CausalDiT,
         attention: RolloutAttention,
         stopwatch: Stopwatch,
+        judge: ChunkJudge | None = None,
         attend_prompt: AttendPrompt = attend_prompt_dense,
     ) -> None:
         self._calls = ModelCalls(model, attention)
-        self._attention, self._stopwatch, self._attend_prompt = attention, stopwatch, attend_prompt
+        self._attention, self._stopwatch = attention, stopwatch
+        self._judge, self._attend_prompt = judge, attend_prompt
         self._latents: dict[int, Tensor] = {}
         self._visible: list[int] = []  # chunks that there were to see, call by call
 
@@ -96,7 +99,11 @@ class RollingWindowRollout:
                 for index in window.chunks:
                     if index not in in_flight:
                         in_flight[index] = self._enter(plan, index, plan.noise(index, 0).to(self._calls.device))
+                if self._judge is not None:
+                    self._judge.begin_chunk()
                 clean = self._denoise(plan, window, in_flight)
+                while self._judge is not None and self._judge.wants_again():
+                    clean = self._denoise(plan, window, in_flight)
                 if not bool(torch.isfinite(clean).all()):
                     raise NonFiniteLatents(f"the window that ends chunk {oldest} holds NaN or infinity")
                 chunks = dict(zip(window.chunks, clean.chunk(len(window.chunks), dim=1), strict=True))
