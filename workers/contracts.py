@@ -252,6 +252,8 @@ class AuditKeys(NamedTuple):
     owner_BNA: Tensor
     """int64: index (in the order of `read`) of the entry that holds the key now, from `start` up to `stop`; -1 where it
     was evicted."""
+    members_BNA: Tensor
+    """How many keys that entry holds, at least 1; its mass may be less."""
     num_original_tokens: int
     """How many tokens the sample stands for: all that the run was ever made from, evicted ones included."""
     start: int

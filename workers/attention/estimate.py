@@ -63,11 +63,11 @@ def _audited_recall(own: Logits, cached: Logits, audit_BNQA: Tensor, audit: Audi
     single_BNQ = own_BNQK.sum(-1) + entry_BNQK.sum(-1) - run_BNQ
     given_BNQ = _positive((own_BNQK * own.seen_BNQK).sum(-1) + entry_seen_BNQK.sum(-1))
 
-    # Of each audit key: the weight it should have, and the weight that its entry gives each member.
+    # Of each audit key: the weight it should have, and its share of the weight that its entry has.
     is_held_BN1A = (audit.owner_BNA >= 0)[:, :, None]
     owner_BNQA = audit.owner_BNA.clamp(min=0)[:, :, None].expand_as(audit_BNQA)
     true_BNQA = (audit_BNQA - top_BNQ1).exp()
-    member_BNQA = (cached.logit_BNQK.gather(-1, owner_BNQA) - top_BNQ1).exp() * is_held_BN1A
+    member_BNQA = entry_BNQK.gather(-1, owner_BNQA) * (is_held_BN1A / audit.members_BNA[:, :, None])
     member_seen_BNQA = member_BNQA * cached.seen_BNQK.gather(-1, owner_BNQA)
 
     # The true mass of the run: what its entries say times the mean ratio of truth to entry, and what was evicted. For

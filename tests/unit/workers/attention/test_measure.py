@@ -156,7 +156,8 @@ class MergedPairs(DenseCache):
         num = full.num_tokens
         which = torch.randperm(num, generator=torch.Generator().manual_seed(layer_index))[: self.num_audit]
         owner = (which // 2).expand(1, HEADS, -1)
-        return AuditKeys(full.k_BKND[:, which], full.position_K3[which], owner, num, 0, num // 2)
+        members = torch.full_like(owner, 2)
+        return AuditKeys(full.k_BKND[:, which], full.position_K3[which], owner, members, num, 0, num // 2)
 
 
 class Listener:
