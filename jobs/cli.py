@@ -20,6 +20,7 @@ from jobs.doctor import examine
 from jobs.errors import JobError, SpecError
 from jobs.export import export as export_job
 from jobs.flags import with_spec_flags
+from jobs.models import models
 from jobs.plan import JobPlan, make_plan
 from jobs.progress import duration_text
 from jobs.render import RunOptions
@@ -117,6 +118,7 @@ def _plan(
 
 app.command("render")(with_spec_flags(_render))
 app.command("plan")(with_spec_flags(_plan))
+app.add_typer(models, name="models")
 
 
 @app.command()

@@ -63,6 +63,7 @@ WORKERS_RANK = {
     "quality": 2,
     "checkpoints": 2,
     "registry": 2,
+    "geometry": 3,
     "releases": 4,
     "worlds": 2,
     "cache": 2,
@@ -185,7 +186,9 @@ def test_package_init_files_are_empty() -> None:
     assert [p for p in source_files() if p.name == "__init__.py" and p.read_text().strip()] == []
 
 
-@pytest.mark.parametrize("module", ["workers.config", "workers.task", "workers.errors", "workers.actor", "jobs.cli"])
+@pytest.mark.parametrize(
+    "module", ["workers.config", "workers.task", "workers.errors", "workers.actor", "workers.registry", "jobs.cli"]
+)
 def test_driver_side_loads_without_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

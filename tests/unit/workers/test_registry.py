@@ -1,0 +1,210 @@
+"""What models need and cost: counts that are exact, estimates that follow the geometry, weights that are recognised."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.wan_files import TINY, TINY_I2V, make_dit, write_forcing, write_single_file, write_whole_model
+from workers import registry
+from workers.checkpoints import fetch
+from workers.config import WindowCacheConfig
+from workers.errors import CheckpointMismatch, ConfigUnsupported
+from workers.geometry import (
+    DEFAULT_WINDOW_LATENT_FRAMES,
+    GPUS,
+    Workload,
+    control_parameters,
+    dit_parameters,
+    image_parameters,
+    layer_parameters,
+    text_parameters,
+)
+from workers.model.backbones import BACKBONES, Backbone, find_backbone
+from workers.model.control_branch import ControlBranch
+from workers.model.dit import CausalDiT
+from workers.model.image_encoder import make_image_encoder
+from workers.model.umt5 import make_umt5
+from workers.releases import RELEASES, Published, Release
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_parameters_are_counted_exactly(name: str) -> None:
+    backbone = find_backbone(name)
+    with torch.device("meta"):
+        assert dit_parameters(backbone) == count(CausalDiT(backbone))
+        if backbone.umt5 is not None:
+            assert text_parameters(backbone) == count(make_umt5(backbone))
+        if backbone.image_encoder is not None:
+            assert image_parameters(backbone) == count(make_image_encoder(backbone))
+        if backbone.control_branch is not None:
+            assert control_parameters(backbone) == count(ControlBranch(backbone))
+
+
+def test_published_counts() -> None:
+    assert dit_parameters(find_backbone("wan2.1-t2v-1.3b")) == 1_418_996_800
+    assert dit_parameters(find_backbone("wan2.1-t2v-14b")) == 14_288_491_584
+    assert dit_parameters(find_backbone("wan2.1-i2v-14b")) == 16_394_878_784
+    assert control_parameters(find_backbone("longvie2-14b")) == 2_633_637_888
+    assert layer_parameters(80, 96, takes_image=True) > layer_parameters(80, 96, takes_image=False)
+
+
+def test_the_default_window_is_that_of_the_configuration() -> None:
+    config = WindowCacheConfig()
+    assert config.sink_latent_frames + config.recent_latent_frames == DEFAULT_WINDOW_LATENT_FRAMES
+
+
+def workload(name: str, frames: int, **sizes: int) -> Workload:
+    backbone = find_backbone(name)
+    native = backbone.native
+    steps, guidance = (native.num_steps, native.guidance) if native else (4, 1.0)
+    return Workload(backbone, sizes.get("width", 832), sizes.get("height", 480), frames, steps, guidance)
+
+
+def test_cache_bytes_are_those_of_the_published_models() -> None:
+    work = workload("self-forcing-1.3b", 81)
+    assert work.native_latent_frames == work.history_latent_frames == 21
+    assert work.kv_bytes(21) / 2**30 == pytest.approx(5.6, abs=0.05)
+    assert work.kv_bytes(24) / 2**30 == pytest.approx(6.4, abs=0.05)
+    assert workload("rolling-forcing-1.3b", 501).native_latent_frames == 21
+
+
+def test_operations_of_a_call_are_what_torch_counts() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from workers.model.dit import attend_prompt_dense
+
+    backbone = replace(TINY, num_layers=2)
+    model = make_dit(backbone)
+    work = Workload(backbone, 64, 32, 9, 1)
+    latents = torch.randn(1, 3, 16, 4, 8)
+    prompt = model.project_prompt(torch.randn(1, backbone.text_tokens, 32))
+
+    def attend(_: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        heads = [x.transpose(1, 2) for x in (q, k, v)]
+        scores = heads[0] @ heads[1].transpose(2, 3)
+        return (scores.softmax(-1) @ heads[2]).transpose(1, 2)
+
+    with FlopCounterMode(display=False) as counter:
+        model(latents, torch.full((1, 3), 500.0), prompt, attend, attend_prompt=attend_prompt_dense)
+    counted = sum(
+        flops for name, flops in counter.get_flop_counts()["Global"].items() if "convolution" not in str(name)
+    )
+    # Patches, head and the embedding of time are not in the formula; cross-attention on the CPU may not be counted.
+    assert work.call_flops(3, 3) == pytest.approx(counted, rel=0.15)
+
+
+@pytest.mark.parametrize("name", list(RELEASES))
+def test_estimates_grow_with_the_take_and_shrink_with_the_gpu(name: str) -> None:
+    short = registry.estimate(name, gpu=GPUS["h100"], width=None, height=None, num_frames=81)
+    long = registry.estimate(name, gpu=GPUS["h100"], width=None, height=None, num_frames=501)
+    newer = registry.estimate(name, gpu=GPUS["b200"], width=None, height=None, num_frames=501)
+    assert short.teraflop < long.teraflop
+    assert short.whole_history_bytes < long.whole_history_bytes
+    assert long.native_cache_bytes <= long.whole_history_bytes
+    assert newer.seconds is not None
+    assert long.seconds is not None
+    assert newer.seconds < long.seconds
+    assert long.fits  # bfloat16 with a bounded cache, on one H100
+    unknown = registry.estimate(name, gpu=None, width=None, height=None, num_frames=81)
+    assert (unknown.seconds, unknown.fits) == (None, None)
+
+
+def test_gpus_are_found_by_name_and_by_what_the_machine_says() -> None:
+    assert registry.find_gpu("H100") is GPUS["h100"]
+    with pytest.raises(ConfigUnsupported, match="gpu: 'h1000' is not known; known: a100"):
+        registry.find_gpu("h1000")
+    found = registry.match_gpu("NVIDIA H100 80GB HBM3, 81559\n")
+    assert found is not None
+    assert (found.memory_bytes, found.peak_flops) == (81559 << 20, GPUS["h100"].peak_flops)
+    four = registry.match_gpu("NVIDIA GeForce RTX 4090, 24564\nNVIDIA GeForce RTX 4090, 24564\n")
+    assert four is not None
+    assert four.peak_flops == GPUS["rtx-4090"].peak_flops
+    assert registry.match_gpu("NVIDIA GeForce RTX 3060, 12288") is None
+    assert registry.match_gpu("") is None
+
+
+def test_every_model_with_weights_elsewhere_says_where() -> None:
+    named = {b.name for b in BACKBONES.values() if b.text is None and not b.name.endswith("-test")}
+    assert named == set(RELEASES)
+    shown = registry.show_model("rolling-forcing-1.3b")
+    assert any("ACADEMIC USE ONLY" in licence for licence in shown["licences"])
+    assert "hf download TencentARC/RollingForcing" in shown["download"][1]
+    assert registry.list_models()[0].name == "longtake-world"
+    with pytest.raises(ConfigUnsupported, match="unknown model"):
+        registry.show_model("wan3")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "DEFAULT_CACHE", tmp_path / "cache")
+
+
+def look(url: Path, name: str | None = None, finetune: Path | None = None) -> tuple[Any, dict[str, Any]]:
+    found = registry.check(str(url), name, str(finetune) if finetune else None, fetch=False)
+    return found, {part["part"]: part for part in found["parts"]}
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_a_whole_model_is_recognised(tmp_path: Path, layout: str) -> None:
+    folder = write_whole_model(tmp_path / "w", layout=layout)
+    found, parts = look(folder)
+    assert found["model"] == "tiny-wan-test"
+    assert found["is_complete"]
+    assert set(parts) == {"transformer", "text encoder", "tokenizer", "VAE"}
+    assert f"{layout} layout, 96 tensors: all fit" in parts["transformer"]["detail"]
+
+
+def test_what_is_missing_is_named_part_by_part(tmp_path: Path) -> None:
+    folder = write_whole_model(tmp_path / "w")
+    tensors = make_dit().state_dict()
+    del tensors["blocks.1.ffn.2.bias"]
+    save_file(tensors, str(folder / "diffusion_pytorch_model.safetensors"))
+    (folder / "Wan2.1_VAE.pth").unlink()
+    found, parts = look(folder)
+    assert not found["is_complete"]
+    assert "1 of 96 tensors missing (blocks.1.ffn.2.bias)" in parts["transformer"]["detail"]
+    assert "not there: Wan2" in parts["VAE"]["detail"]
+    assert parts["text encoder"]["is_good"]
+    (folder / "models_t5_umt5-xxl-enc-bf16.pth").write_bytes(b"PK not a zip")
+    assert "cut off" in look(folder)[1]["text encoder"]["detail"]
+
+
+def test_one_file_and_things_that_are_no_model(tmp_path: Path) -> None:
+    alone = write_single_file(tmp_path, make_dit().state_dict())
+    found, parts = look(alone)
+    assert found["model"] == "tiny-wan-test"
+    assert parts["transformer"]["is_good"]
+    assert not parts["VAE"]["is_good"]
+    i2v = tmp_path / "i2v"
+    write_whole_model(i2v)
+    save_file(make_dit(TINY_I2V).state_dict(), str(i2v / "diffusion_pytorch_model.safetensors"))
+    assert look(i2v)[0]["model"] is None
+    assert "of another shape" in look(i2v, "tiny-wan-test")[1]["transformer"]["detail"]
+    with pytest.raises(CheckpointMismatch, match="nothing there"):
+        look(tmp_path / "nowhere")
+
+
+def test_a_distilled_model_is_known_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone: Backbone = replace(TINY, name="tiny-forcing")
+    monkeypatch.setitem(BACKBONES, "tiny-forcing", backbone)
+    release = Release(Published("a/b", "", ()), Published("c/d", "no use at all", ("checkpoints/forcing_dmd.pt",)))
+    monkeypatch.setitem(RELEASES, "tiny-forcing", release)
+    folder = write_whole_model(tmp_path / "w")
+    own = write_forcing(tmp_path / "other.pt", {"generator": make_dit().state_dict()})
+    assert look(folder)[0]["model"] == "tiny-wan-test"
+    assert not look(folder, "tiny-forcing")[1]["transformer"]["is_good"]
+    found, parts = look(folder, "tiny-forcing", own)
+    assert found["is_complete"]
+    assert "other.pt: distilled layout, 96 tensors: all fit" in parts["transformer"]["detail"]
+    write_forcing(folder / "forcing_dmd.pt", {"generator_ema": make_dit().state_dict()})
+    found, parts = look(folder)
+    assert found["model"] == "tiny-forcing"
+    assert found["licences"] == ["a/b: ", "c/d: no use at all"]

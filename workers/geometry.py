@@ -1,0 +1,176 @@
+"""What a model weighs and costs, worked out from its sizes: parameters, bytes, floating-point operations. No torch.
+
+Counts of parameters are exact. Times are arithmetic too: operations over an assumed share of a GPU's peak.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from workers.model.backbones import Backbone
+
+BFLOAT16_BYTES = 2
+DEFAULT_WINDOW_LATENT_FRAMES = 24  # WindowCacheConfig: sink 3 and recent 21
+UTILISATION = 0.4
+"""Share of the dense bfloat16 peak that large matrix products and attention reach together; an assumption."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a data sheet says."""
+
+    name: str
+    memory_bytes: int
+    peak_flops: float
+    """Dense bfloat16, without sparsity."""
+
+
+GPUS: dict[str, Gpu] = {
+    "a100-40gb": Gpu("A100 40GB", 40 << 30, 312e12),
+    "a100-80gb": Gpu("A100 80GB", 80 << 30, 312e12),
+    "l40s": Gpu("L40S", 48 << 30, 362e12),
+    "rtx-4090": Gpu("RTX 4090", 24 << 30, 165e12),
+    "h100": Gpu("H100 SXM", 80 << 30, 989e12),
+    "h200": Gpu("H200 SXM", 141 << 30, 989e12),
+    "b200": Gpu("B200", 180 << 30, 2250e12),
+}
+
+
+def _linear(inputs: int, outputs: int) -> int:
+    return inputs * outputs + outputs
+
+
+def layer_parameters(dim: int, ffn_dim: int, *, takes_image: bool) -> int:
+    """Of one transformer layer."""
+    attention = 4 * _linear(dim, dim) + 2 * dim
+    image = 2 * _linear(dim, dim) + dim if takes_image else 0
+    return 2 * attention + image + 2 * dim + _linear(dim, ffn_dim) + _linear(ffn_dim, dim) + 6 * dim
+
+
+def dit_parameters(backbone: Backbone) -> int:
+    """Of the transformer; the bundled model's camera maps included."""
+    b, dim = backbone, backbone.dim
+    patch = b.patch[0] * b.patch[1] * b.patch[2]
+    count = _linear(b.in_channels * patch, dim) + _linear(b.text_dim, dim) + _linear(dim, dim)
+    count += _linear(b.freq_dim, dim) + _linear(dim, dim) + _linear(dim, 6 * dim)
+    count += b.num_layers * layer_parameters(dim, b.ffn_dim, takes_image=b.image_dim > 0)
+    count += _linear(dim, patch * b.latent_channels) + 2 * dim
+    if b.image_dim:
+        count += 2 * b.image_dim + _linear(b.image_dim, b.image_dim) + _linear(b.image_dim, dim) + 2 * dim
+    if b.control_channels:
+        count += _linear(b.control_channels * patch, dim)
+    return count
+
+
+def control_parameters(backbone: Backbone) -> int:
+    """Of LongVie 2's control module; 0 for models without."""
+    sizes = backbone.control_branch
+    if sizes is None:
+        return 0
+    layers = 2 * sizes.num_layers * layer_parameters(sizes.dim, sizes.ffn_dim, takes_image=backbone.image_dim > 0)
+    return layers + 4 * _linear(backbone.dim, sizes.dim) + sizes.num_layers * _linear(sizes.dim, backbone.dim)
+
+
+def text_parameters(backbone: Backbone) -> int:
+    """Of umT5's encoder; 0 for models that bring another."""
+    sizes, dim = backbone.umt5, backbone.text_dim
+    if sizes is None:
+        return 0
+    inner = sizes.num_heads * sizes.head_dim
+    layer = 2 * dim + 4 * dim * inner + 32 * sizes.num_heads + 3 * dim * sizes.ffn_dim
+    return sizes.num_words * dim + sizes.num_layers * layer + dim
+
+
+def image_parameters(backbone: Backbone) -> int:
+    """Of CLIP's vision tower; 0 for models that take no image."""
+    sizes, dim = backbone.image_encoder, backbone.image_dim
+    if sizes is None:
+        return 0
+    tokens = (sizes.picture // sizes.patch) ** 2 + 1
+    layer = 4 * _linear(dim, dim) + _linear(dim, sizes.ffn_dim) + _linear(sizes.ffn_dim, dim) + 4 * dim
+    return sizes.num_layers * layer + 3 * sizes.patch**2 * dim + tokens * dim + dim + 4 * dim
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One take of a model."""
+
+    backbone: Backbone
+    width: int
+    height: int
+    num_frames: int
+    num_steps: int
+    guidance: float = 1.0
+
+    @property
+    def frame_tokens(self) -> int:
+        return self.backbone.tokens_per_latent_frame(self.width, self.height)
+
+    @property
+    def num_chunks(self) -> int:
+        return self.backbone.num_chunks(self.num_frames)
+
+    @property
+    def history_latent_frames(self) -> int:
+        """Latent frames of the whole take."""
+        return self.num_chunks * self.backbone.chunk_latent_frames
+
+    @property
+    def native_latent_frames(self) -> int:
+        """Latent frames that the model's own attention keeps; the default window's for models without one."""
+        native = self.backbone.native
+        attended = native.attended_latent_frames if native else DEFAULT_WINDOW_LATENT_FRAMES
+        return min(self.history_latent_frames, max(attended, self.backbone.chunk_latent_frames))
+
+    def kv_bytes(self, latent_frames: int) -> int:
+        """Keys and values of so many latent frames, uncompressed in bfloat16."""
+        return 2 * latent_frames * self.frame_tokens * self.backbone.dim * self.backbone.num_layers * BFLOAT16_BYTES
+
+    @property
+    def call_latent_frames(self) -> int:
+        """Latent frames denoised in one call."""
+        native = self.backbone.native
+        return self.backbone.chunk_latent_frames * (native.window_chunks if native else 1)
+
+    @property
+    def activation_bytes(self) -> int:
+        """Of one layer in its widest moment, about: stream, norms, q, k, v, output, and the feed-forward's two."""
+        tokens = self.call_latent_frames * self.frame_tokens
+        return tokens * (8 * self.backbone.dim + 2 * self.backbone.ffn_dim) * BFLOAT16_BYTES
+
+    def call_flops(self, query_frames: int, key_frames: int) -> float:
+        """One call of the transformer."""
+        b, queries = self.backbone, query_frames * self.frame_tokens
+        linear = 2 * (6 * b.dim**2 + 2 * b.dim * b.ffn_dim)
+        attention = 4 * b.dim * (key_frames * self.frame_tokens + b.text_tokens)
+        flops = float(b.num_layers * queries * (linear + attention))
+        if b.control_branch is not None:
+            sizes = b.control_branch
+            inner = replace(
+                b,
+                dim=sizes.dim,
+                num_layers=2 * sizes.num_layers,
+                ffn_dim=sizes.ffn_dim,
+                num_heads=sizes.num_heads,
+                control_branch=None,
+            )
+            flops += replace(self, backbone=inner).call_flops(query_frames, query_frames)
+        return flops
+
+    @property
+    def take_flops(self) -> float:
+        """All calls of a take with the model's own attention, guidance and clean passes included."""
+        b = self.backbone
+        own, kept = b.chunk_latent_frames, self.native_latent_frames
+        branches = 1 if self.guidance == 1.0 else 2
+        if b.rollout == "clipwise":
+            return self.num_chunks * self.num_steps * branches * self.call_flops(own, own)
+        if b.rollout == "rolling":
+            window = self.call_latent_frames
+            return self.num_chunks * (self.call_flops(window, max(kept, window)) + self.call_flops(own, kept))
+        calls = self.num_steps * branches + 1
+        return sum(calls * self.call_flops(own, min(kept, (index + 1) * own)) for index in range(self.num_chunks))
+
+    def seconds(self, gpu: Gpu) -> float:
+        """Denoising of one take, without VAE and encoding."""
+        return self.take_flops / (gpu.peak_flops * UTILISATION)
