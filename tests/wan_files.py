@@ -15,14 +15,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from workers.checkpoints.wan import to_diffusers
-from workers.model.backbones import Backbone, find_backbone
+from workers.model.backbones import Backbone, ImageEncoderSizes, find_backbone
 from workers.model.dit import CausalDiT
+from workers.model.image_encoder import make_image_encoder
 from workers.model.umt5 import make_umt5
 from workers.model.wan_vae import make_wan_vae
 
 TINY = find_backbone("tiny-wan-test")
-TINY_I2V = replace(TINY, in_channels=36, image_dim=32)
+TINY_I2V = replace(
+    TINY,
+    in_channels=36,
+    image_dim=32,
+    image_encoder=ImageEncoderSizes(num_layers=3, num_heads=2, ffn_dim=48, picture=28, patch=14),
+)
 Tensors = dict[str, Tensor]
+CLIP_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 
 
 def make_dit(backbone: Backbone = TINY, seed: int = 5) -> CausalDiT:
@@ -167,6 +174,30 @@ def original_vae_name(key: str) -> str:
     return key.replace("conv1_in.", "conv1.")
 
 
+def original_clip(state: Tensors) -> Tensors:
+    """As the published file has it: one projection for three, embeddings with leading ones, a textual tower beside."""
+    out: Tensors = {"textual.token_embedding.weight": torch.ones(3), "visual.head": torch.ones(2, 2)}
+    out["visual.cls_embedding"] = state["embeddings.class_embedding"][None, None]
+    out["visual.pos_embedding"] = state["embeddings.position_embedding.weight"][None]
+    out["visual.patch_embedding.weight"] = state["embeddings.patch_embedding.weight"]
+    for leaf in ("weight", "bias"):
+        out[f"visual.pre_norm.{leaf}"] = state[f"pre_layrnorm.{leaf}"]
+        out[f"visual.post_norm.{leaf}"] = state[f"post_layernorm.{leaf}"]
+        for i in range(3):
+            ours, theirs = f"encoder.layers.{i}", f"visual.transformer.{i}"
+            qkv = [state[f"{ours}.self_attn.{x}_proj.{leaf}"] for x in "qkv"]
+            out[f"{theirs}.attn.to_qkv.{leaf}"] = torch.cat(qkv)
+            out[f"{theirs}.attn.proj.{leaf}"] = state[f"{ours}.self_attn.out_proj.{leaf}"]
+            for a, b in (
+                ("norm1", "layer_norm1"),
+                ("norm2", "layer_norm2"),
+                ("mlp.0", "mlp.fc1"),
+                ("mlp.2", "mlp.fc2"),
+            ):
+                out[f"{theirs}.{a}.{leaf}"] = state[f"{ours}.{b}.{leaf}"]
+    return {key: t.clone() for key, t in out.items()}
+
+
 def write_tokenizer(folder: Path) -> None:
     """A word tokenizer in the form of umT5's: pad 0, end mark 1, unknown 2."""
     words = ["a", "red", "green", "house", "river", "flies", "over", "the", "north", "south", "hill", "&", "camera"]
@@ -188,6 +219,10 @@ def write_whole_model(folder: Path, *, layout: str = "original", backbone: Backb
         write_original(folder, dit)
         torch.save({original_umt5_name(key): t for key, t in text.items()}, folder / "models_t5_umt5-xxl-enc-bf16.pth")
         torch.save({original_vae_name(key): t for key, t in vae.items()}, folder / "Wan2.1_VAE.pth")
+        if backbone.image_encoder is not None:
+            tower = make_image_encoder(backbone)
+            scramble(tower)
+            torch.save(original_clip(dict(tower.state_dict())), folder / CLIP_FILE)
         write_tokenizer(folder / "google" / "umt5-xxl")
         return folder
     write_diffusers_shards(folder, dit)

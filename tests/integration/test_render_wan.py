@@ -10,16 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from cluster.object_store import open_store
 from tests.servers import shared_moto, use_endpoint
-from tests.wan_files import TINY, make_dit, write_forcing, write_whole_model
+from tests.wan_files import TINY, TINY_I2V, make_dit, scramble, write_forcing, write_whole_model
+from workers import registry
 from workers.actor import RenderActor
 from workers.assemble import load_model
 from workers.checkpoints import fetch
 from workers.config import BackboneConfig, RenderConfig, SamplingConfig, VideoConfig
 from workers.errors import CheckpointMismatch, ConfigUnsupported
-from workers.model.backbones import BACKBONES
+from workers.model.backbones import BACKBONES, ControlBranchSizes
+from workers.model.control_branch import ControlBranch
 from workers.model.umt5 import Umt5Encoder
 from workers.model.wan_vae import WanVae
 from workers.releases import RELEASES, Published, Release
@@ -76,6 +79,7 @@ def test_both_layouts_render_the_same_pixels(tmp_path: Path) -> None:
     assert results[0].model_revision != results[1].model_revision  # other files, though of the same numbers
 
 
+@pytest.mark.slow
 def test_from_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = shared_moto()
     use_endpoint(monkeypatch, server)
@@ -108,6 +112,35 @@ def test_a_distilled_checkpoint_over_the_base(tmp_path: Path, monkeypatch: pytes
         (load_model(config(folder, name="tiny-forcing", finetune=str(inside.parent))), ema),
     ):
         assert all(torch.equal(t, expected[key]) for key, t in found.dit.state_dict().items())
+
+
+def test_longvie_over_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = ControlBranchSizes(dim=40, num_layers=2, num_heads=1, ffn_dim=48)
+    monkeypatch.setitem(BACKBONES, "tiny-longvie", replace(TINY_I2V, name="tiny-longvie", control_branch=sizes))
+    release = Release(Published("a/b", "", ()), Published("c/d", "", ("dit.safetensors", "control.safetensors")))
+    monkeypatch.setitem(RELEASES, "tiny-longvie", release)
+    folder = write_whole_model(tmp_path / "w", backbone=TINY_I2V)
+    own = tmp_path / "longvie"
+    own.mkdir()
+    tuned = {key: t for key, t in make_dit(TINY_I2V, seed=9).state_dict().items() if ".self_attn." in key}
+    branch = ControlBranch(BACKBONES["tiny-longvie"])
+    scramble(branch)
+    save_file(tuned, str(own / "dit.safetensors"))
+    save_file(
+        {f"pipe.dual_controller.{key}": t for key, t in branch.state_dict().items()}, str(own / "control.safetensors")
+    )
+    model = load_model(config(folder, name="tiny-longvie", finetune=str(own)))
+    assert model.control_branch is not None
+    assert model.image_encoder is not None
+    assert all(torch.equal(t, branch.state_dict()[key]) for key, t in model.control_branch.state_dict().items())
+    expected = make_dit(TINY_I2V).state_dict() | tuned
+    assert all(torch.equal(t, expected[key]) for key, t in model.dit.state_dict().items())
+    assert model.image_encoder.encode(torch.zeros(1, 3, 28, 28)).shape == (1, 5, 32)
+    found = registry.check(str(folder), "tiny-longvie", str(own), fetch=False)
+    assert found["is_complete"], found
+    (own / "control.safetensors").unlink()
+    with pytest.raises(CheckpointMismatch, match=r"no control\.safetensors; tiny-longvie needs it"):
+        load_model(config(folder, name="tiny-longvie", finetune=str(own)))
 
 
 def test_the_three_objects_of_the_pipeline(tmp_path: Path) -> None:

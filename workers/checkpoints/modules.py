@@ -99,7 +99,7 @@ def _load_wan(backbone: Backbone, config: BackboneConfig, device: torch.device, 
         )
     base = open_folder(config.checkpoint)
     overlays = find_finetune(backbone, config, base)
-    text_encoder = _load_text_encoder(backbone, base, device)
+    text_encoder = _load_text_encoder(backbone, base, device, dtype)
     vae = build_empty(lambda: make_wan_vae(backbone))
     fill(vae, read_companion(base, VAE), what="the VAE of Wan2.1", device=device, dtype=dtype)
     image_encoder = _load_image_encoder(backbone, base, device, dtype) if backbone.image_encoder else None
@@ -147,8 +147,11 @@ def _read_transformer(
     return read_dit(base)
 
 
-def _load_text_encoder(backbone: Backbone, base: WeightFolder, device: torch.device) -> Umt5Encoder:
-    """Weights keep the file's own dtype; beside a GPU they rest on the CPU and visit it layer by layer."""
+def _load_text_encoder(backbone: Backbone, base: WeightFolder, device: torch.device, dtype: torch.dtype) -> Umt5Encoder:
+    """Beside a GPU the weights rest on the CPU and visit it layer by layer.
+
+    They are published in bfloat16 and in float32; float32 is kept where the transformer has it too.
+    """
     name = find_tokenizer(base)
     if name is None:
         raise CheckpointMismatch(
@@ -158,7 +161,8 @@ def _load_text_encoder(backbone: Backbone, base: WeightFolder, device: torch.dev
     files = [base.fetch(key) for key in base.sizes if key.rpartition("/")[0] == name]
     tokenizer = open_tokenizer(files[0].parent)
     module = build_empty(lambda: make_umt5(backbone))
-    fill(module, read_companion(base, UMT5), what="the text encoder umT5", device=torch.device("cpu"))
+    kept = None if dtype == torch.float32 else dtype
+    fill(module, read_companion(base, UMT5), what="the text encoder umT5", device=torch.device("cpu"), dtype=kept)
     is_resting = device.type != "cpu"
     return Umt5Encoder(module.eval(), tokenizer, backbone.text_tokens, device, is_resting=is_resting)
 

@@ -1,13 +1,20 @@
 """Text encoder, VAE and image encoder: original and library names reach the same module bit for bit."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.wan_files import TINY, Tensors, make_umt5_tensors, make_vae_tensors, scramble, write_whole_model
+from tests.wan_files import (
+    TINY,
+    TINY_I2V,
+    make_umt5_tensors,
+    make_vae_tensors,
+    original_clip,
+    scramble,
+    write_whole_model,
+)
 from workers.checkpoints.companions import (
     CLIP,
     UMT5,
@@ -22,13 +29,12 @@ from workers.checkpoints.companions import (
 from workers.checkpoints.fetch import open_folder
 from workers.checkpoints.place import build_empty, compare, fill
 from workers.errors import CheckpointMismatch
-from workers.model.backbones import ImageEncoderSizes, find_backbone
+from workers.model.backbones import find_backbone
 from workers.model.image_encoder import make_image_encoder
 from workers.model.umt5 import make_umt5
 from workers.model.wan_vae import make_wan_vae
 
 CPU = torch.device("cpu")
-I2V = replace(TINY, image_dim=32, image_encoder=ImageEncoderSizes(3, 2, 48, picture=28, patch=14))
 
 
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
@@ -83,33 +89,9 @@ def test_names_that_nobody_knows_stay_and_are_reported() -> None:
     assert umt5_name("blocks.0.surplus.weight") == "blocks.0.surplus.weight"
 
 
-def original_clip(state: Tensors) -> Tensors:
-    """As the published file has it: one projection for three, embeddings with leading ones, a textual tower beside."""
-    out: Tensors = {"textual.token_embedding.weight": torch.ones(3), "visual.head": torch.ones(2, 2)}
-    out["visual.cls_embedding"] = state["embeddings.class_embedding"][None, None]
-    out["visual.pos_embedding"] = state["embeddings.position_embedding.weight"][None]
-    out["visual.patch_embedding.weight"] = state["embeddings.patch_embedding.weight"]
-    for leaf in ("weight", "bias"):
-        out[f"visual.pre_norm.{leaf}"] = state[f"pre_layrnorm.{leaf}"]
-        out[f"visual.post_norm.{leaf}"] = state[f"post_layernorm.{leaf}"]
-        for i in range(3):
-            ours, theirs = f"encoder.layers.{i}", f"visual.transformer.{i}"
-            qkv = [state[f"{ours}.self_attn.{x}_proj.{leaf}"] for x in "qkv"]
-            out[f"{theirs}.attn.to_qkv.{leaf}"] = torch.cat(qkv)
-            out[f"{theirs}.attn.proj.{leaf}"] = state[f"{ours}.self_attn.out_proj.{leaf}"]
-            for a, b in (
-                ("norm1", "layer_norm1"),
-                ("norm2", "layer_norm2"),
-                ("mlp.0", "mlp.fc1"),
-                ("mlp.2", "mlp.fc2"),
-            ):
-                out[f"{theirs}.{a}.{leaf}"] = state[f"{ours}.{b}.{leaf}"]
-    return {key: t.clone() for key, t in out.items()}
-
-
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
 def test_the_image_encoder_loads_bit_for_bit(tmp_path: Path, layout: str) -> None:
-    tower = make_image_encoder(I2V)
+    tower = make_image_encoder(TINY_I2V)
     scramble(tower)
     state = tower.state_dict()
     if layout == "original":
@@ -118,7 +100,7 @@ def test_the_image_encoder_loads_bit_for_bit(tmp_path: Path, layout: str) -> Non
         (tmp_path / "image_encoder").mkdir()
         published = {f"vision_model.{key}": t for key, t in state.items()}
         save_file(published, str(tmp_path / "image_encoder" / "model.safetensors"))
-    fresh = build_empty(lambda: make_image_encoder(I2V))
+    fresh = build_empty(lambda: make_image_encoder(TINY_I2V))
     found = clip_shapes(read_companion(open_folder(tmp_path, tmp_path / "cache"), CLIP))
     fill(fresh, found, what="image encoder", device=CPU)
     assert all(torch.equal(t, state[key]) for key, t in fresh.state_dict().items())
