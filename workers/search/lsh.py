@@ -63,7 +63,7 @@ class LshSearch:
     def _signs(self, x_BNXD: Tensor) -> Tensor:
         """1 or -1 for each bit, int8."""
         sides = x_BNXD.float() @ projection(x_BNXD.shape[-1], self._num_bits).to(x_BNXD.device)
-        return torch.where(sides > 0, 1, -1).to(torch.int8)
+        return (sides > 0).to(torch.int8).mul_(2).sub_(1)
 
 
 @lru_cache(maxsize=16)

@@ -38,8 +38,8 @@ class QuantSearch:
         query, key = quantise(query_BNQD), quantise(unit(key_BNKD))
 
         def score(queries: slice, keys: slice) -> Tensor:
-            product = multiply_codes(query.code_BNXD[:, :, queries], key.code_BNXD[:, :, keys])
-            return product * key.scale_BNX[:, :, None, keys]
+            codes = query.code_BNXD[:, :, queries], key.code_BNXD[:, :, keys]
+            return multiply_codes(*codes, key.scale_BNX[:, :, keys])
 
         batch, heads, num_queries = query.code_BNXD.shape[:3]
         index = best_keys(score, batch * heads, num_queries, key_BNKD.shape[2], _NUM_CANDIDATES)
@@ -50,8 +50,8 @@ class QuantSearch:
 
     def similarity(self, query_BNQD: Tensor, key_BNKD: Tensor) -> Tensor:
         query, key = quantise(query_BNQD), quantise(key_BNKD)
-        product = multiply_codes(query.code_BNXD, key.code_BNXD)
-        return product.mul_(query.scale_BNX[..., None]).mul_(key.scale_BNX[:, :, None])
+        product = multiply_codes(query.code_BNXD, key.code_BNXD, key.scale_BNX)
+        return product.mul_(query.scale_BNX[..., None])
 
 
 def quantise(x_BNXD: Tensor) -> Codes:
@@ -61,14 +61,22 @@ def quantise(x_BNXD: Tensor) -> Codes:
     return Codes((x / scale[..., None]).round_().to(torch.int8), scale)
 
 
-def multiply_codes(a_BNQD: Tensor, b_BNKD: Tensor) -> Tensor:
-    """Integer inner products of int8 codes, BNQK in float32."""
-    if a_BNQD.device.type == "cpu":
-        a, b = a_BNQD.flatten(0, 1), b_BNKD.flatten(0, 1)
-        out = torch.empty((len(a), a.shape[1], b.shape[1]))
+def multiply_codes(a_BNQD: Tensor, b_BNKD: Tensor, scale_BNK: Tensor | None = None) -> Tensor:
+    """Integer inner products of int8 codes, times a scale of each b; BNQK in float32."""
+    shape = (*a_BNQD.shape[:3], b_BNKD.shape[2])
+    a, b = a_BNQD.flatten(0, 1), b_BNKD.flatten(0, 1)
+    scale = None if scale_BNK is None else scale_BNK.flatten(0, 1)[:, None]
+    if a.device.type == "cpu":
+        out = torch.empty((len(a), *shape[2:]))
         for row in range(len(a)):  # no batched product of int8 exists
-            out[row] = torch._int_mm(a[row], b[row].mT)
-        return out.view(*a_BNQD.shape[:2], *out.shape[1:])
-    a, b = a_BNQD.flatten(0, 1).bfloat16(), b_BNKD.flatten(0, 1).bfloat16()
-    product: Tensor = torch.bmm(a, b.mT, out_dtype=torch.float32) if a.is_cuda else torch.bmm(a.float(), b.mT.float())
-    return product.view(*a_BNQD.shape[:2], *product.shape[1:])
+            product = torch._int_mm(a[row], b[row].mT)
+            if scale is None:
+                out[row] = product
+            else:
+                torch.mul(product, scale[row], out=out[row])
+        return out.view(shape)
+    if a.is_cuda:
+        out = torch.bmm(a.bfloat16(), b.bfloat16().mT, out_dtype=torch.float32)
+    else:
+        out = torch.bmm(a.float(), b.float().mT)
+    return (out if scale is None else out * scale).view(shape)
