@@ -115,7 +115,11 @@ def load_model(config: RenderConfig) -> LoadedModel:
         text_encoder=modules.text_encoder,
         vae=modules.vae,
         kernel=kernel,
-        policy=make_policy(config.attention, backbone.tokens_per_latent_frame(config.video.width, config.video.height)),
+        policy=make_policy(
+            config.attention,
+            backbone.tokens_per_latent_frame(config.video.width, config.video.height),
+            backbone.num_layers,
+        ),
         schedule=make_schedule(config.sampling.num_steps, config.sampling.shift),
         revision=modules.revision,
         image_encoder=modules.image_encoder,

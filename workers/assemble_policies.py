@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from workers.attention.dense import DenseAttention
 from workers.attention.estimate import RecallProbe
+from workers.attention.gate import GatedAttention
 from workers.attention.history import DenseRegion
 from workers.attention.radial import RadialAttention, RadialSettings
 from workers.attention.streaming import StreamingAttention
@@ -33,12 +34,13 @@ from workers.reuse.teacache import TeaCache, TeaCacheSettings
 _LARGEST_TILE = 128  # what tile-sparse kernels are made for
 
 
-def make_policy(config: AttentionConfig, frame_tokens: int) -> AttentionPolicy:
+def make_policy(config: AttentionConfig, frame_tokens: int, num_layers: int) -> AttentionPolicy:
     """The policy of one take.
 
     Args:
         config: Kind and settings.
         frame_tokens: Tokens of a latent frame.
+        num_layers: Layers of the model.
     Raises:
         ConfigUnsupported: This kind is known by its configuration only.
     """
@@ -48,7 +50,9 @@ def make_policy(config: AttentionConfig, frame_tokens: int) -> AttentionPolicy:
         tokens = config.sink_latent_frames * frame_tokens, config.recent_latent_frames * frame_tokens
         return StreamingAttention(DenseRegion(*tokens))
     if isinstance(config, PatternConfig):
-        return _make_baseline(config, frame_tokens)
+        sparse_layers = range(config.dense_layers, num_layers)
+        policy = _make_baseline(config, frame_tokens)
+        return GatedAttention(policy, dense_step_share=config.dense_step_share, sparse_layers=sparse_layers)
     raise ConfigUnsupported(f"attention.kind: {config.kind} cannot be built yet")
 
 
@@ -79,12 +83,7 @@ def make_attention(
 
 
 def _make_baseline(config: PatternConfig, frame_tokens: int) -> AttentionPolicy:
-    dense = DenseRegion(
-        config.sink_latent_frames * frame_tokens,
-        config.recent_latent_frames * frame_tokens,
-        config.dense_step_share,
-        config.dense_layers,
-    )
+    dense = DenseRegion(config.sink_latent_frames * frame_tokens, config.recent_latent_frames * frame_tokens)
     tile = config.tile or max(1, min(_LARGEST_TILE, frame_tokens // 4))
     if isinstance(config, RadialAttentionConfig):
         return RadialAttention(RadialSettings(dense, tile, config.decay))

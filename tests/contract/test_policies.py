@@ -8,19 +8,29 @@ import torch
 from torch import Tensor
 
 from workers.attention.dense import DenseAttention
+from workers.attention.gate import GatedAttention
 from workers.attention.history import DenseRegion
 from workers.attention.radial import RadialAttention, RadialSettings
 from workers.attention.streaming import StreamingAttention
 from workers.attention.svg import SvgAttention, SvgSettings
 from workers.attention.svg2 import Svg2Attention, Svg2Settings
-from workers.contracts import AttentionPlan, AttentionPolicy, KeyValues, Moment, PlanPart, TiledKeys, Tiles
+from workers.contracts import (
+    AttentionPlan,
+    AttentionPolicy,
+    KeyValues,
+    Moment,
+    PlanPart,
+    PlansAfterRope,
+    TiledKeys,
+    Tiles,
+)
 from workers.kernels.reference import ReferenceKernel
 
 ROWS, COLUMNS, HEADS, DIM, CHUNK = 3, 5, 2, 8, 3
 FRAME = ROWS * COLUMNS
 SINK, RECENT, TILE = 2 * FRAME, FRAME + 4, 8  # none of them divides the others
 SPARSE = Moment(chunk_index=9, step_index=3, num_steps=4, noise_level=0.5)
-REGION = DenseRegion(SINK, RECENT, step_share=0.3)
+REGION = DenseRegion(SINK, RECENT)
 EVERYWHERE = 10**6
 
 
@@ -34,9 +44,7 @@ class Made:
 
 POLICIES: dict[str, Made] = {
     "dense": Made(DenseAttention, DenseAttention),
-    "streaming": Made(
-        lambda: StreamingAttention(REGION), lambda: StreamingAttention(DenseRegion(SINK, EVERYWHERE, step_share=0.3))
-    ),
+    "streaming": Made(lambda: StreamingAttention(REGION), lambda: StreamingAttention(DenseRegion(SINK, EVERYWHERE))),
     "radial": Made(
         lambda: RadialAttention(RadialSettings(REGION, TILE)),
         lambda: RadialAttention(RadialSettings(REGION, TILE, decay=1e6)),
@@ -203,10 +211,12 @@ class TestEveryPolicy:
         out = torch.einsum("bnqk,bknd->bqnd", weight, torch.cat([x.v_BKND for x in keys], 1))
         torch.testing.assert_close(attend(plan, scene)[0], out, atol=1e-12, rtol=0)
 
-    def test_is_dense_in_the_first_steps(self, name: str) -> None:
-        scene = make_scene(18)
-        first = Moment(chunk_index=9, step_index=0, num_steps=4)
-        assert mask_of(ask(POLICIES[name].usual(), scene, first), scene).all()
+    def test_is_dense_behind_a_gate_in_the_first_steps(self, name: str) -> None:
+        scene, policy = make_scene(18), POLICIES[name].usual()
+        gate = GatedAttention(policy, dense_step_share=0.3)
+        assert mask_of(ask(gate, scene, Moment(chunk_index=9, step_index=0, num_steps=4)), scene).all()
+        assert torch.equal(mask_of(ask(gate, scene), scene), mask_of(ask(policy, scene), scene))
+        assert isinstance(gate, PlansAfterRope) == isinstance(policy, PlansAfterRope)
 
     @pytest.mark.parametrize("merged", [False, True])
     def test_is_a_function_of_what_it_is_asked(self, name: str, merged: bool) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from torch import Tensor
 
 from workers.attention.dense import plan_dense
-from workers.contracts import AttentionPlan, AttentionPolicy, KeyValues, Moment, Tightens
+from workers.contracts import AttentionPlan, AttentionPolicy, KeyValues, Moment, PlansAfterRope, Tightens
 
 
 class GatedAttention:
@@ -29,6 +29,8 @@ class GatedAttention:
     ) -> None:
         self._policy, self._dense_step_share = policy, dense_step_share
         self._sparse_layers = None if sparse_layers is None else frozenset(sparse_layers)
+        if isinstance(policy, PlansAfterRope):
+            self.plans_after_rope = policy.plans_after_rope
 
     def begin_chunk(self, position_Q3: Tensor) -> None:
         self._policy.begin_chunk(position_Q3)

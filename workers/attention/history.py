@@ -1,4 +1,4 @@
-"""What all sparse policies share: which run of the cache they thin out, and which calls they leave dense.
+"""What all sparse policies share: which run of the cache they thin out, and where tokens are.
 
 The first keys of the cache (sink), its newest ones and the chunk's own are seen by every query; tiles apply to the
 history between. So a policy is asked only what it is good at, and none is handicapped where the others are dense.
@@ -12,27 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.contracts import AttentionPlan, KeyValues, Moment, PlanPart, Tiles
+from workers.contracts import AttentionPlan, KeyValues, PlanPart, Tiles
 
 
 @dataclass(frozen=True)
 class DenseRegion:
-    """Where a sparse policy stays dense."""
+    """Keys that every query sees, besides those of its own chunk."""
 
     sink_tokens: int
     """First keys of the cache."""
     recent_tokens: int
     """Newest keys of the cache."""
-    step_share: float = 0.0
-    """Share of the first denoising steps of a chunk, in [0, 1]; a clean pass is never among them."""
-    num_layers: int = 0
-    """First layers of the model."""
-
-    def holds(self, layer_index: int, moment: Moment) -> bool:
-        """Whether this call sees every key; a step counts by its middle, so 0.3 of four steps is one."""
-        if layer_index < self.num_layers:
-            return True
-        return not moment.is_clean_pass and (moment.step_index + 0.5) / moment.num_steps < self.step_share
 
     def history(self, num_cached: int) -> tuple[int, int]:
         """First and one past the last of the cached keys between sink and newest; equal where there are none."""

@@ -1,12 +1,13 @@
 """RadialAttention: a static mask whose density falls as the distance in time grows, for O(n log n) attention.
 
-Source: Li et al., "Radial Attention" (arXiv 2506.19852), section 4.2 (the mask) and 4.3 (tiles, dense first steps and
-layers). A query sees, in a frame at temporal distance d, the tokens whose place differs by at most
-w(d) = decay * s / 2^floor(log2 d), with s tokens in a frame. Where w(d) falls below a tile, the band stays one tile
-wide and only every (tile / w(d))-th frame is seen. So each doubling of the distance costs the same.
+Source: Li et al., "Radial Attention" (arXiv 2506.19852), section 4.2 (the mask) and 4.3 (tiles). A query sees, in a
+frame at temporal distance d, the tokens whose place differs by at most w(d) = decay * s / 2^floor(log2 d), with s
+tokens in a frame. Where w(d) falls below a tile, the band stays one tile wide and only every (tile / w(d))-th frame is
+seen. So each doubling of the distance costs the same.
 
 Adapted to chunk-causal models: queries are one chunk's, keys all earlier frames; the paper's sink (its first frame) is
-the sink of the cache. A tile is seen as soon as one pair in it is, so that nothing of the paper's mask is lost.
+the sink of the cache. A tile is seen as soon as one pair in it is, so that nothing of the paper's mask is lost. The
+paper's dense first steps and layers are a `GatedAttention` around this policy.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class RadialAttention:
         self, layer_index: int, moment: Moment, q_BQND: Tensor, cached: KeyValues | None, own: KeyValues
     ) -> AttentionPlan:
         dense = self._settings.dense
-        if cached is None or dense.holds(layer_index, moment):
+        if cached is None:
             return plan_history(cached, own, None, None)
         span = dense.history(cached.num_tokens)
         return plan_history(cached, own, span, None if span[0] == span[1] else self._read_tiles(cached.narrow(*span)))

@@ -18,7 +18,7 @@ class StreamingAttention:
     """The cached keys of the sink, the newest ones and the chunk's own.
 
     Args:
-        dense: What is seen; its layers and steps see everything.
+        dense: What is seen.
     """
 
     def __init__(self, dense: DenseRegion) -> None:
@@ -30,6 +30,6 @@ class StreamingAttention:
     def plan(
         self, layer_index: int, moment: Moment, q_BQND: Tensor, cached: KeyValues | None, own: KeyValues
     ) -> AttentionPlan:
-        if cached is None or self._dense.holds(layer_index, moment):
+        if cached is None:
             return plan_history(cached, own, None, None)
         return plan_history(cached, own, self._dense.history(cached.num_tokens), None)

@@ -72,7 +72,7 @@ class SvgAttention:
         self, layer_index: int, moment: Moment, q_BQND: Tensor, cached: KeyValues | None, own: KeyValues
     ) -> AttentionPlan:
         dense = self._settings.dense
-        if cached is None or dense.holds(layer_index, moment):
+        if cached is None:
             return plan_history(cached, own, None, None)
         span = dense.history(cached.num_tokens)
         if span[0] == span[1]:

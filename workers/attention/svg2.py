@@ -77,7 +77,7 @@ class Svg2Attention:
         self, layer_index: int, moment: Moment, q_BQND: Tensor, cached: KeyValues | None, own: KeyValues
     ) -> AttentionPlan:
         settings = self._settings
-        if cached is None or settings.dense.holds(layer_index, moment):
+        if cached is None:
             return plan_history(cached, own, None, None)
         span = settings.dense.history(cached.num_tokens)
         if span[0] == span[1]:
