@@ -1,8 +1,8 @@
-"""8-bit search (the paper's "Quant"): int8 codes with one scale per vector, compared as integers.
+"""8-bit search (the paper's "Quant"): int8 codes with one scale per vector.
 
-On a CPU each head is one `torch._int_mm` (VNNI), where bfloat16 is no faster than float32 once its maximum is sought.
 On a GPU the codes go through the bfloat16 tensor cores in one batched product with float32 sums: codes up to 127 are
-exact in bfloat16, so this is the same integer (not yet run on a GPU).
+exact in bfloat16, so this is the integer product (not yet run on a GPU). On a CPU the codes are multiplied as floats:
+`torch._int_mm` (VNNI) is faster by itself, but was slower in all once its integers were made floats again.
 """
 
 from __future__ import annotations
@@ -25,6 +25,14 @@ class Codes(NamedTuple):
     scale_BNX: Tensor
     """float32."""
 
+    def part(self, which: slice) -> Codes:
+        """Some of the vectors."""
+        return Codes(self.code_BNXD[:, :, which], self.scale_BNX[:, :, which])
+
+    def decode(self) -> Tensor:
+        """The vectors as the codes tell them, float32."""
+        return self.code_BNXD.float().mul_(self.scale_BNX[..., None])
+
 
 class QuantSearch:
     """Int8 codes."""
@@ -34,12 +42,10 @@ class QuantSearch:
         return "quant"
 
     def top1(self, query_BNQD: Tensor, key_BNKD: Tensor) -> Nearest:
-        # The scale of a query changes no order, so it is left out.
-        query, key = quantise(query_BNQD), quantise(unit(key_BNKD))
+        query, key = quantise(unit(query_BNQD)), quantise(unit(key_BNKD))
 
         def score(queries: slice, keys: slice) -> Tensor:
-            codes = query.code_BNXD[:, :, queries], key.code_BNXD[:, :, keys]
-            return multiply_codes(*codes, key.scale_BNX[:, :, keys])
+            return multiply(query.part(queries), key.part(keys))
 
         batch, heads, num_queries = query.code_BNXD.shape[:3]
         index = best_keys(score, batch * heads, num_queries, key_BNKD.shape[2], _NUM_CANDIDATES)
@@ -49,9 +55,7 @@ class QuantSearch:
         return landmark_buckets(self, x_BNXD, num_buckets, like_BNKD)
 
     def similarity(self, query_BNQD: Tensor, key_BNKD: Tensor) -> Tensor:
-        query, key = quantise(query_BNQD), quantise(key_BNKD)
-        product = multiply_codes(query.code_BNXD, key.code_BNXD, key.scale_BNX)
-        return product.mul_(query.scale_BNX[..., None])
+        return multiply(quantise(query_BNQD), quantise(key_BNKD))
 
 
 def quantise(x_BNXD: Tensor) -> Codes:
@@ -61,22 +65,18 @@ def quantise(x_BNXD: Tensor) -> Codes:
     return Codes((x / scale[..., None]).round_().to(torch.int8), scale)
 
 
-def multiply_codes(a_BNQD: Tensor, b_BNKD: Tensor, scale_BNK: Tensor | None = None) -> Tensor:
-    """Integer inner products of int8 codes, times a scale of each b; BNQK in float32."""
-    shape = (*a_BNQD.shape[:3], b_BNKD.shape[2])
-    a, b = a_BNQD.flatten(0, 1), b_BNKD.flatten(0, 1)
-    scale = None if scale_BNK is None else scale_BNK.flatten(0, 1)[:, None]
-    if a.device.type == "cpu":
-        out = torch.empty((len(a), *shape[2:]))
-        for row in range(len(a)):  # no batched product of int8 exists
-            product = torch._int_mm(a[row], b[row].mT)
-            if scale is None:
-                out[row] = product
-            else:
-                torch.mul(product, scale[row], out=out[row])
-        return out.view(shape)
-    if a.is_cuda:
-        out = torch.bmm(a.bfloat16(), b.bfloat16().mT, out_dtype=torch.float32)
-    else:
-        out = torch.bmm(a.float(), b.float().mT)
-    return (out if scale is None else out * scale).view(shape)
+def multiply(a: Codes, b: Codes) -> Tensor:
+    """Inner products of what the codes stand for, BNQK in float32."""
+    if not a.code_BNXD.is_cuda:
+        return a.decode() @ b.decode().mT
+    product_BNQK = multiply_codes(a.code_BNXD, b.code_BNXD)
+    return product_BNQK.mul_(a.scale_BNX[..., None]).mul_(b.scale_BNX[:, :, None])
+
+
+def multiply_codes(a_BNQD: Tensor, b_BNKD: Tensor) -> Tensor:
+    """Integer inner products of int8 codes, BNQK in float32: exact below 2^24."""
+    if not a_BNQD.is_cuda:
+        return a_BNQD.float() @ b_BNKD.float().mT
+    a, b = a_BNQD.flatten(0, 1).bfloat16(), b_BNKD.flatten(0, 1).bfloat16()
+    product: Tensor = torch.bmm(a, b.mT, out_dtype=torch.float32)
+    return product.view(*a_BNQD.shape[:3], b_BNKD.shape[2])
