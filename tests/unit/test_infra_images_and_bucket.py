@@ -43,7 +43,7 @@ def test_image_is_pinned_staged_and_without_root(path):
 def test_image_is_built_from_all_that_the_wheel_needs(path):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
-    needed = {*wheel["packages"], *wheel["include"], project["project"]["readme"], "pyproject.toml"}
+    needed = {*wheel["only-include"], project["project"]["readme"], "pyproject.toml"}
     copied = set()
     for kind, value in instructions(path):
         if kind == "COPY" and not value.startswith("--from"):
