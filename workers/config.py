@@ -97,11 +97,12 @@ class FlowCacheConfig(Part):
 
     @model_validator(mode="after")
     def _leave_room_for_history(self) -> Self:
-        ends = self.sink_latent_frames + self.recent_latent_frames
-        if self.budget_latent_frames <= ends:
+        least = self.sink_latent_frames + self.recent_latent_frames + 3
+        if self.budget_latent_frames < least:
             raise ValueError(
-                f"budget_latent_frames {self.budget_latent_frames} must be above {ends}, the sum of "
-                f"sink_latent_frames {self.sink_latent_frames} and recent_latent_frames {self.recent_latent_frames}"
+                f"cache.budget_latent_frames: {self.budget_latent_frames} is below {least}, the sum of "
+                f"sink_latent_frames {self.sink_latent_frames}, recent_latent_frames {self.recent_latent_frames} and a "
+                "chunk of 3"
             )
         return self
 
@@ -224,7 +225,7 @@ class TeaCacheConfig(Part):
     """A step whose input hardly changed adds again what the layers added before (TeaCache)."""
 
     kind: Literal["teacache"] = "teacache"
-    threshold: float = Field(0.15, gt=0.0, description="Predicted change that may add up before the layers run again.")
+    threshold: float = Field(0.85, gt=0.0, description="Predicted change that may add up before the layers run again.")
     coefficients: tuple[float, ...] = Field(
         (1.0, 0.0), min_length=1, description="Polynomial from input to output change, highest power first."
     )
@@ -234,7 +235,7 @@ class FlowReuseConfig(Part):
     """As TeaCache, by the change of a chunk's embedded latents alone (FlowCache)."""
 
     kind: Literal["flowcache"] = "flowcache"
-    threshold: float = Field(0.15, gt=0.0, description="Change that may add up before the layers run again.")
+    threshold: float = Field(0.85, gt=0.0, description="Change that may add up before the layers run again.")
     warmup_steps: int = Field(1, ge=1, description="First steps of a chunk that always run.")
 
 

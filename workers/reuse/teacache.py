@@ -7,7 +7,10 @@ while their sum stays below the threshold, the residual of the last full run is 
 step of a chunk are always run.
 
 Adapted to chunk-causal models: the steps are those of one chunk, and each chunk begins anew. The decision needs one
-number on the host per step; that is the method's own price.
+number on the host per step; that is the method's own price. Distilled models draw fresh noise for each step, so the
+input's change follows the noise level and not the content: on the bundled model it is 0.88, 0.80 and 0.67 for steps 1
+to 3, within 0.014 over chunks and prompts, and its correlation with the output's change is -0.04. No polynomial can
+mend that; the identity stands, and a threshold picks steps: 0.85 spares step 2 of four, which costs least.
 """
 
 from __future__ import annotations
