@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,6 +20,7 @@ from cluster.object_store import ObjectStore
 from workers.assemble import LoadedModel, TakeParts, prepare_take
 from workers.assemble_policies import make_attention
 from workers.cache.prompt import PromptCache, PromptLayers
+from workers.clip_take import roll_out_clips
 from workers.denoise import draw_noise
 from workers.errors import DeviceBroken, GpuOutOfMemory, RenderError, UploadFailed
 from workers.metrics import Stopwatch, peak_gpu_bytes, peak_rss_bytes, reset_peak_gpu_bytes, rss_bytes
@@ -100,13 +101,14 @@ def generate(
     attention, guard = make_attention(
         model.config.guard, model.backbone, parts.cache, parts.policy, model.kernel, parts.reindex
     )
-    decoder = model.vae.stream()
     num_frames = 0
     chunk_started = time.perf_counter()
-    rollout = make_rollout(model.dit, attention, record.stopwatch, parts.reuse, guard)
-    for chunk in rollout.run(plan_rollout(task, model, record)):
-        with record.stopwatch.stage("vae"):
-            frames_THWC = decode(chunk, decoder, parts, model.device)
+    if model.backbone.rollout == "clipwise":
+        chunks = roll_out_clips(task, model, attention, record.stopwatch)
+    else:
+        rollout = make_rollout(model.dit, attention, record.stopwatch, parts.reuse, guard)
+        chunks = with_pictures(rollout.run(plan_rollout(task, model, record)), model, parts, record)
+    for chunk, frames_THWC in chunks:
         with record.stopwatch.stage("check"):
             gate.observe(frames_THWC[: task.num_frames - num_frames])
             gate.judge(task.num_frames)
@@ -185,6 +187,17 @@ def project_prompt(text: str, model: LoadedModel, stopwatch: Stopwatch) -> Promp
     with stopwatch.stage("text"):
         folded = fold_padding(model.text_encoder.encode([text]), model.backbone.text_tokens)
         return model.dit.project_prompt(folded.text_BPE, folded.log_mass_BP)
+
+
+def with_pictures(
+    chunks: Iterator[CleanChunk], model: LoadedModel, parts: TakeParts, record: TakeRecord
+) -> Iterator[tuple[CleanChunk, NDArray[np.uint8]]]:
+    """Chunks of one stream of latents, each with its pictures as soon as it is finished."""
+    decoder = model.vae.stream()
+    for chunk in chunks:
+        with record.stopwatch.stage("vae"):
+            frames_THWC = decode(chunk, decoder, parts, model.device)
+        yield chunk, frames_THWC
 
 
 def decode(chunk: CleanChunk, decoder: PictureStream, parts: TakeParts, device: torch.device) -> NDArray[np.uint8]:

@@ -33,6 +33,7 @@ class RenderTask(Record):
     negative_prompt: str = ""
     seed: int = Field(ge=0, lt=2**63)
     num_frames: int = Field(ge=1)
+    control: str | None = Field(None, description="Folder of control videos, for models that take them.")
     ladder_rung: int = Field(0, ge=0, description="How many out-of-memory steps down this attempt starts from.")
 
 

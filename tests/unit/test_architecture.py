@@ -55,6 +55,7 @@ WORKERS_RANK = {
     "assemble": 1,
     "assemble_policies": 1,
     "pipeline": 1,
+    "clip_take": 1,
     "training": 1,
     "rollout": 2,
     "rollouts": 2,

@@ -58,12 +58,23 @@ class ClipInputs:
 
 
 def project_clip_prompt(
-    dit: CausalDiT, branch: ControlBranch | None, text_BPE: Tensor, image_BPE: Tensor | None
+    dit: CausalDiT,
+    branch: ControlBranch | None,
+    text_BPE: Tensor,
+    image_BPE: Tensor | None,
+    log_mass_BP: Tensor | None = None,
 ) -> ClipPrompt:
-    """Cross-attention keys of a clip's prompt (zero rows as padding) and image tokens."""
+    """Cross-attention keys of a clip's prompt and image tokens.
+
+    Args:
+        dit, branch: Whose layers they are for.
+        text_BPE: With zero rows as padding, or with one that stands for all of them.
+        image_BPE: Tokens of the clip's first picture.
+        log_mass_BP: What each row counts for, where padding was folded.
+    """
     text, image = dit.embed_prompt(text_BPE, image_BPE)
-    keys = [layer.cross_attn.project(text, None, image) for layer in dit.layers]
-    return ClipPrompt(keys, None if branch is None else branch.project_prompt(text, None, image))
+    keys = [layer.cross_attn.project(text, log_mass_BP, image) for layer in dit.layers]
+    return ClipPrompt(keys, None if branch is None else branch.project_prompt(text, log_mass_BP, image))
 
 
 def history_pictures(pictures_BFCHW: Tensor) -> Tensor:

@@ -29,6 +29,12 @@ def check_rollout(backbone: Backbone, config: RenderConfig) -> None:
         raise ConfigUnsupported(
             f"reuse.kind: {config.reuse.kind} goes by the steps of one chunk; {backbone.name} denoises several at once"
         )
+    if backbone.rollout != "clipwise" and backbone.in_channels != backbone.latent_channels:
+        raise ConfigUnsupported(
+            f"backbone.name: {backbone.name} takes a picture beside the noise; it is loaded as the base of others only"
+        )
+    if backbone.rollout == "clipwise" and config.guard.enabled:
+        raise ConfigUnsupported(f"guard.enabled: {backbone.name} makes whole clips, which no guard watches yet")
     native, asked = backbone.native, config.sampling
     if native is not None and (asked.num_steps, asked.shift) != (native.num_steps, native.shift):
         logger.warning(

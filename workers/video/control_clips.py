@@ -149,4 +149,4 @@ def _check_video(what: str, named: str, folder: Path, size: tuple[int, int]) -> 
 
 
 def _resized(image: Image.Image, width: int, height: int) -> Frames:
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), dtype=np.uint8)
+    return np.array(image.resize((width, height), Image.Resampling.BICUBIC), dtype=np.uint8)

@@ -4,27 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
-from PIL import Image
 
+from tests.control_files import write_control, write_video
 from workers.errors import BadPrompt
 from workers.video.control_clips import read_control_clips
-
-WIDTH, HEIGHT = 32, 16
-
-
-def write_video(path: Path, num_frames: int = 81, width: int = WIDTH, height: int = HEIGHT, fps: int = 16) -> None:
-    """Grey pictures that grow brighter."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"preset": "ultrafast", "crf": "1"})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.codec_context.thread_count = 1
-        for i in range(num_frames):
-            picture = np.full((height, width, 3), 40 + 2 * i, dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode(None))
 
 
 def write_list(folder: Path, entries: Any) -> Path:
@@ -36,16 +21,7 @@ def write_list(folder: Path, entries: Any) -> Path:
 @pytest.fixture
 def example(tmp_path: Path) -> Path:
     """Two clips; the list names a third, whose files are not there."""
-    for i in range(2):
-        write_video(tmp_path / f"depth_{i:02}.mp4")
-        write_video(tmp_path / f"track_{i:02}.mp4", fps=8)
-    entries = [
-        {"text": f"prompt {i}", "depth": f"./elsewhere/depth_{i:02}.mp4", "track": f"./elsewhere/track_{i:02}.mp4"}
-        for i in range(3)
-    ]
-    write_list(tmp_path, entries)
-    Image.new("RGB", (WIDTH, HEIGHT), (200, 10, 10)).save(tmp_path / "first.png")
-    return tmp_path
+    return write_control(tmp_path, 2, num_named=3)
 
 
 def test_the_public_form_is_read_and_an_odd_frame_rate_only_noted(example: Path, caplog) -> None:
