@@ -134,18 +134,19 @@ class AnnSelfAttention:
         if known is not None and known.cached is cached:
             return known
         s, history = self._settings, cached.narrow(*span)
-        key_order = None
-        if s.order == "bucket":
-            k_BNKD = history.k_BKND.transpose(1, 2)
-            code = self._search.buckets(k_BNKD, s.num_buckets, k_BNKD)
-            if history.log_mass_BNK is not None:  # empty entries last, so that they fill tiles of their own
-                code = code.masked_fill(history.log_mass_BNK.isneginf(), s.num_buckets)
-            key_order = torch.argsort(code, dim=-1, stable=True)
+        key_order = self._order_by_bucket(history) if s.order == "bucket" else _order_by_time(history)
         sample = sample_tiles(
             history, s.key_tile, s.num_samples, self._rotate, key_order_BNK=key_order, shared=self._shared
         )
         known = self._indexed[layer_index] = _Indexed(cached, sample, key_order)
         return known
+
+    def _order_by_bucket(self, history: KeyValues) -> Tensor:
+        k_BNKD = history.k_BKND.transpose(1, 2)
+        code = self._search.buckets(k_BNKD, self._settings.num_buckets, k_BNKD)
+        if history.log_mass_BNK is not None:  # empty entries last, so that they fill tiles of their own
+            code = code.masked_fill(history.log_mass_BNK.isneginf(), self._settings.num_buckets)
+        return torch.argsort(code, dim=-1, stable=True)
 
     def _sample_rest(self, cached: KeyValues, own: KeyValues, span: tuple[int, int]) -> TileSample:
         """Sink, newest keys and own keys, each as one tile: how much of the softmax they take needs no more."""
@@ -161,3 +162,16 @@ class AnnSelfAttention:
         batch, heads = own.k_BKND.shape[0], own.k_BKND.shape[2]
         weights = [sample.log_weight_BNS.expand(batch, heads, -1) for sample in samples]
         return TileSample(torch.cat([sample.k_BNSD for sample in samples], 2), torch.cat(weights, -1), 1)
+
+
+def _order_by_time(history: KeyValues) -> Tensor | None:
+    """Single keys come in order of time, row and column; entries that heads merged for themselves are put into it."""
+    if history.position_K3.dim() == 2:
+        return None
+    time, row, column = history.position_K3.transpose(1, 2).unbind(-1)
+    if history.log_mass_BNK is not None:
+        time = time.masked_fill(history.log_mass_BNK.isneginf(), torch.inf)
+    order = torch.argsort(column, dim=-1, stable=True)
+    for key in (row, time):
+        order = order.gather(-1, torch.argsort(key.gather(-1, order), dim=-1, stable=True))
+    return order
