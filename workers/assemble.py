@@ -16,9 +16,11 @@ from dataclasses import dataclass
 
 import torch
 
+from workers.assemble_cache import make_temporal_cache, temporal_settings
 from workers.assemble_policies import make_policy, make_reuse
 from workers.cache.dense import DenseCache
 from workers.cache.flow import FlowCache, FlowSettings
+from workers.cache.temporal_merge import MergeSettings
 from workers.cache.window import WindowCache
 from workers.checkpoints.modules import load_modules
 from workers.config import (
@@ -27,6 +29,7 @@ from workers.config import (
     FlowCacheConfig,
     NativeCacheConfig,
     RenderConfig,
+    TemporalCacheConfig,
     WindowCacheConfig,
 )
 from workers.contracts import AttentionPolicy, Kernel, KVCache, StepReuse
@@ -125,6 +128,8 @@ def load_model(config: RenderConfig) -> LoadedModel:
         image_encoder=modules.image_encoder,
         control_branch=modules.control_branch,
     )
+    if isinstance(config.cache, TemporalCacheConfig):
+        _temporal_settings(model, config.cache, None)  # a budget that is too small is refused before the first take
     logger.info("loaded %s revision %s on %s, kernel %s", backbone.name, modules.revision[:12], device, kernel.version)
     return model
 
@@ -158,6 +163,10 @@ def _make_cache(model: LoadedModel, config: CacheConfig, dtype: torch.dtype | No
     frame_tokens = model.backbone.tokens_per_latent_frame(model.config.video.width, model.config.video.height)
     if isinstance(config, DenseCacheConfig):
         return DenseCache(num_layers, dtype), "dense"
+    if isinstance(config, TemporalCacheConfig):
+        settings = _temporal_settings(model, config, dtype)
+        cache_name = f"temporal-{config.budget_latent_frames}-{config.storage}"
+        return make_temporal_cache(config, settings, num_layers, dtype), cache_name
     if isinstance(config, FlowCacheConfig):
         cache = FlowCache(num_layers, _flow_settings(config, frame_tokens), dtype)
         return cache, f"flow-{config.budget_latent_frames}"
@@ -169,6 +178,13 @@ def _make_cache(model: LoadedModel, config: CacheConfig, dtype: torch.dtype | No
         dtype=dtype,
     )
     return window, f"window-{config.sink_latent_frames}+{config.recent_latent_frames}"
+
+
+def _temporal_settings(model: LoadedModel, config: TemporalCacheConfig, dtype: torch.dtype | None) -> MergeSettings:
+    video = model.config.video
+    frame_tokens = model.backbone.tokens_per_latent_frame(video.width, video.height)
+    is_guarded = model.config.guard.enabled
+    return temporal_settings(config, model.backbone, dtype or model.dit.dtype, frame_tokens, is_guarded=is_guarded)
 
 
 def _flow_settings(config: FlowCacheConfig, frame_tokens: int) -> FlowSettings:

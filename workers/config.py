@@ -78,12 +78,28 @@ class TemporalCacheConfig(Part):
     budget_latent_frames: int = Field(
         120, ge=2, description="Hard limit: the bytes that so many latent frames take uncompressed in bfloat16."
     )
-    min_cosine: float = Field(0.95, ge=-1.0, le=1.0, description="Keys merge from this cosine (before RoPE) on.")
+    min_cosine: float = Field(
+        0.995,
+        ge=-1.0,
+        le=1.0,
+        description="Keys join a group from this cosine (before RoPE) on; a full cache goes lower.",
+    )
+    mass_decay: float = Field(
+        16.0, ge=0.0, description="How fast unlike members of a group lose their mass; 0 is the paper's log m."
+    )
     storage: Literal["model", "int8", "int4"] = Field("int8", description="How old keys and values are stored.")
     search: SearchName = Field("exact", description="Who finds the nearest key.")
-    target_recall: float | None = Field(
-        None, gt=0.0, le=1.0, description="Sets min_cosine for each layer and head; empty keeps it as given."
-    )
+
+    @model_validator(mode="after")
+    def _leave_room_for_history(self) -> Self:
+        least = self.sink_latent_frames + self.recent_latent_frames + 3
+        if self.budget_latent_frames < least:
+            raise ValueError(
+                f"cache.budget_latent_frames: {self.budget_latent_frames} is below {least}, the sum of "
+                f"sink_latent_frames {self.sink_latent_frames}, recent_latent_frames {self.recent_latent_frames} and a "
+                "chunk of 3"
+            )
+        return self
 
 
 class FlowCacheConfig(Part):

@@ -1,22 +1,32 @@
 """One class of tests for every KVCache: what the protocol promises, whatever is kept."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from workers.cache.dense import DenseCache
 from workers.cache.flow import FlowCache, FlowSettings
+from workers.cache.temporal_merge import MergeSettings, TemporalCache
 from workers.cache.window import WindowCache
 from workers.contracts import KeyValues, KVCache
+from workers.search.exact import ExactSearch
 
 LAYERS, TOKENS = 3, 6  # tokens per latent frame
+
+
+def temporal(**settings: Any) -> TemporalCache:
+    return TemporalCache(LAYERS, MergeSettings(2 * TOKENS, 4 * TOKENS + 1, **settings), ExactSearch().top1)
+
+
 CACHES: dict[str, Callable[[], KVCache]] = {
     "dense": lambda: DenseCache(LAYERS),
     "window": lambda: WindowCache(LAYERS, sink_tokens=2 * TOKENS, recent_tokens=5 * TOKENS),
     "window-without-sink": lambda: WindowCache(LAYERS, sink_tokens=0, recent_tokens=2 * TOKENS),
     "window-smaller-than-a-chunk": lambda: WindowCache(LAYERS, sink_tokens=1, recent_tokens=4),
     "flow": lambda: FlowCache(LAYERS, FlowSettings(2 * TOKENS, 3 * TOKENS + 1, 4 * TOKENS + 2, TOKENS)),
+    "temporal-not-full": lambda: temporal(num_groups=200, min_cosine=1.1, storage="model"),
     "flow-without-sink": lambda: FlowCache(LAYERS, FlowSettings(0, 1, 2 * TOKENS, TOKENS)),
 }
 
@@ -95,7 +105,9 @@ class TestEveryCache:
         kept = cache.read(0)
         assert kept is not None
         assert cache.num_tokens == kept.num_tokens == len(positions_of_head(kept, 0))
-        assert cache.num_bytes == LAYERS * 2 * kept.num_tokens * 2 * 8 * 4
+        # A merged key carries its record: time, cell, m, weight and partner, 20 bytes in each of two heads.
+        records = 0 if kept.log_mass_BNK is None else LAYERS * 2 * 20 * (kept.num_tokens - 6 * TOKENS - 1)
+        assert cache.num_bytes == LAYERS * 2 * kept.num_tokens * 2 * 8 * 4 + records
 
     def test_restored_state_goes_on_like_the_unbroken_one(self, make: Callable[[], KVCache]) -> None:
         unbroken, resumed = make(), make()

@@ -53,6 +53,7 @@ HOME = {
 WORKERS_RANK = {
     "actor": 0,
     "assemble": 1,
+    "assemble_cache": 1,
     "assemble_policies": 1,
     "pipeline": 1,
     "clip_take": 1,

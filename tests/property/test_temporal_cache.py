@@ -1,0 +1,217 @@
+"""The algebra of key groups: what is merged, what is counted, what is exact: against softmax over all keys."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from workers.cache.groups import KeyGroups, Tokens
+from workers.cache.low_bit import Storage, VectorStore
+from workers.cache.temporal_merge import MergeSettings, TemporalCache
+from workers.contracts import KeyValues
+from workers.kernels.reference import ReferenceKernel
+from workers.search.exact import ExactSearch
+
+HEADS, DIM, TOKENS = 3, 8, 5  # tokens per latent frame
+DENSE = ReferenceKernel()
+
+
+def make_chunk(generator: torch.Generator, start: int, frames: int = 3, things: int | None = None) -> KeyValues:
+    """A chunk of random keys; with `things`, keys are drawn from so many distinct ones (values never are)."""
+    num = frames * TOKENS
+    k = torch.randn(1, num, HEADS, DIM, generator=generator, dtype=torch.float64)
+    if things is not None:
+        source = torch.Generator().manual_seed(things)
+        table = torch.randn(things, HEADS, DIM, generator=source, dtype=torch.float64)
+        k = table[torch.randint(things, (num,), generator=generator)][None]
+    v = torch.randn(1, num, HEADS, DIM, generator=generator, dtype=torch.float64)
+    time = torch.arange(num) // TOKENS + start
+    return KeyValues(k, v, torch.stack((time, torch.arange(num) % TOKENS, 0 * time), 1).float())
+
+
+def make_cache(**over: Any) -> TemporalCache:
+    values: dict[str, Any] = {"sink_tokens": TOKENS, "recent_tokens": 2 * TOKENS, "num_groups": 60, "min_cosine": 0.9}
+    return TemporalCache(1, MergeSettings(**(values | {"storage": "model"} | over)), ExactSearch().top1)
+
+
+def attend(q: torch.Tensor, keys: KeyValues) -> torch.Tensor:
+    return DENSE.attend(q, (keys,))[0]
+
+
+def join(chunks: list[KeyValues]) -> KeyValues:
+    k, v = torch.cat([c.k_BKND for c in chunks], 1), torch.cat([c.v_BKND for c in chunks], 1)
+    return KeyValues(k, v, torch.cat([c.position_K3 for c in chunks]))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), chunks=st.integers(1, 9), things=st.integers(1, 12), decay=st.sampled_from([0.0, 16.0])
+)
+def test_equal_keys_merge_exactly(seed: int, chunks: int, things: int, decay: float) -> None:
+    """Lemma 5.1: with equal keys the compressed cache gives what dense attention over all of them gives."""
+    generator = torch.Generator().manual_seed(seed)
+    cache, given_chunks = make_cache(min_cosine=1 - 1e-9, decay=decay), []
+    for index in range(chunks):
+        given_chunks.append(make_chunk(generator, 3 * index, things=things))
+        cache.append(0, given_chunks[-1])
+    kept = cache.read(0)
+    assert kept is not None
+    q = torch.randn(1, 7, HEADS, DIM, generator=generator, dtype=torch.float64)
+    # Weights are sums of ones, which float32 holds exactly; the rest of the way is float64.
+    torch.testing.assert_close(attend(q, kept), attend(q, join(given_chunks)), atol=2e-6, rtol=0)
+    assert kept.num_tokens <= TOKENS + 2 * TOKENS + TOKENS + things * 3 + 2 * TOKENS
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), chunks=st.integers(1, 14), slots=st.integers(20, 60), cosine=st.floats(-1, 1.1))
+def test_no_key_is_lost_and_the_limit_holds(seed: int, chunks: int, slots: int, cosine: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    cache = make_cache(num_groups=slots, min_cosine=cosine, track_owners=True)
+    for index in range(chunks):
+        cache.append(0, make_chunk(generator, 3 * index))
+        kept, groups = cache.read(0), cache._layers[0].groups
+        owner = cache.owners(0)
+        assert kept is not None
+        assert owner is not None
+        assert owner.shape[-1] == 15 * (index + 1)
+        assert int(owner.min()) >= 0
+        assert int(owner.max()) < kept.num_tokens
+        if groups is not None:
+            assert groups.num_used <= slots
+            absorbed = 15 * (index + 1) - TOKENS - 2 * TOKENS
+            assert groups.m_BNC.sum(-1).unique().tolist() == [absorbed]
+            for head in range(HEADS):
+                count = torch.bincount(owner[0, head, TOKENS : TOKENS + absorbed] - TOKENS, minlength=groups.num_used)
+                assert torch.equal(count.int(), groups.m_BNC[0, head, : groups.num_used])
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), slots=st.integers(20, 40))
+def test_a_group_has_its_newest_members_key_and_place(seed: int, slots: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    cache, chunks = make_cache(num_groups=slots, track_owners=True, min_cosine=0.7), []
+    for index in range(8):
+        chunks.append(make_chunk(generator, 3 * index))
+        cache.append(0, chunks[-1])
+    kept, owner, every = cache.read(0), cache.owners(0), join(chunks)
+    assert kept is not None
+    assert owner is not None
+    for head in range(HEADS):
+        for entry in owner[0, head].unique().tolist():
+            members = (owner[0, head] == entry).nonzero().flatten()
+            newest = members[every.position_K3[members, 0] == every.position_K3[members, 0].max()]
+            same_key = (every.k_BKND[0, newest, head] == kept.k_BKND[0, entry, head]).all(-1)
+            assert int(same_key.sum()) == 1
+            at = kept.position_K3[0, entry, head] if kept.position_K3.dim() == 4 else kept.position_K3[entry]
+            assert torch.equal(at.float(), every.position_K3[newest[same_key][0]])
+
+
+def test_threshold_above_one_with_room_is_dense() -> None:
+    generator = torch.Generator().manual_seed(0)
+    cache, chunks = make_cache(num_groups=200, min_cosine=1.01), []
+    for index in range(6):
+        chunks.append(make_chunk(generator, 3 * index))
+        cache.append(0, chunks[-1])
+    kept = cache.read(0)
+    assert kept is not None
+    q = torch.randn(1, 9, HEADS, DIM, dtype=torch.float64, generator=generator)
+    torch.testing.assert_close(attend(q, kept), attend(q, join(chunks)), atol=1e-10, rtol=0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    decay=st.sampled_from([0.0, 1.0, 16.0]),
+    storage=st.sampled_from(["model", "int8", "int4"]),
+)
+def test_the_order_of_heads_does_not_matter(seed: int, decay: float, storage: Storage) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(HEADS, generator=generator)
+    one, other = (make_cache(num_groups=20, decay=decay, storage=storage) for _ in range(2))
+    for index in range(7):
+        chunk = make_chunk(generator, 3 * index)
+        one.append(0, chunk)
+        other.append(0, KeyValues(chunk.k_BKND[:, :, order], chunk.v_BKND[:, :, order], chunk.position_K3))
+    a, b = one.read(0), other.read(0)
+    assert a is not None
+    assert b is not None
+    assert a.log_mass_BNK is not None
+    assert b.log_mass_BNK is not None
+    assert torch.equal(a.k_BKND[:, :, order], b.k_BKND)
+    assert torch.equal(a.v_BKND[:, :, order], b.v_BKND)
+    assert torch.equal(a.log_mass_BNK[:, order], b.log_mass_BNK)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6), pause=st.integers(0, 9), storage=st.sampled_from(["model", "int8", "int4"]))
+def test_a_resumed_cache_goes_on_bit_for_bit(seed: int, pause: int, storage: Storage) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    chunks = [make_chunk(generator, 3 * index) for index in range(10)]
+    unbroken, resumed = (make_cache(num_groups=22, storage=storage, audit_tokens=11) for _ in range(2))
+    for chunk in chunks[:pause]:
+        unbroken.append(0, chunk)
+    resumed.append(0, chunks[5])  # what was there before does not matter
+    resumed.restore({name: tensor.clone() for name, tensor in unbroken.state().items()})
+    for chunk in chunks[pause:]:
+        unbroken.append(0, chunk)
+        resumed.append(0, chunk)
+    for name, tensor in unbroken.state().items():
+        assert torch.equal(tensor, resumed.state()[name]), name
+    a, b = unbroken.audit(0), resumed.audit(0)
+    assert a is not None
+    assert b is not None
+    assert torch.equal(a.members_BNA, b.members_BNA)
+    assert a.num_original_tokens == 150 - 3 * TOKENS
+
+
+def merge_by_hand(
+    weights: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rate: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    share = weights * torch.exp(-rate * (k - k[-1]).square().sum(-1))
+    return share.sum(), (share[:, None] * v).sum(0) / share.sum()
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), num=st.integers(2, 12), decay=st.sampled_from([0.0, 2.0]))
+def test_joining_one_by_one_equals_the_definition(seed: int, num: int, decay: float) -> None:
+    """All keys fall into one group: weight and value are what the recurrence written out gives (float32 weights)."""
+    generator = torch.Generator().manual_seed(seed)
+    k, v = torch.randn(2, num, DIM, generator=generator, dtype=torch.float64)
+    k = 0.3 * k + 1.0
+    shape = (1, 1, 4, DIM)
+    groups = KeyGroups(shape, "model", torch.float64, torch.device("cpu"), ExactSearch().top1, decay)
+    weight, mean = torch.ones(1, dtype=torch.float64), v[:1]
+    for index in range(num):
+        position = torch.tensor([[[[float(index), 0.0, 0.0]]]])
+        tokens = Tokens(k[index].view(1, 1, 1, DIM), v[index].view(1, 1, 1, DIM), position)
+        groups.absorb(tokens, torch.full((1, 1, 1), -1.0))
+        if index:
+            two = torch.stack((k[index - 1], k[index]))
+            one = torch.tensor([float(weight), 1.0], dtype=torch.float64)
+            total, value = merge_by_hand(one, two, torch.stack((mean[0], v[index])), decay / (2 * math.sqrt(DIM)))
+            weight, mean = total[None], value[None]
+    _, v_kept, _, log_mass = groups.read()
+    torch.testing.assert_close(log_mass.double().exp().flatten(), weight, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(v_kept.flatten(), mean.flatten(), atol=1e-5, rtol=0)
+    if decay == 0.0:
+        torch.testing.assert_close(mean.flatten(), v.mean(0), atol=1e-9, rtol=0)
+        assert float(weight) == pytest.approx(num)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), dim=st.sampled_from([8, 40, 64]), storage=st.sampled_from(["int8", "int4"]))
+def test_low_bit_storage_is_near_and_does_not_drift(seed: int, dim: int, storage: Storage) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, 2, 9, dim, generator=generator) * torch.logspace(-3, 3, 9)[:, None]
+    store = VectorStore((1, 2, 9, dim), storage, torch.float32, torch.device("cpu"))
+    slot = torch.arange(9).expand(1, 2, 9)
+    store.write(slot, x)
+    first = store.read(9)
+    step = x.abs().amax(-1, keepdim=True) / (127 if storage == "int8" else 7)
+    assert bool(((first - x).abs() <= 0.51 * step).all())
+    store.write(slot, first)
+    assert torch.equal(store.read(9), first)
+    assert torch.equal(store.gather(slot.flip(-1)), first.flip(2))

@@ -1,0 +1,104 @@
+"""Keys and values in few bits: symmetric codes with one bfloat16 scale per group of channels.
+
+`model` keeps what it is given. `int8` has one scale per vector, `int4` one per 32 channels and two codes in a byte.
+Writing what was read changes nothing, so rounding does not add up over copies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Storage = Literal["model", "int8", "int4"]
+_INT4_CHANNELS = 32
+"""Channels that share a scale in `int4`: 0.5 bits more per channel."""
+
+
+class VectorStore:
+    """[B, N, C] vectors of D channels in one storage form; slots are written and read by index.
+
+    Args:
+        shape_BNCD: Batch, heads, slots, channels.
+        storage: Form; `int4` needs an even number of channels.
+        dtype: What reads return, and how `model` stores.
+        device: Where the slots lie.
+    """
+
+    def __init__(
+        self, shape_BNCD: tuple[int, int, int, int], storage: Storage, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        *slots, dim = shape_BNCD
+        self.storage, self.dtype, self._dim = storage, dtype, dim
+        self._group = dim if storage == "int8" else math.gcd(dim, _INT4_CHANNELS)
+        self._limit = 7 if storage == "int4" else 127
+        width, code_dtype = {"model": (dim, dtype), "int8": (dim, torch.int8), "int4": (dim // 2, torch.uint8)}[storage]
+        self._code = torch.zeros((*slots, width), dtype=code_dtype, device=device)
+        groups = 0 if storage == "model" else dim // self._group
+        self._scale = torch.zeros((*slots, groups), dtype=torch.bfloat16, device=device)
+
+    @staticmethod
+    def bytes_per_vector(dim: int, storage: Storage, dtype: torch.dtype) -> int:
+        """Bytes of one stored vector with its scales."""
+        if storage == "model":
+            return dim * dtype.itemsize
+        return dim + 2 if storage == "int8" else dim // 2 + 2 * (dim // math.gcd(dim, _INT4_CHANNELS))
+
+    @property
+    def vector_bytes(self) -> int:
+        """Of one slot."""
+        return self.bytes_per_vector(self._dim, self.storage, self.dtype)
+
+    def read(self, stop: int) -> Tensor:
+        """The first `stop` slots, [B, N, stop, D]."""
+        return self._decode(self._code[:, :, :stop], self._scale[:, :, :stop])
+
+    def gather(self, slot_BNR: Tensor) -> Tensor:
+        """The vectors of these slots, [B, N, R, D]."""
+        code, scale = (x.gather(2, _widen(slot_BNR, x)) for x in (self._code, self._scale))
+        return self._decode(code, scale)
+
+    def write(self, slot_BNR: Tensor, x_BNRD: Tensor) -> None:
+        """Replace these slots; where a slot is named twice, either vector may win."""
+        code, scale = self._encode(x_BNRD)
+        self._code.scatter_(2, _widen(slot_BNR, code), code)
+        self._scale.scatter_(2, _widen(slot_BNR, scale), scale)
+
+    def clear(self) -> None:
+        """All slots hold zero."""
+        (self._code if self.storage == "model" else self._scale).zero_()
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Codes and scales, as they lie."""
+        return {"code": self._code, "scale": self._scale}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take over codes and scales (copied)."""
+        self._code, self._scale = state["code"].clone(), state["scale"].clone()
+
+    def _encode(self, x_BNRD: Tensor) -> tuple[Tensor, Tensor]:
+        if self.storage == "model":
+            return x_BNRD.to(self.dtype), self._scale.new_zeros((*x_BNRD.shape[:-1], 0))
+        x = x_BNRD.float().unflatten(-1, (-1, self._group))
+        # The largest channel always gets the largest code: so encoding what was decoded finds the same scale again.
+        scale = (x.abs().amax(-1) / self._limit).to(torch.bfloat16)
+        code = (x / scale.float().clamp(min=1e-30)[..., None]).round().clamp(-self._limit, self._limit).flatten(-2)
+        if self.storage == "int8":
+            return code.to(torch.int8), scale
+        code = (code + 8).to(torch.uint8)
+        return code[..., 0::2] | (code[..., 1::2] << 4), scale
+
+    def _decode(self, code: Tensor, scale: Tensor) -> Tensor:
+        if self.storage == "model":
+            return code
+        if self.storage == "int4":
+            code = torch.stack((code & 15, code >> 4), dim=-1).flatten(-2).to(torch.int8) - 8
+        x: Tensor = code.unflatten(-1, (-1, self._group)) * scale.to(self.dtype)[..., None]
+        return x.flatten(-2)
+
+
+def _widen(slot_BNR: Tensor, like: Tensor) -> Tensor:
+    return slot_BNR[..., None].expand(*slot_BNR.shape, like.shape[-1])
