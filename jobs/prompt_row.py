@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from workers.task import PromptSegment
@@ -56,6 +57,8 @@ class Prompt:
     samples: int | None = None
     num_frames: int | None = None
     extra: Mapping[str, Scalar] = field(default_factory=dict)
+    control: str | None = None
+    """Folder of control videos; stands in `extra` too, so that the manifest names it."""
 
     @property
     def text(self) -> str:
@@ -129,19 +132,26 @@ def _checked(line: int, row: Mapping[str, Any], limits: RowLimits) -> Prompt:
     seed = _integer(row.get("seed"), "seed", 0, 2**63 - 1)
     samples = _integer(row.get("samples"), "samples", 1, limits.max_samples)
     num_frames = _integer(row.get("frames"), "frames", 1, limits.max_frames)
-    item_id = _item_id(row.get("id")) or content_id(segments, negative, seed, num_frames)
+    control = _control(row.get("control"))
+    item_id = _item_id(row.get("id")) or content_id(segments, negative, seed, num_frames, control)
     extra = {name: _extra(name, value) for name, value in row.items() if name not in KNOWN_COLUMNS}
-    return Prompt(item_id, line, segments, negative, seed, samples, num_frames, extra)
+    return Prompt(item_id, line, segments, negative, seed, samples, num_frames, extra, control)
 
 
 def content_id(
-    segments: tuple[PromptSegment, ...], negative_prompt: str, seed: int | None, num_frames: int | None
+    segments: tuple[PromptSegment, ...],
+    negative_prompt: str,
+    seed: int | None,
+    num_frames: int | None,
+    control: str | None = None,
 ) -> str:
     """The id of a row that names none: 20 hex digits of the SHA-256 of what it asks for.
 
     `samples` and extra columns stay out: asking for one sample more must not render the others again.
     """
     asked = [[[s.frame, s.prompt] for s in segments], negative_prompt, seed, num_frames]
+    if control is not None:
+        asked.append(control)
     return hashlib.sha256(json.dumps(asked, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()[:20]
 
 
@@ -158,6 +168,16 @@ def _item_id(value: Any) -> str | None:
         raise RowError("bad_id", f"id {ascii(value)[:80]} must be letters, digits, '_' or '-', beginning with neither")
     if value.lower() in _RESERVED_IDS:
         raise RowError("bad_id", f"id {value!r} is a device name on some systems and cannot be a file name there")
+    return value
+
+
+def _control(value: Any) -> str | None:
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str):
+        raise RowError("wrong_type", f"control must be the path of a folder, not {type(value).__name__}")
+    if not PurePosixPath(value).is_absolute():  # actors have working directories of their own
+        raise RowError("bad_value", f"control must be an absolute path, not {ascii(value)[:80]}")
     return value
 
 

@@ -27,6 +27,7 @@ class PlannedTask:
     input_row: int
     prompt: str
     extra: Mapping[str, Scalar] = field(default_factory=dict)
+    control: str | None = None
 
     @property
     def prompt_sha256(self) -> str:
@@ -44,6 +45,7 @@ class PlannedTask:
             negative_prompt=self.negative_prompt,
             seed=self.seed,
             num_frames=self.num_frames,
+            control=self.control,
             ladder_rung=ladder_rung,
         )
 
@@ -91,6 +93,7 @@ def tasks_of(prompt: Prompt, defaults: TaskDefaults) -> Iterator[PlannedTask]:
             input_row=prompt.line,
             prompt=text,
             extra=prompt.extra,
+            control=prompt.control,
         )
 
 

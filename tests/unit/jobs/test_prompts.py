@@ -12,7 +12,7 @@ import pytest
 from jobs.errors import PromptsError
 from jobs.prompt_row import Prompt, Rejected, segments_of
 from jobs.prompts import PromptSource, read_prompts, scan_prompts
-from jobs.shards import TaskDefaults
+from jobs.shards import TaskDefaults, tasks_of
 
 DEFAULTS = TaskDefaults(seed=1, samples=2, num_frames=96)
 
@@ -132,6 +132,28 @@ def test_second_row_of_an_id_is_rejected(tmp_path: Path) -> None:
     same = read(tmp_path, "one\ntwo\none\n", "p.txt")
     assert isinstance(same[2], Rejected)
     assert "samples" in same[2].reason
+
+
+def test_a_control_folder_is_part_of_the_task_and_of_the_manifest(tmp_path: Path) -> None:
+    rows = read(
+        tmp_path,
+        [
+            {"prompt": "a valley", "control": "/clips/valley"},
+            {"prompt": "a valley", "control": "/clips/hill"},
+            {"prompt": "a valley"},
+            {"prompt": "a valley", "control": "clips/valley"},
+            {"prompt": "a valley", "control": 7},
+        ],
+        "p.jsonl",
+    )
+    good = [row for row in rows if isinstance(row, Prompt)]
+    assert [row.control for row in good] == ["/clips/valley", "/clips/hill", None]
+    assert len({row.item_id for row in good}) == 3
+    (task,) = tasks_of(good[0], TaskDefaults(seed=1, samples=1, num_frames=81))
+    assert task.attempt("e1a1").control == task.extra["control"] == "/clips/valley"
+    bad = [row for row in rows if isinstance(row, Rejected)]
+    assert [row.kind for row in bad] == ["bad_value", "wrong_type"]
+    assert "control must be an absolute path, not 'clips/valley'" in bad[0].reason
 
 
 def test_content_id_is_the_same_in_every_format_and_ignores_extra_columns(tmp_path: Path) -> None:
