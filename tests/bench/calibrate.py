@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.7, help="share of the layers that are to be sparse")
     parser.add_argument("--latent-frames", type=int, default=90)
     parser.add_argument("--prompts", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="calibration file")
+    parser.add_argument("--out", type=Path, help="calibration file; that of the bundled model is weights/annsa.json")
     options = parser.parse_args()
     model = load_model(RenderConfig(video=VideoConfig(num_frames=4 * options.latent_frames)))
     frame_tokens = model.backbone.tokens_per_latent_frame(128, 128)

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+import workers
 from workers.attention.calibrate import Calibration, choose_layers, read_calibration, write_calibration
+from workers.checkpoints.files import open_weights
 from workers.errors import ConfigUnsupported
 
 GOOD: dict[str, Any] = {
@@ -74,3 +76,11 @@ def test_a_file_of_another_model_or_none_is_refused(tmp_path: Path) -> None:
         read(path, revision="seed-21")
     with pytest.raises(ConfigUnsupported, match="3 layers, tiny-test has 4"):
         read(path, num_layers=4)
+
+
+def test_the_bundled_calibration_is_of_the_bundled_weights() -> None:
+    weights = Path(workers.__path__[0]) / "training" / "weights"
+    revision = open_weights(weights).revision
+    found = read_calibration(weights / "annsa.json", backbone="longtake-world", revision=revision, num_layers=8)
+    means = [sum(heads) / len(heads) for heads in found.recall_by_layer]
+    assert found.sparse_layers == choose_layers(means, 0.7)
