@@ -95,7 +95,9 @@ class SvgAttention:
 def make_masks(queries: Places, keys: Places, settings: SvgSettings) -> Masks:
     """Both kinds of mask, with equally many visible tiles in each row."""
     tile = settings.tile
-    by_time, by_place = keys.order("time"), keys.order("place")
+    # Entries that stand for nothing are the oldest here, so that nobody sees them instead of the newest.
+    by_time = Places(keys.time.masked_fill(keys.time.isposinf(), -torch.inf), keys.place).order("time")
+    by_place = keys.order("place")
     query_order = queries.order("place")
     num_tiles = -(-keys.time.shape[-1] // tile)
     num_seen = math.ceil(settings.density * num_tiles)

@@ -100,6 +100,18 @@ def test_a_temporal_svg_head_sees_its_own_place_in_every_frame_and_a_spatial_one
     assert not spatial[:, : 20 * FRAME].any()
 
 
+def test_svg_heads_look_at_keys_that_exist() -> None:
+    """Half of a merged cache's slots are empty: neither kind of head spends its share on them."""
+    position = positions(0, 20)[None, :, None].expand(1, -1, 2, -1)
+    mass = torch.zeros(1, 2, 20 * FRAME)
+    mass[..., 10 * FRAME :] = -torch.inf
+    queries, keys = find_places(positions(30, 3), COLUMNS), find_places(position, COLUMNS, mass)
+    for mask in make_masks(queries, keys, SvgSettings(NOTHING_DENSE, tile=8, density=0.25)):
+        seen = read_rows(mask, torch.arange(3 * FRAME), 8)
+        assert not seen[..., 10 * FRAME :].any()
+        assert seen.any(-1).all()
+
+
 def test_svg_finds_out_what_a_head_looks_at() -> None:
     """Head 0 looks at the place of the query at any time, head 1 at the newest frames: masks follow."""
     num_frames = 24
