@@ -1,0 +1,124 @@
+"""Every rollout with the temporal cache: equal to full history while nothing merges, bounded when keys do."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.plain_rollouts import COLUMNS, FRAMES, ROWS, TINY, TOKENS, make_model
+from workers.attention.dense import DenseAttention
+from workers.cache.dense import DenseCache
+from workers.cache.temporal_merge import MergeSettings, TemporalCache
+from workers.contracts import KVCache
+from workers.denoise import draw_noise, make_flow_schedule, make_schedule
+from workers.kernels.sdpa import SdpaKernel
+from workers.metrics import Stopwatch
+from workers.model.attend import RolloutAttention
+from workers.model.backbones import Backbone, ControlBranchSizes
+from workers.model.control_branch import ControlBranch
+from workers.rollout import CleanChunk, Rollout, RolloutPlan
+from workers.rollouts.clip_inputs import ClipInputs, condition_of, control_of, project_clip_prompt
+from workers.rollouts.clipwise import ClipPlan, ClipwiseRollout
+from workers.rollouts.rolling_window import RollingWindowRollout
+from workers.search.select import make_search
+
+LATENT = (2 * ROWS, 2 * COLUMNS)
+CPU = torch.device("cpu")
+CLIP_FRAMES = 7
+LONGVIE = replace(
+    TINY,
+    in_channels=36,
+    image_dim=32,
+    sampler="euler",
+    chunk_latent_frames=CLIP_FRAMES,
+    control_branch=ControlBranchSizes(dim=40, num_layers=2, num_heads=1, ffn_dim=48),
+)
+Roll = Callable[[KVCache], list[CleanChunk]]
+
+
+def attention_over(cache: KVCache, backbone: Backbone) -> RolloutAttention:
+    return RolloutAttention(backbone, cache, DenseAttention(), SdpaKernel())
+
+
+def chunk_roll(rolling: bool) -> Roll:
+    model = make_model(TINY)
+    torch.manual_seed(2)
+    prompt = model.project_prompt(torch.randn(1, 7, TINY.text_dim))
+    plan = RolloutPlan(
+        num_chunks=8,
+        latent_size=LATENT,
+        schedule=make_schedule(3, 5.0),
+        guidance=1.0,
+        noise=lambda chunk, step: draw_noise(5, chunk, step, (1, FRAMES, 16, *LATENT)),
+        prompt=lambda index: [prompt],
+        control=lambda index: None,
+    )
+
+    def roll(cache: KVCache) -> list[CleanChunk]:
+        kind = RollingWindowRollout if rolling else Rollout
+        return list(kind(model, attention_over(cache, TINY), Stopwatch(CPU)).run(plan))
+
+    return roll
+
+
+def clip_roll() -> Roll:
+    model, branch = make_model(LONGVIE), ControlBranch(LONGVIE).eval().requires_grad_(False)
+    torch.manual_seed(3)
+
+    def draw(frames: int = CLIP_FRAMES) -> Tensor:
+        return torch.randn(1, frames, 16, *LATENT)
+
+    prompt = project_clip_prompt(model, branch, torch.randn(1, 7, TINY.text_dim), torch.randn(1, 5, 32))
+    clips = [
+        ClipInputs(
+            noise_BTCHW=draw(),
+            prompts=(prompt,),
+            condition_BTCHW=condition_of(draw(), LONGVIE),
+            dense_BTCHW=control_of(draw(), draw(), LONGVIE),
+            sparse_BTCHW=control_of(draw(), draw(), LONGVIE),
+            history_BTCHW=draw(2) if index else None,
+        )
+        for index in range(5)
+    ]
+    plan = ClipPlan(5, make_flow_schedule(3, 5.0), 1.0, lambda index, before: clips[index], remembers=True)
+
+    def roll(cache: KVCache) -> list[CleanChunk]:
+        attention = attention_over(cache, LONGVIE)
+        return list(ClipwiseRollout(model, branch, attention, SdpaKernel(), Stopwatch(CPU)).run(plan))
+
+    return roll
+
+
+@pytest.fixture(params=["chunkwise", "rolling", "clipwise"])
+def roll(request: pytest.FixtureRequest) -> Roll:
+    return clip_roll() if request.param == "clipwise" else chunk_roll(request.param == "rolling")
+
+
+def temporal(num_groups: int, min_cosine: float) -> TemporalCache:
+    settings = MergeSettings(
+        sink_tokens=3 * TOKENS,
+        recent_tokens=3 * TOKENS,
+        num_groups=num_groups,
+        min_cosine=min_cosine,
+        storage="model",
+    )
+    return TemporalCache(TINY.num_layers, settings, make_search("exact").top1)
+
+
+def worst(a: list[CleanChunk], b: list[CleanChunk]) -> float:
+    return max(float((x.latents_BTCHW - y.latents_BTCHW).abs().max()) for x, y in zip(a, b, strict=True))
+
+
+def test_where_nothing_merges_it_is_full_history(roll: Roll) -> None:
+    full, kept = roll(DenseCache(TINY.num_layers)), roll(temporal(40 * TOKENS, 2.0))
+    assert worst(kept, full) <= 1e-4
+    assert [c.density for c in kept] == pytest.approx([c.density for c in full])
+
+
+def test_where_keys_merge_memory_stays_bounded_and_the_result_finite(roll: Roll) -> None:
+    full, merged = roll(DenseCache(TINY.num_layers)), roll(temporal(6 * TOKENS, 0.9))
+    assert all(bool(torch.isfinite(c.latents_BTCHW).all()) for c in merged)
+    assert merged[-1].kv_bytes < full[-1].kv_bytes
+    assert 1e-6 < worst(merged, full) < 5
