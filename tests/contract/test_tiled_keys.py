@@ -12,10 +12,9 @@ from torch import Tensor
 
 from workers.contracts import Kernel, KeyValues, TiledKeys, Tiles
 from workers.kernels.flex import FlexKernel
-from workers.kernels.memory import KeyMemory
 from workers.kernels.reference import ReferenceKernel
 from workers.kernels.sdpa import SdpaKernel
-from workers.kernels.tiled import RowGroup, attend_tiled
+from workers.kernels.tiled import GroupMemory, attend_tiled
 
 KERNELS: dict[str, Callable[[], Kernel]] = {
     "reference": ReferenceKernel,
@@ -127,13 +126,9 @@ def dense_reference(q_BQND: Tensor, keys: KeyValues) -> tuple[Tensor, Tensor]:
     return ReferenceKernel().attend(q_BQND, (keys,))
 
 
-def new_memory(max_bytes: int = 2**30) -> KeyMemory[tuple[RowGroup, ...]]:
-    return KeyMemory(max_bytes)
-
-
 def test_gathered_keys_serve_later_steps_and_go_with_their_source() -> None:
     torch.manual_seed(6)
-    memory = new_memory()
+    memory = GroupMemory()
     part = make_part(20, 64, (4, 8), share=0.4)
     q, later = torch.randn(2, BATCH, 20, HEADS, HEAD_DIM, dtype=torch.float64).unbind(0)
     attend_tiled(q, part, dense_reference, memory)
@@ -154,7 +149,7 @@ def test_gathered_keys_serve_later_steps_and_go_with_their_source() -> None:
 
 
 def test_gathered_keys_go_with_their_tiles() -> None:
-    memory = new_memory()
+    memory = GroupMemory()
     keys, tiles = make_part(20, 64, (4, 8), share=0.4)
     q = torch.randn(BATCH, 20, HEADS, HEAD_DIM, dtype=torch.float64)
     attend_tiled(q, TiledKeys(keys, tiles), dense_reference, memory)
@@ -167,10 +162,10 @@ def test_gathered_keys_go_with_their_tiles() -> None:
 def test_no_more_is_kept_than_was_allowed() -> None:
     q = torch.randn(BATCH, 20, HEADS, HEAD_DIM, dtype=torch.float64)
     parts = [make_part(20, 64, (4, 8), share=0.4) for _ in range(4)]
-    memory = new_memory()
+    memory = GroupMemory()
     attend_tiled(q, parts[0], dense_reference, memory)
     room = memory.num_bytes * 5 // 2
-    memory = new_memory(room)
+    memory = GroupMemory(room)
     for part in parts:
         out, _ = attend_tiled(q, part, dense_reference, memory)
         torch.testing.assert_close(out, attend_by_hand(q, part)[0], atol=1e-12, rtol=0)
@@ -179,10 +174,32 @@ def test_no_more_is_kept_than_was_allowed() -> None:
 
 
 def test_keys_changed_in_place_are_gathered_anew() -> None:
-    memory = new_memory()
+    memory = GroupMemory()
     part = make_part(20, 64, (4, 8), share=0.4)
     q = torch.randn(BATCH, 20, HEADS, HEAD_DIM, dtype=torch.float64)
     attend_tiled(q, part, dense_reference, memory)
     part.keys.v_BKND.mul_(2)
     out, _ = attend_tiled(q, part, dense_reference, memory)
     torch.testing.assert_close(out, attend_by_hand(q, part)[0], atol=1e-12, rtol=0)
+
+
+def test_buffers_of_one_chunk_serve_the_next_and_never_two_at_once() -> None:
+    memory = GroupMemory()
+    q = torch.randn(BATCH, 20, HEADS, HEAD_DIM, dtype=torch.float64)
+    addresses = []
+    for mode in (torch.no_grad, torch.inference_mode, torch.no_grad):
+        torch.manual_seed(7)  # tiles as before, so that the sizes are
+        with mode():
+            parts = [make_part(20, 64, (4, 8), share=0.4) for _ in range(3)]
+            for _ in range(2):
+                for part in parts:
+                    out, _ = attend_tiled(q, part, dense_reference, memory)
+                    torch.testing.assert_close(out, attend_by_hand(q, part)[0], atol=1e-12, rtol=0)
+            kept = [memory.find(*part, torch.float64) for part in parts]
+            taken = [x for groups in kept for g in groups or () for x in (g.keys.k_BKND, g.keys.v_BKND)]
+            addresses.append({x.untyped_storage().data_ptr() for x in taken})
+            assert len(addresses[-1]) == len(taken)
+        del parts, part, kept, taken
+        gc.collect()
+        assert memory.num_bytes == 0
+    assert addresses[0] == addresses[1] == addresses[2]

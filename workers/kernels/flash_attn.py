@@ -18,10 +18,9 @@ from torch import Tensor
 from workers.contracts import KeyValues, TiledKeys
 from workers.kernels.lse import attend_parts
 from workers.kernels.mass import through_channels
-from workers.kernels.memory import KeyMemory
 from workers.kernels.skip_tiles import TileSkipper
 from workers.kernels.tile_lists import TileList
-from workers.kernels.tiled import RowGroup, attend_tiled
+from workers.kernels.tiled import GroupMemory, attend_tiled
 
 Generation = Literal[4, 3, 2]
 AttendPlain = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
@@ -98,7 +97,7 @@ class FlashAttnKernel:
         self._generation: Generation = generation
         self._attend_plain = _LOADERS[generation]()
         self._skipper = TileSkipper(_attend_listed, _TILE) if skips_tiles and generation == 4 else None
-        self._groups: KeyMemory[tuple[RowGroup, ...]] = KeyMemory()
+        self._groups = GroupMemory()
 
     @property
     def version(self) -> str:

@@ -18,9 +18,8 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from workers.contracts import KeyValues, TiledKeys, Tiles
 from workers.kernels.lse import attend_parts
-from workers.kernels.memory import KeyMemory
 from workers.kernels.tile_lists import list_tiles, split_tiles
-from workers.kernels.tiled import RowGroup, attend_tiled
+from workers.kernels.tiled import GroupMemory, attend_tiled
 
 _COMPILED_TILE = 128
 """The generated kernel wants its own tiles to divide ours."""
@@ -39,7 +38,7 @@ class FlexKernel:
         self._compiled = compiled
         self._flex: _Flex = torch.compile(flex_attention) if compiled else _attend_eager
         self._masks: weakref.WeakKeyDictionary[Tiles, BlockMask] = weakref.WeakKeyDictionary()
-        self._groups: KeyMemory[tuple[RowGroup, ...]] = KeyMemory()
+        self._groups = GroupMemory()
 
     @property
     def version(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -24,8 +24,8 @@ class KeyMemory(Generic[T]):
     torch counts the versions of a tensor, which it does not in inference mode).
     """
 
-    def __init__(self, max_bytes: int = 2**30) -> None:
-        self._max_bytes = max_bytes
+    def __init__(self, max_bytes: int = 2**30, on_drop: Callable[[T], None] | None = None) -> None:
+        self._max_bytes, self._on_drop = max_bytes, on_drop
         self._kept: dict[Hashable, tuple[T, int, tuple[weakref.ref[Any], ...]]] = {}
 
     @property
@@ -50,7 +50,9 @@ class KeyMemory(Generic[T]):
         self._kept[identity] = value, num_bytes, tuple(weakref.ref(source, drop) for source in sources)
 
     def _drop(self, identity: Hashable, _: weakref.ref[Any]) -> None:
-        self._kept.pop(identity, None)
+        dropped = self._kept.pop(identity, None)
+        if dropped is not None and self._on_drop is not None:
+            self._on_drop(dropped[0])
 
 
 def _identity(keys: KeyValues, tiles: Tiles | None, dtype: torch.dtype) -> Hashable:

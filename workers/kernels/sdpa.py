@@ -17,9 +17,8 @@ from torch import Tensor
 from workers.contracts import KeyValues, TiledKeys
 from workers.kernels.lse import attend_parts
 from workers.kernels.mass import through_channels
-from workers.kernels.memory import KeyMemory
 from workers.kernels.reference import attend_reference
-from workers.kernels.tiled import RowGroup, attend_tiled
+from workers.kernels.tiled import GroupMemory, attend_tiled
 
 HalfRoute = Literal["cudnn", "flash"]
 
@@ -39,7 +38,7 @@ class SdpaKernel:
 
     def __init__(self, half_route: HalfRoute = "flash") -> None:
         self._half_route: HalfRoute = half_route
-        self._memory: KeyMemory[tuple[RowGroup, ...]] = KeyMemory()
+        self._memory = GroupMemory()
 
     @property
     def version(self) -> str:

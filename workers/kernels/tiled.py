@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workers.contracts import KeyValues, TiledKeys, Tiles
+from workers.kernels.buffers import Buffers
 from workers.kernels.memory import KeyMemory
 
 AttendDense = Callable[[Tensor, KeyValues], tuple[Tensor, Tensor]]
@@ -33,8 +34,21 @@ class RowGroup(NamedTuple):
     """R in the place of the batch, one head; log m is -inf on padding."""
 
 
+class GroupMemory(KeyMemory[tuple[RowGroup, ...]]):
+    """Gathered keys of the chunk in hand; their buffers serve the next chunk."""
+
+    def __init__(self, max_bytes: int = 2**30) -> None:
+        self.buffers = Buffers(max_bytes)
+        super().__init__(max_bytes, self._give_back)
+
+    def _give_back(self, groups: tuple[RowGroup, ...]) -> None:
+        for _, keys in groups:
+            self.buffers.give(keys.k_BKND)
+            self.buffers.give(keys.v_BKND)
+
+
 def attend_tiled(
-    q_BQND: Tensor, part: TiledKeys, attend_dense: AttendDense, memory: KeyMemory[tuple[RowGroup, ...]] | None = None
+    q_BQND: Tensor, part: TiledKeys, attend_dense: AttendDense, memory: GroupMemory | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention where each query sees the keys of its visible tiles; out_BQND and lse_BQN as of a `Kernel`.
 
@@ -68,7 +82,7 @@ def attend_tiled(
     return out_BNQD.transpose(1, 2), lse_BNQ.transpose(1, 2)
 
 
-def _groups(part: TiledKeys, dtype: torch.dtype, memory: KeyMemory[tuple[RowGroup, ...]] | None) -> Iterator[RowGroup]:
+def _groups(part: TiledKeys, dtype: torch.dtype, memory: GroupMemory | None) -> Iterator[RowGroup]:
     """All groups, from memory or gathered one by one."""
     if memory is not None:
         kept = memory.find(*part, dtype)
@@ -76,7 +90,8 @@ def _groups(part: TiledKeys, dtype: torch.dtype, memory: KeyMemory[tuple[RowGrou
             yield from kept
             return
     gathered: list[RowGroup] | None = None if memory is None else []
-    for group in _gather(part, dtype):
+    buffers = None if memory is None else memory.buffers
+    for group in _gather(part, dtype, buffers):
         if memory is not None and gathered is not None:
             gathered.append(group)
             if not memory.has_room_for(_num_bytes(gathered)):
@@ -86,7 +101,7 @@ def _groups(part: TiledKeys, dtype: torch.dtype, memory: KeyMemory[tuple[RowGrou
         memory.keep(*part, dtype, tuple(gathered), num_bytes=_num_bytes(gathered))
 
 
-def _gather(part: TiledKeys, dtype: torch.dtype) -> Iterator[RowGroup]:
+def _gather(part: TiledKeys, dtype: torch.dtype, buffers: Buffers | None) -> Iterator[RowGroup]:
     keys, tiles = part
     visible_BNIJ = tiles.visible_BNIJ
     rows_each = visible_BNIJ.shape[2]
@@ -101,7 +116,7 @@ def _gather(part: TiledKeys, dtype: torch.dtype) -> Iterator[RowGroup]:
         row_R = order_R[start:stop]
         head_R = row_R // rows_each
         index_RL, there_RL = _key_index(seen_RJ[row_R, : counts[start]], count_R[row_R], head_R, keys, tiles)
-        yield RowGroup(row_R, _take(keys, index_RL, there_RL, head_R, dtype))
+        yield RowGroup(row_R, _take(keys, index_RL, there_RL, head_R, dtype, buffers))
         start = stop
 
 
@@ -135,7 +150,14 @@ def _key_index(
     return place_RL, None if bool(there_RL.all()) else there_RL
 
 
-def _take(keys: KeyValues, index_RL: Tensor, there_RL: Tensor | None, head_R: Tensor, dtype: torch.dtype) -> KeyValues:
+def _take(
+    keys: KeyValues,
+    index_RL: Tensor,
+    there_RL: Tensor | None,
+    head_R: Tensor,
+    dtype: torch.dtype,
+    buffers: Buffers | None,
+) -> KeyValues:
     """Keys at an index of each row; `head_R` counts batch x heads."""
     mass_RL: Tensor | None = None
     if keys.log_mass_BNK is not None:
@@ -143,12 +165,12 @@ def _take(keys: KeyValues, index_RL: Tensor, there_RL: Tensor | None, head_R: Te
     if there_RL is not None:
         zeros_RL = mass_RL if mass_RL is not None else torch.zeros_like(index_RL, dtype=torch.float32)
         mass_RL = zeros_RL.masked_fill(~there_RL, -torch.inf)
-    taken = [_take_lines(x, index_RL, head_R).to(dtype)[:, :, None] for x in (keys.k_BKND, keys.v_BKND)]
+    taken = [_take_lines(x, index_RL, head_R, buffers).to(dtype)[:, :, None] for x in (keys.k_BKND, keys.v_BKND)]
     nowhere = keys.position_K3.new_zeros(1, 3).expand(index_RL.shape[1], 3)
     return KeyValues(taken[0], taken[1], nowhere, None if mass_RL is None else mass_RL[:, None])
 
 
-def _take_lines(x_BKND: Tensor, index_RL: Tensor, head_R: Tensor) -> Tensor:
+def _take_lines(x_BKND: Tensor, index_RL: Tensor, head_R: Tensor, buffers: Buffers | None) -> Tensor:
     """x_RLD. One index over all lines of D numbers: several times faster than indexing three dimensions."""
     head_dim = x_BKND.shape[-1]
     if x_BKND.stride(3) != 1 or any(stride % head_dim for stride in x_BKND.stride()[:3]):
@@ -159,7 +181,10 @@ def _take_lines(x_BKND: Tensor, index_RL: Tensor, head_R: Tensor) -> Tensor:
     lines = x_BKND.as_strided((num_lines, head_dim), (head_dim, 1))  # of a narrowed run too, without a copy
     begin_R = head_R // heads * to_batch + head_R % heads * to_head
     line_RL = index_RL * to_key + begin_R[:, None]
-    return lines.index_select(0, line_RL.flatten()).view(*index_RL.shape, head_dim)
+    if buffers is None or x_BKND.is_cuda or torch.is_grad_enabled():
+        return lines.index_select(0, line_RL.flatten()).view(*index_RL.shape, head_dim)
+    into = buffers.take((line_RL.numel(), head_dim), lines)
+    return torch.index_select(lines, 0, line_RL.flatten(), out=into).view(*index_RL.shape, head_dim)
 
 
 def _num_bytes(groups: list[RowGroup]) -> int:
