@@ -97,7 +97,7 @@ class History:
 
 
 @settings(max_examples=15)
-@given(seed=seeds, noise=st.floats(0.05, 0.6), sharp=st.floats(0.5, 1.5), num_groups=st.sampled_from((100, 200, 600)))
+@given(seed=seeds, noise=st.floats(0.05, 0.6), sharp=st.floats(0.5, 1.2), num_groups=st.sampled_from((100, 200, 600)))
 def test_a_sample_of_256_keys_tells_recall_within_3_points(
     seed: int, noise: float, sharp: float, num_groups: int
 ) -> None:
@@ -128,7 +128,7 @@ def test_nothing_lost_is_recall_one_however_small_the_sample(seed: int, sharp: f
 def test_a_sample_of_all_keys_tells_recall_itself(seed: int, noise: float) -> None:
     history = History(seed, noise=noise, num_tokens=600, num_groups=40, evicted=0.2, seen=0.7)
     exact, estimate = history.recalls(600)
-    assert (estimate - exact).abs().max() < 0.03  # an audit key's own ratio is left out, so not quite
+    assert (estimate - exact).abs().max() < 1e-4
 
 
 @given(seed=seeds, share=st.floats(0.0, 1.0))

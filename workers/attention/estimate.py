@@ -18,6 +18,7 @@ from workers.attention.measure import sample_queries, scaled_logits, seen_keys
 from workers.contracts import Attending, Audited, AuditKeys, KeyValues, KVCache, Moment
 
 _ROUNDING = 1e-5  # a rest smaller than this share of a float32 sum is rounding
+_LEAST_PAIRS = 0.05  # with fewer audit keys that share their entry, nothing can be said from one to all members
 _LARGEST_RATIO = 1e12  # beyond, recall is zero anyway, and products stay finite
 
 
@@ -71,22 +72,43 @@ def _audited_recall(own: Logits, cached: Logits, audit_BNQA: Tensor, audit: Audi
     member_seen_BNQA = member_BNQA * cached.seen_BNQK.gather(-1, owner_BNQA)
 
     # The true mass of the run: what its entries say times the mean ratio of truth to entry, and what was evicted. For
-    # an audit key the ratio is that of all others: a key that rules the sample would else confirm itself.
+    # an audit key the ratio is that of all others: one that rules the sample would else confirm itself.
     held_BNQA, num_audit = true_BNQA * is_held_BN1A, audit_BNQA.shape[-1]
     held_BNQ1, members_BNQ1 = held_BNQA.sum(-1, keepdim=True), member_BNQA.sum(-1, keepdim=True)
     evicted_BNQ = (true_BNQA - held_BNQA).sum(-1) * (audit.num_original_tokens / max(1, num_audit))
     ratio_BNQ = _ratio(held_BNQ1, members_BNQ1, 0.0)[..., 0]
-    others_BNQA = _ratio(held_BNQ1 - held_BNQA, members_BNQ1 - member_BNQA, _ROUNDING * members_BNQ1)
+    unseen = 1 - min(1.0, num_audit / audit.num_original_tokens)  # a sample of all keys is the truth, itself included
+    others_BNQA = _ratio(held_BNQ1 - unseen * held_BNQA, members_BNQ1 - unseen * member_BNQA, _ROUNDING * members_BNQ1)
     true_run_BNQ = run_BNQ * ratio_BNQ + evicted_BNQ
     total_BNQ = _positive(single_BNQ + true_run_BNQ)
     total_BNQA = _positive((single_BNQ + evicted_BNQ)[..., None] + run_BNQ[..., None] * others_BNQA)
 
     single_recall_BNQ = (given_BNQ - run_seen_BNQ) / torch.maximum(total_BNQ, given_BNQ)
     given_BNQA = member_seen_BNQA / given_BNQ[..., None]
-    kept_BNQA = torch.minimum(true_BNQA / total_BNQA, given_BNQA)
-    kept_share_BNQ = _ratio(kept_BNQA.sum(-1), given_BNQA.sum(-1), 0.0)
+    kept_share_BNQ = _kept_share(held_BNQA, member_BNQA, given_BNQA, total_BNQA, audit)
     run_recall_BNQ = torch.minimum(run_seen_BNQ / given_BNQ * kept_share_BNQ, true_run_BNQ / total_BNQ)
     return (single_recall_BNQ + run_recall_BNQ).clamp(0, 1)
+
+
+def _kept_share(
+    true_BNQA: Tensor, member_BNQA: Tensor, given_BNQA: Tensor, total_BNQA: Tensor, audit: AuditKeys
+) -> Tensor:
+    """How much of what the entries of the run give is due to the keys that they hold.
+
+    Too much for one member may be too little for another: it is the entry's sum that counts. With n of an entry's m
+    members in the sample the answer is off by about 1/n - 1/m times a constant, which follows from the answers for n
+    members and for one.
+    """
+    is_same_BNAA = (audit.owner_BNA[..., None] == audit.owner_BNA[..., None, :]).to(true_BNQA.dtype)
+    entry_BNQA = member_BNQA * _ratio(true_BNQA @ is_same_BNAA, member_BNQA @ is_same_BNAA, 0.0)
+    by_key_BNQ = torch.minimum(true_BNQA / total_BNQA, given_BNQA).sum(-1)
+    by_entry_BNQ = torch.minimum(entry_BNQA / total_BNQA, given_BNQA).sum(-1)
+    whole_BNQ = given_BNQA.sum(-1)
+    sampled_BNQ = _ratio((given_BNQA / is_same_BNAA.sum(-1)[:, :, None]).sum(-1), whole_BNQ, 0.0)
+    all_BNQ = _ratio((given_BNQA / audit.members_BNA[:, :, None]).sum(-1), whole_BNQ, 0.0)
+    reach_BNQ = ((sampled_BNQ - all_BNQ) / (1 - sampled_BNQ).clamp(min=_LEAST_PAIRS)).clamp(0, 1 / _LEAST_PAIRS)
+    kept_BNQ = by_entry_BNQ + reach_BNQ * (by_entry_BNQ - by_key_BNQ).clamp(min=0)
+    return _ratio(kept_BNQ, whole_BNQ, 0.0).clamp(max=1)
 
 
 class RecallProbe:

@@ -62,8 +62,6 @@ def exact_recall(
     own: tuple[Tensor, Tensor],
     cached: tuple[Tensor, Tensor] | None = None,
     owner_BNT: Tensor | None = None,
-    *,
-    per_member: bool = False,
 ) -> Tensor:
     """Recall of each query, recall_BNQ in [0, 1].
 
@@ -72,8 +70,6 @@ def exact_recall(
         own: Logits with the chunk's own keys, and which of them are seen; BNQK both.
         cached: The same for the entries of the cache, log m included; None where it is empty.
         owner_BNT: Which cache entry holds each original key, -1 for none; needed where there is a cache.
-        per_member: Compare key by key, an entry's mass shared equally by its members, as the online estimate does:
-            never above the recall by entries.
     """
     own_logit, own_seen = own
     p = torch.softmax(torch.cat((original_BNQT, own_logit), -1), -1)
@@ -85,13 +81,6 @@ def exact_recall(
     logit, seen = cached
     both = torch.cat((logit.masked_fill(~seen, -math.inf), own_logit.masked_fill(~own_seen, -math.inf)), -1)
     given, given_own = torch.softmax(both, -1).split((logit.shape[-1], own_logit.shape[-1]), -1)
-    if per_member:
-        is_held, owner = owner_BNT >= 0, owner_BNT.clamp(min=0)
-        members_BNK = torch.zeros(given.shape[:2] + given.shape[3:], dtype=given.dtype, device=given.device)
-        members_BNK.scatter_add_(-1, owner, is_held.to(given.dtype))
-        share_BNT = is_held / members_BNK.gather(-1, owner).clamp(min=1)
-        to_original = given.gather(-1, owner[:, :, None].expand_as(original_BNQT)) * share_BNT[:, :, None]
-        return torch.minimum(p, torch.cat((to_original, given_own), -1)).sum(-1)
     # Index 0 gathers what nobody holds.
     held_BNQK = p.new_zeros((*given.shape[:-1], given.shape[-1] + 1))
     held_BNQK.scatter_add_(-1, (owner_BNT + 1)[:, :, None].expand_as(original_BNQT), p[..., :num_original])
@@ -146,7 +135,6 @@ class RecallMeter:
         steps: Denoising steps that are measured; None means all.
         dtype: Of the arithmetic.
         storage: Dtype in which the history is recorded; None keeps that of the keys.
-        per_member: See `exact_recall`.
     """
 
     def __init__(
@@ -158,11 +146,10 @@ class RecallMeter:
         steps: Collection[int] | None = None,
         dtype: torch.dtype = torch.float64,
         storage: torch.dtype | None = None,
-        per_member: bool = False,
     ) -> None:
         self.readings: list[Reading] = []
         self._cache, self._num_queries, self._every, self._steps = cache, num_queries, every_chunks, steps
-        self._dtype, self._storage, self._per_member = dtype, storage, per_member
+        self._dtype, self._storage = dtype, storage
         self._k: dict[int, list[Tensor]] = {}
         self._position = torch.zeros(0, 3)
         self._newest = -1
@@ -197,8 +184,7 @@ class RecallMeter:
             original_BNQT = scaled_logits(q_BQND, k_rotated)
             assert attending.cached is not None, "the meter came after the first chunk"
             owner = self._owners(attending.layer_index, attending.cached, position)
-            cached = look("cached", attending.cached)
-            recall_BNQ = exact_recall(original_BNQT, own, cached, owner, per_member=self._per_member)
+            recall_BNQ = exact_recall(original_BNQT, own, look("cached", attending.cached), owner)
         self.readings.append(Reading(attending.layer_index, attending.moment, recall_BNQ.mean(-1).cpu()))
 
     def mean(self, from_chunk: int = 1) -> float:

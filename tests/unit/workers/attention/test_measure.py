@@ -176,21 +176,18 @@ class Listener:
 @pytest.mark.parametrize("times", [None, half], ids=["absolute", "reindexed"])
 def test_the_probe_agrees_with_the_meter_on_a_merged_cache(times: Reindex | None) -> None:
     cache = MergedPairs(LAYERS, num_audit=1000)
-    meter = RecallMeter(cache, num_queries=TOKENS, steps=(1,), per_member=True)
-    coarse, probe = RecallMeter(cache, num_queries=TOKENS, steps=(1,)), RecallProbe(cache, TOKENS)
+    meter, probe = RecallMeter(cache, num_queries=TOKENS, steps=(1,)), RecallProbe(cache, TOKENS)
     listener = Listener(probe)
     roll(
         RolloutAttention(
-            BACKBONE, cache, DenseAttention(), ReferenceKernel(), reindex=times, probes=(meter, coarse, probe, listener)
+            BACKBONE, cache, DenseAttention(), ReferenceKernel(), reindex=times, probes=(meter, probe, listener)
         )
     )
     for chunk, estimate in enumerate(listener.estimates):
         readings = [r.recall_BN.mean() for r in meter.readings if r.moment.chunk_index == chunk]
         exact = torch.stack(readings).mean().item()
         assert chunk == 0 or exact < 0.9
-        assert estimate == pytest.approx(exact, abs=0.02)
-    for by_member, by_entry in zip(meter.readings, coarse.readings, strict=True):
-        assert bool((by_entry.recall_BN >= by_member.recall_BN - 1e-12).all())
+        assert estimate == pytest.approx(exact, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["dense", "tiles"])
