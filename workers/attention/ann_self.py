@@ -39,6 +39,8 @@ class AnnSettings:
     key_tile: int = 64
     sample_share: float = 1 / 8
     """Share of the keys of each tile that are looked at, in (0, 1]."""
+    query_share: float = 1 / 2
+    """Share of the queries of each tile that are asked, in (0, 1]."""
     order: Literal["time", "bucket"] = "time"
     num_buckets: int = 64
     """In `bucket` order; a power of two."""
@@ -48,6 +50,7 @@ class AnnSettings:
     def __post_init__(self) -> None:
         assert 0 < self.density <= 1
         assert 0 < self.sample_share <= 1
+        assert 0 < self.query_share <= 1
 
     @property
     def num_samples(self) -> int:
@@ -119,10 +122,15 @@ class AnnSelfAttention:
             history = cached.narrow(*span).k_BKND.transpose(1, 2)
             code = self._search.buckets(q_BQND.transpose(1, 2), s.num_buckets, history)
             query_order = torch.argsort(code, dim=-1, stable=True)
-        if self._rotate is not None:
-            q_BQND = self._rotate(KeyValues(q_BQND, q_BQND, own.position_K3)).k_BKND
-        rest = self._sample_rest(cached, own, span)
-        mass = estimate_mass(self._search, q_BQND, indexed.sample, rest, s.query_tile, query_order)
+        queries = sample_tiles(
+            KeyValues(q_BQND, q_BQND, own.position_K3),
+            s.query_tile,
+            max(1, round(s.query_share * s.query_tile)),
+            self._rotate,
+            key_order_BNK=query_order,
+            shared=self._shared,
+        )
+        mass = estimate_mass(self._search, queries, indexed.sample, self._sample_rest(cached, own, span))
         if s.target_recall is None:
             visible = keep_share(mass, min(1.0, s.density * self._factor))
         else:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from workers.contracts import KeyValues
-from workers.search.protocol import Search
+from workers.search.protocol import MAX_SCORES, Search
 
 Rotate = Callable[[KeyValues], KeyValues]
 """RoPE of keys at their positions as this chunk sees them; values are passed on."""
@@ -111,40 +111,35 @@ def take_keys(keys: KeyValues, index: Tensor) -> KeyValues:
     return KeyValues(k, k, at, None if mass is None else mass.gather(-1, index))
 
 
-def estimate_mass(
-    search: Search, q_BQND: Tensor, history: TileSample, rest: TileSample, query_tile: int, query_order: Tensor | None
-) -> TileMass:
-    """Shares of the softmax over history and rest.
+def estimate_mass(search: Search, queries: TileSample, history: TileSample, rest: TileSample) -> TileMass:
+    """Shares of the softmax over history and rest, for a sample of the queries of each tile.
 
     Args:
         search: Its codes give the inner products.
-        q_BQND: After RoPE.
+        queries: Weights are ignored: all of a tile count the same.
         history: Of whose tiles the mass is asked.
         rest: What else is seen; at least one key exists.
-        query_tile: Queries of a tile; the last may be short.
-        query_order: order_BNQ, which query stands at each place.
     """
-    q_BNQD = q_BQND.transpose(1, 2) / math.sqrt(q_BQND.shape[-1])
-    if query_order is not None:
-        q_BNQD = q_BNQD.gather(2, query_order[..., None].expand_as(q_BNQD))
-    history_BNQS, rest_BNQS = (
-        search.similarity(q_BNQD, sample.k_BNSD) + sample.log_weight_BNS[:, :, None] for sample in (history, rest)
+    q_BNSD = queries.k_BNSD / math.sqrt(queries.k_BNSD.shape[-1])
+    lse_BNSJ = _tile_lse(search, q_BNSD, history)
+    rest_BNS1 = _tile_lse(search, q_BNSD, rest).logsumexp(-1, keepdim=True)
+    total_BNS1 = torch.logaddexp(lse_BNSJ.logsumexp(-1, keepdim=True), rest_BNS1)
+    history_BNIJ, rest_BNI1 = (
+        (lse - total_BNS1).exp_().unflatten(2, (queries.num_tiles, -1)).mean(3) for lse in (lse_BNSJ, rest_BNS1)
     )
-    top_BNQ1 = torch.maximum(history_BNQS.amax(-1, keepdim=True), rest_BNQS.amax(-1, keepdim=True))
-    history_BNQS.sub_(top_BNQ1).exp_()
-    rest_BNQ = rest_BNQS.sub_(top_BNQ1).exp_().sum(-1)
-    total_BNQ = history_BNQS.sum(-1) + rest_BNQ
-    # One product sums over the queries of each tile what they give to each key.
-    mean_BNIQ = _tile_means(q_BNQD.shape[2], query_tile, total_BNQ) / total_BNQ[:, :, None]
-    mass_BNIJ = (mean_BNIQ @ history_BNQS).unflatten(-1, (history.num_tiles, -1)).sum(-1)
-    return TileMass(mass_BNIJ, (mean_BNIQ @ rest_BNQ[..., None])[..., 0])
+    return TileMass(history_BNIJ, rest_BNI1[..., 0])
 
 
-def _tile_means(num_queries: int, tile: int, like: Tensor) -> Tensor:
-    """[I, Q]: times numbers of queries, the mean over each run of `tile` of them."""
-    tile_of_Q = torch.arange(num_queries, device=like.device) // tile
-    is_in_IQ = tile_of_Q == torch.arange(-(-num_queries // tile), device=like.device)[:, None]
-    return is_in_IQ.to(like.dtype) / is_in_IQ.sum(-1, keepdim=True)
+def _tile_lse(search: Search, q_BNSD: Tensor, sample: TileSample) -> Tensor:
+    """Log of the mass of each tile for each query, lse_BNSJ; no more logits at once than `MAX_SCORES`."""
+    size = sample.k_BNSD.shape[2] // sample.num_tiles
+    tiles_at_once = max(1, MAX_SCORES // max(1, q_BNSD[..., 0].numel() * size))
+    found = []
+    for first in range(0, sample.num_tiles, tiles_at_once):
+        part = slice(first * size, (first + tiles_at_once) * size)
+        logit = search.similarity(q_BNSD, sample.k_BNSD[:, :, part]).add_(sample.log_weight_BNS[:, :, None, part])
+        found.append(logit.unflatten(-1, (-1, size)).logsumexp(-1))
+    return torch.cat(found, -1)
 
 
 def keep_share(mass: TileMass, share: float) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from workers.attention import tile_mass
 from workers.attention.ann_self import AnnSelfAttention, AnnSettings
 from workers.attention.gate import GatedAttention
 from workers.contracts import AttentionPlan, KeyValues, Moment, Tightens, Tiles
@@ -83,14 +84,22 @@ def test_a_quarter_of_the_tiles_holds_nearly_all_of_a_concentrated_attention(sea
 def test_a_target_is_reached_with_fewer_keys_than_one_share_for_all_needs(target: float) -> None:
     q, cached, own = make_layer(3)
     q = q * torch.tensor([0.2, 1.5])[:, None]  # one head spreads its attention, the other concentrates it
-    # Tiles of 16 with 2 samples each would be chosen for the samples' luck.
-    settings = replace(SETTINGS, target_recall=target, sample_share=0.5)
+    # Tiles of 16 with 2 samples each, asked by half of these unlike queries, would be chosen for the samples' luck.
+    settings = replace(SETTINGS, target_recall=target, sample_share=0.5, query_share=1.0)
     tiles = tiles_of(AnnSelfAttention(settings, ExactSearch(), None).plan(0, Moment(5), q, cached, own))
     reached = recall(tiles, q, cached, own).mean()
     assert abs(reached - target) < 0.04
     share = tiles.visible_BNIJ.float().mean().item()
     fixed = AnnSelfAttention(replace(settings, target_recall=None, density=share), ExactSearch(), None)
     assert recall(tiles_of(fixed.plan(0, Moment(5), q, cached, own)), q, cached, own).mean() < reached
+
+
+def test_the_bound_of_what_is_held_at_once_changes_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, cached, own = make_layer()
+    whole = tiles_of(AnnSelfAttention(SETTINGS, ExactSearch(), None).plan(0, Moment(5), q, cached, own))
+    monkeypatch.setattr(tile_mass, "MAX_SCORES", 100)
+    pieces = tiles_of(AnnSelfAttention(SETTINGS, ExactSearch(), None).plan(0, Moment(5), q, cached, own))
+    assert torch.equal(whole.visible_BNIJ, pieces.visible_BNIJ)
 
 
 def test_tightening_shows_more_and_its_end_shows_what_was_configured() -> None:
