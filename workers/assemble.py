@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from workers.assemble_cache import make_temporal_cache, temporal_settings
-from workers.assemble_policies import make_policy, make_reuse
+from workers.assemble_policies import make_policy, make_prompt_attention, make_reindex, make_reuse, resolve_calibration
 from workers.cache.dense import DenseCache
 from workers.cache.flow import FlowCache, FlowSettings
 from workers.cache.temporal_merge import MergeSettings
@@ -32,7 +32,7 @@ from workers.config import (
     TemporalCacheConfig,
     WindowCacheConfig,
 )
-from workers.contracts import AttentionPolicy, Kernel, KVCache, StepReuse
+from workers.contracts import AttentionPolicy, Kernel, KVCache, PromptAttention, StepReuse
 from workers.denoise import Schedule, make_schedule
 from workers.kernels.select import KernelNeed, select_kernel
 from workers.model.attend import Reindex
@@ -63,7 +63,6 @@ class LoadedModel:
     text_encoder: PromptEncoder
     vae: PictureDecoder
     kernel: Kernel
-    policy: AttentionPolicy
     schedule: Schedule
     revision: str
     image_encoder: ImageEncoder | None = None
@@ -81,6 +80,7 @@ class TakeParts:
     cache: KVCache
     cache_name: str
     policy: AttentionPolicy
+    attend_prompt: PromptAttention
     reindex: Reindex | None
     """Times of cached keys; None keeps them as they were made."""
     reuse: StepReuse | None
@@ -118,18 +118,12 @@ def load_model(config: RenderConfig) -> LoadedModel:
         text_encoder=modules.text_encoder,
         vae=modules.vae,
         kernel=kernel,
-        policy=make_policy(
-            config.attention,
-            backbone.tokens_per_latent_frame(config.video.width, config.video.height),
-            backbone.num_layers,
-        ),
         schedule=make_schedule(config.sampling.num_steps, config.sampling.shift),
         revision=modules.revision,
         image_encoder=modules.image_encoder,
         control_branch=modules.control_branch,
     )
-    if isinstance(config.cache, TemporalCacheConfig):
-        _temporal_settings(model, config.cache, None)  # a budget that is too small is refused before the first take
+    prepare_take(model, 0)  # what cannot be built is refused before the first take
     logger.info("loaded %s revision %s on %s, kernel %s", backbone.name, modules.revision[:12], device, kernel.version)
     return model
 
@@ -139,14 +133,28 @@ def prepare_take(model: LoadedModel, ladder_rung: int) -> TakeParts:
     ladder = LADDER[:ladder_rung]
     dtype = torch.bfloat16 if "cache-bfloat16" in ladder else None
     config = _last_resort(model.config.cache) if "cache-window" in ladder else model.config.cache
-    policy, reindex = model.policy, None
+    reindex = make_reindex(model.config.positions)
     if isinstance(config, NativeCacheConfig):
         native = native_parts(model.backbone, model.latent_size, dtype)
         cache, name, policy, reindex = native.cache, "native", native.policy, native.reindex
     else:
         cache, name = _make_cache(model, config, dtype)
-    reuse = make_reuse(model.config.reuse)
-    return TakeParts(cache, name, policy, reindex, reuse, 1 if "decode-single" in ladder else None, ladder)
+        attention = resolve_calibration(model.config.attention, model.backbone, model.revision)
+        policy = make_policy(attention, _frame_tokens(model), num_layers=model.backbone.num_layers)
+    return TakeParts(
+        cache,
+        name,
+        policy,
+        make_prompt_attention(model.config.prompt_attention),
+        reindex,
+        make_reuse(model.config.reuse),
+        1 if "decode-single" in ladder else None,
+        ladder,
+    )
+
+
+def _frame_tokens(model: LoadedModel) -> int:
+    return model.backbone.tokens_per_latent_frame(model.config.video.width, model.config.video.height)
 
 
 def _last_resort(config: CacheConfig) -> CacheConfig:
@@ -160,7 +168,7 @@ def _last_resort(config: CacheConfig) -> CacheConfig:
 def _make_cache(model: LoadedModel, config: CacheConfig, dtype: torch.dtype | None) -> tuple[KVCache, str]:
     """The cache and its name in the manifest."""
     num_layers = model.backbone.num_layers
-    frame_tokens = model.backbone.tokens_per_latent_frame(model.config.video.width, model.config.video.height)
+    frame_tokens = _frame_tokens(model)
     if isinstance(config, DenseCacheConfig):
         return DenseCache(num_layers, dtype), "dense"
     if isinstance(config, TemporalCacheConfig):
@@ -181,8 +189,7 @@ def _make_cache(model: LoadedModel, config: CacheConfig, dtype: torch.dtype | No
 
 
 def _temporal_settings(model: LoadedModel, config: TemporalCacheConfig, dtype: torch.dtype | None) -> MergeSettings:
-    video = model.config.video
-    frame_tokens = model.backbone.tokens_per_latent_frame(video.width, video.height)
+    frame_tokens = _frame_tokens(model)
     is_guarded = model.config.guard.enabled
     return temporal_settings(config, model.backbone, dtype or model.dit.dtype, frame_tokens, is_guarded=is_guarded)
 

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from pathlib import Path
+from typing import Literal
+
+from workers.attention.ann_cross import AnnPromptAttention
+from workers.attention.ann_self import AnnSelfAttention, AnnSettings
+from workers.attention.calibrate import read_calibration
 from workers.attention.dense import DenseAttention
 from workers.attention.estimate import RecallProbe
 from workers.attention.gate import GatedAttention
@@ -11,11 +18,15 @@ from workers.attention.streaming import StreamingAttention
 from workers.attention.svg import SvgAttention, SvgSettings
 from workers.attention.svg2 import Svg2Attention, Svg2Settings
 from workers.config import (
+    AnnSelfAttentionConfig,
     AttentionConfig,
     DenseAttentionConfig,
+    DensePromptConfig,
     GuardConfig,
     NoReuseConfig,
     PatternConfig,
+    PositionsConfig,
+    PromptAttentionConfig,
     RadialAttentionConfig,
     ReuseConfig,
     StreamingAttentionConfig,
@@ -23,37 +34,67 @@ from workers.config import (
     SvgAttentionConfig,
     TeaCacheConfig,
 )
-from workers.contracts import AttentionPolicy, Kernel, KVCache, StepReuse, Tightens
+from workers.contracts import AttentionPolicy, Kernel, KVCache, PromptAttention, StepReuse, Tightens
 from workers.errors import ConfigUnsupported
-from workers.model.attend import Reindex, RolloutAttention
+from workers.model.attend import Reindex, RelativeTime, RolloutAttention
 from workers.model.backbones import Backbone
+from workers.model.dit import attend_prompt_dense
 from workers.quality.guard import RecallGuard
 from workers.reuse.flowcache import FlowReuse
 from workers.reuse.teacache import TeaCache, TeaCacheSettings
+from workers.search.select import make_search
 
 _LARGEST_TILE = 128  # what tile-sparse kernels are made for
 
 
+class AnnAfterRope(AnnSelfAttention):
+    """AnnSA that is shown queries and keys as attention sees them."""
+
+    plans_after_rope: Literal[True] = True
+
+
 def make_policy(config: AttentionConfig, frame_tokens: int, num_layers: int) -> AttentionPolicy:
-    """The policy of one take.
+    """The policy of one take: what it learns of one must not reach another.
 
     Args:
-        config: Kind and settings.
+        config: Kind and settings; a calibration file is `resolve_calibration`'s to read.
         frame_tokens: Tokens of a latent frame.
         num_layers: Layers of the model.
     Raises:
-        ConfigUnsupported: This kind is known by its configuration only.
+        ConfigUnsupported: A layer is named that the model does not have.
+        KernelUnavailable: The search back end's package is not installed.
     """
     if isinstance(config, DenseAttentionConfig):
         return DenseAttention()
     if isinstance(config, StreamingAttentionConfig):
         tokens = config.sink_latent_frames * frame_tokens, config.recent_latent_frames * frame_tokens
         return StreamingAttention(DenseRegion(*tokens))
+    sparse_layers: Collection[int] | None
     if isinstance(config, PatternConfig):
-        sparse_layers = range(config.dense_layers, num_layers)
-        policy = _make_baseline(config, frame_tokens)
-        return GatedAttention(policy, dense_step_share=config.dense_step_share, sparse_layers=sparse_layers)
-    raise ConfigUnsupported(f"attention.kind: {config.kind} cannot be built yet")
+        policy, sparse_layers = _make_baseline(config, frame_tokens), range(config.dense_layers, num_layers)
+    else:
+        policy, sparse_layers = _make_ann(config, frame_tokens), _check_layers(config, num_layers)
+    return GatedAttention(policy, dense_step_share=config.dense_step_share, sparse_layers=sparse_layers)
+
+
+def make_prompt_attention(config: PromptAttentionConfig) -> PromptAttention:
+    """The cross-attention of one take.
+
+    Raises:
+        KernelUnavailable: The search back end's package is not installed.
+    """
+    if isinstance(config, DensePromptConfig):
+        return attend_prompt_dense
+    return AnnPromptAttention(make_search(config.search), config.num_buckets)
+
+
+def make_reindex(config: PositionsConfig) -> Reindex | None:
+    """Times of cached keys; None keeps them as they were made."""
+    if config.time == "absolute":
+        return None
+    if config.time == "relative":
+        return RelativeTime()
+    return lambda time, newest: newest - (newest - time).clamp(max=config.cap_latent_frames)
 
 
 def make_reuse(config: ReuseConfig) -> StepReuse | None:
@@ -101,3 +142,40 @@ def _make_baseline(config: PatternConfig, frame_tokens: int) -> AttentionPolicy:
         config.min_share,
     )
     return Svg2Attention(settings)
+
+
+def _make_ann(config: AnnSelfAttentionConfig, frame_tokens: int) -> AttentionPolicy:
+    tile = config.tile or min(_LARGEST_TILE, frame_tokens)
+    settings = AnnSettings(
+        sink_tokens=config.sink_latent_frames * frame_tokens,
+        recent_tokens=config.recent_latent_frames * frame_tokens,
+        density=config.density,
+        target_recall=config.target_recall,
+        query_tile=tile,
+        key_tile=tile,
+        order=config.order,
+        num_buckets=config.num_buckets,
+    )
+    kind = AnnAfterRope if config.order == "time" else AnnSelfAttention
+    return kind(settings, make_search(config.search), None)
+
+
+def _check_layers(config: AnnSelfAttentionConfig, num_layers: int) -> tuple[int, ...] | None:
+    if config.layers is not None and max(config.layers, default=0) >= num_layers:
+        raise ConfigUnsupported(
+            f"attention.layers: {max(config.layers)} is not a layer of this model: they go from 0 to {num_layers - 1}"
+        )
+    return config.layers
+
+
+def resolve_calibration(config: AttentionConfig, backbone: Backbone, revision: str) -> AttentionConfig:
+    """The layers of a calibration file in place of its name.
+
+    Raises:
+        ConfigUnsupported: The file cannot be read, or is of another model or of other weights.
+    """
+    if not isinstance(config, AnnSelfAttentionConfig) or config.calibration is None:
+        return config
+    path, num_layers = Path(config.calibration), backbone.num_layers
+    file = read_calibration(path, backbone=backbone.name, revision=revision, num_layers=num_layers)
+    return config.model_copy(update={"layers": file.sparse_layers, "calibration": None})

@@ -106,7 +106,7 @@ def generate(
     if model.backbone.rollout == "clipwise":
         chunks = roll_out_clips(task, model, attention, record.stopwatch)
     else:
-        rollout = make_rollout(model.dit, attention, record.stopwatch, parts.reuse, guard)
+        rollout = make_rollout(model.dit, attention, record.stopwatch, parts.reuse, guard, parts.attend_prompt)
         chunks = with_pictures(rollout.run(plan_rollout(task, model, record)), model, parts, record)
     for chunk, frames_THWC in chunks:
         with record.stopwatch.stage("check"):

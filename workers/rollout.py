@@ -18,7 +18,7 @@ from workers.denoise import Schedule, step_euler, step_renoise
 from workers.errors import NonFiniteLatents
 from workers.metrics import Stopwatch
 from workers.model.attend import RolloutAttention
-from workers.model.dit import CausalDiT
+from workers.model.dit import AttendPrompt, CausalDiT, attend_prompt_dense
 from workers.model.rope import grid_positions
 
 Noise = Callable[[int, int], Tensor]
@@ -66,6 +66,7 @@ class Rollout:
         stopwatch: Gets the stages "denoise" and "cache".
         reuse: Spares the layers in some denoising steps; of this rollout alone.
         judge: May have a chunk denoised again before it becomes history.
+        attend_prompt: Cross-attention.
     """
 
     def __init__(
@@ -75,9 +76,10 @@ class Rollout:
         stopwatch: Stopwatch,
         reuse: StepReuse | None = None,
         judge: ChunkJudge | None = None,
+        attend_prompt: AttendPrompt = attend_prompt_dense,
     ) -> None:
         self._model, self._attention, self._stopwatch = model, attention, stopwatch
-        self._reuse, self._judge = reuse, judge
+        self._reuse, self._judge, self._attend_prompt = reuse, judge, attend_prompt
         self._device = model.head.modulation.device
 
     @torch.inference_mode()
@@ -166,7 +168,15 @@ class Rollout:
             self._attention.begin_call(call)
             if self._reuse is not None:
                 self._reuse.begin_call(call)
-            flow = self._model(latents, times, keys, self._attention, control_BQE=control, reuse=self._reuse)
+            flow = self._model(
+                latents,
+                times,
+                keys,
+                self._attention,
+                control_BQE=control,
+                attend_prompt=self._attend_prompt,
+                reuse=self._reuse,
+            )
             flows.append(flow.float())
         return flows[0] if len(flows) == 1 else torch.lerp(flows[1], flows[0], guidance)
 

@@ -106,7 +106,7 @@ def plain_seconds(model_name: str, num_takes: int, num_frames: int) -> float:
         )
         record = TakeRecord(utc_now(), time.perf_counter(), Stopwatch(model.device))
         parts = prepare_take(model, 0)
-        attention = RolloutAttention(model.backbone, parts.cache, model.policy, model.kernel)
+        attention = RolloutAttention(model.backbone, parts.cache, parts.policy, model.kernel)
         decoder = model.vae.stream()
         with torch.inference_mode():
             for chunk in Rollout(model.dit, attention, record.stopwatch).run(plan_rollout(task, model, record)):

@@ -42,7 +42,7 @@ def chunk_seconds(cache: CacheConfig, dtype: str, num_chunks: int, timed: int) -
     )
     record = TakeRecord(utc_now(), time.perf_counter(), Stopwatch(model.device))
     parts = prepare_take(model, 0)
-    attention, decoder = RolloutAttention(model.backbone, parts.cache, model.policy, model.kernel), model.vae.stream()
+    attention, decoder = RolloutAttention(model.backbone, parts.cache, parts.policy, model.kernel), model.vae.stream()
     seconds, before = [], time.perf_counter()
     with torch.inference_mode():
         for chunk in Rollout(model.dit, attention, record.stopwatch).run(plan_rollout(task, model, record)):

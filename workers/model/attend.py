@@ -31,6 +31,15 @@ Reindex = Callable[[Tensor, float], Tensor]
 """(latent frame of each cached key, latent frame of the newest query) -> the time that its rotation gets."""
 
 
+class RelativeTime:
+    """A `Reindex` that counts time from the newest query, for cached keys and for the chunk's own: exact, as RoPE knows
+    differences alone, and near zero however long the video is.
+    """
+
+    def __call__(self, time: Tensor, newest: float) -> Tensor:
+        return time - newest
+
+
 class RolloutAttention:
     """The `attend` of a `CausalDiT` during a rollout; call `begin_chunk`, then let the model call this object.
 
@@ -57,6 +66,7 @@ class RolloutAttention:
         self._head_dim, self._theta = backbone.head_dim, backbone.rope_theta
         looking_on = (cache,) if isinstance(cache, AttentionProbe) else ()
         self._kernel, self._reindex, self._probes = kernel, reindex, (*probes, *looking_on)
+        self._moves_queries = isinstance(reindex, RelativeTime)
         self._position_Q3: Tensor | None = None
         self._rotation: Rotation | None = None
         self._now = 0.0
@@ -72,7 +82,8 @@ class RolloutAttention:
         """The next calls are about tokens at these (latent frame, row, column), float32, on the model's device."""
         self._position_Q3 = position_Q3
         self._now = float(position_Q3[-1, 0])
-        self._rotation = make_rotation(position_Q3, self._head_dim, self._theta)
+        at = self._reindexed(position_Q3) if self._moves_queries else position_Q3
+        self._rotation = make_rotation(at, self._head_dim, self._theta)
         self._moment = Moment(int(self._now))
         self.end_chunk()
         self.policy.begin_chunk(position_Q3)
@@ -165,13 +176,16 @@ class RolloutAttention:
         """Rotation of cached keys; layers that share their positions share it."""
         key = position.data_ptr(), position.numel()
         if key not in self._tables:
-            at = position
-            if self._reindex is not None:
-                at = position.clone()
-                at[..., 0] = self._reindex(position[..., 0], self._now)
-            table = make_rotation(at, self._head_dim, self._theta)
+            table = make_rotation(self._reindexed(position), self._head_dim, self._theta)
             if position.dim() != 2:  # every layer has its own: not worth keeping
                 return table
             # The positions are kept beside their table, so that their address cannot be given to others meanwhile.
             self._tables[key] = position, table
         return self._tables[key][1]
+
+    def _reindexed(self, position: Tensor) -> Tensor:
+        if self._reindex is None:
+            return position
+        at = position.clone()
+        at[..., 0] = self._reindex(position[..., 0], self._now)
+        return at

@@ -10,7 +10,7 @@ from workers.errors import ConfigUnsupported
 from workers.metrics import Stopwatch
 from workers.model.attend import RolloutAttention
 from workers.model.backbones import Backbone
-from workers.model.dit import CausalDiT
+from workers.model.dit import AttendPrompt, CausalDiT, attend_prompt_dense
 from workers.rollout import Rollout
 from workers.rollouts.rolling_window import RollingWindowRollout
 
@@ -53,8 +53,9 @@ def make_rollout(
     stopwatch: Stopwatch,
     reuse: StepReuse | None = None,
     judge: ChunkJudge | None = None,
+    attend_prompt: AttendPrompt = attend_prompt_dense,
 ) -> Rollout | RollingWindowRollout:
     """The rollout of a model that goes chunk by chunk or in a rolling window."""
     if model.backbone.rollout == "rolling":
-        return RollingWindowRollout(model, attention, stopwatch, judge)
-    return Rollout(model, attention, stopwatch, reuse, judge)
+        return RollingWindowRollout(model, attention, stopwatch, judge, attend_prompt)
+    return Rollout(model, attention, stopwatch, reuse, judge, attend_prompt)
