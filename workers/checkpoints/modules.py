@@ -109,6 +109,7 @@ def _load_wan(backbone: Backbone, config: BackboneConfig, device: torch.device, 
         fill_control(branch, overlays[CONTROL_FILE], device, dtype)
         branch.eval()
     dit = build_dit(backbone, _read_transformer(base, overlays, config), device, dtype).eval()
+    dit.fuse_projections()
     return Modules(dit, text_encoder, WanVae(vae.eval()), _revision(base, *overlays.values()), image_encoder, branch)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -59,12 +59,33 @@ class SelfAttention(nn.Module):
         self.num_heads = backbone.num_heads
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RmsNorm(dim, backbone.eps), RmsNorm(dim, backbone.eps)
+        self._fused: tuple[Tensor, Tensor] | None = None
+
+    def fuse(self) -> None:
+        """Queries, keys and values by one product; their weights become views of one, under the names they had."""
+        parts = (self.q, self.k, self.v)
+        weight = torch.cat([part.weight.detach() for part in parts])
+        bias = torch.cat([part.bias.detach() for part in parts])
+        for part, w, b in zip(parts, weight.chunk(3), bias.chunk(3), strict=True):
+            part.weight.data, part.bias.data = w, b
+        self._fused = weight, bias
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._fused = None  # the parameters move apart
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _project(self, x_BQE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self._fused is None:
+            return self.q(x_BQE), self.k(x_BQE), self.v(x_BQE)
+        q, k, v = F.linear(x_BQE, *self._fused).chunk(3, dim=-1)
+        return q, k, v
 
     def forward(self, x_BQE: Tensor, layer_index: int, attend: Attend) -> Tensor:
         heads = (self.num_heads, -1)
-        q = self.norm_q(self.q(x_BQE)).unflatten(-1, heads)
-        k = self.norm_k(self.k(x_BQE)).unflatten(-1, heads)
-        out = attend(layer_index, q, k, self.v(x_BQE).unflatten(-1, heads))
+        q, k, v = self._project(x_BQE)
+        q, k = self.norm_q(q).unflatten(-1, heads), self.norm_k(k).unflatten(-1, heads)
+        out = attend(layer_index, q, k, v.unflatten(-1, heads))
         return cast(Tensor, self.o(out.flatten(-2)))
 
 
@@ -214,6 +235,11 @@ class CausalDiT(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.head.modulation.dtype
+
+    def fuse_projections(self) -> None:
+        """For rendering, once all weights are where they stay: fewer and larger products; moving undoes it."""
+        for layer in self.layers:
+            layer.self_attn.fuse()
 
     def compile_layers(self) -> None:
         """Compile one function that serves all layers, for fixed shapes.

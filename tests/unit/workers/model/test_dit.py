@@ -227,6 +227,28 @@ def test_bfloat16_stays_near_float32() -> None:
     assert (out.float() - expected).abs().max() < 0.1 * expected.std()
 
 
+def test_fused_projections_change_neither_result_nor_names_nor_memory() -> None:
+    backbone = find_backbone("tiny-test")
+    model = make_model(backbone).requires_grad_(False)
+    x, t = torch.randn(1, 3, 16, 4, 6), torch.full((1, 3), 500.0)
+    attend = attend_masked(grid_positions(torch.arange(3), 2, 3), backbone, None)
+    prompt = model.project_prompt(torch.randn(1, 5, backbone.text_dim))
+    expected = model(x, t, prompt, attend)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    model.fuse_projections()
+    torch.testing.assert_close(model(x, t, prompt, attend), expected, atol=1e-5, rtol=0)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], p) for name, p in before.items())
+    attention = model.layers[0].self_attn
+    assert len({part.weight.untyped_storage().data_ptr() for part in (attention.q, attention.k, attention.v)}) == 1
+    model.load_state_dict({name: p * 0.5 for name, p in before.items()})  # other weights reach the one product
+    halved = model(x, t, prompt, attend)
+    assert (halved - expected).abs().max() > 1e-2
+    moved = model.double().float()(x, t, prompt, attend)
+    torch.testing.assert_close(moved, halved, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("name", "num_tensors", "num_parameters"),
     [
