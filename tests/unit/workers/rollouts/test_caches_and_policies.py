@@ -1,4 +1,4 @@
-"""Every rollout with the temporal cache: equal to full history while nothing merges, bounded when keys do."""
+"""Every rollout with the temporal cache (equal to full history while nothing merges) and with every sparse policy."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,10 +8,19 @@ import torch
 from torch import Tensor
 
 from tests.plain_rollouts import COLUMNS, FRAMES, ROWS, TINY, TOKENS, make_model
+from workers.assemble_policies import make_policy
 from workers.attention.dense import DenseAttention
 from workers.cache.dense import DenseCache
 from workers.cache.temporal_merge import MergeSettings, TemporalCache
-from workers.contracts import KVCache
+from workers.config import (
+    AnnSelfAttentionConfig,
+    AttentionConfig,
+    RadialAttentionConfig,
+    StreamingAttentionConfig,
+    Svg2AttentionConfig,
+    SvgAttentionConfig,
+)
+from workers.contracts import AttentionPolicy, KVCache
 from workers.denoise import draw_noise, make_flow_schedule, make_schedule
 from workers.kernels.sdpa import SdpaKernel
 from workers.metrics import Stopwatch
@@ -35,11 +44,11 @@ LONGVIE = replace(
     chunk_latent_frames=CLIP_FRAMES,
     control_branch=ControlBranchSizes(dim=40, num_layers=2, num_heads=1, ffn_dim=48),
 )
-Roll = Callable[[KVCache], list[CleanChunk]]
+Roll = Callable[..., list[CleanChunk]]
 
 
-def attention_over(cache: KVCache, backbone: Backbone) -> RolloutAttention:
-    return RolloutAttention(backbone, cache, DenseAttention(), SdpaKernel())
+def attention_over(cache: KVCache, backbone: Backbone, policy: AttentionPolicy | None) -> RolloutAttention:
+    return RolloutAttention(backbone, cache, policy or DenseAttention(), SdpaKernel())
 
 
 def chunk_roll(rolling: bool) -> Roll:
@@ -56,9 +65,9 @@ def chunk_roll(rolling: bool) -> Roll:
         control=lambda index: None,
     )
 
-    def roll(cache: KVCache) -> list[CleanChunk]:
+    def roll(cache: KVCache, policy: AttentionPolicy | None = None) -> list[CleanChunk]:
         kind = RollingWindowRollout if rolling else Rollout
-        return list(kind(model, attention_over(cache, TINY), Stopwatch(CPU)).run(plan))
+        return list(kind(model, attention_over(cache, TINY, policy), Stopwatch(CPU)).run(plan))
 
     return roll
 
@@ -84,8 +93,8 @@ def clip_roll() -> Roll:
     ]
     plan = ClipPlan(5, make_flow_schedule(3, 5.0), 1.0, lambda index, before: clips[index], remembers=True)
 
-    def roll(cache: KVCache) -> list[CleanChunk]:
-        attention = attention_over(cache, LONGVIE)
+    def roll(cache: KVCache, policy: AttentionPolicy | None = None) -> list[CleanChunk]:
+        attention = attention_over(cache, LONGVIE, policy)
         return list(ClipwiseRollout(model, branch, attention, SdpaKernel(), Stopwatch(CPU)).run(plan))
 
     return roll
@@ -122,3 +131,29 @@ def test_where_keys_merge_memory_stays_bounded_and_the_result_finite(roll: Roll)
     assert all(bool(torch.isfinite(c.latents_BTCHW).all()) for c in merged)
     assert merged[-1].kv_bytes < full[-1].kv_bytes
     assert 1e-6 < worst(merged, full) < 5
+
+
+SPARSE = {"sink_latent_frames": 1, "recent_latent_frames": 1, "dense_step_share": 0.0, "dense_layers": 0, "tile": 4}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(StreamingAttentionConfig(sink_latent_frames=1, recent_latent_frames=1), id="streaming"),
+        pytest.param(AnnSelfAttentionConfig(density=0.3, dense_step_share=0.0, tile=8), id="annsa"),
+        pytest.param(RadialAttentionConfig(**SPARSE, decay=0.2), id="radial", marks=pytest.mark.slow),
+        pytest.param(SvgAttentionConfig(**SPARSE, density=0.3, num_samples=4), id="svg", marks=pytest.mark.slow),
+        pytest.param(
+            Svg2AttentionConfig(**SPARSE, top_p=0.5, queries_per_cluster=4, keys_per_cluster=4),
+            id="svg2",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_sparse_policies_see_less_and_stay_finite(roll: Roll, config: AttentionConfig) -> None:
+    full = roll(DenseCache(TINY.num_layers))
+    sparse = roll(DenseCache(TINY.num_layers), make_policy(config, TOKENS, TINY.num_layers))
+    assert all(bool(torch.isfinite(c.latents_BTCHW).all()) for c in sparse)
+    assert sparse[-1].density < full[-1].density
+    assert sparse[-1].kv_bytes == full[-1].kv_bytes
+    assert 1e-6 < worst(sparse, full) < 5
