@@ -74,11 +74,14 @@ class AnnSelfAttention:
     Args:
         settings: Sizes and shares.
         search: Makes the buckets and estimates inner products.
-        rotate: RoPE of keys, and of queries given as keys; None chooses by what they are before it.
+        rotate: RoPE of keys, and of queries given as keys, for callers that plan before it. None asks the caller for
+            queries and keys after RoPE (`PlansAfterRope`), as a rollout has them; buckets are better after it too.
     """
 
     def __init__(self, settings: AnnSettings, search: Search, rotate: Rotate | None) -> None:
         self._settings, self._search, self._rotate = settings, search, rotate
+        if rotate is None:
+            self.plans_after_rope: Literal[True] = True
         self._region = DenseRegion(settings.sink_tokens, settings.recent_tokens)
         self._factor = 1.0
         self._indexed: dict[int, _Indexed] = {}

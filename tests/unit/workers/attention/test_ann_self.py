@@ -12,7 +12,7 @@ from torch import Tensor
 from workers.attention import tile_mass
 from workers.attention.ann_self import AnnSelfAttention, AnnSettings
 from workers.attention.gate import GatedAttention
-from workers.contracts import AttentionPlan, KeyValues, Moment, Tightens, Tiles
+from workers.contracts import AttentionPlan, KeyValues, Moment, PlansAfterRope, Tightens, Tiles
 from workers.search.exact import ExactSearch
 from workers.search.quant import QuantSearch
 
@@ -61,6 +61,11 @@ def test_steps_share_a_selection_and_new_keys_void_it() -> None:
     anew = AnnSelfAttention(replace(SETTINGS, every_step=True), QuantSearch(), None)
     before = tiles_of(anew.plan(0, Moment(5, 1, 4), q, cached, own))
     assert tiles_of(anew.plan(0, Moment(5, 2, 4), q, cached, own)) is not before
+
+
+def test_it_plans_after_rope_unless_it_is_given_a_way_to_rotate() -> None:
+    assert isinstance(AnnSelfAttention(SETTINGS, QuantSearch(), None), PlansAfterRope)
+    assert not isinstance(AnnSelfAttention(SETTINGS, QuantSearch(), replace), PlansAfterRope)
 
 
 def test_a_history_that_is_not_there_is_dense() -> None:
