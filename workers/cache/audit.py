@@ -70,11 +70,11 @@ class AuditSample:
         self._k, self._position, self._draw = k[:, kept], position[kept], draw[kept]
         self._slot = slot[..., kept]
 
-    def read(self, count_like: Callable[[Tensor, Tensor], Tensor], num_sink: int, num_slots: int) -> AuditKeys | None:
+    def read(self, count_members: Callable[[Tensor], Tensor], num_sink: int, num_slots: int) -> AuditKeys | None:
         """The sample now, for entries in the order sink, slots, recent.
 
         Args:
-            count_like: (k_BNAD, slot_BNA) -> how many keys like these their slots hold.
+            count_members: slot_BNA -> how many keys these slots hold.
             num_sink: Entries before the slots.
             num_slots: Slots that are read.
         """
@@ -82,7 +82,7 @@ class AuditSample:
             return None
         held = self._slot.clamp(min=0)
         owner = torch.where(self._slot >= 0, held + num_sink, -1)
-        members = count_like(self._k.transpose(1, 2), held).clamp(min=1)
+        members = count_members(held).clamp(min=1)
         stop = num_sink + num_slots
         return AuditKeys(self._k, self._position, owner, members, self._num_seen, num_sink, stop)
 

@@ -105,10 +105,9 @@ class KeyGroups:
         position = torch.cat((self.time_BNC[:, :, :stop, None].float(), cell), dim=-1)
         return self._k.read(stop), self._v.read(stop), position, self.weight_BNC[:, :, :stop].log()
 
-    def count_like(self, k_BNAD: Tensor, slot_BNA: Tensor) -> Tensor:
-        """How many keys like these their groups hold: the group's mass over what such a member counts for; >= 1."""
-        distance = (self._k.gather(slot_BNA).float() - k_BNAD.float()).square().sum(-1)
-        return (self.weight_BNC.gather(2, slot_BNA) / self._likeness(distance).clamp(min=1e-30)).clamp(min=1)
+    def count_members(self, slot_BNA: Tensor) -> Tensor:
+        """How many keys the groups in these slots hold, whatever they count for."""
+        return self.m_BNC.gather(2, slot_BNA)
 
     @property
     def num_bytes(self) -> int:

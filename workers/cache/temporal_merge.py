@@ -104,7 +104,7 @@ class TemporalCache:
         if layer.audit is None or layer.groups is None:
             return None
         num_sink = 0 if layer.sink is None else layer.sink.num_tokens
-        return layer.audit.read(layer.groups.count_like, num_sink, layer.groups.num_used)
+        return layer.audit.read(layer.groups.count_members, num_sink, layer.groups.num_used)
 
     def owners(self, layer_index: int) -> Tensor | None:
         layer = self._layers[layer_index]

@@ -83,12 +83,12 @@ def test_every_key_is_found_in_the_group_that_holds_it() -> None:
 
 def test_before_anything_was_absorbed_only_sink_and_recent_keys_have_owners() -> None:
     assert OwnerRecord().owners(2, 0, 3, make_chunk(0)).tolist() == [[[0, 1, 2, 3, 4]] * HEADS]
-    assert AuditSample(4, 0).read(lambda k, slot: slot.float(), 2, 0) is None
+    assert AuditSample(4, 0).read(lambda slot: slot, 2, 0) is None
 
 
 def test_sampled_keys_come_with_their_group_its_size_and_where_they_were() -> None:
     table, _, sample = follow(8, 12)
-    audit = sample.read(lambda k, slot: table.m().gather(-1, slot), 3, table.num_used)
+    audit = sample.read(lambda slot: table.m().gather(-1, slot), 3, table.num_used)
     assert audit is not None
     assert (audit.num_original_tokens, audit.start, audit.stop) == (80, 3, 3 + table.num_used)
     numbers = audit.position_A3[:, 0].int().tolist()
