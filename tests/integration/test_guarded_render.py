@@ -11,10 +11,18 @@ import torch
 from torch import Tensor
 
 from cluster.object_store import open_store
-from workers.assemble import LoadedModel, load_model, prepare_take
+from workers.assemble import LoadedModel, TakeParts, load_model, prepare_take
 from workers.attention.dense import DenseAttention
 from workers.attention.estimate import RecallProbe
-from workers.config import BackboneConfig, GuardConfig, RenderConfig, VideoConfig
+from workers.config import (
+    BackboneConfig,
+    CacheConfig,
+    DenseCacheConfig,
+    GuardConfig,
+    RenderConfig,
+    TemporalCacheConfig,
+    VideoConfig,
+)
 from workers.contracts import AttentionPlan, AttentionPolicy, KeyValues, Moment, PlanPart
 from workers.metrics import Stopwatch
 from workers.model.attend import RolloutAttention
@@ -53,9 +61,9 @@ class Held(nullcontext[None]):
     held_s = 0.0
 
 
-def load(guard: GuardConfig) -> LoadedModel:
-    video = VideoConfig(width=64, height=32)
-    return load_model(RenderConfig(backbone=BackboneConfig(name="tiny-test"), video=video, guard=guard))
+def load(guard: GuardConfig, cache: CacheConfig | None = None) -> LoadedModel:
+    video, backbone = VideoConfig(width=64, height=32), BackboneConfig(name="tiny-test")
+    return load_model(RenderConfig(backbone=backbone, video=video, guard=guard, cache=cache or DenseCacheConfig()))
 
 
 def make_task(attempt: str) -> RenderTask:
@@ -66,8 +74,13 @@ def make_task(attempt: str) -> RenderTask:
 
 
 def render(model: LoadedModel, policy: AttentionPolicy, root: Path, attempt: str) -> RenderResult:
-    held = replace(model, policy=policy)
-    return render_take(make_task(attempt), held, open_store(str(root)), Held(), lambda frames, waited: None)
+    def prepare(model: LoadedModel, rung: int) -> TakeParts:
+        return replace(prepare_take(model, rung), policy=policy)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("workers.pipeline.prepare_take", prepare)
+        store = open_store(str(root))
+        return render_take(make_task(attempt), model, store, Held(), lambda frames, waited: None)
 
 
 def test_a_policy_that_sees_nothing_is_tightened_and_rendered_again_densely(tmp_path: Path) -> None:
@@ -138,3 +151,13 @@ def test_without_a_guard_no_probe_looks_on(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(RecallProbe, "observe", fail)
     with torch.inference_mode():
         render(load(GuardConfig()), DenseAttention(), tmp_path, "e1a1")
+
+
+def test_what_a_merging_cache_lost_is_estimated_from_its_audit_sample(tmp_path: Path) -> None:
+    careless = TemporalCacheConfig(sink_latent_frames=1, recent_latent_frames=3, min_cosine=-1.0)
+    model = load(GuardConfig(enabled=True, floor=0.99), careless)
+    result = render(model, DenseAttention(), tmp_path, "e1a1")
+    recalls = [chunk.recall for chunk in result.chunks]
+    assert all(recall is not None and 0 <= recall <= 1 + 1e-6 for recall in recalls)
+    assert min(recall or 0 for recall in recalls) < 0.99
+    assert (result.guard_tightened or 0) > 0
