@@ -75,18 +75,17 @@ class SelfAttention(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def _project(self, x_BQE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x_BQE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, Q, N, D], before RoPE."""
         if self._fused is None:
-            return self.q(x_BQE), self.k(x_BQE), self.v(x_BQE)
-        q, k, v = F.linear(x_BQE, *self._fused).chunk(3, dim=-1)
-        return q, k, v
+            q, k, v = self.q(x_BQE), self.k(x_BQE), self.v(x_BQE)
+        else:
+            q, k, v = F.linear(x_BQE, *self._fused).chunk(3, dim=-1)
+        heads = (self.num_heads, -1)
+        return self.norm_q(q).unflatten(-1, heads), self.norm_k(k).unflatten(-1, heads), v.unflatten(-1, heads)
 
     def forward(self, x_BQE: Tensor, layer_index: int, attend: Attend) -> Tensor:
-        heads = (self.num_heads, -1)
-        q, k, v = self._project(x_BQE)
-        q, k = self.norm_q(q).unflatten(-1, heads), self.norm_k(k).unflatten(-1, heads)
-        out = attend(layer_index, q, k, v.unflatten(-1, heads))
-        return cast(Tensor, self.o(out.flatten(-2)))
+        return cast(Tensor, self.o(attend(layer_index, *self.project(x_BQE)).flatten(-2)))
 
 
 class CrossAttention(nn.Module):
@@ -111,9 +110,11 @@ class CrossAttention(nn.Module):
         k_image = self.norm_k_img(self.k_img(image_BPE)).unflatten(-1, heads)
         return PromptKeys(k, v, log_mass_BP, k_image, self.v_img(image_BPE).unflatten(-1, heads))
 
+    def project_queries(self, x_BQE: Tensor) -> Tensor:
+        return cast(Tensor, self.norm_q(self.q(x_BQE)).unflatten(-1, (self.num_heads, -1)))
+
     def forward(self, x_BQE: Tensor, keys: PromptKeys, layer_index: int, attend: AttendPrompt) -> Tensor:
-        q = self.norm_q(self.q(x_BQE)).unflatten(-1, (self.num_heads, -1))
-        return cast(Tensor, self.o(attend(layer_index, q, keys).flatten(-2)))
+        return cast(Tensor, self.o(attend(layer_index, self.project_queries(x_BQE), keys).flatten(-2)))
 
 
 class Layer(nn.Module):
@@ -139,16 +140,16 @@ class Layer(nn.Module):
         attend_prompt: AttendPrompt,
     ) -> Tensor:
         m = (self.modulation + time_BT6E).unsqueeze(3).unbind(2)  # six of [B, T, 1, E]: the 1 spans a frame's tokens
-        h = self.self_attn(_modulate(x_BQE, m[0], m[1], self.eps), layer_index, attend)
-        x_BQE = _add_gated(x_BQE, h, m[2])
+        h = self.self_attn(modulate(x_BQE, m[0], m[1], self.eps), layer_index, attend)
+        x_BQE = add_gated(x_BQE, h, m[2])
         x_BQE = x_BQE + self.cross_attn(self.norm3(x_BQE), keys, layer_index, attend_prompt)
-        h = self.ffn(_modulate(x_BQE, m[3], m[4], self.eps))
-        return _add_gated(x_BQE, h, m[5])
+        h = self.ffn(modulate(x_BQE, m[3], m[4], self.eps))
+        return add_gated(x_BQE, h, m[5])
 
     def modulate_input(self, x_BQE: Tensor, time_BT6E: Tensor) -> Tensor:
         """What self-attention gets of this input, with its timestep."""
         shift, scale = (self.modulation + time_BT6E)[:, :, :2].unsqueeze(3).unbind(2)
-        return _modulate(x_BQE, shift, scale, self.eps)
+        return modulate(x_BQE, shift, scale, self.eps)
 
 
 class Head(nn.Module):
@@ -162,7 +163,7 @@ class Head(nn.Module):
 
     def forward(self, x_BQE: Tensor, time_BTE: Tensor) -> Tensor:
         shift, scale = (self.modulation + time_BTE.unsqueeze(2)).unsqueeze(3).unbind(2)
-        return cast(Tensor, self.head(_modulate(x_BQE, shift, scale, self.eps)))
+        return cast(Tensor, self.head(modulate(x_BQE, shift, scale, self.eps)))
 
 
 class ImageProjection(nn.Module):
@@ -240,6 +241,10 @@ class CausalDiT(nn.Module):
         """For rendering, once all weights are where they stay: fewer and larger products; moving undoes it."""
         for layer in self.layers:
             layer.self_attn.fuse()
+
+    def run_layers_by(self, run_layer: Callable[..., Tensor]) -> None:
+        """Have another function run each layer, with the arguments of `_run_layer`."""
+        self._run_layer = run_layer
 
     def compile_layers(self) -> None:
         """Compile one function that serves all layers, for fixed shapes.
@@ -344,14 +349,14 @@ def _run_layer(
     return cast(Tensor, layer(x_BQE, time_BT6E, keys, layer_index, attend, attend_prompt))
 
 
-def _modulate(x_BQE: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+def modulate(x_BQE: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """Norm without weights, then scale and shift of each token's latent frame ([B, T, 1, E])."""
     h = F.layer_norm(x_BQE, (x_BQE.shape[-1],), None, None, eps)
     h = h.unflatten(1, (shift.shape[1], -1))
     return torch.addcmul(shift.to(h.dtype), h, 1 + scale.to(h.dtype)).flatten(1, 2)
 
 
-def _add_gated(x_BQE: Tensor, h_BQE: Tensor, gate: Tensor) -> Tensor:
+def add_gated(x_BQE: Tensor, h_BQE: Tensor, gate: Tensor) -> Tensor:
     frames = (gate.shape[1], -1)
     x = x_BQE.unflatten(1, frames)
     return torch.addcmul(x, h_BQE.unflatten(1, frames).to(x.dtype), gate.to(x.dtype)).flatten(1, 2)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from workers.model.backbones import BACKBONES, Backbone, find_backbone
+from workers.model.compiled import compile_around_attention
 from workers.model.dit import CausalDiT
 from workers.model.rope import grid_positions, make_rotation, rotate
 
@@ -292,3 +293,50 @@ def test_one_compilation_serves_all_layers() -> None:
         out = model(x, t, prompt, attend)
     assert num_graphs == 1
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+
+
+def count_graphs(counts: list[int]):
+    def backend(graph, inputs):
+        counts.append(1)
+        return graph.forward
+
+    return backend
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_pieces_around_attention_compile_once_for_all_layers(is_fused: bool) -> None:
+    backbone = replace(find_backbone("tiny-test"), num_layers=9)
+    model = make_model(backbone).requires_grad_(False)
+    if is_fused:
+        model.fuse_projections()
+    x, t = torch.randn(1, 3, 16, 4, 6), torch.tensor([[500.0, 0.0, 900.0]])
+    prompt = model.project_prompt(torch.randn(1, 5, backbone.text_dim))
+    attend = attend_masked(grid_positions(torch.arange(3), 2, 3), backbone, None)
+    layers: list[int] = []
+
+    def attend_noting(layer_index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        layers.append(layer_index)
+        return attend(layer_index, q, k, v)
+
+    expected = model(x, t, prompt, attend)
+    counts: list[int] = []
+    torch._dynamo.reset()
+    compile_around_attention(model, count_graphs(counts))
+    with torch.inference_mode():
+        out = model(x, t, prompt, attend_noting)
+    assert len(counts) == 3
+    assert layers == list(range(9))
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_really_compiled_pieces_give_the_plain_result() -> None:
+    backbone = find_backbone("tiny-test")
+    model = make_model(backbone).requires_grad_(False)
+    x, t = torch.randn(1, 3, 16, 4, 6), torch.full((1, 3), 500.0)
+    prompt = model.project_prompt(torch.randn(1, 5, backbone.text_dim))
+    attend = attend_masked(grid_positions(torch.arange(3), 2, 3), backbone, None)
+    expected = model(x, t, prompt, attend)
+    torch._dynamo.reset()
+    compile_around_attention(model)
+    torch.testing.assert_close(model(x, t, prompt, attend), expected, atol=1e-5, rtol=0)
