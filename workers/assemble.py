@@ -37,6 +37,7 @@ from workers.denoise import Schedule, make_schedule
 from workers.kernels.select import KernelNeed, select_kernel
 from workers.model.attend import Reindex
 from workers.model.backbones import Backbone, find_backbone
+from workers.model.compiled import compile_around_attention
 from workers.model.control_branch import ControlBranch
 from workers.model.dit import CausalDiT
 from workers.model.image_encoder import ImageEncoder
@@ -110,6 +111,8 @@ def load_model(config: RenderConfig) -> LoadedModel:
     )
     kernel = select_kernel(config.kernel.name, device, need)
     modules = load_modules(backbone, config.backbone, device, dtype)
+    if config.backbone.compiled:
+        compile_around_attention(modules.dit)
     model = LoadedModel(
         config=config,
         backbone=backbone,

@@ -34,6 +34,11 @@ class BackboneConfig(Part):
     )
     use_ema: bool = Field(True, description="Of a distilled checkpoint with both, the averaged weights.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Arithmetic of the transformer.")
+    compiled: bool = Field(
+        False,
+        description="Compile the transformer around its attention: a slower start, other last bits, "
+        "and on a GPU fewer trips to memory.",
+    )
 
     @field_validator("checkpoint", "finetune")
     @classmethod
