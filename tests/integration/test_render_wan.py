@@ -116,7 +116,8 @@ def test_a_distilled_checkpoint_over_the_base(tmp_path: Path, monkeypatch: pytes
 
 def test_longvie_over_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = ControlBranchSizes(dim=40, num_layers=2, num_heads=1, ffn_dim=48)
-    monkeypatch.setitem(BACKBONES, "tiny-longvie", replace(TINY_I2V, name="tiny-longvie", control_branch=sizes))
+    backbone = replace(TINY_I2V, name="tiny-longvie", rollout="clipwise", chunk_latent_frames=21, control_branch=sizes)
+    monkeypatch.setitem(BACKBONES, "tiny-longvie", backbone)
     release = Release(Published("a/b", "", ()), Published("c/d", "", ("dit.safetensors", "control.safetensors")))
     monkeypatch.setitem(RELEASES, "tiny-longvie", release)
     folder = write_whole_model(tmp_path / "w", backbone=TINY_I2V)

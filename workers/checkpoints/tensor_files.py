@@ -180,8 +180,9 @@ def _entry(path: Path, key: str, entry: Mapping[str, Any], start: int) -> Stored
 
 
 def _read_pieces(path: Path, offset: int, num_bytes: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    buffer = torch.empty(min(num_bytes, PIECE_BYTES), dtype=torch.uint8)
-    view = memoryview(cast(Any, buffer.numpy()))
+    # Pages of its own, which go back to the system: on the heap it would leave holes between the tensors.
+    view = memoryview(mmap.mmap(-1, max(1, min(num_bytes, PIECE_BYTES))))
+    buffer = torch.frombuffer(view, dtype=torch.uint8)
     with path.open("rb", buffering=0) as file:
         file.seek(offset)
         left = num_bytes
