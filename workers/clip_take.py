@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from workers.assemble import LoadedModel
+from workers.contracts import PromptAttention
 from workers.denoise import draw_noise, make_flow_schedule
 from workers.errors import BadPrompt
 from workers.metrics import Stopwatch
@@ -27,7 +28,11 @@ CLIP_LIST, FIRST_PICTURE = "cond.json", "first.png"
 
 
 def roll_out_clips(
-    task: RenderTask, model: LoadedModel, attention: RolloutAttention, stopwatch: Stopwatch
+    task: RenderTask,
+    model: LoadedModel,
+    attention: RolloutAttention,
+    stopwatch: Stopwatch,
+    attend_prompt: PromptAttention,
 ) -> Iterator[tuple[CleanChunk, NDArray[np.uint8]]]:
     """Finished clips with their pictures [n, H, W, 3]: 81, then 80 new ones a clip.
 
@@ -54,7 +59,7 @@ def roll_out_clips(
         read=source.read,
         remembers=config.cache.kind != "native",
     )
-    rollout = ClipwiseRollout(model.dit, model.control_branch, attention, model.kernel, stopwatch)
+    rollout = ClipwiseRollout(model.dit, model.control_branch, attention, model.kernel, stopwatch, attend_prompt)
     for clip in rollout.run(plan):
         with stopwatch.stage("vae"):
             pictures = to_pictures(source.decode(clip)[0]).cpu().numpy()

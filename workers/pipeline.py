@@ -104,7 +104,7 @@ def generate(
     num_frames = 0
     chunk_started = time.perf_counter()
     if model.backbone.rollout == "clipwise":
-        chunks = roll_out_clips(task, model, attention, record.stopwatch)
+        chunks = roll_out_clips(task, model, attention, record.stopwatch, parts.attend_prompt)
     else:
         rollout = make_rollout(model.dit, attention, record.stopwatch, parts.reuse, guard, parts.attend_prompt)
         chunks = with_pictures(rollout.run(plan_rollout(task, model, record)), model, parts, record)
