@@ -193,7 +193,10 @@ def test_joining_one_by_one_equals_the_definition(seed: int, num: int, decay: fl
             one = torch.tensor([float(weight), 1.0], dtype=torch.float64)
             total, value = merge_by_hand(one, two, torch.stack((mean[0], v[index])), decay / (2 * math.sqrt(DIM)))
             weight, mean = total[None], value[None]
-    _, v_kept, _, log_mass = groups.read()
+    k_kept, v_kept = torch.empty(2, 1, 1, groups.num_used, DIM, dtype=torch.float64)
+    groups.read_into(k_kept, v_kept)
+    _, log_mass = groups.read_records()
+    assert torch.equal(k_kept.flatten(), k[-1])
     torch.testing.assert_close(log_mass.double().exp().flatten(), weight, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(v_kept.flatten(), mean.flatten(), atol=1e-5, rtol=0)
     if decay == 0.0:

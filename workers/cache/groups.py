@@ -98,12 +98,17 @@ class KeyGroups:
         self._remember_partners(new, torch.where(joins, -1, cosine), index, slot)
         return slot, moved
 
-    def read(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """k_BNCD, v_BNCD, position_BNC3 (float32) and log_mass_BNC of the slots in use; -inf where a head has none."""
+    def read_into(self, k_BNCD: Tensor, v_BNCD: Tensor) -> None:
+        """Write keys and values of the slots in use."""
+        self._k.read(self.num_used, k_BNCD)
+        self._v.read(self.num_used, v_BNCD)
+
+    def read_records(self) -> tuple[Tensor, Tensor]:
+        """position_BNC3 (float32) and log_mass_BNC of the slots in use; -inf where a head has none."""
         stop = self.num_used
         cell = self.cell_BNC2[:, :, :stop].float() / CELL_UNITS
         position = torch.cat((self.time_BNC[:, :, :stop, None].float(), cell), dim=-1)
-        return self._k.read(stop), self._v.read(stop), position, self.weight_BNC[:, :, :stop].log()
+        return position, self.weight_BNC[:, :, :stop].log()
 
     def count_members(self, slot_BNA: Tensor) -> Tensor:
         """How many keys the groups in these slots hold, whatever they count for."""
@@ -216,7 +221,7 @@ class KeyGroups:
         merged = self._sum_by_target(k, v, target, source)
         self.count_BN = survives.sum(-1)
         self.num_used = int(self.count_BN.max())
-        self._rewrite(k, merged, source)
+        self._rewrite(merged, source)
         self.partner_BNC.fill_(-1)
         self.partner_BNC.scatter_(2, torch.where(survives, target, self.num_slots), partner.to(torch.int32))
         return target
@@ -250,16 +255,14 @@ class KeyGroups:
         v_sum.scatter_add_(2, _widen(target_BNC, v_BNCD), v_BNCD.float() * weight[..., None])
         return m_new, w_new, v_sum / w_new.clamp(min=1e-30)[..., None]
 
-    def _rewrite(self, k_BNCD: Tensor, merged: tuple[Tensor, Tensor, Tensor], source_BNC: Tensor) -> None:
+    def _rewrite(self, merged: tuple[Tensor, Tensor, Tensor], source_BNC: Tensor) -> None:
         """Write the surviving groups to the front; each takes key and position of its newest member."""
         m, weight, v = (x[:, :, : self.num_used] for x in merged)
         slot = torch.arange(self.num_used, device=m.device).expand(*m.shape[:2], -1)
         slot = torch.where(slot < self.count_BN[..., None], slot, self.num_slots)
         source = source_BNC[:, :, : self.num_used]
-        k = k_BNCD.gather(2, _widen(source, k_BNCD))  # a copy: what was read may be the table itself
-        self._k.clear()
+        self._k.move(source, slot)
         self._v.clear()
-        self._k.write(slot, k)
         self._v.write(slot, v)
         time, cell = self.time_BNC.gather(2, source), self.cell_BNC2.gather(2, _widen(source, self.cell_BNC2))
         self.m_BNC.zero_()

@@ -52,9 +52,14 @@ class VectorStore:
         """Of one slot."""
         return self.bytes_per_vector(self._dim, self.storage, self.dtype)
 
-    def read(self, stop: int) -> Tensor:
-        """The first `stop` slots, [B, N, stop, D]."""
-        return self._decode(self._code[:, :, :stop], self._scale[:, :, :stop])
+    def read(self, stop: int, out_BNCD: Tensor | None = None) -> Tensor:
+        """The first `stop` slots, [B, N, stop, D]: a view of the store where it can be, or written to `out_BNCD`."""
+        code, scale = self._code[:, :, :stop], self._scale[:, :, :stop]
+        if out_BNCD is None:
+            return self._decode(code, scale)
+        if self.storage == "int8":
+            return torch.mul(code, scale.to(self.dtype), out=out_BNCD)
+        return out_BNCD.copy_(self._decode(code, scale))
 
     def gather(self, slot_BNR: Tensor) -> Tensor:
         """The vectors of these slots, [B, N, R, D]."""
@@ -66,6 +71,13 @@ class VectorStore:
         code, scale = self._encode(x_BNRD)
         self._code.scatter_(2, _widen(slot_BNR, code), code)
         self._scale.scatter_(2, _widen(slot_BNR, scale), scale)
+
+    def move(self, source_BNR: Tensor, slot_BNR: Tensor) -> None:
+        """Put what lies in one slot into another, bit for bit; all slots that are not named hold zero."""
+        moved = [(x, x.gather(2, _widen(source_BNR, x))) for x in (self._code, self._scale)]
+        self.clear()
+        for x, content in moved:
+            x.scatter_(2, _widen(slot_BNR, content), content)
 
     def clear(self) -> None:
         """All slots hold zero."""

@@ -185,14 +185,25 @@ class TemporalCache:
         raw = [part for part in (layer.sink, layer.recent) if part is not None]
         if layer.groups is None:
             return raw[0] if len(raw) == 1 else _join(*raw)
-        k, v, position, mass = layer.groups.read()
-        batch, heads = mass.shape[:2]
-        parts = [(x.k_BKND, x.v_BKND, _per_head(x.position_K3, batch, heads)) for x in raw]
-        parts.insert(0 if layer.sink is None else 1, (k.transpose(1, 2), v.transpose(1, 2), position.transpose(1, 2)))
-        sizes = [0 if part is None else part.num_tokens for part in (layer.sink, layer.recent)]
-        log_mass = torch.cat((mass.new_zeros(batch, heads, sizes[0]), mass, mass.new_zeros(batch, heads, sizes[1])), -1)
-        k, v, position = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
-        return KeyValues(k, v, position, log_mass)
+        position, mass = layer.groups.read_records()
+        batch, heads, num_groups = mass.shape
+        num_sink, num_recent = (0 if part is None else part.num_tokens for part in (layer.sink, layer.recent))
+        middle = slice(num_sink, num_sink + num_groups)
+        some = raw[0].k_BKND
+        shape = (batch, heads, num_sink + num_groups + num_recent, some.shape[-1])
+        k, v = some.new_empty(shape), some.new_empty(shape)  # heads outside, as kernels want them
+        layer.groups.read_into(k[:, :, middle], v[:, :, middle])
+        positions, start = [], 0
+        for part in raw:
+            run = slice(start, start + part.num_tokens)
+            k[:, :, run], v[:, :, run] = part.k_BKND.transpose(1, 2), part.v_BKND.transpose(1, 2)
+            positions.append(_per_head(part.position_K3, batch, heads))
+            start = run.stop if run.stop != num_sink else middle.stop
+        positions.insert(0 if layer.sink is None else 1, position.transpose(1, 2))
+        log_mass = torch.cat(
+            (mass.new_zeros(batch, heads, num_sink), mass, mass.new_zeros(batch, heads, num_recent)), -1
+        )
+        return KeyValues(k.transpose(1, 2), v.transpose(1, 2), torch.cat(positions, 1), log_mass)
 
     def _layer_bytes(self, layer: _Layer) -> int:
         raw = sum(part.num_bytes for part in (layer.sink, layer.recent) if part is not None)

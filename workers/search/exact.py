@@ -16,10 +16,13 @@ class ExactSearch:
         return "exact"
 
     def top1(self, query_BNQD: Tensor, key_BNKD: Tensor) -> Nearest:
-        query, key = unit(query_BNQD), unit(key_BNKD)
+        query = unit(query_BNQD)
+        # Lengths divide the few scores of a tile of queries, not the many channels of the keys.
+        key = key_BNKD if key_BNKD.dtype == query.dtype else key_BNKD.to(query.dtype)
+        length_BN1K = torch.linalg.vector_norm(key, dim=-1)[:, :, None].clamp(min=torch.finfo(key.dtype).tiny)
 
         def score(queries: slice, keys: slice) -> Tensor:
-            return query[:, :, queries] @ key[:, :, keys].mT
+            return (query[:, :, queries] @ key[:, :, keys].mT).div_(length_BN1K[..., keys])
 
         rows = query.shape[0] * query.shape[1]
         return rescore(query_BNQD, key_BNKD, best_keys(score, rows, query.shape[2], key.shape[2]))
