@@ -33,6 +33,7 @@ MAX_LISTED = 1000
 COLUMNS = (
     *("item_id", "sample_index", "file_name", "bytes", "sha256", "frames_sha256", "num_frames"),
     *("prompt", "negative_prompt", "seed", "ladder", "model_revision"),
+    "control",  # the user's own column: there where a prompt list has it
 )
 _ATTEMPT = re.compile(r"-e(\d+)a\d+(?:\.mp4|/)")
 
@@ -216,6 +217,7 @@ def _compare(actor: RenderActor, row: dict[str, Any], report: VerifyReport) -> N
         negative_prompt=row["negative_prompt"] or "",
         seed=row["seed"],
         num_frames=row["num_frames"],
+        control=row.get("control") or None,
         ladder_rung=len(row["ladder"] or ()),
     )
     (outcome,) = actor.run([task])
