@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from workers.named_policies import PolicyName, fill_in
 
 
 class Part(BaseModel):
@@ -165,7 +168,11 @@ class AnnSelfAttentionConfig(Part):
         None, gt=0.0, le=1.0, description="Sets the density for each layer, head and noise level; empty keeps it."
     )
     dense_step_share: float = Field(0.3, ge=0.0, le=1.0, description="Share of the first steps that stay dense.")
-    layers: tuple[int, ...] | None = Field(None, description="Layers that are sparse; empty means all.")
+    layers: tuple[int, ...] | None = Field(
+        None,
+        strict=False,
+        description="Layers that are sparse; empty means all.",  # a list in files
+    )
     calibration: str | None = Field(None, description="File of `longtake calibrate` that says which layers are sparse.")
 
     @model_validator(mode="after")
@@ -248,7 +255,10 @@ class TeaCacheConfig(Part):
     kind: Literal["teacache"] = "teacache"
     threshold: float = Field(0.85, gt=0.0, description="Predicted change that may add up before the layers run again.")
     coefficients: tuple[float, ...] = Field(
-        (1.0, 0.0), min_length=1, description="Polynomial from input to output change, highest power first."
+        (1.0, 0.0),
+        min_length=1,
+        strict=False,
+        description="Polynomial from input to output change, highest power first.",
     )
 
 
@@ -336,6 +346,9 @@ class QualityGateConfig(Part):
 class RenderConfig(Part):
     """All that decides the pixels of a take, given its prompt, seed and length."""
 
+    policy: PolicyName | None = Field(
+        None, description="Names a combination of cache, attention, prompt_attention and reuse; their own fields win."
+    )
     backbone: BackboneConfig = BackboneConfig()
     sampling: SamplingConfig = SamplingConfig()
     cache: CacheConfig = DenseCacheConfig()
@@ -347,6 +360,11 @@ class RenderConfig(Part):
     kernel: KernelConfig = KernelConfig()
     video: VideoConfig = VideoConfig()
     quality_gate: QualityGateConfig = QualityGateConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_policy(cls, record: Any) -> Any:
+        return fill_in(record) if isinstance(record, Mapping) else record
 
     @model_validator(mode="after")
     def _native_is_whole(self) -> Self:

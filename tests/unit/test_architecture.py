@@ -78,6 +78,7 @@ WORKERS_RANK = {
     "metrics": 4,
     "contracts": 5,
     "config": 6,
+    "named_policies": 6,
     "task": 6,
     "errors": 6,
 }
