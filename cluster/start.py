@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 AUTH_MODE, AUTH_TOKEN, AUTH_TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
+# Ray starts actors at niceness 15, where a render yields to whatever wakes up on the machine, Ray's own daemons first.
+SAME_PRIORITY = {"RAY_worker_niceness": "0"}
 AUTH_HINT = (
     "If that cluster asks for a token (Ray turns this on by itself after any local run), "
     "`export RAY_AUTH_MODE=token` and try again"
@@ -170,7 +172,7 @@ def _start_local(size: LocalSize, with_dashboard: bool) -> RayCluster:
     folder = Path(tempfile.mkdtemp(prefix="lt-", dir=SHORT_TMP))
     try:
         with contextlib.ExitStack() as undo:
-            undo.enter_context(_environment(QUIET))
+            undo.enter_context(_environment(QUIET | SAME_PRIORITY))
             undo.enter_context(private_token(folder))
             address = _init(
                 "a local cluster",
