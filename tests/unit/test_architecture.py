@@ -21,7 +21,7 @@ NAMED_EXCEPTIONS = {
     ("jobs.plan", "workers.model.backbones"),
     ("jobs.render", "workers.model.backbones"),
 }
-CLUSTER_SEEN_BY_WORKERS = {"cluster.object_store", "cluster.errors"}
+CLUSTER_SEEN_BY_WORKERS = {"cluster.object_store", "cluster.errors", "cluster.owned_folder", "cluster.log_lines"}
 
 HOME = {
     "ray": {"cluster"},
