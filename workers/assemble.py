@@ -7,12 +7,14 @@ The out-of-memory ladder lives here too, because it is a choice of parts. Each r
 3. `cache-window`: only the first chunk and the newest 21 latent frames are remembered.
 
 Rung 1 changes pixels by rounding at most, 2 slightly, 3 takes the memory of far history away: all stand in the result.
+So does `float32`, which is no rung: what an attempt computes in after one whose latents were not finite.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -127,6 +129,18 @@ def prepare_take(model: LoadedModel, ladder_rung: int) -> TakeParts:
         )
         name = f"window-{config.sink_latent_frames}+{config.recent_latent_frames}"
     return TakeParts(cache, name, 1 if "decode-single" in ladder else None, ladder)
+
+
+def in_full_precision(model: LoadedModel) -> LoadedModel:
+    """The same model, its transformer computing in float32; itself if it does already.
+
+    Raises:
+        KernelUnavailable: The kernel that was asked for cannot compute so.
+    """
+    if model.dit.dtype == torch.float32:
+        return model
+    kernel = select_kernel(model.config.kernel.name, model.device, torch.float32)
+    return replace(model, dit=copy.deepcopy(model.dit).float(), kernel=kernel)
 
 
 def _build_modules(backbone: Backbone, checkpoint: str | None) -> tuple[CausalDiT, TextEncoder, VideoVAE, str]:

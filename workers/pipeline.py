@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cluster.errors import StoreError
 from cluster.object_store import ObjectStore
-from workers.assemble import LoadedModel, TakeParts, prepare_take
+from workers.assemble import LoadedModel, TakeParts, in_full_precision, prepare_take
 from workers.cache.prompt import PromptCache, PromptLayers
 from workers.denoise import draw_noise
 from workers.errors import DeviceBroken, GpuOutOfMemory, RenderError, UploadFailed
@@ -29,7 +29,7 @@ from workers.model.text_encoder import fold_padding
 from workers.model.vae import DecodeStream, to_pictures
 from workers.quality.gate import QualityGate
 from workers.rollout import CleanChunk, Rollout, RolloutPlan
-from workers.task import ChunkMetrics, QualityScores, RenderResult, RenderTask, StageSeconds
+from workers.task import FULL_PRECISION, ChunkMetrics, QualityScores, RenderResult, RenderTask, StageSeconds
 from workers.video.writer import VideoFile, VideoWriter
 from workers.worlds.camera import RANGE, plan_camera, read_move, trace
 
@@ -79,6 +79,9 @@ def render_take(
     writer = open_writer(task, model, store)
     try:
         with turn:
+            if task.full_precision:
+                model = in_full_precision(model)
+                parts = replace(parts, ladder=(*parts.ladder, FULL_PRECISION))
             generate(task, model, parts, writer, record, on_chunk)
         video = writer.finish()
     except BaseException:
