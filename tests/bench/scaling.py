@@ -2,7 +2,8 @@
 
 `python -m tests.bench.scaling --items 24 --frames 192` on a machine with two GPUs: one GPU for each actor.
 `python -m tests.bench.scaling --share` two actors on one GPU (0.5 each) against one that has it alone.
-`python -m tests.bench.scaling --logical --items 4 --frames 48` on a machine without: GPUs are then only Ray's numbers.
+`python -m tests.bench.scaling --logical --items 6 --frames 48` on a machine without: GPUs are then only Ray's numbers.
+More flags of `longtake render` stand after `--`, such as `-- --width 832 --height 480`.
 
 Throughput counts from the start of the first take to the end of the last one; loading is shown apart. Every video must
 have the same frame hash with one actor and with two. What is missing to the ideal is told by cause: takes that became
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--model", default="longtake-world")
     parser.add_argument("--share", action="store_true", help="all actors on one GPU")
     parser.add_argument("--logical", action="store_true", help="let Ray believe in GPUs that are not there")
+    parser.add_argument("flags", nargs="*", help="more flags of `longtake render` for both sides, after --")
     parser.add_argument("--name", default="scaling", help="of the record")
     args = parser.parse_args()
     num_gpus = (1 if args.share else args.actors) if args.logical else None
@@ -86,7 +88,7 @@ def run_list(args: argparse.Namespace, ray: RayCluster, num_actors: int, gpus_pe
         job_id = f"bench-{num_actors}"
         command = [sys.executable, "-m", "jobs.render", str(prompts), "--out", folder, "--job-id", job_id]
         command += ["--model", args.model, "--frames", str(args.frames), "--no-sheet", "--address", ray.address]
-        command += ["--actors", str(num_actors), "--actors-gpus-per-actor", str(gpus_per_actor)]
+        command += ["--actors", str(num_actors), "--actors-gpus-per-actor", str(gpus_per_actor), *args.flags]
         begun = time.monotonic()
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         command_s = time.monotonic() - begun
