@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.bench.record import ROOT, median_and_spread, report
+from tests.bench.record import ROOT, load_text, median_and_spread, report
 
 TARGET_S = 40.0
 PATIENCE_S = 600.0
@@ -54,7 +54,7 @@ def main() -> None:
         rows.append({"until": name, "seconds": median, "+-": spread})
     reached = "reached" if rows[-1]["seconds"] <= TARGET_S else "NOT reached"
     each = ", ".join(f"{run.committed_s:.1f}" for run in runs)
-    report("first_video", rows, f"Target {TARGET_S:g} s: {reached}. First commit of each round: {each} s.")
+    report("first_video", rows, f"{load_text()}Target {TARGET_S:g} s: {reached}. First commit of each round: {each} s.")
 
 
 def wait_for_first_video() -> FirstVideo:

@@ -7,8 +7,9 @@ decode alone: no Ray, no driver, no checks, no encoder, no store. "Service" is t
 work, from the first take's start to the last one's end; start-up is shown beside it. Within a round the two take
 short turns (tests/bench/turns.py), with all their processes, because the speed of a shared machine changes by more than
 what is measured here. CPU time of the generating threads compares their work without what others do on the machine (the
-service's also checks each video). The last two rows are shares within a run of the service with nothing beside it: time
-for which takes held the GPU beyond their rollout and decode, and time in which no take held it.
+service's also checks each video). The last rows are shares within a run of the service that nobody stops: time for
+which takes held the GPU beyond their rollout and decode, in which none held it, and in which the generating threads held it
+but did not run: with no CPU free (on a quiet machine taken by the service itself), or blocked.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tests.bench.record import median_and_spread, report
+from tests.bench.record import load_text, median_and_spread, report
 from tests.bench.turns import Side, take_turns
 
 PLAIN = "--plain-child"
@@ -63,9 +64,11 @@ def main() -> None:
         rows.append({"side": name, "ratio": ratio, "+-": spread})
     rows.append({"side": "held beyond rollout and decode", "ratio": alone.beyond_share})
     rows.append({"side": "no take held the GPU", "ratio": alone.idle_share})
+    rows.append({"side": "generating threads had no CPU", "ratio": alone.no_cpu_share})
+    rows.append({"side": "generating threads were blocked (GIL, queues), at least", "ratio": alone.blocked_share})
     per_round = ", ".join(f"{100 * (r.service_s / r.plain_s - 1):+.1f}%" for r in rounds)
     startup = f"From the command to the first take's start: {alone.startup_s:.1f} s."
-    notes = f"{busy_text()}Overhead per round: {per_round}. {startup}"
+    notes = f"{load_text()}Overhead per round: {per_round}. {startup}"
     report("overhead", rows, notes)
 
 
@@ -97,7 +100,7 @@ def run_round(args: argparse.Namespace) -> Round:
             plain_s=plain.seconds_between(first, last),
             service_s=busy_s,
             plain_cpu_s=cpu_s,
-            service_cpu_s=sum(sorted(service.cpu_s.values())[-IN_FLIGHT:]),
+            service_cpu_s=sum(thread.cpu_s for thread in service.busiest(IN_FLIGHT)),
         )
     finally:
         for side in (plain, service):
@@ -177,6 +180,8 @@ class ServiceRun:
 
     startup_s: float
     beyond_share: float
+    no_cpu_share: float
+    blocked_share: float
     idle_share: float
 
 
@@ -184,21 +189,23 @@ def run_alone(args: argparse.Namespace) -> ServiceRun:
     """What the service says of itself when nobody stops it."""
     with tempfile.TemporaryDirectory() as folder:
         begun = time.time()
-        start_service(args, Path(folder)).process.wait()
+        service = start_service(args, Path(folder))
+        while not service.is_done():
+            time.sleep(0.1)
+            service.look()
         rows = read_rows(folder)
         by_cause = json.loads((Path(folder) / "bench/_result.json").read_text())["gpu_seconds"]
     pure_s = sum(row["stage_s"][stage] for row in rows for stage in ("text", "denoise", "cache", "vae"))
+    held_s = sum(row["gpu_seconds"] for row in rows)
+    generating = service.busiest(IN_FLIGHT)
+    no_cpu_s = sum(thread.no_cpu_s for thread in generating)
     return ServiceRun(
         startup_s=busy_between(rows)[0] - begun,
-        beyond_share=sum(row["gpu_seconds"] for row in rows) / pure_s - 1,
+        beyond_share=held_s / pure_s - 1,
+        no_cpu_share=no_cpu_s / pure_s,
+        blocked_share=max(0.0, held_s - no_cpu_s - sum(thread.cpu_s for thread in generating)) / pure_s,
         idle_share=(by_cause["idle"] + by_cause["upload_wait"]) / pure_s,
     )
-
-
-def busy_text() -> str:
-    """A word about the machine at the end of the bench, whose own work is about one core."""
-    load, num_cpus = os.getloadavg()[1], os.cpu_count() or 1
-    return f"Load of the {num_cpus} CPUs over the last five minutes, this bench included: {load:.1f}. "
 
 
 def read_rows(folder: str) -> list[dict[str, Any]]:

@@ -20,14 +20,22 @@ TURN_S = 0.25  # far longer than what a stop costs (a millisecond), shorter than
 LOOK_S = 2.0  # how often descendants are looked for: reading /proc takes as long as a tenth of a turn
 
 
+@dataclass(frozen=True)
+class ThreadTime:
+    """Seconds on a CPU, and seconds in which it could have run and had none."""
+
+    cpu_s: float
+    no_cpu_s: float
+
+
 @dataclass
 class Side:
     """A process with all its descendants, and the times (seconds since the epoch) in which it ran."""
 
     process: subprocess.Popen[str]
     turns: list[tuple[float, float]] = field(default_factory=list)
-    cpu_s: dict[str, float] = field(default_factory=dict)
-    """CPU seconds of each thread that was seen, as of its last turn, by its folder in /proc."""
+    threads: dict[str, ThreadTime] = field(default_factory=dict)
+    """What each thread that was seen has used, as of its last turn, by its folder in /proc."""
     _running_since: float | None = None
     _family: list[int] = field(default_factory=list)
     _looked_at: float = 0.0
@@ -40,11 +48,20 @@ class Side:
     def stop(self) -> None:
         """Stop it, and with it its clock."""
         self._signal(signal.SIGSTOP)
-        for pid in self._family:
-            self.cpu_s |= cpu_seconds(pid)
+        self.look()
         if self._running_since is not None:
             self.turns.append((self._running_since, time.time()))
             self._running_since = None
+
+    def look(self) -> None:
+        """Note what its threads have used."""
+        self._find_family()
+        for pid in self._family:
+            self.threads |= thread_times(pid)
+
+    def busiest(self, num_threads: int) -> list[ThreadTime]:
+        """The threads that have used most."""
+        return sorted(self.threads.values(), key=lambda t: t.cpu_s)[-num_threads:]
 
     def seconds_between(self, first: float, last: float) -> float:
         """How long it ran between two moments."""
@@ -61,11 +78,14 @@ class Side:
             self.process.wait()
 
     def _signal(self, number: signal.Signals) -> None:
-        if time.time() - self._looked_at > LOOK_S:
-            self._family, self._looked_at = family(self.process.pid), time.time()
+        self._find_family()
         for pid in self._family:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
+
+    def _find_family(self) -> None:
+        if time.time() - self._looked_at > LOOK_S:
+            self._family, self._looked_at = family(self.process.pid), time.time()
 
 
 def take_turns(sides: Sequence[Side]) -> None:
@@ -80,13 +100,13 @@ def take_turns(sides: Sequence[Side]) -> None:
             side.stop()
 
 
-def cpu_seconds(pid: int) -> dict[str, float]:
-    """CPU seconds of each thread of a process so far."""
+def thread_times(pid: int) -> dict[str, ThreadTime]:
+    """What each thread of a process has used so far."""
     found = {}
-    for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
+    for stat in Path(f"/proc/{pid}/task").glob("*/schedstat"):
         with contextlib.suppress(OSError):
-            user, system = stat.read_text().rpartition(")")[2].split()[11:13]
-            found[str(stat.parent)] = (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+            ran_ns, waited_ns, _ = map(int, stat.read_text().split())
+            found[str(stat.parent)] = ThreadTime(ran_ns / 1e9, waited_ns / 1e9)
     return found
 
 
