@@ -8,8 +8,8 @@ work, from the first take's start to the last one's end; start-up is shown besid
 short turns (tests/bench/turns.py), with all their processes, because the speed of a shared machine changes by more than
 what is measured here. CPU time of the generating threads compares their work without what others do on the machine (the
 service's also checks each video). The last rows are shares within a run of the service that nobody stops: time for
-which takes held the GPU beyond their rollout and decode, in which none held it, and in which the generating threads held it
-but did not run: with no CPU free (on a quiet machine taken by the service itself), or blocked.
+which takes held the GPU beyond their rollout and decode, in which none held it, and in which the generating threads
+held it but did not run: with no CPU free (on a quiet machine taken by the service itself), or blocked.
 """
 
 from __future__ import annotations
