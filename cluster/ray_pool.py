@@ -11,7 +11,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -52,6 +52,7 @@ class PoolSettings:
     unresponsive_s: float = 60.0
     load_timeout_s: float = 1800.0  # from the start of the process, not while it waits for a machine
     draining_check_s: float = 2.0
+    log_facts: Mapping[str, str] = field(default_factory=dict)  # in every line that an actor logs
 
 
 @dataclass
@@ -111,7 +112,9 @@ class ActorPool:
 
     def spawn(self, *, avoid_nodes: frozenset[str] = frozenset()) -> str:
         actor_id = f"actor-{next(self._numbers)}"
-        handle = self._remote_class.options(**self._options(avoid_nodes)).remote(self._worker_class, self._setup)
+        handle = self._remote_class.options(**self._options(avoid_nodes)).remote(
+            self._worker_class, self._setup, {**self.settings.log_facts, "actor": actor_id}
+        )
         self._actors[actor_id] = _Actor(actor_id, handle)
         self._send(actor_id, "identify", "control")
         self._send(actor_id, "load", "load")

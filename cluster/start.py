@@ -1,8 +1,8 @@
 """Connect to the Ray cluster we were told of, or start a local one; the only reader of environment variables.
 
-A local cluster is ours alone: its token, logs and sockets live in one short temporary folder, nothing is written to
-the user's home, no telemetry is sent. Ray's servers listen on all interfaces whatever they are told, so a token is
-not optional.
+A local cluster is ours alone: its token, logs and sockets live in one short temporary folder (that of a killed driver
+is removed by the next start), nothing is written to the user's home, no telemetry is sent. Ray's servers listen on all
+interfaces whatever they are told, so a token is not optional.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ import json
 import logging
 import os
 import secrets
-import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,18 +25,23 @@ from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-d
 from ray.exceptions import RayError
 
 from cluster.errors import ClusterUnreachable
+from cluster.owned_folder import OwnedFolder
 
 log = logging.getLogger(__name__)
 
 AUTH_MODE, AUTH_TOKEN, AUTH_TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
+# Ray starts actors at niceness 15, where a render yields to whatever wakes up on the machine, Ray's own daemons first.
+SAME_PRIORITY = {"RAY_worker_niceness": "0"}
 AUTH_HINT = (
     "If that cluster asks for a token (Ray turns this on by itself after any local run), "
     "`export RAY_AUTH_MODE=token` and try again"
 )
 CONNECT_TIMEOUT_S = 5.0  # Ray itself would try for 122 s and then end the process
-SHORT_TMP = "/tmp" if os.path.isdir("/tmp") else None  # noqa: S108  (Ray's socket paths must fit in 107 bytes)
+FOLDER_PREFIX = "lt-"
+SHORT_TMP = Path("/tmp")  # noqa: S108  (Ray's socket paths must fit in 107 bytes)
+TOKEN_FILE = "token"  # noqa: S105  (its name)
 
 
 @dataclass(frozen=True)
@@ -56,14 +59,19 @@ class LocalSize:
 class RayCluster:
     """A connection to be closed. What we have started ends then; what we have found stays."""
 
-    def __init__(self, address: str, temp_folder: Path | None, restore: contextlib.ExitStack) -> None:
+    def __init__(self, address: str, folder: OwnedFolder | None, restore: contextlib.ExitStack) -> None:
         self.address = address
-        self.temp_folder = temp_folder
+        self._folder = folder
         self._restore = restore
 
     @property
+    def temp_folder(self) -> Path | None:
+        """Where Ray's logs, sockets and the token of a cluster of ours are."""
+        return None if self._folder is None else self._folder.path
+
+    @property
     def is_ours(self) -> bool:
-        return self.temp_folder is not None
+        return self._folder is not None
 
     def resources(self) -> dict[str, float]:
         """What all nodes together offer now, by Ray's names: CPU, GPU, memory ..."""
@@ -74,10 +82,12 @@ class RayCluster:
         """Disconnect; end a cluster of ours and remove its folder, unless its logs are wanted."""
         ray.shutdown()
         self._restore.close()
-        if self.temp_folder is not None and keep_logs:
-            log.warning("Ray's logs are kept in %s", self.temp_folder)
-        elif self.temp_folder is not None:
-            shutil.rmtree(self.temp_folder, ignore_errors=True)
+        if self._folder is not None and keep_logs:
+            (self._folder.path / TOKEN_FILE).unlink(missing_ok=True)
+            self._folder.keep()
+            log.warning("Ray's logs are kept in %s", self._folder.path)
+        elif self._folder is not None:
+            self._folder.remove()
 
     def __enter__(self) -> RayCluster:
         return self
@@ -130,7 +140,7 @@ def private_token(folder: Path) -> Iterator[None]:
         wanted[AUTH_MODE] = "token"
     is_on = os.environ.get(AUTH_MODE, "token").lower() == "token"
     if is_on and AUTH_TOKEN not in os.environ and AUTH_TOKEN_PATH not in os.environ:
-        token = folder / "token"
+        token = folder / TOKEN_FILE
         with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
         wanted[AUTH_TOKEN_PATH] = str(token)
@@ -167,11 +177,11 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 def _start_local(size: LocalSize, with_dashboard: bool) -> RayCluster:
     start = time.monotonic()
-    folder = Path(tempfile.mkdtemp(prefix="lt-", dir=SHORT_TMP))
+    folder = OwnedFolder(FOLDER_PREFIX, SHORT_TMP if SHORT_TMP.is_dir() else None)
     try:
         with contextlib.ExitStack() as undo:
-            undo.enter_context(_environment(QUIET))
-            undo.enter_context(private_token(folder))
+            undo.enter_context(_environment(QUIET | SAME_PRIORITY))
+            undo.enter_context(private_token(folder.path))
             address = _init(
                 "a local cluster",
                 address="local",
@@ -180,12 +190,12 @@ def _start_local(size: LocalSize, with_dashboard: bool) -> RayCluster:
                 object_store_memory=size.object_store_bytes,
                 include_dashboard=with_dashboard,
                 dashboard_host="127.0.0.1",
-                _temp_dir=str(folder),
+                _temp_dir=str(folder.path),
             )
-            log.info("local Ray cluster started in %.1f s; its logs are in %s", time.monotonic() - start, folder)
+            log.info("local Ray cluster started in %.1f s; its logs are in %s", time.monotonic() - start, folder.path)
             return RayCluster(address, folder, undo.pop_all())
     except ClusterUnreachable:
-        shutil.rmtree(folder, ignore_errors=True)
+        folder.remove()
         raise
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+
+from cluster.log_lines import set_up_logging
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,13 @@ class WorkerHost:
     """Runs in the actor's process. Calls arrive in three concurrency groups, each with its own threads:
 
     `load` one, `run` as many as may be in flight, `control` two: so progress() is answered while run() works.
+
+    Args:
+        log_facts: What stands in every line that the process logs, as JSON, to its stderr: a file of Ray's.
     """
 
-    def __init__(self, worker_class: type, setup: Any) -> None:
+    def __init__(self, worker_class: type, setup: Any, log_facts: Mapping[str, str]) -> None:
+        set_up_logging(json_lines=True, facts=log_facts)
         self._born_at = time.monotonic()
         self._worker_class = worker_class
         self._setup = setup

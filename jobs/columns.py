@@ -59,7 +59,7 @@ COLUMNS: tuple[Column, ...] = tuple(
         ("state", "epoch", _I32, "", "Lease epoch of the driver that committed the row."),
         ("state", "preemptions", _I32, "", "Attempts lost because a machine went away; they cost no retry."),
         ("state", "resumed_from_frame", _I32, "frames", "First video frame made by this attempt itself; 0: all."),
-        ("state", "ladder", _L, "", "Settings lowered after out-of-memory, in order; empty for a plain render."),
+        ("state", "ladder", _L, "", "Settings lowered after out-of-memory, in order; float32 after a NaN; else empty."),
         ("state", "generation", _I32, "", "How often the task had been reopened by `retry` before."),
         ("file", "video_uri", _S, "", "Absolute address of the video."),
         ("file", "file_name", _S, "", "Its key below the job's root."),

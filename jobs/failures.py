@@ -10,7 +10,7 @@ from jobs.limits import Limits
 from workers.task import FailureKind, RenderFailure
 
 INFRASTRUCTURE: frozenset[FailureKind] = frozenset({"upload", "actor_died", "preempted_exhausted"})
-MAX_NAN_TRIES = 2  # once more with more precision; the numbers of a third try would be the same
+MAX_NAN_TRIES = 2  # once more in float32; the numbers of a third try would be the same
 EXIT_BROKEN, EXIT_TEMPFAIL = 1, 75
 
 
@@ -24,6 +24,7 @@ class Tries:
     kills: int = 0
     preemptions: int = 0
     rung: int = 0
+    full_precision: bool = False
     wasted_s: float = 0.0
 
     def is_suspect(self) -> bool:
@@ -62,6 +63,7 @@ class RetryPolicy:
             return GiveUp(failure.kind, failure.message)
         if failure.kind == "oom":
             return self._down_the_ladder(task_id, tries, failure.message)
+        tries.full_precision = tries.full_precision or failure.kind == "nan"
         most = min(self._limits.attempts, MAX_NAN_TRIES) if failure.kind == "nan" else self._limits.attempts
         if tries.failures >= most:
             return GiveUp(failure.kind, f"{failure.message} (try {tries.failures} of {most})")

@@ -78,6 +78,7 @@ class Ground:
             max_in_flight=spec.actors.in_flight,
             heartbeat_s=HEARTBEAT_S,
             load_timeout_s=spec.limits.load_timeout_s,
+            log_facts={"job": spec.job_id},
         )
         return ActorPool(RenderActor, setup, self._sizing.resources, settings)
 

@@ -90,11 +90,17 @@ def _decode(seq: int, data: bytes) -> Entry:
 def _read(store: ObjectStore, seq: int) -> Entry:
     entry = read_entry(store, seq)
     if entry is None:
-        raise JournalBroken(
-            f"{store.url}/{key_of(seq)} is missing although later entries exist. If a lifecycle rule removed it, "
-            f"delete the rest of {PREFIX} too: the manifest parts are a complete record of what they name"
-        )
+        raise hole_in_journal(store, seq, "later entries exist")
     return entry
+
+
+def hole_in_journal(store: ObjectStore, seq: int, why: str) -> JournalBroken:
+    """The refusal of half a journal, with the way out."""
+    return JournalBroken(
+        f"{store.url}/{key_of(seq)} is missing although {why}. If a lifecycle rule removed it, delete the rest of "
+        f"{store.url}/{PREFIX} too and start again: manifest and quarantine parts are a complete record of what they "
+        "name, and what no part names is rendered again"
+    )
 
 
 class JournalWriter:

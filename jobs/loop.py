@@ -164,7 +164,7 @@ class Loop:
             self._video_s += result.num_frames / result.fps
             self._committer.metrics.add(result, command.attempt.node_id)
             if self._inputs.on_result is not None:
-                self._inputs.on_result(result)
+                self._inputs.on_result(result, command.attempt.shard)
             self._committer.submit(success_row(facts, command.task, result, command.attempt, now))
             return
         logger.warning("task given up", extra={"task": command.task.task_id, "kind": command.kind})

@@ -31,8 +31,8 @@ class JobInputs:
     """So many failed or rejected items still count as success."""
     card: dict[str, str] = field(default_factory=dict)
     """Lines of the table in the job's README.md."""
-    on_result: Callable[[RenderResult], None] | None = None
-    """Told of every finished take, from the loop's thread; must be quick."""
+    on_result: Callable[[RenderResult, int], None] | None = None
+    """Told of every finished take and the shard that it came in, from the loop's thread; must be quick."""
 
 
 @dataclass(frozen=True)

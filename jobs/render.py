@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import pyarrow.compute as pc
 
 from cluster.errors import StoreError
+from cluster.log_lines import set_up_logging
 from cluster.object_store import ObjectStore
 from cluster.start import ray_job_id
 from cluster.telemetry import Telemetry
@@ -27,7 +28,6 @@ from jobs.flags import arguments_of
 from jobs.ground import open_ground
 from jobs.job_record import begin_record, code_version, note_run
 from jobs.lease import Owner, read_holder
-from jobs.logs import set_up_logging
 from jobs.observer import TelemetryFeed
 from jobs.outcome import EXIT_ITEMS_FAILED, JobInputs, Outcome, exit_code, is_closed
 from jobs.preflight import Preflight, check_before_start
@@ -70,7 +70,7 @@ def render(spec: JobSpec, options: RunOptions | None = None) -> int:
         ClusterError: Ray or the store is gone; a later run resumes; exit code 75.
     """
     options = options or RunOptions()
-    set_up_logging(json_lines=options.json_logs, job_id=spec.job_id, verbose=options.verbose)
+    set_up_logging(json_lines=options.json_logs, verbose=options.verbose, facts={"job": spec.job_id})
     for warning in spec.warnings():
         print(f"warning: {warning}", file=sys.stderr)
     found = check_before_start(spec, is_ray_job=ray_job_id() is not None)
@@ -116,9 +116,9 @@ def _run(spec: JobSpec, found: Preflight, options: RunOptions) -> Outcome:
             rate.add(progress.frames_done)
             feed.show(view, found.scan.num_tasks, rate.eta_s(progress))
 
-        def tell(result: RenderResult) -> None:
+        def tell(result: RenderResult, shard: int) -> None:
             item = result.task_id.rpartition("-")[0]
-            facts = {"item": item, "task": result.task_id, "attempt": result.attempt}
+            facts = {"shard": shard, "item": item, "task": result.task_id, "attempt": result.attempt}
             logger.info("video finished", extra=facts | {"frames": result.num_frames, "wall_s": result.wall_s})
             feed.finished(result)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from cluster.object_store import ObjectStore
 from jobs.commit import MANIFEST, QUARANTINE, PartSeries
-from jobs.journal import Entry, first_seq, read_entries
+from jobs.journal import Entry, first_seq, hole_in_journal, read_entries
 from jobs.ledger import Ledger
 from jobs.manifest import CommittedRow
 
@@ -53,9 +53,15 @@ class Replay:
         self.max_epoch = max(self.manifest.max_epoch, self.quarantine.max_epoch)
 
     def catch_up(self) -> None:
-        """Read the journal from where we are to its end."""
+        """Read the journal from where we are to its end.
+
+        Raises:
+            JournalBroken: Entries that were there are gone, though not all of them.
+        """
         for entry in read_entries(self._store, self.last_seq):
             self.absorb(entry)
+        if self.last_seq < self.quarantine.last_seq:  # new entries would take numbers that its parts cover already
+            raise hole_in_journal(self._store, self.last_seq + 1, f"parts cover entry {self.quarantine.last_seq}")
 
     def absorb(self, entry: Entry) -> None:
         """Take in the next entry of the journal.

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from jobs.failures import Tries
 from jobs.limits import Limits
 from jobs.shards import PlannedTask
+from workers.task import RenderTask
 
 FORGETTING = 0.2  # weight of the newest take in the running mean of seconds per frame
 PIECES_PER_ACTOR = 4  # a shard is at most a fourth of an actor's share of what is left, so shards shrink to the end
@@ -32,6 +33,12 @@ class OpenTask:
     @property
     def task_id(self) -> str:
         return self.planned.task_id
+
+    def attempt(self, epoch: int) -> RenderTask:
+        """What an actor is given for the try that `tries.number` counts."""
+        tries = self.tries
+        name = f"e{epoch}a{tries.number}"
+        return self.planned.attempt(name, ladder_rung=tries.rung, full_precision=tries.full_precision)
 
 
 class CostModel:

@@ -362,10 +362,7 @@ class JobState:
         call_id = f"e{self._epoch}s{self._num_shards}"
         actor.add(Call(call_id, tasks, now, predicted_s), now)
         self.account.call_started(actor.actor_id, now)
-        attempts = tuple(
-            task.planned.attempt(f"e{self._epoch}a{task.tries.number}", ladder_rung=task.tries.rung) for task in tasks
-        )
-        self._out.append(Submit(actor.actor_id, call_id, attempts))
+        self._out.append(Submit(actor.actor_id, call_id, tuple(task.attempt(self._epoch) for task in tasks)))
 
     def _finish_if_over(self, now: float) -> None:
         if self._num_uncommitted:

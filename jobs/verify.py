@@ -23,7 +23,7 @@ from jobs.lease import Owner, read_holder
 from jobs.prompt_row import segments_of
 from workers.actor import RenderActor
 from workers.errors import EncodeFailed
-from workers.task import RenderFailure, RenderSetup, RenderTask
+from workers.task import FULL_PRECISION, RenderFailure, RenderSetup, RenderTask
 from workers.video.decode import probe, sha256_of_file
 
 logger = logging.getLogger(__name__)
@@ -208,6 +208,7 @@ def _render_again(store: ObjectStore, rows: list[dict[str, Any]], report: Verify
 
 
 def _compare(actor: RenderActor, row: dict[str, Any], report: VerifyReport) -> None:
+    ladder = set(row["ladder"] or ())
     task = RenderTask(
         task_id=f"{row['item_id']}-{row['sample_index']}",
         item_id=row["item_id"],
@@ -218,7 +219,8 @@ def _compare(actor: RenderActor, row: dict[str, Any], report: VerifyReport) -> N
         seed=row["seed"],
         num_frames=row["num_frames"],
         control=row.get("control") or None,
-        ladder_rung=len(row["ladder"] or ()),
+        ladder_rung=len(ladder - {FULL_PRECISION}),
+        full_precision=FULL_PRECISION in ladder,
     )
     (outcome,) = actor.run([task])
     report.num_rerendered += 1

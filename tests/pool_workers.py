@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger("workers.obedient")
 
 
 class ObedientWorker:
@@ -22,6 +25,7 @@ class ObedientWorker:
     def run(self, payload: tuple[str, Any]) -> Any:
         what, argument = payload
         self.tick += 1
+        logger.info("told to %s", what)
         return getattr(self, what)(argument)
 
     def echo(self, value: Any) -> Any:

@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING
 
+from cluster.log_lines import log_facts
 from cluster.object_store import ObjectStore, open_store
 from workers.errors import Preempted, RenderError
-from workers.task import ActorInfo, Progress, RenderFailure, RenderOutcome, RenderSetup, RenderTask
+from workers.task import ActorInfo, Progress, RenderFailure, RenderOutcome, RenderResult, RenderSetup, RenderTask
 
 if TYPE_CHECKING:
     from workers.assemble import LoadedModel
@@ -78,7 +79,8 @@ class RenderActor:
         self.desk.take_in(tasks)
         outcomes = []
         for task in tasks:
-            outcomes.append(self._render(task))
+            with log_facts(task=task.task_id, attempt=task.attempt):
+                outcomes.append(self._render(task))
             self.desk.put_away(task)
         return outcomes
 
@@ -103,13 +105,13 @@ class RenderActor:
         started_at = self._pipeline.utc_now()
         turn = _Turn(self.desk, task)
         try:
-            outcome: RenderOutcome = self._pipeline.render_take(task, self._model, self._store, turn, turn.on_chunk)
+            outcome: RenderResult = self._pipeline.render_take(task, self._model, self._store, turn, turn.on_chunk)
         except Exception as error:  # the outermost call: whatever happened becomes a row
             meaning: RenderError = self._pipeline.as_render_error(error)
             if meaning.fresh_process and self.desk.stop_reason is None:
                 self.desk.stop_reason = f"this process is unfit after an error in {task.task_id}"
             if not isinstance(meaning, Preempted):
-                logger.exception("job %s task %s attempt %s", self.setup.job_id, task.task_id, task.attempt)
+                logger.exception("take failed", extra={"kind": meaning.kind})
             return RenderFailure(
                 task_id=task.task_id,
                 attempt=task.attempt,
@@ -121,7 +123,7 @@ class RenderActor:
                 started_at=started_at,
                 finished_at=self._pipeline.utc_now(),
             )
-        logger.info("job %s task %s attempt %s: done", self.setup.job_id, task.task_id, task.attempt)
+        logger.info("video finished", extra={"frames": outcome.num_frames, "wall_s": outcome.wall_s})
         return outcome
 
 

@@ -7,12 +7,14 @@ The out-of-memory ladder lives here too, because it is a choice of parts. Each r
 3. `cache-window`: only the first chunk and the newest 21 latent frames are remembered.
 
 Rung 1 changes pixels by rounding at most, 2 slightly, 3 takes the memory of far history away: all stand in the result.
+So does `float32`, which is no rung: what an attempt computes in after one whose latents were not finite.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -103,13 +105,7 @@ def load_model(config: RenderConfig) -> LoadedModel:
     check_rollout(backbone, config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = _DTYPES[config.backbone.dtype]
-    need = KernelNeed(
-        dtype,
-        backbone.head_dim,
-        log_mass=config.cache.kind == "temporal",
-        tiles=config.attention.kind != "dense",
-    )
-    kernel = select_kernel(config.kernel.name, device, need)
+    kernel = select_kernel(config.kernel.name, device, _kernel_need(config, backbone, dtype))
     modules = load_modules(backbone, config.backbone, device, dtype)
     if config.backbone.compiled:
         compile_around_attention(modules.dit)
@@ -156,8 +152,31 @@ def prepare_take(model: LoadedModel, ladder_rung: int) -> TakeParts:
     )
 
 
+def _kernel_need(config: RenderConfig, backbone: Backbone, dtype: torch.dtype) -> KernelNeed:
+    return KernelNeed(
+        dtype,
+        backbone.head_dim,
+        log_mass=config.cache.kind == "temporal",
+        tiles=config.attention.kind != "dense",
+    )
+
+
 def _frame_tokens(model: LoadedModel) -> int:
     return model.backbone.tokens_per_latent_frame(model.config.video.width, model.config.video.height)
+
+
+def in_full_precision(model: LoadedModel) -> LoadedModel:
+    """The same model, its transformer computing in float32; itself if it does already.
+
+    Raises:
+        KernelUnavailable: The kernel that was asked for cannot compute so.
+    """
+    if model.dit.dtype == torch.float32:
+        return model
+    kernel = select_kernel(
+        model.config.kernel.name, model.device, _kernel_need(model.config, model.backbone, torch.float32)
+    )
+    return replace(model, dit=copy.deepcopy(model.dit).float(), kernel=kernel)
 
 
 def _last_resort(config: CacheConfig) -> CacheConfig:

@@ -5,7 +5,7 @@ RenderError                   kind, and: would another attempt help?
 ├── ConfigUnsupported         no   the spec asks for what this build cannot do
 ├── CheckpointMismatch        no   weights missing, altered or of another shape
 ├── KernelUnavailable         no   the kernel asked for cannot run here
-├── NonFiniteLatents          yes  once: it is the same again unless a device miscalculated
+├── NonFiniteLatents          yes  once, in float32: the same numbers would fail the same way
 ├── GpuOutOfMemory            yes  one rung down the ladder, in a fresh process
 ├── DeviceBroken              yes  in a fresh process (CUDA error)
 ├── EncodeFailed              yes

@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cluster.errors import StoreError
 from cluster.object_store import ObjectStore
-from workers.assemble import LoadedModel, TakeParts, prepare_take
+from workers.assemble import LoadedModel, TakeParts, in_full_precision, prepare_take
 from workers.assemble_policies import make_attention
 from workers.cache.prompt import PromptCache, PromptLayers
 from workers.clip_take import roll_out_clips
@@ -32,7 +32,7 @@ from workers.quality.gate import QualityGate
 from workers.quality.guard import RecallGuard
 from workers.rollout import CleanChunk, RolloutPlan
 from workers.rollouts.select import make_rollout
-from workers.task import ChunkMetrics, QualityScores, RenderResult, RenderTask, StageSeconds
+from workers.task import FULL_PRECISION, ChunkMetrics, QualityScores, RenderResult, RenderTask, StageSeconds
 from workers.video.writer import VideoFile, VideoWriter
 from workers.worlds.camera import RANGE, plan_camera, read_move, trace
 
@@ -83,6 +83,9 @@ def render_take(
     writer = open_writer(task, model, store)
     try:
         with turn:
+            if task.full_precision:
+                model = in_full_precision(model)
+                parts = replace(parts, ladder=(*parts.ladder, FULL_PRECISION))
             generate(task, model, parts, writer, record, on_chunk)
         video = writer.finish()
     except BaseException:

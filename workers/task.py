@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from workers.config import RenderConfig
 
+FULL_PRECISION = "float32"
+"""Stands in `RenderResult.ladder` beside the rungs of an attempt that was asked for `full_precision`."""
+
 
 class Record(BaseModel):
     """Base of the boundary types: frozen, unknown keys refused."""
@@ -35,6 +38,7 @@ class RenderTask(Record):
     num_frames: int = Field(ge=1)
     control: str | None = Field(None, description="Folder of control videos, for models that take them.")
     ladder_rung: int = Field(0, ge=0, description="How many out-of-memory steps down this attempt starts from.")
+    full_precision: bool = Field(False, description="Compute in float32: an attempt before was not finite.")
 
 
 class RenderSetup(Record):

@@ -38,6 +38,13 @@ def hardware() -> str:
     return text
 
 
+def load_text() -> str:
+    """How busy the machine was, for the notes of a bench whose numbers depend on it."""
+    return (
+        f"Load of the {os.cpu_count()} CPUs over the last five minutes, this bench included: {os.getloadavg()[1]:.1f}. "
+    )
+
+
 def commit() -> str:
     """Short commit of the working tree, `+` behind it when tracked files differ, or `unknown` outside git."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -83,7 +84,7 @@ class Listener:
 def listen(two_nodes: Cluster, tmp_path: Path) -> Iterator[Callable[..., Listener]]:
     pools: list[ActorPool] = []
 
-    def start(worker: type = ObedientWorker, resources: ActorResources = HALF_GPU, **settings: float) -> Listener:
+    def start(worker: type = ObedientWorker, resources: ActorResources = HALF_GPU, **settings: Any) -> Listener:
         pools.append(ActorPool(worker, tmp_path, resources, PoolSettings(**{"heartbeat_s": 0.2, **settings})))
         return Listener(pools[-1])
 
@@ -106,6 +107,18 @@ def test_calls_run_side_by_side_and_heartbeats_come_meanwhile(listen: Start) -> 
     assert time.monotonic() - start < 1.9
     assert [beat.progress for beat in ear.of(Heartbeat)].count(2) >= 2
     assert ear.ends_of_calls() == {"a": 1, "b": 1}
+
+
+def test_actors_log_json_lines_with_the_pools_facts(listen: Start) -> None:
+    ear = listen(log_facts={"job": "night"})
+    actor = ear.pool.spawn()
+    ear.ready(actor)
+    ear.pool.submit(actor, "a", ("echo", 1))
+    ear.until(lambda _: bool(ear.of(CallDone)))
+    pid = ear.of(ActorReady)[0].info["pid"]
+    (file,) = Path(os.environ["RAY_TMPDIR"]).glob(f"**/session_2*/logs/worker-*-{pid}.err")
+    lines = [json.loads(line) for line in file.read_text().splitlines() if "told to echo" in line]
+    assert [(line["job"], line["actor"], line["logger"]) for line in lines] == [("night", actor, "workers.obedient")]
 
 
 def test_an_exception_in_run_is_a_failed_call_and_the_actor_lives_on(listen: Start) -> None:

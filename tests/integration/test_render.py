@@ -17,6 +17,7 @@ import pytest
 import longtake
 from cluster.object_store import ObjectStore, open_store
 from jobs.stop_request import request_stop
+from tests.bench.first_video import wait_for_first_video
 from tests.servers import shared_moto, use_endpoint
 
 ROOT = Path(__file__).parents[2]
@@ -110,3 +111,9 @@ def wait_for_videos(store: ObjectStore, driver: subprocess.Popen[bytes], count: 
         for new in longtake.follow(store.url, cursor, until_done=False):
             seen, cursor = seen + new.table.num_rows, new.cursor
         time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_the_first_video_of_the_demo_is_committed_within_minutes() -> None:
+    """The target of 40 s is measured by tests/bench/first_video.py; this holds on a machine with other things to do."""
+    assert wait_for_first_video().committed_s < 240

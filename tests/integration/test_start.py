@@ -57,6 +57,28 @@ def test_a_local_cluster_keeps_to_its_own_folder(home: Path, monkeypatch: pytest
     assert not ray.is_initialized()
 
 
+def test_the_folder_of_a_killed_driver_is_removed_by_the_next_start(home: Path) -> None:
+    code = (
+        "import os; from cluster.start import LocalSize, connect\n"
+        "print(connect(local=LocalSize(num_cpus=1)).temp_folder, flush=True); os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False
+    )
+    assert killed.returncode == -9
+    left = Path(killed.stdout.strip())
+    assert (left / "token").exists()
+    with connect(local=LocalSize(num_cpus=1)) as cluster:
+        assert not left.exists()
+        assert ray.get(ray.remote(niceness).remote()) == os.nice(0), "work on a local cluster yields to nobody"
+        assert cluster.temp_folder is not None
+    assert not cluster.temp_folder.exists()
+
+
+def niceness() -> int:
+    return os.nice(0)
+
+
 def check_metrics_are_exported() -> None:
     """What ray.util.metrics makes of our names, as a Prometheus server would read it."""
     telemetry = Telemetry(job="j1", model="tiny")

@@ -24,7 +24,7 @@ NAMED_EXCEPTIONS = {
     # What models are published, what they need and cost: facts without torch.
     ("jobs.models", "workers.registry"),
 }
-CLUSTER_SEEN_BY_WORKERS = {"cluster.object_store", "cluster.errors"}
+CLUSTER_SEEN_BY_WORKERS = {"cluster.object_store", "cluster.errors", "cluster.owned_folder", "cluster.log_lines"}
 
 HOME = {
     "ray": {"cluster"},

@@ -43,7 +43,10 @@ def test_image_is_pinned_staged_and_without_root(path):
 def test_image_is_built_from_all_that_the_wheel_needs(path):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert set(wheel) == {"only-include"}, "another option may let in more: this test must know of it"
     needed = {*wheel["only-include"], project["project"]["readme"], "pyproject.toml"}
+    homes = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
+    assert {*homes, *(path.name for path in ROOT.glob("*.py"))} == set(wheel["only-include"])
     copied = set()
     for kind, value in instructions(path):
         if kind == "COPY" and not value.startswith("--from"):

@@ -18,13 +18,14 @@ from pathlib import Path
 import av
 
 from cluster.object_store import ObjectStore
+from cluster.owned_folder import OwnedFolder
 from workers.config import VideoConfig
 from workers.errors import EncodeFailed, RenderError
 from workers.video.decode import probe, sha256_of_file
 from workers.video.encode import CODEC, PIX_FMT, Frames, SegmentEncoder, SegmentPlan, join_segments
-from workers.video.scratch import ScratchFolder
 from workers.video.upload import SegmentUploads
 
+SCRATCH_PREFIX = "longtake-video-"
 PIECE_BYTES = 8 << 20  # frames travel to the encoder in pieces of about this size ...
 MAX_WAITING_PIECES = 3  # ... of which so many may wait: 24 MiB, or three frames where a single one is larger
 
@@ -79,7 +80,7 @@ class VideoWriter:
     ) -> None:
         self._video_key, self._config, self._num_frames = video_key, config, num_frames
         self._metadata = {**metadata, "fps": str(config.fps), "num_frames": str(num_frames)}
-        self._folder = ScratchFolder()
+        self._folder = OwnedFolder(SCRATCH_PREFIX)
         self._uploads = SegmentUploads(store, segment_prefix)
         self._plan: SegmentPlan | None = None
         self._segments: list[Path] = []

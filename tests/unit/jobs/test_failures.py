@@ -31,3 +31,13 @@ def test_waits_grow_with_jitter_and_repeat_for_the_same_seed() -> None:
     assert all(0.5 * 2**n <= wait <= 2**n for n, wait in enumerate(first))
     assert first == waits(1)
     assert first != waits(2)
+
+
+def test_after_a_nan_one_more_attempt_is_made_in_full_precision() -> None:
+    policy, tries = RetryPolicy(Limits(attempts=5), seed=0), Tries()
+    nan = failure_of(TASK, kind="nan", retryable=True)
+    assert not tries.full_precision
+    assert isinstance(policy.after_failure("take-0", tries, nan), TryAgain)
+    assert tries.full_precision
+    assert planned("take").attempt("e1a2", full_precision=tries.full_precision).full_precision
+    assert isinstance(policy.after_failure("take-0", tries, nan), GiveUp)

@@ -177,6 +177,30 @@ def test_a_missing_entry_before_later_ones_is_refused() -> None:
         Replay(store, "night")
 
 
+def test_a_journal_that_ends_before_what_parts_cover_is_refused_and_the_advice_helps() -> None:
+    """A lifecycle rule has no order: it may take the newest entries first."""
+    store = MemoryStore()
+    job = hold(store)
+    job.commit([succeeded("a")])
+    job.publish()
+    job.commit([succeeded("b")])
+    job.commit([given_up("x")])
+    job.commit([given_up("y")])
+    replay = Replay(store, "night")  # a driver that is killed between the two kinds of parts
+    replay.quarantine.publish(replay.unpublished_quarantine, replay.last_seq, job.epoch)
+    store.delete([key_of(4), key_of(5)])
+    with pytest.raises(JournalBroken, match=r"0000000004\.json is missing .* delete the rest"):
+        Replay(store, "night")
+
+    store.delete([key for key in store.objects if key.startswith("_state/journal/")])
+    job = hold(store)
+    assert [job.ledger.is_settled(f"{name}-0") for name in "abxy"] == [True, False, True, True]
+    job.commit([succeeded("b", epoch=job.epoch), given_up("z")])
+    job.close()
+    assert ids(published(store)) == ["a", "b"]
+    assert ids(published(store, QUARANTINE)) == ["x", "y", "z"]
+
+
 def test_reopened_tasks_come_back_and_may_fail_or_succeed_once_more() -> None:
     store = MemoryStore()
     job = hold(store)

@@ -72,7 +72,9 @@ def test_a_run_leaves_chunk_metrics_and_counters_behind() -> None:
         views.append(view)
         feed.show(view, 5, None)
 
-    inputs = JobInputs(FACTS, [planned(f"item{i}") for i in range(5)], on_result=feed.finished)
+    inputs = JobInputs(
+        FACTS, [planned(f"item{i}") for i in range(5)], on_result=lambda result, _: feed.finished(result)
+    )
     limits = Limits(num_actors=2, lease_ttl_s=1.0)
     driver = Driver(inputs, store, lambda: FakePool(clock, World()), limits, clock=clock, on_progress=show)
     driver.run()

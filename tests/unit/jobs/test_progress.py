@@ -9,7 +9,7 @@ import logging
 import pytest
 from rich.console import Console
 
-from jobs.logs import JsonFormatter, TextFormatter
+from cluster.log_lines import JsonFormatter, TextFormatter
 from jobs.progress import FrameRate, JobProgress, LineDisplay, LogDisplay, draw, duration_text
 from jobs.view import ActorView
 from tests.fakes import ManualClock
@@ -88,7 +88,7 @@ def test_durations_read_well(seconds: float | None, text: str) -> None:
 def test_json_lines_carry_job_item_and_attempt() -> None:
     record = logging.LogRecord("jobs.driver", logging.WARNING, "f", 1, "lost %s", ("it",), None)
     record.item, record.shard, record.attempt = "a", 3, "e1a2"
-    line = json.loads(JsonFormatter("night").format(record))
+    line = json.loads(JsonFormatter({"job": "night"}).format(record))
     assert (line["job"], line["item"], line["shard"], line["attempt"]) == ("night", "a", 3, "e1a2")
     assert (line["message"], line["level"]) == ("lost it", "warning")
     assert TextFormatter().format(record).endswith("WARNING lost it [item a, shard 3, attempt e1a2]")
@@ -100,4 +100,4 @@ def test_with_json_logs_progress_is_a_record_too(caplog: pytest.LogCaptureFixtur
         display.update(progress(10))
         display.close()
     (record,) = caplog.records
-    assert json.loads(JsonFormatter("night").format(record))["frames"] == 10
+    assert json.loads(JsonFormatter({"job": "night"}).format(record))["frames"] == 10

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from cluster.errors import StoreUnavailable
-from workers.assemble import LADDER, load_model, prepare_take
+from cluster.object_store import open_store
+from workers.assemble import LADDER, LoadedModel, in_full_precision, load_model, prepare_take
 from workers.config import BackboneConfig, RenderConfig, VideoConfig, WindowCacheConfig
 from workers.errors import BadPrompt, DeviceBroken, GpuOutOfMemory, RenderError, UploadFailed
 from workers.model.backbones import find_backbone
-from workers.pipeline import as_render_error, plan_path, prompts_by_chunk
-from workers.task import PromptSegment, RenderTask
+from workers.pipeline import as_render_error, plan_path, prompts_by_chunk, render_take
+from workers.task import PromptSegment, RenderResult, RenderTask
 from workers.worlds.camera import plan_camera
 
 BACKBONE = find_backbone("longtake-world")
@@ -88,3 +92,29 @@ def test_the_last_rung_never_widens_a_window() -> None:
     assert prepare_take(model, len(LADDER)).cache_name == "window-1+5"
     assert prepare_take(model, 0).decode_latent_frames is None
     assert prepare_take(model, 1).decode_latent_frames == 1
+
+
+class FreeTurn(contextlib.nullcontext[None]):
+    """A GPU that nobody else wants."""
+
+    held_s = 0.0
+
+
+def test_an_attempt_in_full_precision_computes_in_float32_and_says_so(tmp_path: Path) -> None:
+    video = VideoConfig(width=64, height=32, num_frames=12)
+    half, full = (
+        load_model(RenderConfig(backbone=BackboneConfig(name="tiny-test", dtype=dtype), video=video))
+        for dtype in ("bfloat16", "float32")
+    )
+    task = make_task((0, "a meadow"), num_frames=12)
+    store = open_store(str(tmp_path))
+
+    def render(model: LoadedModel, *, full_precision: bool) -> RenderResult:
+        attempt = task.model_copy(update={"full_precision": full_precision})
+        return render_take(attempt, model, store, FreeTurn(), lambda *_: None)
+
+    plain, again = render(half, full_precision=False), render(half, full_precision=True)
+    assert (plain.ladder, again.ladder) == ((), ("float32",))
+    assert plain.frames_sha256 != again.frames_sha256
+    assert half.dit.dtype == torch.bfloat16, "the next take gets the model as it was loaded"
+    assert in_full_precision(full) is full
