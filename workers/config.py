@@ -84,7 +84,7 @@ class TemporalCacheConfig(Part):
     sink_latent_frames: int = Field(3, ge=0, description="First latent frames, kept as they are.")
     recent_latent_frames: int = Field(6, ge=1, description="Newest latent frames, kept as they are.")
     budget_latent_frames: int = Field(
-        120, ge=2, description="Hard limit: the bytes that so many latent frames take uncompressed in bfloat16."
+        60, ge=2, description="Hard limit: the bytes that so many latent frames take uncompressed in bfloat16."
     )
     min_cosine: float = Field(
         0.995,

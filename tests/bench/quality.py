@@ -23,15 +23,14 @@ from workers.worlds.clips import Difficulty
 
 Row = dict[str, Any]
 
-BUDGET = {"budget_latent_frames": 120}
 POLICIES: dict[str, dict[str, Any]] = {
     "dense": {"policy": "dense"},
     "window": {"policy": "window"},
-    "window at the same bytes": {"policy": "window", "cache": {"recent_latent_frames": 117}},
+    "window at the same bytes": {"policy": "window", "cache": {"recent_latent_frames": 57}},
     "tempcache": {"policy": "tempcache"},
     "tempcache, full log m": {"policy": "tempcache", "cache": {"mass_decay": 0.0}},
     "tempcache, int4": {"policy": "tempcache", "cache": {"storage": "int4"}},
-    "tempcache, half the bytes": {"policy": "tempcache", "cache": {"budget_latent_frames": 60}},
+    "tempcache, twice the bytes": {"policy": "tempcache", "cache": {"budget_latent_frames": 120}},
     "annsa": {"policy": "annsa"},
     "annca": {"policy": "annca"},
     "fastar-lsh": {"policy": "fastar-lsh"},
