@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 
 # Before torch or Ray is imported anywhere: on a shared machine two threads are many times slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,6 +12,8 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from cluster.log_lines import OURS
 
 settings.register_profile(
     "quick", max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
@@ -27,3 +31,14 @@ def _no_real_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _loggers_as_they_were() -> Iterator[None]:
+    """Commands that run inside a test set up logging for their process; the next test must not inherit it."""
+    before = {name: (log.handlers, log.propagate, log.level) for name in OURS if (log := logging.getLogger(name))}
+    yield
+    for name, (handlers, propagate, level) in before.items():
+        log = logging.getLogger(name)
+        log.handlers, log.propagate = handlers, propagate
+        log.setLevel(level)

@@ -233,7 +233,7 @@ def test_a_windowed_cache_keeps_its_size(tmp_path: Path) -> None:
     ("config", "error", "words"),
     [
         ({"backbone": BackboneConfig(name="nope")}, ConfigUnsupported, "nope"),
-        ({"backbone": BackboneConfig(name="wan2.1-t2v-1.3b")}, ConfigUnsupported, "sizes only"),
+        ({"backbone": BackboneConfig(name="wan2.1-t2v-1.3b")}, ConfigUnsupported, "needs published weights"),
         ({"backbone": BackboneConfig(checkpoint="/nowhere/at/all")}, CheckpointMismatch, r"/nowhere/at/all/card\.json"),
     ],
 )
