@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Literal
 
 from workers.attention.ann_cross import AnnPromptAttention
 from workers.attention.ann_self import AnnSelfAttention, AnnSettings
@@ -45,12 +44,6 @@ from workers.reuse.teacache import TeaCache, TeaCacheSettings
 from workers.search.select import make_search
 
 _LARGEST_TILE = 128  # what tile-sparse kernels are made for
-
-
-class AnnAfterRope(AnnSelfAttention):
-    """AnnSA that is shown queries and keys as attention sees them."""
-
-    plans_after_rope: Literal[True] = True
 
 
 def make_policy(config: AttentionConfig, frame_tokens: int, num_layers: int) -> AttentionPolicy:
@@ -156,8 +149,7 @@ def _make_ann(config: AnnSelfAttentionConfig, frame_tokens: int) -> AttentionPol
         order=config.order,
         num_buckets=config.num_buckets,
     )
-    kind = AnnAfterRope if config.order == "time" else AnnSelfAttention
-    return kind(settings, make_search(config.search), None)
+    return AnnSelfAttention(settings, make_search(config.search), None)
 
 
 def _check_layers(config: AnnSelfAttentionConfig, num_layers: int) -> tuple[int, ...] | None:
