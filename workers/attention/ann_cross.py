@@ -25,14 +25,16 @@ class AnnPromptAttention:
 
     def __init__(self, search: Search, num_buckets: int) -> None:
         self._search, self._num_buckets = search, num_buckets
-        self._densities: list[Tensor] = []
+        self._density_sum, self._num_calls = torch.zeros(()), 0
+        self._key_codes: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, layer_index: int, q_BQND: Tensor, keys: PromptKeys) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q_BQND, keys.k_BPND, keys.v_BPND))
         bias_BP = torch.zeros_like(k[:, 0, :, 0]) if keys.log_mass_BP is None else keys.log_mass_BP.to(q.dtype)
-        kept_BNP = self.keep(q, k, keys.log_mass_BP)
+        kept_BNP = self.keep(q, k, keys.log_mass_BP, self._key_code(layer_index, keys.k_BPND))
         exists_BP = ~bias_BP.isneginf()
-        self._densities.append((kept_BNP & exists_BP[:, None]).float().mean() / exists_BP.float().mean())
+        density = (kept_BNP & exists_BP[:, None]).float().mean() / exists_BP.float().mean()
+        self._density_sum, self._num_calls = self._density_sum + density, self._num_calls + 1
         bias_BN1P = bias_BP[:, None].masked_fill(~kept_BNP, -torch.inf)[:, :, None]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_BN1P)
         if keys.k_image_BPND is not None and keys.v_image_BPND is not None:
@@ -40,10 +42,13 @@ class AnnPromptAttention:
             out = out + F.scaled_dot_product_attention(q, k_image, v_image)
         return out.transpose(1, 2)
 
-    def keep(self, q_BNQD: Tensor, k_BNPD: Tensor, log_mass_BP: Tensor | None) -> Tensor:
+    def keep(
+        self, q_BNQD: Tensor, k_BNPD: Tensor, log_mass_BP: Tensor | None, key_code: Tensor | None = None
+    ) -> Tensor:
         """Which tokens are seen, kept_BNP: those in the bucket of a query, folded padding, and always at least one."""
         query_code = self._search.buckets(q_BNQD, self._num_buckets, k_BNPD)
-        key_code = self._search.buckets(k_BNPD, self._num_buckets, k_BNPD)
+        if key_code is None:
+            key_code = self._search.buckets(k_BNPD, self._num_buckets, k_BNPD)
         is_used = torch.zeros((*k_BNPD.shape[:2], self._num_buckets), dtype=torch.bool, device=k_BNPD.device)
         is_used.scatter_(-1, query_code, True)
         kept_BNP = is_used.gather(-1, key_code)
@@ -56,6 +61,14 @@ class AnnPromptAttention:
 
     def take_density(self) -> float:
         """Tokens kept over all, mean of the calls since this was last asked; 1 without any. Waits for the device."""
-        density = float(torch.stack(self._densities).mean()) if self._densities else 1.0
-        self._densities.clear()
+        density = float(self._density_sum) / self._num_calls if self._num_calls else 1.0
+        self._density_sum, self._num_calls = torch.zeros(()), 0
         return density
+
+    def _key_code(self, layer_index: int, k_BPND: Tensor) -> Tensor:
+        """Buckets of a prompt's keys: the same in all steps, so found once per prompt (the last one asked about)."""
+        known = self._key_codes.get(layer_index)
+        if known is None or known[0] is not k_BPND:
+            k_BNPD = k_BPND.transpose(1, 2)
+            known = self._key_codes[layer_index] = k_BPND, self._search.buckets(k_BNPD, self._num_buckets, k_BNPD)
+        return known[1]

@@ -27,7 +27,7 @@ CELL_UNITS = 8
 """Rows and columns are stored in eighths of a token."""
 SLOT_BYTES = 4 + 4 + 4 + 4 + 4
 """Of a slot besides key and value: time, cell, m, weight, partner."""
-_FREE_SHARE = 8
+_FREE_SHARE = 5
 """A full table gives back one slot in so many, so that it is not compacted for every chunk."""
 
 

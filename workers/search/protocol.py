@@ -136,5 +136,7 @@ def unit(x: Tensor) -> Tensor:
 def landmark_buckets(search: Search, x_BNXD: Tensor, num_buckets: int, like_BNKD: Tensor) -> Tensor:
     """Buckets around evenly spaced members of `like_BNKD`: a vector's code is its nearest landmark."""
     num_like = like_BNKD.shape[2]
-    at = torch.arange(min(num_buckets, num_like), device=x_BNXD.device) * num_like // min(num_buckets, num_like)
-    return search.top1(x_BNXD, like_BNKD[:, :, at]).index_BNQ
+    num = min(num_buckets, num_like)
+    at = torch.arange(num, device=x_BNXD.device) * num_like // num
+    # A code needs no true cosine, so no candidate is compared a second time.
+    return search.similarity(x_BNXD, unit(like_BNKD[:, :, at])).argmax(-1)
