@@ -165,6 +165,17 @@ def kept_rows(name: str, revision: str, fresh: list[Row]) -> list[Row]:
     return [row for row in record["rows"] if revision[:16] in record["notes"] and key(row) not in measured]
 
 
+def collect(names: Sequence[str], revision: str) -> list[Row]:
+    """Rows of result files that were measured apart (side by side, say); each row keeps its commit and command."""
+    rows: list[Row] = []
+    for name in names:
+        record = json.loads((RESULTS / f"{name}.json").read_text())
+        if revision[:16] not in record["notes"]:
+            raise SystemExit(f"{name}: measured with other weights than {revision[:16]}")
+        rows += [row | {"commit": record["commit"], "command": record["command"]} for row in record["rows"]]
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--worlds", type=int, default=32, help="worlds of each test")
@@ -174,6 +185,7 @@ def main() -> None:
     parser.add_argument("--policies", nargs="*", default=list(POLICIES), choices=list(POLICIES), metavar="POLICY")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves them to torch")
     parser.add_argument("--name", default="quality", help="name of the result file")
+    parser.add_argument("--collect", nargs="*", default=[], help="put these result files together; measures nothing")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -185,6 +197,8 @@ def main() -> None:
             rows.append(row)
             print(row, flush=True)
 
+    if options.collect:
+        rows, options.parts = collect(options.collect, lab.revision), []
     if "revisit" in options.parts:
         for distance in options.distances:
             take(revisit_rows(lab, options.policies, distance, options.worlds, ("still", GROUPS["still"])))

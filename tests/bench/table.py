@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from tests.bench.record import RESULTS, ROOT, format_table
 
@@ -10,6 +11,15 @@ HEAD = """# Measured results
 
 Made by `python -m tests.bench.table` from `tests/bench/results/*.json`; every table names its command and machine.
 """
+
+
+def by_part(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Rows of each part of a bench, without what is said once for all."""
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        shown = {name: value for name, value in row.items() if name not in ("command", "commit") or value is None}
+        parts.setdefault(row.get("part", ""), []).append(shown)
+    return list(parts.values())
 
 
 def main() -> None:
@@ -20,7 +30,10 @@ def main() -> None:
         record = json.loads(path.read_text())
         parts.append(f"## {record.get('name', path.stem)}\n")
         parts.append(f"{record['date']}, {record['device']}, commit {record['commit']}: `{record['command']}`\n")
-        parts.append(format_table(record["rows"]) + "\n")
+        for rows in by_part(record["rows"]):
+            parts.append(format_table(rows) + "\n")
+        apart = sorted({row["command"] for row in record["rows"] if "command" in row})
+        parts += [f"Rows were measured by `{command}`\n" for command in apart]
         if record.get("notes"):
             parts.append(record["notes"] + "\n")
     target = ROOT / "docs" / "results.md"
