@@ -173,7 +173,7 @@ class AnnSelfAttentionConfig(Part):
         strict=False,
         description="Layers that are sparse; empty means all.",  # a list in files
     )
-    calibration: str | None = Field(None, description="File of `longtake calibrate` that says which layers are sparse.")
+    calibration: str | None = Field(None, description="File that says which layers are sparse, for these weights.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

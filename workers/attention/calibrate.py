@@ -15,7 +15,7 @@ from workers.errors import ConfigUnsupported
 
 
 class Calibration(BaseModel):
-    """What `longtake calibrate` found."""
+    """What was found, and on what."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
