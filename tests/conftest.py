@@ -9,6 +9,8 @@ from collections.abc import Iterator
 # Before torch or Ray is imported anywhere: on a shared machine two threads are many times slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# Clusters that tests start: at Ray's own niceness of 15 an actor stands still while anything else is busy.
+os.environ["RAY_worker_niceness"] = "0"
 
 import pytest
 from hypothesis import HealthCheck, settings
