@@ -10,7 +10,7 @@ from collections.abc import Iterator
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # Clusters that tests start: at Ray's own niceness of 15 an actor stands still while anything else is busy.
-os.environ["RAY_worker_niceness"] = "0"
+os.environ |= {"RAY_worker_niceness": "0"}
 
 import pytest
 from hypothesis import HealthCheck, settings
