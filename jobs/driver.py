@@ -58,6 +58,8 @@ class Driver:
         progress_interval_s: float = 1.0,
     ) -> None:
         self.stop = StopSwitch()
+        self.epoch: int | None = None
+        """Of the lease, once `run` has it; other threads may look."""
         self._inputs = inputs
         self._store = store
         self._open_pool = open_pool
@@ -89,6 +91,7 @@ class Driver:
                 ttl_s=self._limits.lease_ttl_s,
                 takeover=self._takeover,
             )
+            self.epoch = job.epoch
             committer = Committer(job, self._limits, self._clock)
             rows = itertools.chain([] if first is None else [first], source)
             loop = Loop(self._inputs, rows, job, committer, self._open_pool, self._clock)

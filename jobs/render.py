@@ -27,7 +27,6 @@ from jobs.errors import JobError
 from jobs.flags import arguments_of
 from jobs.ground import open_ground
 from jobs.job_record import begin_record, code_version, note_run
-from jobs.lease import Owner, read_holder
 from jobs.observer import TelemetryFeed
 from jobs.outcome import EXIT_ITEMS_FAILED, JobInputs, Outcome, exit_code, is_closed
 from jobs.preflight import Preflight, check_before_start
@@ -40,7 +39,6 @@ from jobs.rows import JobFacts
 from jobs.shards import PlannedTask, plan_tasks
 from jobs.spec import JobSpec
 from jobs.stop_request import is_stop_requested
-from jobs.stopping import StopSwitch
 from jobs.view import JobView
 from workers.task import RenderResult
 
@@ -130,7 +128,7 @@ def _run(spec: JobSpec, found: Preflight, options: RunOptions) -> Outcome:
             takeover=options.takeover,
             on_progress=show,
         )
-        stack.enter_context(_stop_requests(found.store, driver.stop))
+        stack.enter_context(_stop_requests(found.store, driver))
         try:
             return driver.run()
         except JobError as error:  # told outside: a refusal is no reason for a local Ray to leave its logs behind
@@ -186,17 +184,15 @@ def _progress(view: JobView, spec: JobSpec, found: Preflight, frames_before: int
 
 
 @contextmanager
-def _stop_requests(store: ObjectStore, switch: StopSwitch) -> Iterator[None]:
+def _stop_requests(store: ObjectStore, driver: Driver) -> Iterator[None]:
     """Within, a `longtake cancel` from anywhere reaches the driver of this process."""
     done = threading.Event()
 
     def watch() -> None:
-        epoch = None
         while not done.wait(STOP_POLL_S):
             with suppress(StoreError):  # the driver itself judges a store that is away
-                epoch = epoch or _own_epoch(store)
-                if epoch is not None and is_stop_requested(store, epoch):
-                    switch.request("longtake cancel")
+                if driver.epoch is not None and is_stop_requested(store, driver.epoch):
+                    driver.stop.request("longtake cancel")
                     return
 
     thread = threading.Thread(target=watch, name="stop-requests", daemon=True)
@@ -206,17 +202,6 @@ def _stop_requests(store: ObjectStore, switch: StopSwitch) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-
-
-def _own_epoch(store: ObjectStore) -> int | None:
-    holder = read_holder(store)
-    own = Owner.current()
-    is_ours = holder is not None and (holder["host"], holder["pid"], holder["process_start"]) == (
-        own.host,
-        own.pid,
-        own.process_start,
-    )
-    return int(str(holder["epoch"])) if holder is not None and is_ours and not holder["released"] else None
 
 
 def _found_text(spec: JobSpec, found: Preflight) -> str:

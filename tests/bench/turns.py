@@ -42,15 +42,18 @@ class Side:
 
     def run(self) -> None:
         """Let it run, from now on."""
+        self._find_family()
         self._running_since = time.time()
         self._signal(signal.SIGCONT)
 
     def stop(self) -> None:
         """Stop it, and with it its clock."""
+        self._find_family()
         self._signal(signal.SIGSTOP)
+        stopped_at = time.time()  # before the threads are read: of a service's hundreds that takes a tenth of a turn
         self.look()
         if self._running_since is not None:
-            self.turns.append((self._running_since, time.time()))
+            self.turns.append((self._running_since, stopped_at))
             self._running_since = None
 
     def look(self) -> None:
@@ -74,11 +77,11 @@ class Side:
         """Kill whatever is left of it."""
         self._looked_at = 0.0
         if not self.is_done():
+            self._find_family()
             self._signal(signal.SIGKILL)
             self.process.wait()
 
     def _signal(self, number: signal.Signals) -> None:
-        self._find_family()
         for pid in self._family:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
