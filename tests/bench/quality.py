@@ -3,7 +3,9 @@
 `python -m tests.bench.quality --worlds 32` (a GPU), `--worlds 4 --distances 159 --parts revisit` (a CPU, 15 minutes).
 
 Parts: `revisit` (a place left and seen again, the true history in the policy's own cache), `groups` (the same by kind
-of world), `rollout` (free rollouts that take turns: time per chunk, bytes, distance to dense with the same noise).
+of world), `forced` (a long walk with the true history; every now and then the next chunk is made from it: recall, and
+distance to what dense attention makes of the same), `rollout` (free rollouts that take turns: time per chunk, bytes,
+distance to dense with the same noise).
 """
 
 from __future__ import annotations
@@ -15,13 +17,24 @@ from typing import Any
 
 import torch
 
-from tests.bench.quality_lab import GROUPS, QualityLab, Returned, Runner, full_bytes, mean_and_ci, model_of
+from tests.bench.quality_lab import (
+    Forced,
+    QualityLab,
+    Returned,
+    Runner,
+    full_bytes,
+    mean_and_ci,
+    model_of,
+    stored_bytes,
+)
+from tests.bench.quality_places import GROUPS, Group
 from tests.bench.record import RESULTS, report
 from workers.config import RenderConfig
 from workers.quality.reference import psnr_db, ssim
-from workers.worlds.clips import Difficulty
 
 Row = dict[str, Any]
+_NUM_MARKS = 12
+"""Chunks of a long walk that are made."""
 
 POLICIES: dict[str, dict[str, Any]] = {
     "dense": {"policy": "dense"},
@@ -56,7 +69,7 @@ def config_of(name: str) -> RenderConfig:
 
 
 def revisit_rows(
-    lab: QualityLab, names: Sequence[str], distance: int, worlds: int, group: tuple[str, Difficulty]
+    lab: QualityLab, names: Sequence[str], distance: int, worlds: int, group: tuple[str, Group]
 ) -> Iterator[Row]:
     """All policies on the same places."""
     places = list(lab.places(distance, range(worlds), group[1]))
@@ -75,8 +88,6 @@ def revisit_rows(
         history = places[0].latents_BTCHW.shape[1] - 3
         kv_bytes = mean_and_ci([r.kv_bytes for r in results])[0]
         tokens = history * model.backbone.tokens_per_latent_frame(model.config.video.width, model.config.video.height)
-        # A float32 render keeps uncompressed keys in float32; bfloat16 is what a full cache is measured in.
-        stored = kv_bytes / (2 if model.dit.dtype == torch.float32 and model.config.cache.kind != "temporal" else 1)
         yield {
             "part": "revisit",
             "policy": name,
@@ -94,8 +105,45 @@ def revisit_rows(
             "recall": mean_and_ci([r.recall for r in results])[0],
             "density": mean_and_ci([r.density for r in results])[0],
             "kv_bytes": int(kv_bytes),
-            "kv_share_of_full": stored / full_bytes(model, tokens),
+            "kv_share_of_full": stored_bytes(model, kv_bytes) / full_bytes(model, tokens),
             "lpips": None,
+        }
+
+
+def forced_rows(lab: QualityLab, names: Sequence[str], frames: int, worlds: int) -> Iterator[Row]:
+    """Long walks with the true history."""
+    places = [lab.walk(index, frames) for index in range(worlds)]
+    chunks = places[0].num_chunks
+    marks = sorted({max(1, chunks * turn // _NUM_MARKS - 1) for turn in range(1, _NUM_MARKS + 1)})
+    dense: list[list[Forced]] = []
+    for name in names:
+        model = model_of(config_of(name))
+        made = [lab.follow(place, model, marks) for place in places]
+        dense = dense or made
+        tokens = (
+            3 * marks[-1] * model.backbone.tokens_per_latent_frame(model.config.video.width, model.config.video.height)
+        )
+        forced = [
+            [psnr_db(a.frames_BFCHW, b.frames_BFCHW).item() for a, b in zip(mine, theirs, strict=True)]
+            for mine, theirs in zip(made, dense, strict=True)
+        ]
+        recall, half = mean_and_ci([sum(f.recall for f in run) / len(run) for run in made])
+        yield {
+            "part": "forced",
+            "policy": name,
+            "frames": frames,
+            "n": worlds,
+            "recall": recall,
+            "recall_ci95": half,
+            "recall_at_frame": {12 * (m + 1): sum(r[i].recall for r in made) / worlds for i, m in enumerate(marks)},
+            "density": sum(f.density for run in made for f in run) / sum(map(len, made)),
+            "density_at_end": sum(run[-1].density for run in made) / worlds,
+            "kv_bytes": made[0][-1].kv_bytes,
+            "kv_share_of_full": stored_bytes(model, made[0][-1].kv_bytes) / full_bytes(model, tokens),
+            "psnr_db": None if name == names[0] else mean_and_ci([sum(run) / len(run) for run in forced])[0],
+            "psnr_db_at_frame": None
+            if name == names[0]
+            else {12 * (m + 1): sum(run[i] for run in forced) / worlds for i, m in enumerate(marks)},
         }
 
 
@@ -181,7 +229,7 @@ def main() -> None:
     parser.add_argument("--worlds", type=int, default=32, help="worlds of each test")
     parser.add_argument("--distances", type=int, nargs="*", default=[39, 159, 600], help="latent frames away")
     parser.add_argument("--frames", type=int, nargs="*", default=[600, 1500, 3000], help="lengths of free rollouts")
-    parser.add_argument("--parts", nargs="*", default=["revisit", "groups", "rollout"])
+    parser.add_argument("--parts", nargs="*", default=["revisit", "groups", "forced", "rollout"])
     parser.add_argument("--policies", nargs="*", default=list(POLICIES), choices=list(POLICIES), metavar="POLICY")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves them to torch")
     parser.add_argument("--name", default="quality", help="name of the result file")
@@ -205,6 +253,9 @@ def main() -> None:
     if "groups" in options.parts:
         for group in list(GROUPS.items())[1:]:
             take(revisit_rows(lab, options.policies, options.distances[0], options.worlds, group))
+    if "forced" in options.parts:
+        for frames in options.frames:
+            take(forced_rows(lab, options.policies, frames, options.worlds))
     if "rollout" in options.parts:
         for frames in options.frames:
             take(rollout_rows(lab, options.policies, frames, options.worlds))

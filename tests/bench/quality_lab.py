@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tests.bench.quality_places import Group, Place, left_and_seen_again, long_walk
 from tests.bench.world_model import load
 from workers.assemble import LoadedModel, TakeParts, load_model, prepare_take
 from workers.assemble_cache import make_temporal_cache, temporal_settings
@@ -26,36 +27,9 @@ from workers.metrics import Stopwatch
 from workers.model.attend import RolloutAttention
 from workers.model.control import control_maps
 from workers.quality.reference import psnr_db, ssim
-from workers.quality.revisit import plan_revisit
 from workers.rollout import Rollout, RolloutPlan
-from workers.training.measure import STILL_AIR
-from workers.training.vae_train import HELD_OUT_SEED
-from workers.worlds.camera import CameraMove
-from workers.worlds.captions import write_caption
-from workers.worlds.clips import VIEW_SIZE, Difficulty, build_worlds, draw_path, draw_spec, render_views
-from workers.worlds.terrain import WORLD_SIZE
 
-GROUPS: dict[str, Difficulty] = {
-    "still": STILL_AIR,
-    "movers": Difficulty(max_movers=6, mover_share=1.0),
-    "dense texture": replace(STILL_AIR, density=(0.75, 0.95)),
-    "two biomes": replace(STILL_AIR, second_biome=1.0),
-}
 _QUERIES = 12  # looked at in each layer and step: the mean over all of them has an error of about 0.005
-
-
-@dataclass(frozen=True, eq=False)
-class Place:
-    """One test: true latents of a path whose last chunk shows again what chunk 5 showed."""
-
-    latents_BTCHW: Tensor
-    camera_BTS2: Tensor
-    truth_BFCHW: Tensor
-    caption: str
-
-    @property
-    def num_chunks(self) -> int:
-        return self.latents_BTCHW.shape[1] // 3
 
 
 @dataclass
@@ -73,6 +47,17 @@ class Returned:
     guard: list[dict[str, object]] = field(default_factory=list)
 
 
+@dataclass(frozen=True, eq=False)
+class Forced:
+    """One chunk made from a true history."""
+
+    chunk: int
+    frames_BFCHW: Tensor
+    recall: float
+    density: float
+    kv_bytes: int
+
+
 class QualityLab:
     """The bundled model under one policy after another, on held-out worlds."""
 
@@ -80,27 +65,13 @@ class QualityLab:
         self.device = device
         self._lab, self.revision = load(device)
 
-    def places(self, distance: int, indices: Sequence[int], difficulty: Difficulty) -> Iterator[Place]:
+    def places(self, distance: int, indices: Sequence[int], group: Group) -> Iterator[Place]:
         """Held-out worlds; each index is the same place for every policy and in every run."""
-        for index in indices:
-            rng = np.random.default_rng([distance, index])
-            spec = draw_spec(HELD_OUT_SEED + 7000 + index, difficulty)
-            path = plan_revisit(distance, rng, WORLD_SIZE, VIEW_SIZE, cut=True)
-            caption = write_caption(spec.scene, CameraMove("wander", 0, 2.0), rng)
-            positions = torch.from_numpy(path.positions_F2)[None].to(self.device)
-            worlds = build_worlds([spec], self.device)
-            latents = self._lab.encode(worlds, positions)
-            truth = render_views(worlds.pictures_BCHW, positions[:, -12:])
-            yield Place(latents, positions.unflatten(1, (-1, 4)) + 512, truth, caption)
+        return left_and_seen_again(self._lab.vae, self.device, distance, indices, group)
 
     def walk(self, index: int, num_frames: int) -> Place:
-        """A camera that wanders on and on: nothing is given but its path."""
-        rng = np.random.default_rng([index, num_frames])
-        move = CameraMove("wander", 0, 2.0)
-        caption = write_caption(draw_spec(HELD_OUT_SEED + 30_000 + index, STILL_AIR).scene, move, rng)
-        positions = torch.from_numpy(draw_path(move, num_frames, rng))[None].to(self.device)
-        camera = positions.unflatten(1, (-1, 4)) + 512
-        return Place(torch.zeros(1, camera.shape[1], 0, device=self.device), camera, torch.zeros(0), caption)
+        """A camera that wanders on and on."""
+        return long_walk(self._lab.vae, self.device, index, num_frames)
 
     def plan(self, place: Place, model: LoadedModel) -> RolloutPlan:
         """The rollout of a place; noise is the same for every policy."""
@@ -147,6 +118,25 @@ class QualityLab:
             time.perf_counter() - started,
         )
 
+    @torch.inference_mode()
+    def follow(self, place: Place, model: LoadedModel, marks: Sequence[int]) -> list[Forced]:
+        """Remember the true way, and make the chunks at `marks` beside it; none of them becomes history."""
+        parts, plan = _measurable(model, prepare_take(model, 0)), self.plan(place, model)
+        meter = RecallMeter(parts.cache, num_queries=_QUERIES, dtype=torch.float32)
+        attention = RolloutAttention(
+            model.backbone, parts.cache, parts.policy, model.kernel, reindex=parts.reindex, probes=(meter,)
+        )
+        rollout = Rollout(model.dit, attention, Stopwatch(self.device), parts.reuse, attend_prompt=parts.attend_prompt)
+        found = []
+        for chunk in range(max(marks) + 1):
+            if chunk in marks:
+                meter.forget_readings()
+                (made,) = rollout.run(replace(plan, num_chunks=chunk + 1), first_chunk=chunk)
+                frames = self._lab.decode(made.latents_BTCHW, place.latents_BTCHW[:, 3 * chunk - 1])
+                found.append(Forced(chunk, frames, meter.mean(), made.density, parts.cache.num_bytes))
+            rollout.remember(plan, chunk, place.latents_BTCHW[:, 3 * chunk : 3 * chunk + 3])
+        return found
+
     def vae_psnr(self, place: Place) -> float:
         """What the VAE alone makes of the returned view."""
         frames = self._lab.decode(place.latents_BTCHW[:, -3:], place.latents_BTCHW[:, -4])
@@ -183,6 +173,12 @@ class Runner:
 def full_bytes(model: LoadedModel, num_tokens: int) -> int:
     """What a full cache of so many tokens takes in bfloat16: what all shares are measured in."""
     return 2 * num_tokens * model.backbone.dim * model.backbone.num_layers * 2
+
+
+def stored_bytes(model: LoadedModel, num_bytes: float) -> float:
+    """Bytes of a cache as a bfloat16 render keeps it: uncompressed keys are float32 in a float32 one."""
+    is_wide = model.dit.dtype == torch.float32 and model.config.cache.kind != "temporal"
+    return num_bytes / 2 if is_wide else num_bytes
 
 
 def mean_and_ci(values: Sequence[float]) -> tuple[float, float]:

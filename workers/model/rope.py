@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 
 
+_STEPS = 8
+"""Of a token: what caches round rows and columns to."""
+
+
 class Rotation(NamedTuple):
     """Cosines and sines of a set of tokens, float32, [B or 1, Q, N or 1, D/2]: a 1 spans the heads."""
 
@@ -33,16 +37,40 @@ def make_rotation(position_BQ3: Tensor, head_dim: int, theta: float) -> Rotation
         head_dim: Channels of one head, even.
         theta: Base of the wavelengths, 10000 in Wan.
     """
+    if position_BQ3.dim() == 4 and position_BQ3.is_cpu and position_BQ3.numel():
+        # Each head has its own tokens, but few times, rows and columns: seven times faster than so many cosines.
+        steps = position_BQ3 * _STEPS
+        if bool((steps == steps.round()).all()) and bool((steps.abs() < position_BQ3.numel()).all()):
+            return _look_up(steps.long(), head_dim, theta)
     angles = []
     for axis, size in enumerate(split_head_dim(head_dim)):
-        index = torch.arange(0, size, 2, dtype=torch.float64, device=position_BQ3.device)
-        angles.append(position_BQ3[..., axis, None].double() * theta ** (-index / size))
+        frequency = _frequencies(size, theta, position_BQ3.device)
+        angles.append(position_BQ3[..., axis, None].double() * frequency)
     angle = torch.cat(angles, dim=-1)
     if angle.dim() == 2:
         angle = angle[None]
     if angle.dim() == 3:
         angle = angle[:, :, None]
     return Rotation(angle.cos().float(), angle.sin().float())
+
+
+def _look_up(steps_BQN3: Tensor, head_dim: int, theta: float) -> Rotation:
+    """The same for positions counted in steps, int64, from one table for each axis."""
+    cos, sin = [], []
+    for axis, size in enumerate(split_head_dim(head_dim)):
+        step = steps_BQN3[..., axis].flatten()
+        first = int(step.min())
+        known = torch.arange(first, int(step.max()) + 1, dtype=torch.float64) / _STEPS
+        angle = known[:, None] * _frequencies(size, theta, known.device)
+        cos.append(angle.cos().float()[step - first])
+        sin.append(angle.sin().float()[step - first])
+    shape = (*steps_BQN3.shape[:-1], -1)
+    return Rotation(torch.cat(cos, -1).view(shape), torch.cat(sin, -1).view(shape))
+
+
+def _frequencies(size: int, theta: float, device: torch.device) -> Tensor:
+    index = torch.arange(0, size, 2, dtype=torch.float64, device=device)
+    return theta ** (-index / size)
 
 
 def rotate(x_BQND: Tensor, rotation: Rotation) -> Tensor:

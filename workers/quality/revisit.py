@@ -7,6 +7,7 @@ is either a hard cut (the context can then be true without giving the place away
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,12 @@ STRIDE = 4
 _LEAD_PACE = 3  # pixels a video frame: 180 pixels in all, a view is 128
 _REACH = 330.0  # how far the camera goes away from the place, at most
 _MAX_PACE = 3.5
+_FAST_PACE = 4.0
+_NO_OVERLAP = 200.0  # at this distance a view shares no pixel with the place, whatever the direction
+_SHOT_FRAMES = 48
+
+Away = Literal["straight", "fast", "cuts"]
+"""How the camera spends its time away: on one way, to and fro at 4 pixels a frame, or in shots of 3 seconds."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,14 @@ class RevisitPath:
 
 
 def plan_revisit(
-    distance: int, rng: np.random.Generator, world_size: int, view: int, *, cut: bool, shift: int = 0
+    distance: int,
+    rng: np.random.Generator,
+    world_size: int,
+    view: int,
+    *,
+    cut: bool,
+    shift: int = 0,
+    away: Away = "straight",
 ) -> RevisitPath:
     """A path that leads to a place, stays away for ``distance`` latent frames and shows it again.
 
@@ -52,6 +66,7 @@ def plan_revisit(
         world_size, view: Pixels.
         cut: Go away one way and cut back, instead of walking out and back.
         shift: The return is displaced by up to so many pixels on each axis.
+        away: What happens in between, for a way that ends with a cut.
     """
     angle = rng.uniform(0, 2 * np.pi)
     along = np.array([np.cos(angle), np.sin(angle)])
@@ -59,10 +74,34 @@ def plan_revisit(
     centre = (world_size - view) / 2 + rng.uniform(-30, 30, size=2)
     lead = centre - (np.arange(LEAD_LATENT_FRAMES * STRIDE, 0, -1) * _LEAD_PACE)[:, None] * along
     place = centre + np.arange(PLACE_LATENT_FRAMES * STRIDE)[:, None] * across
-    steps = np.arange(1, distance * STRIDE + 1)
-    farthest = len(steps) if cut else len(steps) / 2
-    pace = min(_MAX_PACE, _REACH / farthest)
-    away = steps if cut else np.minimum(steps, len(steps) + 1 - steps)
-    walk = place[-1] + (away * pace)[:, None] * across
+    num_away = distance * STRIDE
+    if away == "fast":
+        walk = place[-1] + _to_and_fro(num_away)[:, None] * across
+    elif away == "cuts":
+        walk = _shots(centre, num_away, rng)
+    else:
+        steps = np.arange(1, num_away + 1)
+        farthest = num_away if cut else num_away / 2
+        pace = min(_MAX_PACE, _REACH / farthest)
+        walk = place[-1] + ((steps if cut else np.minimum(steps, num_away + 1 - steps)) * pace)[:, None] * across
     back = place[::-1] + rng.integers(-shift, shift + 1, size=2)
     return RevisitPath(np.rint(np.concatenate([lead, place, walk, back])).astype(np.float32), distance)
+
+
+def _to_and_fro(num_frames: int) -> NDArray[np.float64]:
+    """How far away the camera is: straight out, then between two marks of which none shows the place."""
+    way = np.arange(1, num_frames + 1) * _FAST_PACE
+    span = _REACH - _NO_OVERLAP
+    beyond = np.maximum(0.0, way - _REACH)
+    return np.asarray(np.where(way <= _REACH, way, _NO_OVERLAP + np.abs(beyond % (2 * span) - span)))
+
+
+def _shots(centre_2: NDArray[np.float64], num_frames: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Slow pans with hard cuts between them, none of which shows the place."""
+    frames = np.arange(num_frames)
+    shot, within = frames // _SHOT_FRAMES, frames % _SHOT_FRAMES
+    num_shots = int(shot[-1]) + 1
+    where, pan = rng.uniform(0, 2 * np.pi, size=(2, num_shots))
+    far = rng.uniform(_NO_OVERLAP + _SHOT_FRAMES, _REACH, size=num_shots)
+    begin = centre_2 + far[:, None] * np.stack([np.cos(where), np.sin(where)], 1)
+    return np.asarray(begin[shot] + within[:, None] * np.stack([np.cos(pan), np.sin(pan)], 1)[shot])

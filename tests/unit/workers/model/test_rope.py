@@ -75,3 +75,16 @@ def test_world_origin_moves_rows_and_columns_per_latent_frame_and_sample() -> No
     assert grid.shape == (2, 8, 3)
     assert grid[0, 4].tolist() == [1, 20.0, 10.5]
     assert grid[1, 7].tolist() == [1, 1.25, 0.0]
+
+
+@pytest.mark.parametrize("step", [1 / 8, 1 / 3, 1000.0])
+@pytest.mark.parametrize("num_tokens", [0, 1, 300])
+def test_heads_with_their_own_tokens_are_turned_like_each_head_alone(step: float, num_tokens: int) -> None:
+    """Positions in whole eighths are looked up in tables; others, and far ones, are computed. Both to the last bit."""
+    rng = torch.Generator().manual_seed(0)
+    position = torch.randint(-40, 200, (2, num_tokens, 3, 3), generator=rng) * step
+    rotation = make_rotation(position, 40, 1e4)
+    for head in range(3):
+        alone = make_rotation(position[:, :, head], 40, 1e4)
+        assert torch.equal(rotation.cos[:, :, head], alone.cos[:, :, 0])
+        assert torch.equal(rotation.sin[:, :, head], alone.sin[:, :, 0])

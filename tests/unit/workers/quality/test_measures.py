@@ -12,7 +12,7 @@ from workers.quality.drift import compare_looks, is_stable, measure_look
 from workers.quality.following import recognise_biome, recognise_direction
 from workers.quality.landmarks import make_quizzes
 from workers.quality.reference import confidence_95, psnr_db, sharpness, ssim
-from workers.quality.revisit import plan_revisit
+from workers.quality.revisit import Away, plan_revisit
 from workers.worlds.camera import DIRECTIONS
 from workers.worlds.clips import Difficulty, Worlds, build_worlds, draw_spec, landmarks_of, render_views
 
@@ -69,6 +69,22 @@ def test_the_place_is_far_from_the_first_view_and_is_returned_to(distance: int, 
     if cut:
         window = away[-21 * 4 :]
         assert window.min() > 64  # the frames that a window still holds do not show the whole place
+
+
+@pytest.mark.parametrize("away", ["fast", "cuts"])
+@pytest.mark.parametrize("seed", range(8))
+def test_a_fast_camera_and_one_that_cuts_do_not_show_the_place_meanwhile(away: Away, seed: int) -> None:
+    path = plan_revisit(159, np.random.default_rng(seed), 1024, 128, cut=True, away=away)
+    at = path.positions_F2
+    assert path.num_latent_frames == 180
+    assert at.min() >= 0
+    assert at.max() <= 1024 - 128
+    from_when = 72 + (50 if away == "fast" else 0)  # a fast camera needs as long to get away
+    distance = np.abs(at[from_when:-12, None] - at[None, 60:72]).max(-1)
+    assert distance.min() >= 126
+    paces = np.abs(np.diff(at[72:-12], axis=0)).max(1)
+    assert ((paces > 4).sum() >= 12) == (away == "cuts")
+    assert np.median(paces) >= (2 if away == "fast" else 0)
 
 
 def test_a_shifted_return_is_displaced_by_at_most_its_shift() -> None:
