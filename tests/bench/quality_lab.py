@@ -40,6 +40,7 @@ class Returned:
     psnr_db: float
     ssim: float
     recall: float
+    kept_mass: float
     density: float
     kv_bytes: int
     tokens: int
@@ -54,6 +55,7 @@ class Forced:
     chunk: int
     frames_BFCHW: Tensor
     recall: float
+    kept_mass: float
     density: float
     kv_bytes: int
 
@@ -112,6 +114,7 @@ class QualityLab:
             psnr_db(frames, place.truth_BFCHW).item(),
             ssim(frames.flatten(0, 1), place.truth_BFCHW.flatten(0, 1)).mean().item(),
             meter.mean(),
+            meter.mean_kept(),
             made.density,
             parts.cache.num_bytes,
             parts.cache.num_tokens,
@@ -133,7 +136,7 @@ class QualityLab:
                 meter.forget_readings()
                 (made,) = rollout.run(replace(plan, num_chunks=chunk + 1), first_chunk=chunk)
                 frames = self._lab.decode(made.latents_BTCHW, place.latents_BTCHW[:, 3 * chunk - 1])
-                found.append(Forced(chunk, frames, meter.mean(), made.density, parts.cache.num_bytes))
+                found.append(Forced(chunk, frames, meter.mean(), meter.mean_kept(), made.density, parts.cache.num_bytes))
             rollout.remember(plan, chunk, place.latents_BTCHW[:, 3 * chunk : 3 * chunk + 3])
         return found
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from workers.attention.measure import (
     exact_recall,
+    kept_mass,
     owners_by_position,
     sample_queries,
     scaled_logits,
@@ -77,6 +78,26 @@ def test_for_a_selection_recall_is_the_dense_mass_on_what_is_seen(seed: int) -> 
     got = exact_recall(logit, (own, own_seen), (logit, seen), identity(20, logit))
     p = torch.softmax(torch.cat((logit, own), -1), -1)
     assert torch.allclose(got, (p * torch.cat((seen, own_seen), -1)).sum(-1), atol=1e-12)
+    assert torch.allclose(kept_mass(logit, (own, own_seen), seen, identity(20, logit)), got, atol=1e-12)
+
+
+@given(seed=seeds, num_entries=st.integers(1, 6), num_original=st.integers(1, 12))
+def test_the_kept_mass_counts_each_key_whose_entry_is_seen(seed: int, num_entries: int, num_original: int) -> None:
+    original, own = randn(1, 2, 3, num_original, seed=seed), randn(1, 2, 3, 2, seed=seed + 1)
+    seen = rand_bool(1, 2, 3, num_entries, seed=seed)
+    own_seen = rand_bool(1, 2, 3, 2, seed=seed + 1)
+    own_seen[..., 0] = True
+    owner = torch.randint(-1, num_entries, (1, 2, num_original), generator=torch.Generator().manual_seed(seed))
+    kept = kept_mass(original, (own, own_seen), seen, owner)
+    p = torch.softmax(torch.cat((original, own), -1), -1)
+    for n in range(2):
+        for q in range(3):
+            want = float((p[0, n, q, num_original:] * own_seen[0, n, q]).sum())
+            for key, held_by in enumerate(owner[0, n].tolist()):
+                want += float(p[0, n, q, key]) if held_by >= 0 and bool(seen[0, n, q, held_by]) else 0.0
+            assert float(kept[0, n, q]) == pytest.approx(want, abs=1e-12)
+    recall = exact_recall(original, (own, own_seen), (randn(1, 2, 3, num_entries, seed=seed + 2), seen), owner)
+    assert bool((recall <= kept + 1e-12).all())
 
 
 @given(seed=seeds, num_groups=st.integers(1, 5))

@@ -2,7 +2,8 @@
 
 Recall of a query is the sum over all entries, those of its own chunk included, of min(p, p'): p is the dense softmax
 over the uncompressed history, summed over the keys that the entry stands for; p' what the rollout really gives the
-entry. What was evicted or is not seen gets nothing. For mere selection it is the dense mass on what is seen.
+entry. What was evicted or is not seen gets nothing. For mere selection it is the dense mass on what is seen; this mass
+is told apart as well (`kept_mass`), because there a merged key counts as kept, however far its group is from it.
 
 The meter keeps every key of the rollout, so it belongs into measurements; `estimate.py` is its cheap twin.
 """
@@ -10,7 +11,7 @@ The meter keeps every key of the rollout, so it belongs into measurements; `esti
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,6 +89,28 @@ def exact_recall(
     return kept + torch.minimum(p[..., num_original:], given_own).sum(-1)
 
 
+def kept_mass(
+    original_BNQT: Tensor,
+    own: tuple[Tensor, Tensor],
+    cached_seen_BNQK: Tensor | None = None,
+    owner_BNT: Tensor | None = None,
+) -> Tensor:
+    """Dense mass on the keys that are seen, as themselves or in the entry that holds them: mass_BNQ in [0, 1].
+
+    Args: As `exact_recall`; of the cache only which entries are seen.
+    """
+    own_logit, own_seen = own
+    p = torch.softmax(torch.cat((original_BNQT, own_logit), -1), -1)
+    num_original = original_BNQT.shape[-1]
+    kept = (p[..., num_original:] * own_seen).sum(-1)
+    if cached_seen_BNQK is None:
+        return kept
+    assert owner_BNT is not None
+    place = owner_BNT.clamp(min=0)[:, :, None].expand_as(original_BNQT)
+    is_seen = cached_seen_BNQK.gather(-1, place) & (owner_BNT >= 0)[:, :, None]
+    return kept + (p[..., :num_original] * is_seen).sum(-1)
+
+
 def owners_by_position(kept: KeyValues, original_T3: Tensor) -> Tensor:
     """Which entry holds each original key, for caches that drop keys but never merge them: owner_BNT, -1 for dropped.
 
@@ -118,11 +141,12 @@ def owners_by_position(kept: KeyValues, original_T3: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Reading:
-    """Recall of one layer in one call: mean over the queries looked at, by batch and head."""
+    """Recall and kept mass of one layer in one call: means over the queries looked at, by batch and head."""
 
     layer_index: int
     moment: Moment
     recall_BN: Tensor
+    kept_BN: Tensor
 
 
 class RecallMeter:
@@ -177,19 +201,29 @@ class RecallMeter:
 
         own = look("own", attending.own)
         if k is None:
-            recall_BNQ = exact_recall(own[0][..., :0], own)
+            recall_BNQ, kept_BNQ = exact_recall(own[0][..., :0], own), kept_mass(own[0][..., :0], own)
         else:
             position = self._position[: k.shape[1]]
             k_rotated = attending.rotate(KeyValues(k.to(q.dtype), k, position)).k_BKND
             original_BNQT = scaled_logits(q_BQND, k_rotated)
             assert attending.cached is not None, "the meter came after the first chunk"
             owner = self._owners(attending.layer_index, attending.cached, position)
-            recall_BNQ = exact_recall(original_BNQT, own, look("cached", attending.cached), owner)
-        self.readings.append(Reading(attending.layer_index, attending.moment, recall_BNQ.mean(-1).cpu()))
+            cached = look("cached", attending.cached)
+            recall_BNQ = exact_recall(original_BNQT, own, cached, owner)
+            kept_BNQ = kept_mass(original_BNQT, own, cached[1], owner)
+        means = (x.mean(-1).cpu() for x in (recall_BNQ, kept_BNQ))
+        self.readings.append(Reading(attending.layer_index, attending.moment, *means))
 
     def mean(self, from_chunk: int = 1) -> float:
         """Mean recall over all readings from this chunk on (the first one has no history); NaN without any."""
-        means = [reading.recall_BN.mean() for reading in self.readings if reading.moment.chunk_index >= from_chunk]
+        return self._mean_of(lambda reading: reading.recall_BN, from_chunk)
+
+    def mean_kept(self, from_chunk: int = 1) -> float:
+        """The same of the kept mass."""
+        return self._mean_of(lambda reading: reading.kept_BN, from_chunk)
+
+    def _mean_of(self, value: Callable[[Reading], Tensor], from_chunk: int) -> float:
+        means = [value(reading).mean() for reading in self.readings if reading.moment.chunk_index >= from_chunk]
         return float(torch.stack(means).mean()) if means else math.nan
 
     def forget_readings(self) -> None:
