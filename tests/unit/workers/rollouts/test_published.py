@@ -1,0 +1,119 @@
+"""Every call of every rollout against the published models and loops written from their formulas alone."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.plain_rollouts import make_model
+from tests.published import ChunkBuffer, RollingBuffer, State, Wan, longvie, rolling_forcing, self_forcing
+from workers.kernels.reference import ReferenceKernel
+from workers.model.backbones import Backbone, ControlBranchSizes, find_backbone
+from workers.model.control_branch import ControlBranch
+from workers.rollouts.replay import Recording, ReplayModel, ReplaySettings, replay
+
+ROWS, COLUMNS, FRAMES = 2, 3, 3
+LATENT = (2 * ROWS, 2 * COLUMNS)
+T2V = replace(find_backbone("wan2.1-t2v-1.3b"), dim=80, num_heads=2, num_layers=3, ffn_dim=96, text_dim=32)
+I2V = replace(
+    find_backbone("longvie2-14b"),
+    dim=80,
+    num_heads=2,
+    num_layers=4,
+    ffn_dim=96,
+    text_dim=32,
+    image_dim=32,
+    chunk_latent_frames=5,
+    control_branch=ControlBranchSizes(dim=40, num_layers=2, num_heads=1, ffn_dim=48),
+)
+FOUR, FIVE = (1000, 750, 500, 250), (1000, 800, 600, 400, 200)
+
+
+def draw(frames: int = FRAMES, channels: int = 16) -> Tensor:
+    return torch.randn(1, frames, channels, *LATENT)
+
+
+def draw_text() -> Tensor:
+    text = torch.randn(1, 12, 32)
+    text[:, 7:] = 0.0
+    return text
+
+
+def draw_inputs(num_chunks: int, steps: tuple[int, ...], num_given: int = 0) -> State:
+    torch.manual_seed(23)
+    tensors = {"prompt.text": draw_text(), "noise.initial": draw((num_chunks - num_given) * FRAMES)}
+    if num_given:
+        tensors["latents.initial"] = draw(num_given * FRAMES)
+    for c in range(num_given, num_chunks):
+        tensors |= {f"noise.{c}.{k}": draw() for k in range(1, len(steps))}
+    return tensors
+
+
+def compare(backbone: Backbone, settings: ReplaySettings, tensors: State, num_calls: int) -> None:
+    """Replay a published run; all of its calls and chunks must be ours, and near."""
+    report = replay(ReplayModel(make_model(backbone), ReferenceKernel()), Recording(settings, tensors))
+    assert len(report.differences) == sum(name.startswith(("call.", "chunk.")) for name in tensors) - len(
+        report.not_made
+    )
+    assert sum(d.name.endswith(".flow") for d in report.differences) == num_calls
+    assert all(d.std > 0.3 for d in report.differences if d.name.startswith("chunk."))
+    far = [d for d in report.differences if not d.max_abs <= 1e-4]
+    assert far == []
+
+
+@pytest.fixture(scope="module")
+def t2v() -> Wan:
+    return Wan(make_model(T2V).state_dict(), T2V.num_heads)
+
+
+@pytest.mark.parametrize(("window", "sink", "num_chunks"), [(21, 0, 7), (9, 3, 8)], ids=["released", "windowed"])
+def test_self_forcing(t2v: Wan, window: int, sink: int, num_chunks: int) -> None:
+    tensors = draw_inputs(num_chunks, FOUR)
+    with torch.no_grad():
+        buffer = ChunkBuffer(ROWS, COLUMNS, size_frames=window, sink_frames=sink)
+        tensors |= self_forcing(t2v, tensors, num_chunks, FOUR, buffer)
+    settings = ReplaySettings(
+        "chunkwise", num_chunks, step_list=FOUR, attended_latent_frames=window, sink_latent_frames=sink
+    )
+    compare(T2V, settings, tensors, 5 * num_chunks - 1)
+
+
+def test_self_forcing_from_given_latents(t2v: Wan) -> None:
+    tensors = draw_inputs(5, FOUR, num_given=2)
+    with torch.no_grad():
+        tensors |= self_forcing(t2v, tensors, 5, FOUR, ChunkBuffer(ROWS, COLUMNS))
+    compare(T2V, ReplaySettings("chunkwise", 5, step_list=FOUR), tensors, 2 + 5 * 3 - 1)
+
+
+def test_rolling_forcing(t2v: Wan) -> None:
+    num_chunks = 12  # from the ninth on the first chunk after the sink is dropped
+    tensors = draw_inputs(num_chunks, FIVE)
+    with torch.no_grad():
+        tensors |= rolling_forcing(t2v, tensors, num_chunks, FIVE, RollingBuffer(ROWS, COLUMNS))
+    settings = ReplaySettings("rolling", num_chunks, step_list=FIVE, sink_latent_frames=3)
+    compare(T2V, settings, tensors, num_chunks + 4 + num_chunks - 1)
+
+
+def test_longvie() -> None:
+    torch.manual_seed(29)
+    model, branch, frames = make_model(I2V), ControlBranch(I2V).eval().requires_grad_(False), 5
+    with torch.no_grad():
+        for p in branch.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    tensors, noise = {}, draw(frames)
+    for j in range(3):
+        tensors |= {f"clip.{j}.noise": noise, f"clip.{j}.condition": draw(frames, 20)}
+        tensors |= {f"clip.{j}.{name}": draw(frames, 36) for name in ("dense", "sparse")}
+        tensors |= {f"clip.{j}.{name}": draw_text() for name in ("text", "negative")}
+        tensors[f"clip.{j}.image"] = torch.randn(1, 9, 32)
+        if j:
+            tensors[f"clip.{j}.history"] = draw(2)
+    wan, control = Wan(model.state_dict(), I2V.num_heads), Wan(branch.state_dict(), 1)
+    with torch.no_grad():
+        made = longvie(wan, control, tensors, num_clips=3, num_steps=4, guidance=5.0)
+    settings = ReplaySettings("clipwise", 3, num_steps=4, guidance=5.0)
+    report = replay(ReplayModel(model, ReferenceKernel(), branch), Recording(settings, tensors | made))
+    assert len(report.differences) == len(made) == 3 * (3 * 8 + 1)
+    assert all(d.std > 0.3 for d in report.differences if d.name.startswith("chunk."))
+    assert [d for d in report.differences if not d.max_abs <= 1e-4] == []
