@@ -116,7 +116,12 @@ class Wan:
         add: Callable[[int, Tensor, Tensor], Tensor] | None = None,
         skipped_frames: int = 0,
     ) -> Tensor:
-        """Flow [T, 16, H, W]; `add(layer, x, e0 of the tokens)` follows each layer, skipped frames leave before the head."""
+        """Flow [T, 16, H, W].
+
+        Args:
+            add: (layer, x, e0 of the tokens) -> x, after each layer.
+            skipped_frames: First frames, which leave before the head.
+        """
         num_frames, _, height, width = x_TCHW.shape
         rows, columns = height // 2, width // 2
         x, (e, e0) = self.patches(x_TCHW), self.times(t_T)
@@ -154,7 +159,7 @@ class Keys:
 
 @dataclass
 class ChunkBuffer(Keys):
-    """Self-Forcing's: keys after RoPE, every call writes its own, two counters; frames behind the sink are shifted out."""
+    """Self-Forcing's: keys after RoPE, every call writes its own, two counters; frames behind the sink go out first."""
 
     size_frames: int = 21
     sink_frames: int = 0
@@ -322,42 +327,60 @@ def control_sums(
     return sums
 
 
-def longvie(wan: Wan, control: Wan, tensors: State, num_clips: int, num_steps: int, guidance: float) -> State:
-    """Clip by clip with Euler steps: history tokens before the clip's own, control on the latter."""
-    record = Record()
-    for j in range(num_clips):
-        clip = {key.removeprefix(f"clip.{j}."): x for key, x in tensors.items() if key.startswith(f"clip.{j}.")}
-        x, history = clip["noise"][0].clone(), clip.get("history")
-        num_frames, num_history = len(x), 0
+@dataclass
+class Clip:
+    """One clip of LongVie 2: what stays the same in all of its calls."""
+
+    wan: Wan
+    control: Wan
+    tensors: State
+    """Inputs by their names behind `clip.{j}.`."""
+
+    @property
+    def history(self) -> Tensor:
+        noise = self.tensors["noise"]
+        return self.tensors.get("history", noise[:, :0])[0]
+
+    def start(self) -> Tensor:
+        x = self.tensors["noise"][0].clone()
+        if len(self.history):
+            x[0] = (1 - 0.925926) * self.history[-1] + 0.925926 * x[0]
+        return x
+
+    def flow(self, x: Tensor, t: float, context: Context) -> Tensor:
+        """History tokens first, at the clip's timestep; control for the clip's own alone."""
+        num_frames, num_history = len(x), len(self.history)
         rows, columns = x.shape[-2] // 2, x.shape[-1] // 2
-        if history is not None:
-            num_history = history.shape[1]
-            x[0] = (1 - 0.925926) * history[0, -1] + 0.925926 * x[0]
-        contexts = [wan.read(clip[name], clip["image"]) for name in ("text", "negative")]
-        u = [1 - i / num_steps for i in range(num_steps)] + [0.0]
-        sigmas = [5 * v / (1 + 4 * v) for v in u]
+        first = num_history * rows * columns
+        ones = torch.ones(num_history, 20, *x.shape[2:])
+        inputs = torch.cat((torch.cat((ones, self.history), 1), torch.cat((x, self.tensors["condition"][0]), 1)))
+        sums: list[Tensor] = []
+
+        def add(index: int, h: Tensor, e0: Tensor) -> Tensor:
+            if index == 0:
+                maps, keys = (self.tensors["dense"], self.tensors["sparse"]), Keys(rows, columns, range(num_frames))
+                sums.extend(control_sums(self.wan, self.control, maps, e0[first:], context, keys))
+            return torch.cat((h[:first], h[first:] + sums[index])) if index < len(sums) else h
+
+        keys = Keys(rows, columns, range(num_history + num_frames))
+        return self.wan.forward(inputs, torch.full((len(inputs),), t), context, keys, add, num_history)
+
+
+def longvie(wan: Wan, control: Wan, tensors: State, num_clips: int, num_steps: int, guidance: float) -> State:
+    """Clip by clip with Euler steps, under the prompt and the negative prompt."""
+    record = Record()
+    u = [1 - i / num_steps for i in range(num_steps)] + [0.0]
+    sigmas = [5 * v / (1 + 4 * v) for v in u]
+    for j in range(num_clips):
+        first = f"clip.{j}."
+        clip = Clip(wan, control, {key.removeprefix(first): x for key, x in tensors.items() if key.startswith(first)})
+        x = clip.start()
+        contexts = [wan.read(clip.tensors[name], clip.tensors["image"]) for name in ("text", "negative")]
         for step in range(num_steps):
-            t = torch.full((num_frames,), 1000 * sigmas[step])
-            flows = []
-            for branch, context in enumerate(contexts):
-                inputs = torch.cat((x, clip["condition"][0]), 1)
-                if history is not None:
-                    ones = torch.ones(num_history, 20, *x.shape[2:])
-                    inputs = torch.cat((torch.cat((ones, history[0]), 1), inputs))
-                sums: list[Tensor] = []
-
-                def add(index: int, h: Tensor, e0: Tensor, context=context, sums=sums, clip=clip) -> Tensor:
-                    first = num_history * rows * columns
-                    if index == 0:
-                        maps, keys = (clip["dense"], clip["sparse"]), Keys(rows, columns, range(num_frames))
-                        sums += control_sums(wan, control, maps, e0[first:], context, keys)
-                    return torch.cat((h[:first], h[first:] + sums[index])) if index < len(sums) else h
-
-                keys = Keys(rows, columns, range(num_history + num_frames))
-                all_times = t[:1].expand(num_history + num_frames)
-                flow = wan.forward(inputs, all_times, context, keys, add, num_history)
-                record.call(f"{j}.{step}.{branch}", x, t, flow)
-                flows.append(flow)
+            t = 1000 * sigmas[step]
+            flows = [clip.flow(x, t, context) for context in contexts]
+            for branch, flow in enumerate(flows):
+                record.call(f"{j}.{step}.{branch}", x, torch.full((len(x),), t), flow)
             x = x + (sigmas[step + 1] - sigmas[step]) * (flows[1] + guidance * (flows[0] - flows[1]))
         record.tensors[f"chunk.{j}"] = x[None]
     return record.tensors

@@ -53,9 +53,8 @@ def draw_inputs(num_chunks: int, steps: tuple[int, ...], num_given: int = 0) -> 
 def compare(backbone: Backbone, settings: ReplaySettings, tensors: State, num_calls: int) -> None:
     """Replay a published run; all of its calls and chunks must be ours, and near."""
     report = replay(ReplayModel(make_model(backbone), ReferenceKernel()), Recording(settings, tensors))
-    assert len(report.differences) == sum(name.startswith(("call.", "chunk.")) for name in tensors) - len(
-        report.not_made
-    )
+    num_recorded = sum(name.startswith(("call.", "chunk.")) for name in tensors)
+    assert len(report.differences) == num_recorded - len(report.not_made)
     assert sum(d.name.endswith(".flow") for d in report.differences) == num_calls
     assert all(d.std > 0.3 for d in report.differences if d.name.startswith("chunk."))
     far = [d for d in report.differences if not d.max_abs <= 1e-4]
