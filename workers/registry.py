@@ -115,7 +115,7 @@ def show_model(name: str) -> dict[str, Any]:
         "image encoder": image_parameters(backbone),
         "VAE": _VAE_PARAMETERS if backbone.wan_vae is not None and backbone.wan_vae.dim == 96 else 0,
     }
-    published = [] if release is None else [p for p in (release.base, release.finetune) if p is not None]
+    published = release.parts if release else ()
     return {
         **_card(backbone).as_dict(),
         "parts": {part: count for part, count in parts.items() if count},

@@ -24,9 +24,14 @@ class Published:
 
     @property
     def download(self) -> str:
-        """What fetches it into a folder of that name."""
-        wanted = " ".join(f"'{name}*'" if name.endswith("/") else f"'{name}'" for name in self.files)
-        return f"hf download {self.repository} --local-dir {self.repository.rpartition('/')[2]} --include {wanted}"
+        """What fetches it into a folder of that name.
+
+        Each pattern has its own --include: the client takes a word behind the first one for a file name, and then
+        downloads that file alone.
+        """
+        patterns = (f"{name}*" if name.endswith("/") else name for name in self.files)
+        wanted = " ".join(f"--include '{pattern}'" for pattern in patterns)
+        return f"hf download {self.repository} --local-dir {self.repository.rpartition('/')[2]} {wanted}"
 
 
 @dataclass(frozen=True)
@@ -43,10 +48,14 @@ class Release:
         return tuple(name.rpartition("/")[2] for name in self.finetune.files) if self.finetune else ()
 
     @property
+    def parts(self) -> tuple[Published, ...]:
+        """All that is to be fetched."""
+        return (self.base,) if self.finetune is None else (self.base, self.finetune)
+
+    @property
     def licences(self) -> tuple[str, ...]:
         """One line for each part."""
-        parts = (self.base,) if self.finetune is None else (self.base, self.finetune)
-        return tuple(f"{part.repository}: {part.licence}" for part in parts)
+        return tuple(f"{part.repository}: {part.licence}" for part in self.parts)
 
 
 _COMMON = ("models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "google/umt5-xxl/")

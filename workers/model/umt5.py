@@ -7,6 +7,7 @@ the CPU and visit the GPU layer by layer, also while a rollout fills it.
 from __future__ import annotations
 
 import html
+import json
 import re
 from collections.abc import Sequence
 from importlib import import_module
@@ -71,10 +72,11 @@ def open_tokenizer(folder: Path) -> Any:
     Raises:
         CheckpointMismatch: The folder holds none.
     """
+    library = import_library("transformers.models.auto.tokenization_auto")
     try:
-        return import_library("transformers.models.auto.tokenization_auto").AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True
-        )
+        if (folder / "tokenizer.json").exists():  # its own reader tells damage by a bare Exception
+            json.loads((folder / "tokenizer.json").read_bytes())
+        return library.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
         raise CheckpointMismatch(
             f"{folder}: no tokenizer ({str(error).splitlines()[0]}); expected tokenizer.json and tokenizer_config.json "
