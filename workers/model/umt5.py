@@ -22,6 +22,8 @@ from workers.model.backbones import Backbone
 from workers.model.text_encoder import EncodedText
 
 _SPACE = re.compile(r"\s+")
+REMEMBERED_PROMPTS = 64
+"""Newest prompts whose rows are kept in host memory, at most 4 MB each for the true model in bfloat16."""
 
 
 def clean_prompt(text: str) -> str:
@@ -103,6 +105,7 @@ class Umt5Encoder:
         encoder = cast(Any, module).encoder
         self._embed: nn.Embedding = encoder.embed_tokens
         self._encoder = encoder
+        self._remembered: dict[str, Tensor] = {}  # the longest unused first
         if is_resting:
             for part in (*encoder.block, encoder.final_layer_norm):
                 _visit(part, device)
@@ -122,12 +125,31 @@ class Umt5Encoder:
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> EncodedText:
-        """Encode prompts as they are written; rows behind a prompt are zero, and attended as such."""
-        ids_BP, is_token_BP = self.tokenize(texts)
+        """Encode prompts as they are written; rows behind a prompt are zero, and attended as such.
+
+        Each prompt is encoded by itself, so its rows do not depend on others, and only once while it is remembered.
+        """
+        rows = [self._recall(text) for text in texts]
+        num_tokens_B = torch.tensor([len(row_PE) for row_PE in rows], device=self.device)
+        text_BPE = nn.utils.rnn.pad_sequence([row_PE.to(self.device) for row_PE in rows], batch_first=True)
+        return EncodedText(text_BPE, num_tokens_B)
+
+    def _recall(self, text: str) -> Tensor:
+        """Rows of one prompt without padding, [P, E] on the CPU."""
+        rows_PE = self._remembered.pop(text, None)
+        if rows_PE is None:
+            rows_PE = self._encode(text)
+            if len(self._remembered) == REMEMBERED_PROMPTS:
+                self._remembered.pop(next(iter(self._remembered)))
+        self._remembered[text] = rows_PE
+        return rows_PE
+
+    def _encode(self, text: str) -> Tensor:
+        ids_BP, is_token_BP = self.tokenize([text])
         embedded = self._embed(ids_BP.to(self._embed.weight.device)).to(self.device)
-        is_token_BP = is_token_BP.to(self.device)
-        rows = self._encoder(inputs_embeds=embedded, attention_mask=is_token_BP.long()).last_hidden_state
-        return EncodedText(rows * is_token_BP[..., None], is_token_BP.sum(-1))
+        mask_BP = is_token_BP.long().to(self.device)
+        rows: Tensor = self._encoder(inputs_embeds=embedded, attention_mask=mask_BP).last_hidden_state
+        return rows[0].cpu()
 
 
 def _visit(part: nn.Module, device: torch.device) -> None:

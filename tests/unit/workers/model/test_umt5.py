@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.wan_files import TINY, scramble, write_tokenizer
 from workers.errors import CheckpointMismatch, ConfigUnsupported
+from workers.model import umt5
 from workers.model.text_encoder import fold_padding
 from workers.model.umt5 import Umt5Encoder, clean_prompt, import_library, make_umt5, open_tokenizer
 
@@ -77,6 +78,23 @@ def test_prompts_of_a_batch_do_not_see_one_another(tokenizer: object) -> None:
     assert both.num_tokens_B.tolist() == [3, 8]
     torch.testing.assert_close(both.text_BPE[:1, :3], alone.text_BPE, atol=1e-5, rtol=1e-5)
     assert not both.text_BPE[0, 3:].any()
+
+
+def test_a_prompt_is_encoded_once_while_it_is_remembered(tokenizer: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = make_encoder(tokenizer)
+    calls: list[int] = []
+    encoder.module.encoder.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr]
+    first = encoder.encode(["a river"]).text_BPE
+    both = encoder.encode(["a red house", "a river"])
+    assert len(calls) == 2
+    assert both.num_tokens_B.tolist() == [4, 3]
+    assert torch.equal(both.text_BPE[1, :3], first[0])  # to the last bit, whatever stands beside it
+    monkeypatch.setattr(umt5, "REMEMBERED_PROMPTS", 2)
+    encoder.encode(["a green hill"])  # forgets the red house, which was used before the river
+    encoder.encode(["a river"])
+    assert len(calls) == 3
+    encoder.encode(["a red house"])
+    assert len(calls) == 4
 
 
 def test_a_long_prompt_is_cut_and_an_empty_one_is_its_end_mark(tokenizer: object) -> None:
