@@ -299,3 +299,19 @@ def test_the_client_understands_the_commands_that_download(name: str) -> None:
         assert given["repo_id"] == published.repository
         assert not given["filenames"]
         assert given["include"] == [f"{file}*" if file.endswith("/") else file for file in published.files]
+
+
+@pytest.mark.parametrize(
+    ("page", "name"),
+    [
+        ("wan.md", "wan2.1-t2v-1.3b"),
+        ("self-forcing.md", "self-forcing-1.3b"),
+        ("rolling-forcing.md", "rolling-forcing-1.3b"),
+        ("longvie2.md", "longvie2-14b"),
+    ],
+)
+def test_the_pages_show_the_commands_that_download(page: str, name: str) -> None:
+    text = (Path(__file__).parents[3] / "docs" / "backbones" / page).read_text()
+    words = " ".join(text.replace("\\\n", " ").split())
+    for command in registry.show_model(name)["download"]:
+        assert command in words

@@ -1,6 +1,8 @@
 """Every call of every rollout against the published models and loops written from their formulas alone."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,34 +87,61 @@ def test_self_forcing_from_given_latents(t2v: Wan) -> None:
     compare(T2V, ReplaySettings("chunkwise", 5, step_list=FOUR), tensors, 2 + 5 * 3 - 1)
 
 
-def test_rolling_forcing(t2v: Wan) -> None:
-    num_chunks = 12  # from the ninth on the first chunk after the sink is dropped
+def record_windows(wan: Wan, num_chunks: int) -> State:
     tensors = draw_inputs(num_chunks, FIVE)
     with torch.no_grad():
-        tensors |= rolling_forcing(t2v, tensors, num_chunks, FIVE, RollingBuffer(ROWS, COLUMNS))
+        return tensors | rolling_forcing(wan, tensors, num_chunks, FIVE, RollingBuffer(ROWS, COLUMNS))
+
+
+def test_rolling_forcing(t2v: Wan) -> None:
+    num_chunks = 12  # from the ninth on the first chunk after the sink is dropped
     settings = ReplaySettings("rolling", num_chunks, step_list=FIVE, sink_latent_frames=3)
-    compare(T2V, settings, tensors, num_chunks + 4 + num_chunks - 1)
+    compare(T2V, settings, record_windows(t2v, num_chunks), num_chunks + 4 + num_chunks - 1)
 
 
-def test_longvie() -> None:
+def make_control() -> ControlBranch:
     torch.manual_seed(29)
-    model, branch, frames = make_model(I2V), ControlBranch(I2V).eval().requires_grad_(False), 5
+    branch = ControlBranch(I2V).eval().requires_grad_(False)
     with torch.no_grad():
         for p in branch.parameters():
             p.add_(torch.randn_like(p) * 0.1)
-    tensors, noise = {}, draw(frames)
-    for j in range(3):
+    return branch
+
+
+def record_clips(num_clips: int, num_steps: int) -> State:
+    wan, control = Wan(make_model(I2V).state_dict(), I2V.num_heads), Wan(make_control().state_dict(), 1)
+    torch.manual_seed(31)
+    tensors, noise, frames = {}, draw(I2V.chunk_latent_frames), I2V.chunk_latent_frames
+    for j in range(num_clips):
         tensors |= {f"clip.{j}.noise": noise, f"clip.{j}.condition": draw(frames, 20)}
         tensors |= {f"clip.{j}.{name}": draw(frames, 36) for name in ("dense", "sparse")}
         tensors |= {f"clip.{j}.{name}": draw_text() for name in ("text", "negative")}
         tensors[f"clip.{j}.image"] = torch.randn(1, 9, 32)
         if j:
             tensors[f"clip.{j}.history"] = draw(2)
-    wan, control = Wan(model.state_dict(), I2V.num_heads), Wan(branch.state_dict(), 1)
     with torch.no_grad():
-        made = longvie(wan, control, tensors, num_clips=3, num_steps=4, guidance=5.0)
-    settings = ReplaySettings("clipwise", 3, num_steps=4, guidance=5.0)
-    report = replay(ReplayModel(model, ReferenceKernel(), branch), Recording(settings, tensors | made))
-    assert len(report.differences) == len(made) == 3 * (3 * 8 + 1)
+        return tensors | longvie(wan, control, tensors, num_clips, num_steps, guidance=5.0)
+
+
+def test_longvie() -> None:
+    settings, tensors = ReplaySettings("clipwise", 3, num_steps=4, guidance=5.0), record_clips(3, 4)
+    report = replay(ReplayModel(make_model(I2V), ReferenceKernel(), make_control()), Recording(settings, tensors))
+    assert len(report.differences) == 3 * (3 * 8 + 1)
+    assert report.not_made == ()
     assert all(d.std > 0.3 for d in report.differences if d.name.startswith("chunk."))
     assert [d for d in report.differences if not d.max_abs <= 1e-4] == []
+
+
+def test_the_documented_code_replays(t2v: Wan) -> None:
+    text = (Path(__file__).parents[4] / "docs" / "replay.md").read_text()
+    chunks, clips = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    scope = {"their_state_dict": t2v.state, "tensors": record_windows(t2v, 10)}
+    exec(chunks, scope)  # noqa: S102
+    report = scope["report"]
+    assert (report.worst <= 1e-4, len(report.differences)) == (True, 3 * (14 + 9) + 10)
+    assert "num_steps=50" in clips
+    scope |= {"their_state_dict": make_model(I2V).state_dict(), "their_control_dict": make_control().state_dict()}
+    scope["tensors"] = record_clips(2, 2)
+    exec(clips.replace("num_steps=50", "num_steps=2"), scope)  # noqa: S102
+    report = scope["report"]
+    assert (report.worst <= 1e-4, len(report.differences)) == (True, 2 * (3 * 4 + 1))
