@@ -214,7 +214,8 @@ def _given_chunks(model: ReplayModel, recording: Recording) -> tuple[Tensor, ...
         return ()
     if given.shape[1] % num_frames:
         raise ValueError(f"latents.initial: {given.shape[1]} latent frames are no whole chunks of {num_frames}")
-    return given.split(num_frames, dim=1)
+    chunks: tuple[Tensor, ...] = given.split(num_frames, dim=1)
+    return chunks
 
 
 def _chunk_plan(model: ReplayModel, recording: Recording) -> RolloutPlan:
