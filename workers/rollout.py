@@ -18,6 +18,7 @@ from workers.denoise import Schedule, step_euler, step_renoise
 from workers.errors import NonFiniteLatents
 from workers.metrics import Stopwatch
 from workers.model.attend import RolloutAttention
+from workers.model.backbones import Backbone
 from workers.model.dit import AttendPrompt, CausalDiT, attend_prompt_dense
 from workers.model.rope import grid_positions
 
@@ -93,7 +94,7 @@ class Rollout:
             with self._stopwatch.stage("denoise"):
                 if self._judge is not None:
                     self._judge.begin_chunk()
-                self._attention.begin_chunk(self._positions(plan, index))
+                self._attention.begin_chunk(chunk_positions(plan, self._model.backbone, index, self._device))
                 prompts = plan.prompt(index)
                 maps = plan.control(index)
                 control = None if maps is None else self._model.embed_control(maps.to(self._device))
@@ -114,7 +115,7 @@ class Rollout:
     def remember(self, plan: RolloutPlan, index: int, latents_BTCHW: Tensor) -> None:
         """Take clean latents from elsewhere as a chunk of the past: the video goes on from them."""
         with self._stopwatch.stage("cache"):
-            self._attention.begin_chunk(self._positions(plan, index))
+            self._attention.begin_chunk(chunk_positions(plan, self._model.backbone, index, self._device))
             maps = plan.control(index)
             control = None if maps is None else self._model.embed_control(maps.to(self._device))
             self._remember(plan, index, latents_BTCHW.to(self._device), plan.prompt(index), control)
@@ -180,10 +181,11 @@ class Rollout:
             flows.append(flow.float())
         return flows[0] if len(flows) == 1 else torch.lerp(flows[1], flows[0], guidance)
 
-    def _positions(self, plan: RolloutPlan, index: int) -> Tensor:
-        backbone = self._model.backbone
-        num = backbone.chunk_latent_frames
-        rows, columns = backbone.token_grid(plan.latent_size)
-        origin = None if plan.world_origin is None else plan.world_origin(index).to(self._device)
-        time = torch.arange(index * num, (index + 1) * num, device=self._device)
-        return grid_positions(time, rows, columns, origin)
+
+def chunk_positions(plan: RolloutPlan, backbone: Backbone, index: int, device: torch.device) -> Tensor:
+    """(latent frame, row, column) of the tokens of one chunk, [Q, 3]."""
+    num = backbone.chunk_latent_frames
+    rows, columns = backbone.token_grid(plan.latent_size)
+    origin = None if plan.world_origin is None else plan.world_origin(index).to(device)
+    time = torch.arange(index * num, (index + 1) * num, device=device)
+    return grid_positions(time, rows, columns, origin)
