@@ -92,7 +92,7 @@ class CapturedRollout:
         latent_size: tuple[int, int],
         settings: CapturedSettings,
     ) -> None:
-        self._model, self._layers, self._table, self._settings = model, layers, table, settings
+        self._model, self._layers, self.table, self._settings = model, layers, table, settings
         self._chooser, self._attend = parts
         b = model.backbone
         self._device, self._latent_size = model.head.modulation.device, latent_size
@@ -135,7 +135,7 @@ class CapturedRollout:
                 self.call(latents, 0.0, choose=False)
                 self.remember(position)
             density = min(1.0, self._chooser.num_slots_seen / ((index + 1) * len(position)))
-            yield CleanChunk(index, latents, self._table.num_bytes, density)
+            yield CleanChunk(index, latents, self.table.num_bytes, density)
 
     def call(self, latents: Tensor, timestep: float, *, choose: bool) -> Tensor:
         """Flow of the chunk in hand, float32; overwritten by the next call."""
@@ -160,7 +160,7 @@ class CapturedRollout:
         time_T6E = time_BT6E[0]
         mark("embed")
         for index, weights in enumerate(layers.weights):
-            keys, listed = self._table.layers[index], self._lists[index]
+            keys, listed = self.table.layers[index], self._lists[index]
             layers.enter(weights, x, time_T6E, self._rotation, self._targets[index])
             mark("queries, keys, values")
             if choose:
@@ -176,7 +176,7 @@ class CapturedRollout:
     def remember(self, position_Q3: Tensor) -> None:
         """The last call was a clean pass: its keys become history."""
         for index in range(len(self._lists)):
-            self._table.remember(index, position_Q3)
+            self.table.remember(index, position_Q3)
 
     def _begin(self, plan: RolloutPlan, index: int) -> Tensor:
         """Fill the buffers for a chunk; its positions."""
