@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 
 from workers.attention.tile_choice import ChoiceSettings, Estimate, TileChoice, TileRuns
 from workers.cache.table_layout import TableSettings
@@ -15,6 +14,7 @@ from workers.model.backbones import Backbone
 from workers.model.dit import CausalDiT
 from workers.model.static_layers import Fp8Linears, StaticLayers
 from workers.rollouts.captured import CapturedRollout, CapturedSettings
+from workers.search.nearest_rows import NearestRows, nearest_rows
 
 
 def table_settings(backbone: Backbone, latent_size: tuple[int, int], **sizes: Any) -> TableSettings:
@@ -51,6 +51,7 @@ def make_captured(
     always_recent: bool = False,
     estimate: Estimate = "exact",
     attend: AttendTable | None = None,
+    nearest: NearestRows = nearest_rows,
     fp8: Fp8Linears = "none",
     backend: str | Callable[..., Any] | None = None,
     settings: CapturedSettings | None = None,
@@ -58,7 +59,7 @@ def make_captured(
 ) -> CapturedRollout:
     """Everything of one rollout; None compiles nothing."""
     device = model.head.modulation.device
-    table = TileTable(sizes, model.dtype, device)
+    table = TileTable(sizes, model.dtype, device, nearest)
     layers = StaticLayers(model, fp8)
     runs = tile_runs(sizes, always_sink=always_sink, always_recent=always_recent)
     chosen = ChoiceSettings(num_chosen, estimate=estimate, tile=sizes.tile, **choice)

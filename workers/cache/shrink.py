@@ -1,7 +1,7 @@
 """Make room in a full history: the nearest pairs merge, as many as room is needed for, and the rest moves together.
 
-Each key has at most one partner, an older key at the time it came, so pairs form trees; the pairs that merge are the
-nearest by cosine before RoPE as it is now, and what they connect becomes one key group. Its newest key stands for it,
+Each key has at most one partner, an older key when it came, so pairs form trees; the pairs that merge are the nearest
+by cosine before RoPE as it is now, and what they connect becomes one key group. Its newest key stands for it,
 in place and position; m is the sum; mass and value are the sum and mean by weights exp(-decay |k - k_j|^2 / (2 sqrt D)),
 as in `groups.py`. Survivors keep their order, which is that of time, and stand at the end of the room that is kept.
 
@@ -10,13 +10,14 @@ Sums over members are made in whole numbers, so their order does not matter: the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from workers.cache.partners import History
-from workers.cache.unrotated import TurnBack, take_rows
+from workers.cache.unrotated import TurnBack
 
 _WEIGHT_UNITS = float(2**24)
 _VALUE_UNITS = float(2**20)
@@ -49,7 +50,7 @@ class _Families(NamedTuple):
 
 def shrink(
     history: History, v_NLD: Tensor, weight_NC: Tensor, partner_NC: Tensor, turn_back: TurnBack, rate: float,
-    num_keep: int, num_merges: Tensor,
+    num_keep: int, num_merges: int, fuse: Fuse,
 ) -> Survivors:  # fmt: skip
     """Choose and sum; nothing is written.
 
@@ -60,18 +61,17 @@ def shrink(
         turn_back: RoPE of the model.
         rate: Of the falling weight, per squared distance.
         num_keep: Slots that are kept.
-        num_merges: How many pairs merge, int64 scalar; at most the slots that are given up.
+        num_merges: How many pairs merge; at most the slots that are given up.
+        fuse: Pieces that are compiled on a GPU.
     """
     live = history.m_NC > 0
     families = _join_nearest(_pair_cosine(history, partner_NC, turn_back), partner_NC, live, num_keep, num_merges)
     capacity = history.m_NC.shape[1] - num_keep
     victim, is_victim = _list_victims(live & ~families.survives, capacity)
     head = families.head.gather(1, victim)
-    k_victim = turn_back(
-        take_rows(history.k_NLW, victim, history.start), take_rows(history.position_NC3, victim)
-    )
-    k_head = turn_back(take_rows(history.k_NLW, head, history.start), take_rows(history.position_NC3, head))
-    likeness = torch.exp(-rate * (k_victim - k_head).square().sum(-1)) * is_victim
+    inner, squared_victim, squared_head = turn_back.products(history.keys, history.position_NC3, victim, head)
+    distance = (squared_victim + squared_head - 2 * inner).clamp(min=0)
+    likeness = torch.exp(-rate * distance) * is_victim
     w_victim = weight_NC.gather(1, victim) * likeness
     source, is_key = _sources(families, live, num_keep)
     target = families.target.gather(1, victim).clamp(min=0)
@@ -81,7 +81,7 @@ def shrink(
     added = torch.zeros_like(w_own, dtype=torch.int64)
     added.scatter_add_(1, target, (w_victim.double() * _WEIGHT_UNITS).round().long())
     weight = w_own + (added.double() / _WEIGHT_UNITS).float()
-    v = _mean_values(v_NLD, history.start, (source, w_own), (victim, w_victim, target), weight)
+    v = _mean_values(v_NLD, history.start, (source, w_own), (victim, w_victim, target), weight, fuse)
     partner = _new_partners(families, partner_NC, source, is_key)
     return Survivors(source, is_key, m, weight, partner, v)
 
@@ -89,21 +89,14 @@ def shrink(
 def _pair_cosine(history: History, partner_NC: Tensor, turn_back: TurnBack) -> Tensor:
     """Cosine of each key with its partner, float32; -inf without one."""
     partner = partner_NC.long().clamp(min=0)
-    other = turn_back.unit(
-        take_rows(history.k_NLW, partner, history.start), take_rows(history.position_NC3, partner)
-    )
-    own = turn_back.unit(history.k_NCW, history.position_NC3)
-    return (own.float() * other.float()).sum(-1).masked_fill((partner_NC < 0) | (history.m_NC == 0), -torch.inf)
+    inner, own, other = turn_back.products(history.keys, history.position_NC3, None, partner)
+    cosine = inner / (own * other).clamp(min=1e-30).sqrt()
+    return cosine.masked_fill((partner_NC < 0) | (history.m_NC == 0), -torch.inf)
 
 
-def _join_nearest(
-    cosine_NC: Tensor, partner_NC: Tensor, live_NC: Tensor, num_keep: int, num_merges: Tensor
-) -> _Families:
+def _join_nearest(cosine_NC: Tensor, partner_NC: Tensor, live_NC: Tensor, num_keep: int, num_merges: int) -> _Families:
     own = torch.arange(cosine_NC.shape[1], device=cosine_NC.device).expand_as(cosine_NC)
-    order = cosine_NC.argsort(dim=-1, descending=True, stable=True)
-    among_nearest = own < num_merges
-    joins = torch.zeros_like(live_NC).scatter_(1, order, among_nearest) & ~cosine_NC.isneginf()
-    root = torch.where(joins, partner_NC.long(), own)
+    root = torch.where(_highest(cosine_NC, num_merges), partner_NC.long(), own)
     for _ in range(cosine_NC.shape[1].bit_length()):  # a chain halves with each look
         root = root.gather(1, root)
     head = torch.zeros_like(root).scatter_reduce_(1, root, own, "amax").gather(1, root)
@@ -111,6 +104,16 @@ def _join_nearest(
     rank = survives.cumsum(-1)
     target = (rank - 1 + num_keep - rank[:, -1:]).gather(1, head)
     return _Families(root, head, survives, target)
+
+
+def _highest(x_NC: Tensor, num: int) -> Tensor:
+    """The `num` highest of each row, of equal ones the first; never -inf."""
+    if num == 0:
+        return torch.zeros_like(x_NC, dtype=torch.bool)
+    least = x_NC.topk(num, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    above, equal = x_NC > least, x_NC == least
+    room = num - above.sum(-1, keepdim=True)
+    return (above | (equal & (equal.cumsum(-1) <= room))) & ~x_NC.isneginf()
 
 
 def _list_victims(is_victim_NC: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
@@ -133,20 +136,44 @@ def _sources(families: _Families, live_NC: Tensor, num_keep: int) -> tuple[Tenso
 
 
 def _mean_values(
-    v_NLD: Tensor, start: int, kept: tuple[Tensor, Tensor], given_up: tuple[Tensor, Tensor, Tensor], weight: Tensor
-) -> Tensor:
+    v_NLD: Tensor, start: int, kept: tuple[Tensor, Tensor], given_up: tuple[Tensor, Tensor, Tensor], weight: Tensor,
+    fuse: Fuse,
+) -> Tensor:  # fmt: skip
     """Mean value of each group by the weights of its members, [N, kept, D]."""
     (source, w_own), (victim, w_victim, target) = kept, given_up
     heads, num_keep = source.shape
     total = weight.clamp(min=1e-30)
-    share = (w_victim / total.gather(1, target))[..., None]
-    part = (take_rows(v_NLD, victim, start).float() * (share * _VALUE_UNITS)).round().to(torch.int32)
+    share_NR = w_victim / total.gather(1, target)
+    part = fuse.scaled(v_NLD, victim + start, share_NR)
     base = torch.arange(heads, device=source.device)[:, None] * num_keep
     summed = torch.zeros(heads * num_keep, part.shape[-1], dtype=torch.int32, device=part.device)
     summed.index_add_(0, (target + base).flatten(), part.flatten(0, 1))
-    own = take_rows(v_NLD, source, start).float() * (w_own / total)[..., None]
-    mean: Tensor = own + summed.view_as(own).float() / _VALUE_UNITS
+    return fuse.mean(v_NLD, source + start, w_own / total, summed.view(heads, num_keep, -1))
+
+
+def scale_values(v_NLD: Tensor, slot_NR: Tensor, share_NR: Tensor) -> Tensor:
+    """Shares of these values in whole numbers."""
+    head_N1 = torch.arange(v_NLD.shape[0], device=v_NLD.device)[:, None]
+    return (v_NLD[head_N1, slot_NR].float() * (share_NR * _VALUE_UNITS)[..., None]).round().to(torch.int32)
+
+
+def add_shares(v_NLD: Tensor, slot_NR: Tensor, share_NR: Tensor, summed_NRD: Tensor) -> Tensor:
+    """A share of these values, and the sum of others in whole numbers."""
+    head_N1 = torch.arange(v_NLD.shape[0], device=v_NLD.device)[:, None]
+    mean = v_NLD[head_N1, slot_NR].float() * share_NR[..., None] + summed_NRD.float() / _VALUE_UNITS
     return mean.to(v_NLD.dtype)
+
+
+class Fuse:
+    """The two pieces above, compiled or not."""
+
+    def __init__(self) -> None:
+        self.scaled: Callable[[Tensor, Tensor, Tensor], Tensor] = scale_values
+        self.mean: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = add_shares
+
+    def compile(self, backend: str | Callable[..., object]) -> None:
+        self.scaled = torch.compile(scale_values, dynamic=False, backend=backend)
+        self.mean = torch.compile(add_shares, dynamic=False, backend=backend)
 
 
 def _new_partners(families: _Families, partner_NC: Tensor, source: Tensor, is_key: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Where the keys of a tile table lie: one row of whole tiles per head, sink | history | recent | own chunk.
 
-Every region begins at a tile. A chunk that does not fill its last tile leaves slots there that hold no key. log m stands
+Every region begins at a tile. A chunk that does not fill its last tile leaves slots there that hold no key. log m is
 in two channels behind those of the key, so that one product with a query of ones gives logit plus log m.
 """
 

@@ -1,9 +1,8 @@
 """The whole history in a table of fixed size that tile-sparse kernels read as it lies: TempCache for GPUs.
 
-The same method as `temporal_merge.py` and `groups.py` with another order of work: keys lie after RoPE at their
-absolute times, in whole tiles, log m beside them, so nothing is assembled, rotated or sorted for a chunk. Every key that
-leaves the newest chunks opens a slot and remembers its partner; a full history merges the nearest pairs (`shrink.py`).
-There is no threshold: pairs merge as far as the size asks. All shapes are fixed and nothing waits for the device, so a
+The same method as `temporal_merge.py` and `groups.py` with another order of work: keys lie after RoPE at their absolute
+times, in whole tiles, log m beside them, so nothing is assembled, rotated or sorted for a chunk. Every key that leaves the newest
+chunks opens a slot and remembers its partner; a full history merges the nearest pairs (`shrink.py`). threshold: pairs merge as far as the size asks. All shapes are fixed and nothing waits for the device, so a
 chunk's calls can be replayed as CUDA graphs. One video at a time.
 """
 
@@ -16,12 +15,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from workers.cache.partners import History, find_partners
-from workers.cache.shrink import Survivors, shrink
+from workers.cache.partners import History, Look, find_partners
+from workers.cache.shrink import Fuse, Survivors, shrink
 from workers.cache.table_layout import TableSettings, read_log_mass, write_log_mass
 from workers.cache.unrotated import TurnBack, take_rows
 from workers.contracts import KeyValues
 from workers.model.rope import make_rotation, rotate
+from workers.search.nearest_rows import NearestRows, nearest_rows
 
 
 @dataclass(eq=False)
@@ -49,19 +49,26 @@ class TileTable:
         settings: Sizes.
         dtype: Of keys and values.
         device: Where they lie.
+        nearest: Finds the nearest of some keys.
     """
 
-    def __init__(self, settings: TableSettings, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, settings: TableSettings, dtype: torch.dtype, device: torch.device, nearest: NearestRows = nearest_rows
+    ) -> None:
         self.settings, self.dtype, self.device = settings, dtype, device
         self._turn_back = TurnBack(settings.head_dim, settings.theta, device)
+        self._look = Look(settings.frame_tokens, settings.candidate_tiles, settings.tile, nearest)
+        self._fuse = Fuse()
         self._rate = settings.decay / (2 * math.sqrt(settings.head_dim))
         self.layers = [self._new_layer(index) for index in range(settings.num_layers)]
         self._views: dict[int, KeyValues] = {}
+        self.on_part: Callable[[str], None] | None = None
+        """Told the name of each part of the work as it ends; for measurements."""
 
     def compile(self, backend: str | Callable[..., object] = "inductor") -> None:
-        """Fuse what turning keys back takes."""
-        unit = torch.compile(self._turn_back.unit, dynamic=False, backend=backend)
-        self._turn_back.unit = unit  # type: ignore[method-assign]
+        """Fuse what turning keys back and averaging values takes."""
+        self._turn_back.compile(backend)
+        self._fuse.compile(backend)
 
     def own(self, layer_index: int) -> tuple[Tensor, Tensor]:
         """Where the chunk in hand writes its keys (after RoPE) and values: [N, T, D] each, views."""
@@ -80,6 +87,7 @@ class TileTable:
             if start in layer.position_of:
                 self._absorb(layer, start)
         self._copy(layer, s.own_start, start)
+        self._mark("moving chunks")
         layer.position_of[start] = position_T3
         self._views.pop(layer_index, None)
 
@@ -187,19 +195,25 @@ class TileTable:
         """A chunk of the newest becomes history."""
         s = self.settings
         if layer.pointer == s.history_tokens:
+            self._mark("moving chunks")
             self._shrink(layer)
+            self._mark("merging")
         new = slice(layer.pointer, layer.pointer + s.chunk_tokens)
         self._copy(layer, source, s.history_start + new.start)
         layer.position_NC3[:, new] = layer.position_of[source]
         layer.m_NC[:, new] = 1
         layer.weight_NC[:, new] = 1.0
-        slot, cosine = find_partners(
-            self._history(layer), self._turn_back, new, s.frame_tokens, s.candidate_tiles, s.tile
-        )
+        self._mark("moving chunks")
+        slot, cosine = find_partners(self._history(layer), self._turn_back, new, self._look)
         layer.partner_NC[:, new] = torch.where(cosine.isneginf(), -1, slot).to(torch.int32)
         layer.pointer = new.stop
         if s.candidate_tiles:
             self._average(layer, new.start // s.tile, -(-s.chunk_tokens // s.tile) + 1)
+        self._mark("matching")
+
+    def _mark(self, part: str) -> None:
+        if self.on_part is not None:
+            self.on_part(part)
 
     def _history(self, layer: LayerTable) -> History:
         return History(layer.k_NLW, self.settings.history_start, layer.position_NC3, layer.m_NC, layer.mean_NJD)
@@ -210,18 +224,18 @@ class TileTable:
         first = max(0, min(first, layer.mean_NJD.shape[1] - num))
         num = min(num, layer.mean_NJD.shape[1])
         run = slice(first * s.tile, (first + num) * s.tile)
-        unit = self._turn_back.unit(self._history(layer).k_NCW[:, run], layer.position_NC3[:, run])
+        unit = self._turn_back.unit(self._history(layer).keys[:, run], layer.position_NC3[:, run])
         there = (layer.m_NC[:, run, None] > 0).to(unit.dtype)
         layer.mean_NJD[:, first : first + num] = (unit * there).unflatten(1, (num, -1)).mean(2)
 
     def _shrink(self, layer: LayerTable) -> None:
         s = self.settings
         live = min(s.history_tokens, (layer.num_chunks - 1 - s.sink_chunks - s.recent_chunks) * s.chunk_tokens)
-        merges = torch.full((), min(s.spare_tokens, max(0, live - s.kept_tokens)), device=self.device)
+        merges = min(s.spare_tokens, max(0, live - s.kept_tokens))
         used = self._used(layer)
         found = shrink(
             used, layer.v_NLD, layer.weight_NC[:, : s.history_tokens], layer.partner_NC[:, : s.history_tokens],
-            self._turn_back, self._rate, s.kept_tokens, merges,
+            self._turn_back, self._rate, s.kept_tokens, merges, self._fuse,
         )  # fmt: skip
         self._rewrite(layer, found)
         layer.pointer = s.kept_tokens

@@ -1,7 +1,7 @@
 """Attention over listed tiles of a table that already lies as kernels read it: nothing is gathered, widened or merged.
 
-Keys carry log m in channels behind their own (`mass.py`), queries a one there; every query tile has a list of equally many
-whole key tiles. Three ways: FlashAttention-4 on Hopper, Triton, and plain torch as the reference.
+Keys carry log m in channels behind their own (`mass.py`), queries a one there; every query tile has a list of equally
+many whole key tiles. Three ways: FlashAttention-4 on Hopper, Triton, and plain torch as the reference.
 """
 
 from __future__ import annotations

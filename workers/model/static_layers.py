@@ -119,9 +119,7 @@ def hold_prompt(prompt: Sequence[PromptKeys], multiple: int = 16) -> list[Prompt
     return tables
 
 
-def _enter(
-    w: LayerWeights, x_QE: Tensor, time_T6E: Tensor, rotation: Rotation, to: Targets, eps: float
-) -> None:
+def _enter(w: LayerWeights, x_QE: Tensor, time_T6E: Tensor, rotation: Rotation, to: Targets, eps: float) -> None:
     num_heads, head_dim = to.q_QND.shape[1:]
     m = (w.modulation_6E + time_T6E)[None, :, :, None]
     h = modulate(x_QE[None], m[:, :, 0], m[:, :, 1], eps)[0]
@@ -135,9 +133,7 @@ def _enter(
     to.v_NQD.copy_(v.unflatten(-1, heads).transpose(0, 1))
 
 
-def _leave(
-    w: LayerWeights, prompt: PromptTable, x_QE: Tensor, out_QND: Tensor, time_T6E: Tensor, eps: float
-) -> Tensor:
+def _leave(w: LayerWeights, prompt: PromptTable, x_QE: Tensor, out_QND: Tensor, time_T6E: Tensor, eps: float) -> Tensor:
     m = (w.modulation_6E + time_T6E)[None, :, :, None]
     x_QE = add_gated(x_QE[None], _apply(w.out, out_QND.flatten(1))[None], m[:, :, 2])[0]
     h = F.layer_norm(x_QE, (x_QE.shape[-1],), w.norm3_E, w.norm3_bias_E, eps)

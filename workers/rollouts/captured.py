@@ -93,7 +93,7 @@ class CapturedRollout:
         settings: CapturedSettings,
     ) -> None:
         self._model, self._layers, self.table, self._settings = model, layers, table, settings
-        self._chooser, self._attend = parts
+        self.chooser, self._attend = parts
         b = model.backbone
         self._device, self._latent_size = model.head.modulation.device, latent_size
         self._rows, self._columns = b.token_grid(latent_size)
@@ -110,10 +110,8 @@ class CapturedRollout:
         self._rotation = Rotation(empty(*angle, dtype=torch.float32), empty(*angle, dtype=torch.float32))
         self._q_QNW = empty(num, b.num_heads, table.layers[0].k_NLW.shape[-1])
         self._q_QNW[..., b.head_dim : b.head_dim + 2] = 1.0
-        self._targets = [
-            Targets(self._q_QNW[..., : b.head_dim], *table.own(index)) for index in range(b.num_layers)
-        ]
-        self._lists = [self._chooser.new_list(b.num_heads) for _ in range(b.num_layers)]
+        self._targets = [Targets(self._q_QNW[..., : b.head_dim], *table.own(index)) for index in range(b.num_layers)]
+        self._lists = [self.chooser.new_list(b.num_heads) for _ in range(b.num_layers)]
         self._prompt: list[PromptTable] = []
         self._held: Sequence[PromptKeys] | None = None
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
@@ -126,21 +124,23 @@ class CapturedRollout:
             NonFiniteLatents: A chunk holds a NaN or an infinity; it is neither yielded nor remembered.
         """
         assert plan.guidance == 1.0, "a tile table holds one branch"
+        noise = self._draw(plan, first_chunk)
         for index in range(first_chunk, plan.num_chunks):
-            position = self._begin(plan, index)
-            latents = self._denoise(plan, index)
+            position = self.begin(plan, index)
+            latents = self._denoise(plan, noise)
+            if index + 1 < plan.num_chunks:  # drawn now, while the GPU is busy
+                noise = self._draw(plan, index + 1)
             if not bool(torch.isfinite(latents).all()):
                 raise NonFiniteLatents(f"chunk {index} holds NaN or infinity after its last denoising step")
             if index + 1 < plan.num_chunks:
                 self.call(latents, 0.0, choose=False)
                 self.remember(position)
-            density = min(1.0, self._chooser.num_slots_seen / ((index + 1) * len(position)))
+            density = min(1.0, self.chooser.num_slots_seen / ((index + 1) * len(position)))
             yield CleanChunk(index, latents, self.table.num_bytes, density)
 
     def call(self, latents: Tensor, timestep: float, *, choose: bool) -> Tensor:
         """Flow of the chunk in hand, float32; overwritten by the next call."""
-        self._latents.copy_(latents)
-        self._timestep.fill_(timestep)
+        self.load(latents, timestep)
         if not self._settings.graphs:
             self.compute(choose)
             return self._flow
@@ -148,6 +148,11 @@ class CapturedRollout:
             self._capture(choose)
         self._graphs[choose].replay()
         return self._flow
+
+    def load(self, latents: Tensor, timestep: float) -> None:
+        """Fill the buffers of a call."""
+        self._latents.copy_(latents)
+        self._timestep.fill_(timestep)
 
     def compute(self, choose: bool, mark: Mark = lambda name: None) -> None:
         """One call on the buffers as they are."""
@@ -164,7 +169,7 @@ class CapturedRollout:
             layers.enter(weights, x, time_T6E, self._rotation, self._targets[index])
             mark("queries, keys, values")
             if choose:
-                self._chooser.choose(self._q_QNW, keys.k_NLW, listed)
+                self.chooser.choose(self._q_QNW, keys.k_NLW, listed)
                 mark("selection")
             out = self._attend(self._q_QNW, keys.k_NLW, keys.v_NLD, listed)
             mark("attention")
@@ -178,7 +183,7 @@ class CapturedRollout:
         for index in range(len(self._lists)):
             self.table.remember(index, position_Q3)
 
-    def _begin(self, plan: RolloutPlan, index: int) -> Tensor:
+    def begin(self, plan: RolloutPlan, index: int) -> Tensor:
         """Fill the buffers for a chunk; its positions."""
         b = self._model.backbone
         position = chunk_positions(plan, b, index, self._device)
@@ -205,12 +210,14 @@ class CapturedRollout:
             self._prompt = tables
             self._graphs.clear()
 
-    def _denoise(self, plan: RolloutPlan, index: int) -> Tensor:
+    def _draw(self, plan: RolloutPlan, index: int) -> list[Tensor]:
+        """All noise of a chunk."""
+        num = 1 if self._model.backbone.sampler == "euler" else plan.schedule.num_steps
+        return [_send(plan.noise(index, step), self._device) for step in range(num)]
+
+    def _denoise(self, plan: RolloutPlan, noise: Sequence[Tensor]) -> Tensor:
         """Clean latents of one chunk, float32."""
         schedule, is_euler = plan.schedule, self._model.backbone.sampler == "euler"
-        num_noises = 1 if is_euler else schedule.num_steps
-        # All of it now, while the GPU is still busy with the chunk before.
-        noise = [_send(plan.noise(index, step), self._device) for step in range(num_noises)]
         latents = noise[0]
         for step, (sigma, timestep) in enumerate(zip(schedule.sigmas, schedule.timesteps, strict=True)):
             flow = self.call(latents, timestep, choose=step in self._settings.choose_at)

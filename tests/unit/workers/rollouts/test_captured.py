@@ -1,4 +1,4 @@
-"""The loop over a tile table against the plain rollout: the same pictures where all is kept and seen, and when it merges."""
+"""The loop over a tile table against the plain rollout: the same where all is kept and seen, and when it merges."""
 
 from dataclasses import replace
 
