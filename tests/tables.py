@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-
 from workers.attention.tile_choice import ChoiceSettings, Estimate, TileChoice, TileRuns
 from workers.cache.table_layout import TableSettings
 from workers.cache.tile_table import TileTable
@@ -54,6 +53,7 @@ def make_captured(
     nearest: NearestRows = nearest_rows,
     fp8: Fp8Linears = "none",
     backend: str | Callable[..., Any] | None = None,
+    compiled: tuple[str, ...] = ("layers", "chooser", "table"),
     settings: CapturedSettings | None = None,
     **choice: Any,
 ) -> CapturedRollout:
@@ -69,8 +69,9 @@ def make_captured(
         )
     chooser = TileChoice(chosen, runs, sizes.chunk_tokens, sizes.head_dim, device)
     if backend is not None:
-        for part in (table, layers, chooser):
-            part.compile(backend)
+        parts = {"table": table, "layers": layers, "chooser": chooser}
+        for name in compiled:
+            parts[name].compile(backend)
     attend = attend or make_attend("torch", sizes.tile)
     settings = settings or CapturedSettings(graphs=device.type == "cuda")
     return CapturedRollout(model, layers, table, (chooser, attend), latent_size, settings)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.bench.history_engine import Variant, make_engine, make_plan
+from tests.bench.history_engine import Compiled, Variant, make_engine, make_plan
 from tests.bench.rollout_rows import Settings
 from workers.kernels.listed_tiles import AttendTable, ListedName, attend_listed_plain, make_attend
 from workers.search.nearest_rows import NearestRows, make_triton_nearest_rows, nearest_rows
@@ -87,21 +87,22 @@ def choose_nearest(settings: Settings, kernels: str) -> tuple[NearestRows, str]:
         traceback.print_exc()
         return (
             nearest_rows,
-            f"Nearest keys by plain torch: Triton failed: {type(problem).__name__}: {str(problem)[:99]}.",
+            f"Nearest keys by plain torch: {type(problem).__name__}: {str(problem)[:99]}.",
         )
     if error > 1e-3 or not is_there:
         return nearest_rows, f"Nearest keys by plain torch: Triton's differ by {error:.2e}."
     return make_triton_nearest_rows(), f"Nearest keys by Triton: cosines differ from the plain ones by {error:.1e}."
 
 
-def check_compiled(settings: Settings, attend: AttendTable, nearest: NearestRows) -> tuple[bool, str]:
-    """Whether a model of two layers gives the same compiled and captured as it does plainly."""
+def check_compiled(settings: Settings, attend: AttendTable, nearest: NearestRows, parts: Compiled) -> tuple[bool, str]:
+    """Whether a model of two layers gives the same with these parts compiled as without."""
+    what = f"Compiling {', '.join(parts)}"
     small = replace(settings, backbone=replace(settings.backbone, num_layers=2))
     variant = Variant("check")  # the sizes of the rows, so that what is compiled here serves them
     try:
         latents = []
-        for backend in (None, "inductor"):
-            engine = make_engine(variant, small, attend, backend, nearest)
+        for backend, compiled in ((None, ()), ("inductor", parts)):
+            engine = make_engine(variant, small, attend, backend, nearest, compiled)
             chunks = [
                 chunk.latents_BTCHW for chunk in engine.rollout.run(make_plan(engine, small, engine.chunks_to_fill + 2))
             ]
@@ -109,12 +110,12 @@ def check_compiled(settings: Settings, attend: AttendTable, nearest: NearestRows
         difference = (latents[0] - latents[1]).square().mean().sqrt() / latents[0].square().mean().sqrt()
     except Exception as problem:
         traceback.print_exc()
-        return False, f"Compiled pieces left out: {type(problem).__name__}: {str(problem)[:200]}."
+        return False, f"{what} left out: {type(problem).__name__}: {str(problem)[:200]}."
     error = float(difference)
     # Which pairs merge and which tiles are chosen may differ where two are near: so more than rounding.
     is_equal = error < 0.1
     verdict = "used" if is_equal else "left out"
     return (
         is_equal,
-        f"Compiled pieces {verdict}: after {len(chunks)} chunks of 2 layers they differ by {error:.2e} from plain ones.",
+        f"{what} {verdict}: after {len(chunks)} chunks of 2 layers it differs by {error:.2e} from the plain one.",
     )

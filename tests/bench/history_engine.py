@@ -29,6 +29,11 @@ PROMPT_ROWS = 112
 """Of 512; the others are padding, folded into one row with log m."""
 
 
+Compiled = tuple[str, ...]
+ALL: Compiled = ("layers", "chooser", "table")
+"""Parts that can be compiled."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """One policy with its budget."""
@@ -120,6 +125,9 @@ def make_engine(
     attend: AttendTable | None,
     backend: str | None,
     nearest: NearestRows = nearest_rows,
+    compiled: Compiled = ALL,
+    *,
+    graphs: bool = True,
 ) -> Engine:
     backbone, device = settings.backbone, settings.device
     model = make_model(backbone, device, settings.dtype)
@@ -144,7 +152,8 @@ def make_engine(
         nearest=nearest,
         fp8=variant.fp8,
         backend=backend,
-        settings=CapturedSettings(variant.choose_at, graphs=device.type == "cuda"),
+        compiled=compiled,
+        settings=CapturedSettings(variant.choose_at, graphs=graphs and device.type == "cuda"),
         keys_per_tile=min(sizes.tile, variant.keys_per_tile),
         queries_per_tile=min(sizes.tile, variant.queries_per_tile),
     )

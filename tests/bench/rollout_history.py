@@ -2,8 +2,8 @@
 
 `python -m tests.bench.rollout_history --quick` checks the kernels at small sizes, says where a chunk's time goes and
 rolls out one policy over 420 frames; without `--quick` all rows, those of the whole policy over all frames. Random
-weights: time and memory are those of the sizes, densities and budgets that stand in each row. Every part that fails
-says so and takes no other along.
+weights: time and memory are those of the sizes, densities and budgets that stand in each row. A part that fails says
+so and takes no other along.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from tests.bench.history_checks import check_compiled, choose_attend, choose_nearest
-from tests.bench.history_engine import Engine, Variant, make_engine, make_plan, warm_up
+from tests.bench.history_engine import ALL, Compiled, Engine, Variant, make_engine, make_plan, warm_up
 from tests.bench.record import report
 from tests.bench.rollout_rows import RowResult, Settings, release_memory, row
 from tests.tables import tile_runs
@@ -53,7 +53,7 @@ class _Choices:
     attend: AttendTable | None = None
     attend_name: str = ""
     nearest: NearestRows = nearest_rows
-    backend: str | None = None
+    compiled: Compiled = ()
     is_checked: bool = False
 
 
@@ -70,9 +70,12 @@ def check(settings: Settings, kernels: str = "auto", *, compiled: bool = True) -
     lines.append(line)
     if compiled and settings.device.type == "cuda":
         torch._dynamo.config.recompile_limit = 256  # every variant has other strides
-        is_equal, line = check_compiled(settings, attend, _CHOICES.nearest)
-        _CHOICES.backend = "inductor" if is_equal else None
-        lines.append(line)
+        for parts in (ALL, ("layers", "chooser"), ("layers",)):
+            is_equal, line = check_compiled(settings, attend, _CHOICES.nearest, parts)
+            lines.append(line)
+            if is_equal:
+                _CHOICES.compiled = parts
+                break
     for line in lines:
         say(line)
     return lines
@@ -84,7 +87,7 @@ def say(line: str) -> None:
 
 def engine_for(variant: Variant, settings: Settings) -> Engine:
     check(settings)
-    return make_engine(variant, settings, _CHOICES.attend, _CHOICES.backend, _CHOICES.nearest)
+    return make_engine(variant, settings, _CHOICES.attend, "inductor", _CHOICES.nearest, _CHOICES.compiled)
 
 
 class ChunkClock:
@@ -153,7 +156,8 @@ def make_row(variant: Variant, settings: Settings) -> RowResult:
     notes = [
         f"{engine.chooser.num_chosen} of {sum(b - a for a, b in runs.candidates)} cached tiles chosen, "
         f"{engine.chooser.num_slots_seen} slots seen; {_CHOICES.attend_name}; "
-        f"compiled: {_CHOICES.backend is not None}; fp8: {variant.fp8}; tiles chosen at steps {variant.choose_at}"
+        f"compiled: {', '.join(_CHOICES.compiled) or 'nothing'}; fp8: {variant.fp8}; "
+        f"tiles chosen at steps {variant.choose_at}"
     ]
     if not is_whole:
         notes.append(f"measured over {num_chunks} chunks; seconds_3000_frames goes on at their last pace")
@@ -275,10 +279,25 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--frames", type=int, default=3000)
     parser.add_argument("--backbone", default="self-forcing-1.3b")
-    parser.add_argument("--density", type=float, help="of the cached tiles, for all rows")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="FIELD=VALUE", help="of every variant: density=0.2 spare_chunks=7 ..."
+    )
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no part is begun after so many")
     parser.add_argument("--name", default="rollout-history", help="of the result file")
     return parser.parse_args(arguments)
+
+
+def read_changes(texts: Sequence[str]) -> dict[str, Any]:
+    """Fields of a variant; values as JSON where they are, lists as tuples."""
+    changes: dict[str, Any] = {}
+    for text in texts:
+        field, value = text.split("=", 1)
+        try:
+            read = json.loads(value)
+        except json.JSONDecodeError:
+            read = value
+        changes[field] = tuple(read) if isinstance(read, list) else read
+    return changes
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -294,7 +313,7 @@ def main(arguments: Sequence[str]) -> None:
     tables: list[tuple[str, list[dict[str, Any]]]] = []
     results: list[dict[str, Any]] = []
     for name, is_row in [(n, False) for n in parts_wanted] + [(n, True) for n in rows_wanted or VARIANTS]:
-        variant = VARIANTS[name] if asked.density is None else replace(VARIANTS[name], density=asked.density)
+        variant = replace(VARIANTS[name], **read_changes(asked.set))
         if time.monotonic() - began > asked.seconds:
             say(f"{name}: not begun, the time given has run out")
             continue

@@ -115,7 +115,8 @@ def _estimate(q_NSW: Tensor, k_NRW: Tensor, similarity: Callable[..., Tensor], t
     logit = similarity(q_NSW, k_NRW).unflatten(-1, (-1, samples))
     lse_NSJ = logit.logsumexp(-1)
     share = (lse_NSJ - lse_NSJ.logsumexp(-1, keepdim=True)).exp()
-    return share.unflatten(1, (tiles, -1)).mean(2)
+    mass: Tensor = share.unflatten(1, (tiles, -1)).mean(2)
+    return mass
 
 
 def _make_similarity(estimate: Estimate, head_dim: int, projection: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -135,7 +136,8 @@ def _make_similarity(estimate: Estimate, head_dim: int, projection: Tensor) -> C
         p = projection.to(q.dtype)
         agreement = torch.bmm((q @ p).sign(), (k_only @ p).sign().mT).float() / p.shape[1]
         length = q.float().norm(dim=-1, keepdim=True) * scale
-        return (agreement * (math.pi / 2)).sin() * length * k_only.float().norm(dim=-1)[:, None] + mass(k)
+        logit: Tensor = (agreement * (math.pi / 2)).sin() * length * k_only.float().norm(dim=-1)[:, None] + mass(k)
+        return logit
 
     def mass(k: Tensor) -> Tensor:
         return k[..., head_dim : head_dim + 2].float().sum(-1)[:, None] * scale

@@ -2,8 +2,8 @@
 
 Each key has at most one partner, an older key when it came, so pairs form trees; the pairs that merge are the nearest
 by cosine before RoPE as it is now, and what they connect becomes one key group. Its newest key stands for it,
-in place and position; m is the sum; mass and value are the sum and mean by weights exp(-decay |k - k_j|^2 / (2 sqrt D)),
-as in `groups.py`. Survivors keep their order, which is that of time, and stand at the end of the room that is kept.
+in place and position; m is the sum; mass and value are sum and mean by weights exp(-decay |k - k_j|^2 / (2 sqrt D)), as
+in `groups.py`. Survivors keep their order, which is that of time, and stand at the end of the room that is kept.
 
 Sums over members are made in whole numbers, so their order does not matter: the same on every run and device.
 """

@@ -1,9 +1,10 @@
 """The whole history in a table of fixed size that tile-sparse kernels read as it lies: TempCache for GPUs.
 
 The same method as `temporal_merge.py` and `groups.py` with another order of work: keys lie after RoPE at their absolute
-times, in whole tiles, log m beside them, so nothing is assembled, rotated or sorted for a chunk. Every key that leaves the newest
-chunks opens a slot and remembers its partner; a full history merges the nearest pairs (`shrink.py`). threshold: pairs merge as far as the size asks. All shapes are fixed and nothing waits for the device, so a
-chunk's calls can be replayed as CUDA graphs. One video at a time.
+times, in whole tiles, log m beside them, so nothing is assembled, rotated or sorted for a chunk. Every key that leaves
+the newest chunks opens a slot and remembers its partner; a full history merges the nearest pairs (`shrink.py`). There
+is no threshold: pairs merge as far as the size asks. All shapes are fixed and nothing waits for the device, so the
+calls of a chunk can be replayed as CUDA graphs. One video at a time.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ def _enter(w: LayerWeights, x_QE: Tensor, time_T6E: Tensor, rotation: Rotation, 
     num_heads, head_dim = to.q_QND.shape[1:]
     m = (w.modulation_6E + time_T6E)[None, :, :, None]
     h = modulate(x_QE[None], m[:, :, 0], m[:, :, 1], eps)[0]
-    q, k, v = _apply(w.qkv, h).chunk(3, dim=-1)
+    q, k, v = apply_linear(w.qkv, h).chunk(3, dim=-1)
     dim = (q.shape[-1],)
     q = F.rms_norm(q, dim, None, eps) * w.norm_q_E
     k = F.rms_norm(k, dim, None, eps) * w.norm_k_E
@@ -135,12 +135,12 @@ def _enter(w: LayerWeights, x_QE: Tensor, time_T6E: Tensor, rotation: Rotation, 
 
 def _leave(w: LayerWeights, prompt: PromptTable, x_QE: Tensor, out_QND: Tensor, time_T6E: Tensor, eps: float) -> Tensor:
     m = (w.modulation_6E + time_T6E)[None, :, :, None]
-    x_QE = add_gated(x_QE[None], _apply(w.out, out_QND.flatten(1))[None], m[:, :, 2])[0]
+    x_QE = add_gated(x_QE[None], apply_linear(w.out, out_QND.flatten(1))[None], m[:, :, 2])[0]
     h = F.layer_norm(x_QE, (x_QE.shape[-1],), w.norm3_E, w.norm3_bias_E, eps)
-    q = F.rms_norm(_apply(w.cross_q, h), (x_QE.shape[-1],), None, eps) * w.norm_cross_q_E
-    x_QE = x_QE + _apply(w.cross_out, _attend_prompt(q, prompt))
+    q = F.rms_norm(apply_linear(w.cross_q, h), (x_QE.shape[-1],), None, eps) * w.norm_cross_q_E
+    x_QE = x_QE + apply_linear(w.cross_out, _attend_prompt(q, prompt))
     h = modulate(x_QE[None], m[:, :, 3], m[:, :, 4], eps)[0]
-    h = _apply(w.down, F.gelu(_apply(w.up, h), approximate="tanh"))
+    h = apply_linear(w.down, F.gelu(apply_linear(w.up, h), approximate="tanh"))
     return add_gated(x_QE[None], h[None], m[:, :, 5])[0]
 
 
@@ -153,7 +153,8 @@ def _attend_prompt(q_QE: Tensor, prompt: PromptTable) -> Tensor:
     return out_NQD.transpose(0, 1).flatten(1)
 
 
-def _apply(linear: LinearWeights, x_QI: Tensor) -> Tensor:
+def apply_linear(linear: LinearWeights, x_QI: Tensor) -> Tensor:
+    """The product; inputs get a scale for each row where the weight is in 8-bit floats."""
     if linear.scale_1O is None:
         return F.linear(x_QI, linear.weight_OI, linear.bias_O)
     scale_Q1 = x_QI.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / _FP8_MAX
@@ -169,7 +170,7 @@ def _read_layer(layer: Layer, fp8: Fp8Linears) -> LayerWeights:
     attention, cross = layer.self_attn, layer.cross_attn
     return LayerWeights(
         modulation_6E=layer.modulation.detach()[0],
-        qkv=_quantise(LinearWeights(*attention.fused), fp8 == "large"),
+        qkv=_quantise_if(fp8 == "large", LinearWeights(*attention.fused)),
         norm_q_E=attention.norm_q.weight.detach(),
         norm_k_E=attention.norm_k.weight.detach(),
         out=_read(attention.o),
@@ -178,8 +179,8 @@ def _read_layer(layer: Layer, fp8: Fp8Linears) -> LayerWeights:
         cross_q=_read(cross.q),
         norm_cross_q_E=cross.norm_q.weight.detach(),
         cross_out=_read(cross.o),
-        up=_quantise(_read(cast(nn.Linear, layer.ffn[0])), fp8 != "none"),
-        down=_quantise(_read(cast(nn.Linear, layer.ffn[2])), fp8 != "none"),
+        up=_quantise_if(fp8 != "none", _read(cast(nn.Linear, layer.ffn[0]))),
+        down=_quantise_if(fp8 != "none", _read(cast(nn.Linear, layer.ffn[2]))),
     )
 
 
@@ -187,9 +188,12 @@ def _read(linear: nn.Linear) -> LinearWeights:
     return LinearWeights(linear.weight.detach(), linear.bias.detach())
 
 
-def _quantise(linear: LinearWeights, wanted: bool) -> LinearWeights:
-    if not wanted:
-        return linear
+def _quantise_if(wanted: bool, linear: LinearWeights) -> LinearWeights:
+    return quantise(linear) if wanted else linear
+
+
+def quantise(linear: LinearWeights) -> LinearWeights:
+    """The same in 8-bit floats, each output with a scale of its own."""
     scale_O1 = linear.weight_OI.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / _FP8_MAX
     code = (linear.weight_OI.float() / scale_O1).to(torch.float8_e4m3fn)
     return LinearWeights(code, linear.bias_O, scale_O1.t().contiguous())
