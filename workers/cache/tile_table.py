@@ -63,6 +63,8 @@ class TileTable:
         self._rate = settings.decay / (2 * math.sqrt(settings.head_dim))
         self.layers = [self._new_layer(index) for index in range(settings.num_layers)]
         self._views: dict[int, KeyValues] = {}
+        self.before_change: Callable[[int], None] | None = None
+        """Told the layer that is about to take over a chunk."""
         self.on_part: Callable[[str], None] | None = None
         """Told the name of each part of the work as it ends; for measurements."""
 
@@ -80,6 +82,8 @@ class TileTable:
     def remember(self, layer_index: int, position_T3: Tensor) -> None:
         """The chunk in hand is clean: it becomes the newest of the past."""
         s, layer = self.settings, self.layers[layer_index]
+        if self.before_change is not None:
+            self.before_change(layer_index)
         index, layer.num_chunks = layer.num_chunks, layer.num_chunks + 1
         if index < s.sink_chunks:
             start = index * s.chunk_slots
