@@ -13,7 +13,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 
 from tests.bench.history_checks import check_compiled, choose_attend, choose_nearest
 from tests.bench.history_engine import ALL, Compiled, Engine, Variant, make_engine, make_plan, warm_up
+from tests.bench.history_snapshot import snapshot_rows
 from tests.bench.record import report
 from tests.bench.rollout_rows import RowResult, Settings, release_memory, row
 from tests.tables import tile_runs
@@ -260,6 +261,24 @@ def where_time_goes(variant: Variant, settings: Settings) -> list[dict[str, Any]
     return rows
 
 
+def snapshots(variant: Variant, settings: Settings) -> list[dict[str, Any]]:
+    engine = engine_for(variant, settings)
+    warm_up(engine, settings)
+
+    def chunk_seconds(rollout: Iterator[Any], num_chunks: int, after_chunk: Callable[[int], None]) -> Sequence[float]:
+        clock = ChunkClock(settings.device)
+        for chunk in rollout:
+            clock.tick()
+            after_chunk(chunk.index)
+            if chunk.index + 1 == num_chunks:
+                break
+        return clock.seconds()
+
+    rows = snapshot_rows(engine, settings, chunk_seconds, compiled="table" in _CHOICES.compiled)
+    say(f"snapshot: {json.dumps(rows)}")
+    return rows
+
+
 def attempt(name: str, make: Callable[[], Any]) -> Any:
     """What it returns; None, said loudly, where it failed."""
     try:
@@ -275,6 +294,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="checks, the table of parts, one row over 420 frames")
     parser.add_argument("--rows", nargs="*", default=None, choices=list(VARIANTS), help="rows, in this order")
     parser.add_argument("--parts", nargs="*", default=None, choices=list(VARIANTS), help="tables of where time goes")
+    parser.add_argument("--snapshot", action="store_true", help="what a snapshot costs while generation goes on")
     parser.add_argument("--kernels", default="auto", choices=["auto", "flash-attn-4", "triton", "torch"])
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--frames", type=int, default=3000)
@@ -308,11 +328,11 @@ def main(arguments: Sequence[str]) -> None:
     frames = min(asked.frames, 420) if asked.quick else asked.frames
     settings = Settings(backbone, backbone.width, backbone.height, device, dtype, frames)
     lines = check(settings, asked.kernels, compiled=not asked.no_compile)
-    rows_wanted = ["fastar-quant"] if asked.rows is None and asked.quick else asked.rows
+    rows_wanted = (["fastar-quant"] if asked.quick else list(VARIANTS)) if asked.rows is None else asked.rows
     parts_wanted = ["fastar-quant"] if asked.parts is None else asked.parts
     tables: list[tuple[str, list[dict[str, Any]]]] = []
     results: list[dict[str, Any]] = []
-    for name, is_row in [(n, False) for n in parts_wanted] + [(n, True) for n in rows_wanted or VARIANTS]:
+    for name, is_row in [(n, False) for n in parts_wanted] + [(n, True) for n in rows_wanted]:
         variant = replace(VARIANTS[name], **read_changes(asked.set))
         if time.monotonic() - began > asked.seconds:
             say(f"{name}: not begun, the time given has run out")
@@ -330,6 +350,12 @@ def main(arguments: Sequence[str]) -> None:
             report(asked.name, results, notes)
         for part_name, table in tables[-1:] if not is_row else []:
             report(f"{asked.name}-parts-{part_name}", table, notes)
+    if asked.snapshot and time.monotonic() - began <= asked.seconds:
+        release_memory(device)
+        variant = replace(VARIANTS["fastar-quant"], **read_changes(asked.set))
+        made = attempt("snapshot", lambda: snapshots(variant, settings))
+        if made is not None:
+            report(f"{asked.name}-snapshot", made, " ".join(lines))
     say(f"done after {time.monotonic() - began:.0f} s; results in {Path(__file__).parent / 'results'}")
 
 
