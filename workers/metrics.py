@@ -16,8 +16,8 @@ class Stopwatch:
     """Adds up seconds by stage name.
 
     Args:
-        device: The current stream of a CUDA device is waited for at the end of each stage, else its work would count for
-            the next one; so a stage must be as long as a chunk's work, never a single step. What runs beside it on
+        device: The current stream of a CUDA device is waited for at the end of each stage, else its work would count
+            for the next one; so a stage must be as long as a chunk's work, never a single step. What runs beside it on
             another stream goes on.
     """
 

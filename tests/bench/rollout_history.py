@@ -193,12 +193,12 @@ def measure_growing(stage: Stage, real: Sequence[int], replayed: Sequence[int]) 
 def _one_length(stage: Stage, parts: TakeParts, num: int, num_runs: int) -> tuple[float, float]:
     """Seconds of a chunk after so many, and its density; of several the last, to leave out what is done once."""
     chunks = stage.chunks(parts, num)
-    seconds, density = 0.0, 1.0
+    seconds, densities = 0.0, []
     for _ in range(num_runs):
         begun = time.perf_counter()
-        density = next(chunks).density
+        densities.append(next(chunks).density)
         seconds = time.perf_counter() - begun
-    return seconds, density
+    return seconds, densities[0]
 
 
 @row(BASELINE)
@@ -256,8 +256,8 @@ def flowcache_row(with_radial: bool, settings: Settings, hardware: Hardware) -> 
     fill_cache(take.cache, settings, [0, *range(max(1, place - num_fill), place)])
     seconds = stage.seconds(take, place, settings.timed_chunks)
     notes = (
-        f"{kernel.version}; budget {settings.flow_latent_frames} latent frames; bounded, so timed with a full cache near "
-        f"frame {settings.num_frames} alone; which steps are reused follows from random weights"
+        f"{kernel.version}; budget {settings.flow_latent_frames} latent frames; bounded, so timed with a full cache "
+        f"near frame {settings.num_frames} alone; which steps are reused follows from random weights"
     )
     return RowResult(
         "",

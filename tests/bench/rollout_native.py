@@ -23,15 +23,15 @@ def measure_bounded(stage: Stage, *, with_vae: bool) -> RowResult:
     """A cache that is full long before frame 300: three places of the video, each with a cache as it is there."""
     settings, backbone = stage.settings, stage.settings.backbone
     last = settings.num_chunks - 9
-    seconds, peaks, parts = {}, {}, stage.parts()
+    places = backbone.chunk_of_frame(_FRAME_300), backbone.chunk_of_frame(_FRAME_600), last
+    num_timed = settings.timed_chunks, 1, settings.timed_chunks
+    seconds, peaks, parts = [], [], stage.parts()
     reset_peak_gpu_bytes(settings.device)
-    for place in (backbone.chunk_of_frame(_FRAME_300), backbone.chunk_of_frame(_FRAME_600), last):
+    for place, num in zip(places, num_timed, strict=True):
         parts = stage.parts()
         fill_cache(parts.cache, settings, _before(place, 7))
-        num_timed = 1 if place not in (last, backbone.chunk_of_frame(_FRAME_300)) else settings.timed_chunks
-        seconds[place] = stage.seconds(parts, place, num_timed)
-        peaks[place] = peak_gpu_bytes(settings.device) / 1e9
-    first, middle, _ = seconds
+        seconds.append(stage.seconds(parts, place, num))
+        peaks.append(peak_gpu_bytes(settings.device) / 1e9)
     fps_with_vae = None
     if with_vae:
         fill = stage.parts()
@@ -40,12 +40,12 @@ def measure_bounded(stage: Stage, *, with_vae: bool) -> RowResult:
     # Chunks before the window is full are cheaper; they are counted as full ones.
     return RowResult(
         "",
-        fps_300_400=settings.chunk_frames / seconds[first],
-        fps_last_100=settings.chunk_frames / seconds[last],
+        fps_300_400=settings.chunk_frames / seconds[0],
+        fps_last_100=settings.chunk_frames / seconds[-1],
         fps_with_vae=fps_with_vae,
-        peak_gb_600=peaks[middle],
-        peak_gb_3000=peaks[last],
-        seconds_3000_frames=settings.num_chunks * (seconds[first] + seconds[last]) / 2,
+        peak_gb_600=peaks[1],
+        peak_gb_3000=peaks[-1],
+        seconds_3000_frames=settings.num_chunks * (seconds[0] + seconds[-1]) / 2,
         cache_keys=parts.cache.num_tokens,
     )
 

@@ -76,7 +76,7 @@ class WanVae:
 
 
 class WanDecodeStream:
-    """Decodes one video piece by piece; its frames equal those of decoding all latents at once. The library's layers."""
+    """Decodes one video piece by piece, by the library; its frames equal those of decoding all latents at once."""
 
     def __init__(self, vae: WanVae) -> None:
         self._vae = vae

@@ -49,7 +49,7 @@ def work_beside(
 
 @torch.inference_mode()
 def _work_on(stream: torch.cuda.Stream, made: torch.cuda.Event, work: Callable[[T], R], item: T) -> R:
-    """Body of the thread. The item stays alive until its result was taken, so its memory is not given away meanwhile."""
+    """Body of the thread. The item lives until its result was taken, so its memory is not given away meanwhile."""
     with torch.cuda.stream(stream):
         stream.wait_event(made)
         result = work(item)
