@@ -106,7 +106,7 @@ def supervise(folder: Path, names: Sequence[str], asked: argparse.Namespace) -> 
 def build_flashinfer(folder: Path) -> subprocess.Popen[bytes]:
     """One small call has the library compile its dense kernel; a file appears when it has."""
     command = [sys.executable, "-m", "tests.bench.flashinfer_build", str(folder / FLASHINFER_FILE)]
-    return subprocess.Popen(command)
+    return subprocess.Popen(command, env=os.environ | {"MAX_JOBS": str(max(1, (os.cpu_count() or 1) // 2))})
 
 
 def run_child(folder: Path, *, num_done: int, row_seconds: float, minutes: float) -> int | None:
