@@ -10,13 +10,13 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from cluster.object_store import open_store
-from tests.bench.rollout_rows import Settings
+from tests.bench.rollout_rows import Settings, is_device_broken
 from workers.assemble import LoadedModel, TakeParts, prepare_take
 from workers.assemble_policies import make_attention
 from workers.config import BackboneConfig, GuardConfig, RenderConfig, SamplingConfig, VideoConfig
@@ -27,6 +27,7 @@ from workers.model.compiled import compile_around_attention
 from workers.model.dit import CausalDiT
 from workers.model.rope import grid_positions
 from workers.model.vae import PictureDecoder
+from workers.model.wan_fast_decode import Route
 from workers.model.wan_vae import WanVae, make_wan_vae
 from workers.pipeline import TakeRecord, with_pictures
 from workers.rollout import CleanChunk, Rollout, RolloutPlan
@@ -51,13 +52,45 @@ def make_dit(settings: Settings, *, compiled: bool) -> CausalDiT:
     return dit
 
 
-def make_vae(settings: Settings) -> WanVae:
+def make_vae_network(settings: Settings) -> nn.Module:
     """Wan's VAE through diffusers."""
     with torch.device("meta"):
         module = make_wan_vae(settings.backbone)
-    module = module.to(settings.dtype).to_empty(device=settings.device)
+    module = module.to_empty(device=settings.device)
     fill_random(module, settings)
-    return WanVae(module)
+    return module.to(settings.dtype)
+
+
+def make_vae(settings: Settings) -> tuple[WanVae, str]:
+    """The decoder that takes least here, and what each took for a chunk."""
+    network = make_vae_network(settings)
+    if settings.device.type != "cuda":
+        return WanVae(network), "VAE by the library"
+    latents = torch.randn(1, settings.backbone.chunk_latent_frames, 16, *settings.latent_size, device=settings.device)
+    taken: dict[Route, float] = {}
+    failed = []
+    for route in get_args(Route):
+        try:
+            taken[route] = decode_milliseconds(WanVae(network, route=route), latents)
+        except Exception as error:
+            if is_device_broken(error):
+                raise
+            failed.append(f"; not {route}: {type(error).__name__}: {str(error).strip()[:80]}")
+    best = min(taken, key=lambda route: taken[route])
+    each = ", ".join(f"{route} {ms:.4g} ms" for route, ms in taken.items())
+    return WanVae(network, route=best), f"VAE by {best} (a chunk alone: {each}{''.join(failed)})"
+
+
+def decode_milliseconds(vae: WanVae, latents_BTCHW: Tensor, num_timed: int = 3) -> float:
+    """Least of some chunks in the middle of a video, alone on the GPU."""
+    stream, times = vae.stream(), []
+    for _ in range(2 + num_timed):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        stream.decode(latents_BTCHW)
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - begun) * 1e3)
+    return min(times[2:])
 
 
 def fill_random(module: nn.Module, settings: Settings) -> None:

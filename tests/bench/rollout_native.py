@@ -57,7 +57,7 @@ def native_row(backbone: str | None, compiled: bool, settings: Settings, hardwar
     config = make_config(settings, compiled=compiled, cache=NativeCacheConfig())
     kernel = select_kernel("auto", settings.device, KernelNeed(settings.dtype, settings.backbone.head_dim))
     dit = make_dit(settings, compiled=compiled)
-    vae = make_vae(settings)
+    vae, decoder = make_vae(settings)
     result = measure_bounded(Stage.of(settings, dit, config, kernel, vae), with_vae=True)
     native = settings.backbone.native
     assert native is not None
@@ -66,7 +66,7 @@ def native_row(backbone: str | None, compiled: bool, settings: Settings, hardwar
     notes = (
         f"{settings.backbone.name}, {steps} per chunk, {'compiled' if compiled else 'eager'}, {kernel.version}; begun "
         "at frames 300, 600 and 2900 with a full cache of random keys; a chunk's pictures are decoded beside the next "
-        "chunk and encoded by x264; peaks without VAE work"
+        f"chunk and encoded by x264, {decoder}; peaks without VAE work"
     )
     ever = settings.num_chunks * settings.backbone.chunk_latent_frames
     return replace(result, density=frames / ever, compression_share=0.0, notes=notes)

@@ -1,4 +1,4 @@
-"""Triton kernels around the products of the model, against their plain forms; `TRITON_INTERPRET=1` runs them on a CPU."""
+"""Triton kernels of the model, against their plain forms; `TRITON_INTERPRET=1` runs them on a CPU."""
 
 import os
 
@@ -48,9 +48,34 @@ def test_norm_and_silu_in_one_pass(dtype: torch.dtype, silu: bool, channels: int
     torch.manual_seed(1)
     x = torch.randn(3, 5, 7, channels, device=DEVICE).to(dtype)
     gamma = torch.rand(channels, device=DEVICE).to(dtype)
-    out = torch.empty_like(x)
+    room = torch.zeros(3, 7, 9, channels, device=DEVICE, dtype=dtype)
+    out = room[:, 1:-1, 1:-1]
     normalise_into(out, x, gamma, silu=silu)
+    assert not room[:, 0].any()
+    assert not room[:, :, -1].any()
     expected = F.normalize(x.float(), dim=-1).to(dtype) * channels**0.5 * gamma
     expected = F.silu(expected) if silu else expected
     tolerance = 1e-5 if dtype == torch.float32 else 1.6e-2  # two roundings of bfloat16
     torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("channels", "out_channels"), [(32, 96), (96, 192), (192, 384)])
+@pytest.mark.parametrize("has_beside", [False, True])
+def test_a_causal_convolution_as_one_product(
+    dtype: torch.dtype, channels: int, out_channels: int, has_beside: bool
+) -> None:
+    from workers.model.fused_conv import convolve, flatten_weight, takes
+
+    torch.manual_seed(2)
+    num, height, width = 2, 5, 13
+    room = torch.randn(num + 2, height + 2, width + 2, channels, device=DEVICE).to(dtype)
+    weight = torch.randn(out_channels, channels, 3, 3, 3, device=DEVICE).to(dtype) / (27 * channels) ** 0.5
+    bias = torch.randn(out_channels, device=DEVICE).to(dtype)
+    beside = torch.randn(num, height, width, out_channels, device=DEVICE).to(dtype) if has_beside else None
+    assert takes(channels, out_channels)
+    out = convolve(room, flatten_weight(weight), bias, beside)
+    exact = F.conv3d(room.movedim(-1, 0)[None].double(), weight.double(), bias.double())[0].movedim(0, -1)
+    exact = exact if beside is None else exact + beside.double()
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(out.double(), exact, atol=tolerance, rtol=tolerance)

@@ -54,39 +54,42 @@ def rotate_into(out_BKND: Tensor, x_BKND: Tensor, cos: Tensor, sin: Tensor) -> N
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _normalise(  # type: ignore[no-untyped-def]
-    x, gamma, out, num_pixels, channels, scale, SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
-):
+    x, gamma, out, num_pixels, height, width, stride_t, stride_h, channels, scale,
+    SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """One program: BLOCK_P pixels with all their channels. Roundings are those of the plain form, in its order."""
-    pixel = (tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)[:, None]
+    pixel = (tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P))[:, None]
     channel = tl.arange(0, BLOCK_C)[None, :]
     there = (pixel < num_pixels) & (channel < channels)
     kind = out.dtype.element_ty
-    value = tl.load(x + pixel * channels + channel, mask=there, other=0.0).to(tl.float32)
+    value = tl.load(x + pixel.to(tl.int64) * channels + channel, mask=there, other=0.0).to(tl.float32)
     length = tl.maximum(tl.sqrt(tl.sum(value * value, 1)), 1e-12)[:, None]
     weight = tl.load(gamma + channel, mask=channel < channels, other=0.0).to(tl.float32)
     unit = (value / length).to(kind).to(tl.float32)
     result = ((unit * scale).to(kind).to(tl.float32) * weight).to(kind).to(tl.float32)
     if SILU:
         result = result / (1.0 + tl.exp(-result))
-    tl.store(out + pixel * channels + channel, result.to(kind), mask=there)
+    line = pixel // width
+    at = (line // height).to(tl.int64) * stride_t + (line % height).to(tl.int64) * stride_h
+    tl.store(out + at + (pixel % width).to(tl.int64) * channels + channel, result.to(kind), mask=there)
 
 
-def normalise_into(out_XC: Tensor, x_XC: Tensor, gamma_C: Tensor, *, silu: bool) -> None:
+def normalise_into(out_THWC: Tensor, x_THWC: Tensor, gamma_C: Tensor, *, silu: bool) -> None:
     """x / |x| * sqrt(C) * gamma over the last dimension, then SiLU if wanted, in one pass.
 
     Args:
-        out_XC: Written; contiguous, not overlapping x.
-        x_XC: Contiguous.
+        out_THWC: Written; a row's pixels lie side by side. Does not overlap x.
+        x_THWC: Contiguous.
         gamma_C: Weights of the norm.
     """
-    channels = x_XC.shape[-1]
-    assert x_XC.is_contiguous()
-    assert out_XC.is_contiguous()
-    assert out_XC.shape == x_XC.shape
-    num_pixels = x_XC.numel() // channels
+    num, height, width, channels = x_THWC.shape
+    assert x_THWC.is_contiguous()
+    assert out_THWC.shape == x_THWC.shape
+    assert out_THWC.stride()[2:] == (channels, 1)
+    num_pixels = num * height * width
     block_c = triton.next_power_of_2(channels)
     block_p = max(1, 4096 // block_c)
     _normalise[(triton.cdiv(num_pixels, block_p),)](
-        x_XC, gamma_C, out_XC, num_pixels, channels, channels**0.5,
+        x_THWC, gamma_C, out_THWC, num_pixels, height, width, *out_THWC.stride()[:2], channels, channels**0.5,
         SILU=silu, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip

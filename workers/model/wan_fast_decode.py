@@ -15,11 +15,13 @@ take less than 53 ms at the 727 TFLOP/s that products of large matrices reach on
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Route = Literal["cudnn", "cudnn-tried", "triton"]
 
 _AT_ONCE = 3
 """Latent frames: a chunk. More would need more memory, and fill a GPU no better."""
@@ -34,6 +36,8 @@ class _Conv(NamedTuple):
     bias: Tensor | None
     slot: int
     """Where its last inputs are remembered; -1 where it looks at one frame only."""
+    flat_weight: Tensor | None = None
+    """For our own kernel; None leaves the convolution to cuDNN."""
 
     @classmethod
     def of(cls, module: nn.Module, slots: Iterator[int], out_channels: int = 0) -> _Conv:
@@ -77,12 +81,13 @@ class FastWanDecoder:
 
     Args:
         network: The library's AutoencoderKLWan, in evaluation mode, on its device.
-        benchmark: Let cuDNN try its algorithms at each new shape. Which one wins may differ from run to run, and with
-            it the last bits of pixels.
+        route: Who convolves. "cudnn" takes the algorithm that cuDNN recommends, "cudnn-tried" the one that wins at each
+            new shape, which may differ from run to run and with it the last bits of pixels; "triton" is our own kernel
+            where its tiles fit, which are nine tenths of the work.
     """
 
-    def __init__(self, network: nn.Module, *, benchmark: bool = False) -> None:
-        self.benchmark = benchmark
+    def __init__(self, network: nn.Module, *, route: Route = "cudnn") -> None:
+        self.route = route
         wan = cast(Any, network)
         slots = iter(range(1000))
         decoder, quant = wan.decoder, wan.post_quant_conv
@@ -102,6 +107,23 @@ class FastWanDecoder:
         # Three channels are no shape for a tensor core.
         self.conv_out = _Conv.of(decoder.conv_out, slots, out_channels=8)
         self.num_slots = next(slots)
+        if route == "triton":
+            self._flatten_weights()
+
+    def _flatten_weights(self) -> None:
+        """Have the units' convolutions computed by our own kernel where it can."""
+        from workers.model import fused_conv  # Triton comes with CUDA builds of torch alone
+
+        def flat(conv: _Conv) -> _Conv:
+            out, channels, *size = conv.weight.shape
+            fits = size == [3, 3, 3] and fused_conv.takes(channels, out)
+            return conv._replace(flat_weight=fused_conv.flatten_weight(conv.weight)) if fits else conv
+
+        def flat_unit(unit: _Unit) -> _Unit:
+            return unit._replace(conv1=flat(unit.conv1), conv2=flat(unit.conv2))
+
+        self.before, self.after = flat_unit(self.before), flat_unit(self.after)
+        self.stages = [([flat_unit(unit) for unit in units], enlarge) for units, enlarge in self.stages]
 
     def stream(self) -> FastDecoding:
         """For one video."""
@@ -122,7 +144,7 @@ class FastDecoding:
         pieces = [z_CTHW[:, :1], *z_CTHW[:, 1:].split(_AT_ONCE, 1)] if self._is_first else z_CTHW.split(_AT_ONCE, 1)
         with torch.backends.cudnn.flags(
             enabled=True,
-            benchmark=self._decoder.benchmark,
+            benchmark=self._decoder.route == "cudnn-tried",
             deterministic=torch.backends.cudnn.deterministic,
             allow_tf32=torch.backends.cudnn.allow_tf32,
         ):
@@ -151,7 +173,7 @@ class FastDecoding:
     def _unit(self, unit: _Unit, x_THWC: Tensor) -> Tensor:
         beside = x_THWC if unit.shortcut is None else _each_frame(unit.shortcut, x_THWC)
         x = self._convolve(unit.conv1, x_THWC, unit.gamma1_C)
-        return self._convolve(unit.conv2, x, unit.gamma2_C).add_(beside)
+        return self._convolve(unit.conv2, x, unit.gamma2_C, beside)
 
     def _double_frames(self, time: _Conv | None, x_THWC: Tensor) -> Tensor:
         """Two frames for each; the very first latent frame of a video stays one, and the others never see it."""
@@ -160,23 +182,34 @@ class FastDecoding:
         x = self._convolve(time, x_THWC)
         return x.unflatten(-1, (2, -1)).movedim(-2, 1).flatten(0, 1)
 
-    def _convolve(self, conv: _Conv, x_THWC: Tensor, gamma_C: Tensor | None = None) -> Tensor:
-        """A causal convolution; with gamma, of the norm and SiLU of its input."""
-        num, *size = x_THWC.shape
-        room = x_THWC.new_empty((_HISTORY + num, *size))
-        before = self._memory[conv.slot]
+    def _convolve(
+        self, conv: _Conv, x_THWC: Tensor, gamma_C: Tensor | None = None, beside_THWC: Tensor | None = None
+    ) -> Tensor:
+        """A causal convolution; with gamma, of the norm and SiLU of its input; plus what stands beside it."""
+        num, height, width, channels = x_THWC.shape
+        rows, columns = (size // 2 for size in conv.weight.shape[3:])  # margins
+        room = x_THWC.new_empty((_HISTORY + num, height + 2 * rows, width + 2 * columns, channels))
+        before, new = self._memory[conv.slot], room[_HISTORY:]
         if before is None:
             room[:_HISTORY].zero_()
         else:
             room[:_HISTORY].copy_(before)
+        if rows and columns:
+            for margin in (new[:, :rows], new[:, -rows:], new[:, :, :columns], new[:, :, -columns:]):
+                margin.zero_()
+        inside = new[:, rows : rows + height, columns : columns + width]
         if gamma_C is None:
-            room[_HISTORY:].copy_(x_THWC)
+            inside.copy_(x_THWC)
         else:
-            _norm_into(room[_HISTORY:], x_THWC, gamma_C, silu=True)
+            _norm_into(inside, x_THWC, gamma_C, silu=True)
         self._memory[conv.slot] = room[-_HISTORY:].clone()  # the room itself is needed for this call alone
-        padding = tuple(size // 2 for size in conv.weight.shape[3:])
-        out = F.conv3d(room.movedim(-1, 0)[None], conv.weight, conv.bias, padding=(0, *padding))
-        return out[0].movedim(0, -1).contiguous()
+        if conv.flat_weight is not None:
+            from workers.model import fused_conv  # Triton comes with CUDA builds of torch alone
+
+            assert conv.bias is not None
+            return fused_conv.convolve(room, conv.flat_weight, conv.bias, beside_THWC)
+        out = F.conv3d(room.movedim(-1, 0)[None], conv.weight, conv.bias)[0].movedim(0, -1).contiguous()
+        return out if beside_THWC is None else out.add_(beside_THWC)
 
 
 def _unit(module: Any, slots: Iterator[int]) -> _Unit:

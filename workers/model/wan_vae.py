@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from workers.model.backbones import Backbone
 from workers.model.umt5 import import_library
-from workers.model.wan_fast_decode import FastWanDecoder
+from workers.model.wan_fast_decode import FastWanDecoder, Route
 
 
 def make_wan_vae(backbone: Backbone) -> nn.Module:
@@ -39,9 +39,10 @@ class WanVae:
     Args:
         module: `make_wan_vae` with weights, in evaluation mode.
         fast: Decode with `FastWanDecoder`: the same pixels up to rounding, made for a GPU. None: where there is one.
+        route: Who convolves in the fast decoder.
     """
 
-    def __init__(self, module: nn.Module, *, fast: bool | None = None) -> None:
+    def __init__(self, module: nn.Module, *, fast: bool | None = None, route: Route = "cudnn") -> None:
         self.module = module
         network = cast(Any, module)
         weight = network.post_quant_conv.weight
@@ -50,7 +51,7 @@ class WanVae:
         self._mean = torch.tensor(network.config.latents_mean, device=self.device).view(shape)
         self._std = torch.tensor(network.config.latents_std, device=self.device).view(shape)
         is_fast = self.device.type == "cuda" if fast is None else fast
-        self._fast = FastWanDecoder(module) if is_fast else None
+        self._fast = FastWanDecoder(module, route=route) if is_fast else None
 
     def stream(self) -> WanDecodeStream | FastDecodeStream:
         """A decoder for latents that come chunk by chunk, from the start of a video."""

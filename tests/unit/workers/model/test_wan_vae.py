@@ -67,7 +67,7 @@ def test_memory_does_not_grow_with_the_video(vae: WanVae, latents: Tensor) -> No
     assert held[1:] == held[1:2] * 3
 
 
-@pytest.mark.parametrize("sizes", [(12,), (3, 3, 3, 3), (1,) * 12, (2, 5, 1, 4)])
+@pytest.mark.parametrize("sizes", [(12,), (2, 5, 1, 4)])
 def test_the_fast_decoder_makes_the_pixels_of_the_library(
     wide: WanVae, latents: Tensor, sizes: tuple[int, ...]
 ) -> None:
