@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.bench import record, rollout, rollout_history, rollout_native
+from tests.bench import record, rollout, rollout_growing, rollout_native
 from tests.bench.rollout_rows import (
     BASELINE,
     ROWS,
@@ -151,7 +151,7 @@ def test_a_process_that_dies_or_hangs_costs_its_row_alone(monkeypatch: pytest.Mo
 
 
 def test_a_curve_is_integrated_over_every_chunk() -> None:
-    curve = rollout_history.Curve((10, 20, 40), (1.0, 2.0, 4.0))
+    curve = rollout_growing.Curve((10, 20, 40), (1.0, 2.0, 4.0))
     assert curve.at(0) == 1.0  # shorter than measured: no faster than the shortest
     assert curve.at(30) == 3.0
     assert curve.at(50) == 5.0
