@@ -28,7 +28,7 @@ from workers.kernels.select import Hardware, KernelNeed, select_kernel
 from workers.model.backbones import find_backbone
 
 FIRST = ("self-forcing native", "rolling-forcing native", BASELINE)
-LAST = ("radial", "flowcache", "flowcache + radial", "svg", "wan2.1-14b bounded")
+LAST = ("wan2.1-14b bounded", "radial", "flowcache", "flowcache + radial", "annca", "svg")
 """Around all others, which come in the order of their registration; rows that say eager come at the very end."""
 ROWS_FILE, FLASHINFER_FILE = "rows.jsonl", "flashinfer"
 _LOOK_S = 0.5

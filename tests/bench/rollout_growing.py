@@ -233,6 +233,18 @@ for _policy in ("radial", "svg"):
     row(_policy)(partial(baseline_row, _policy))
 
 
+@row("annca")
+def prompt_row(settings: Settings, hardware: Hardware) -> RowResult:
+    """AnnCA alone: prompt tokens are pruned, self-attention is the baseline's."""
+    settings = _chunkwise(settings)
+    config = make_config(settings, compiled=settings.compiled, policy="annca")
+    kernel, _ = fastest_dense(settings, hardware)
+    release_memory(settings.device)
+    stage = Stage.of(settings, make_dit(settings, compiled=settings.compiled), config, kernel)
+    _, result, text = measure_growing(stage, settings.real_chunks[::2], settings.replayed_chunks[-1:])
+    return replace(result, notes=f"{kernel.version}, the fastest dense one; prompt without padding; {text}")
+
+
 def _chunkwise(settings: Settings) -> Settings:
     """Histories are measured with the model that goes chunk by chunk."""
     return settings if settings.backbone.rollout == "chunkwise" else settings.of("self-forcing-1.3b")

@@ -5,6 +5,7 @@ Weights change neither time nor memory; a cache is filled with random keys as if
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +13,9 @@ from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Any, cast, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cluster.object_store import open_store
@@ -26,11 +29,11 @@ from workers.metrics import Stopwatch
 from workers.model.compiled import compile_around_attention
 from workers.model.dit import CausalDiT
 from workers.model.rope import grid_positions
-from workers.model.vae import PictureDecoder
+from workers.model.vae import PictureDecoder, to_pictures
 from workers.model.wan_fast_decode import Route
 from workers.model.wan_vae import WanVae, make_wan_vae
-from workers.pipeline import TakeRecord, with_pictures
 from workers.rollout import CleanChunk, Rollout, RolloutPlan
+from workers.rollouts.beside import work_beside
 from workers.rollouts.rolling_window import RollingWindowRollout
 from workers.rollouts.select import make_rollout
 from workers.video.writer import VideoWriter
@@ -185,24 +188,40 @@ class Stage:
         """Of one chunk, denoising and clean pass alone, on average."""
         return mean_step(_times(self.chunks(parts, first_chunk), num_warm + num_timed)[num_warm:])
 
-    def seconds_with_pictures(self, parts: TakeParts, first_chunk: int, num_timed: int, *, num_warm: int = 3) -> float:
-        """Of one chunk with its pictures decoded beside the next one, encoded and written to a file."""
-        device = self.settings.device
-        record = TakeRecord("", 0.0, Stopwatch(device))
-        with tempfile.TemporaryDirectory() as folder:
-            video = self.model.config.video
-            writer = VideoWriter(open_store(folder), "video.mp4", "segments", video, {}, _ENDLESS)
-            try:
-                pairs = with_pictures(self.chunks(parts, first_chunk), self.model, parts, record)
+    def seconds_with_pictures(self, parts: TakeParts, first_chunk: int, num_timed: int) -> float:
+        """The same with each chunk's pictures decoded beside the next one, encoded and written to a file."""
+        return seconds_with_pictures(self.chunks(parts, first_chunk), self.model.vae, self.settings, num_timed)
 
-                def written() -> Iterator[None]:
-                    for _, frames in pairs:
-                        writer.write(frames)
-                        yield
 
-                return mean_step(_times(written(), num_warm + num_timed)[num_warm:])
-            finally:
-                writer.abort()
+def seconds_with_pictures(
+    chunks: Iterator[CleanChunk], vae: PictureDecoder, settings: Settings, num_timed: int, *, num_warm: int = 3
+) -> float:
+    """Of one chunk whose pictures are decoded beside the next one, as the product does it, and encoded by its writer.
+
+    Args:
+        chunks: More than `num_warm + num_timed`; their latents are not written to again.
+        vae: Of the model.
+        settings: Size of the pictures.
+        num_timed: Chunks that count.
+        num_warm: Chunks before them.
+    """
+    decoder = vae.stream()
+    video = VideoConfig(width=settings.width, height=settings.height)
+    with tempfile.TemporaryDirectory() as folder:
+        writer = VideoWriter(open_store(folder), "video.mp4", "segments", video, {}, _ENDLESS)
+
+        def decode(chunk: CleanChunk) -> NDArray[np.uint8]:
+            return to_pictures(decoder.decode(chunk.latents_BTCHW)[0]).cpu().numpy()
+
+        def written() -> Iterator[None]:
+            for _, frames in work_beside(chunks, decode, settings.device, contextlib.nullcontext):
+                writer.write(frames)
+                yield
+
+        try:
+            return mean_step(_times(written(), num_warm + num_timed)[num_warm:])
+        finally:
+            writer.abort()
 
 
 def _in_flight(settings: Settings, first_chunk: int, num_levels: int) -> dict[str, Tensor]:

@@ -14,7 +14,9 @@ take less than 53 ms at the 727 TFLOP/s that products of large matrices reach on
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -142,12 +144,7 @@ class FastDecoding:
     def decode(self, z_CTHW: Tensor) -> Tensor:
         """Pictures [F, 3, 8 * H, 8 * W], not clamped, of latents that are not normalised; any number of them."""
         pieces = [z_CTHW[:, :1], *z_CTHW[:, 1:].split(_AT_ONCE, 1)] if self._is_first else z_CTHW.split(_AT_ONCE, 1)
-        with torch.backends.cudnn.flags(
-            enabled=True,
-            benchmark=self._decoder.route == "cudnn-tried",
-            deterministic=torch.backends.cudnn.deterministic,
-            allow_tf32=torch.backends.cudnn.allow_tf32,
-        ):
+        with _tried_algorithms() if self._decoder.route == "cudnn-tried" else contextlib.nullcontext():
             pictures = [self._decode(piece.movedim(0, -1).contiguous()) for piece in pieces if piece.shape[1]]
         return torch.cat(pictures).movedim(-1, 1) if len(pictures) > 1 else pictures[0].movedim(-1, 1)
 
@@ -210,6 +207,15 @@ class FastDecoding:
             return fused_conv.convolve(room, conv.flat_weight, conv.bias, beside_THWC)
         out = F.conv3d(room.movedim(-1, 0)[None], conv.weight, conv.bias)[0].movedim(0, -1).contiguous()
         return out if beside_THWC is None else out.add_(beside_THWC)
+
+
+def _tried_algorithms() -> AbstractContextManager[None]:
+    """cuDNN times its algorithms at each new shape."""
+    cudnn = torch.backends.cudnn
+    return cast(
+        AbstractContextManager[None],
+        cudnn.flags(enabled=True, benchmark=True, deterministic=cudnn.deterministic, allow_tf32=cudnn.allow_tf32),
+    )
 
 
 def _unit(module: Any, slots: Iterator[int]) -> _Unit:
