@@ -204,8 +204,9 @@ class FastDecoding:
             from workers.model import fused_conv  # Triton comes with CUDA builds of torch alone
 
             assert conv.bias is not None
-            return fused_conv.convolve(room, conv.flat_weight, conv.bias, beside_THWC)
-        out = F.conv3d(room.movedim(-1, 0)[None], conv.weight, conv.bias)[0].movedim(0, -1).contiguous()
+            product: Tensor = fused_conv.convolve(room, conv.flat_weight, conv.bias, beside_THWC)
+            return product
+        out: Tensor = F.conv3d(room.movedim(-1, 0)[None], conv.weight, conv.bias)[0].movedim(0, -1).contiguous()
         return out if beside_THWC is None else out.add_(beside_THWC)
 
 
@@ -248,7 +249,7 @@ def fold_enlargement(weight_OIHW: Tensor) -> Tensor:
     (i, i, i + 1): the weights that meet the same source row are added, in float32 at least.
     """
     wide = weight_OIHW if weight_OIHW.dtype == torch.float64 else weight_OIHW.float()
-    phases = []
+    phases: list[Tensor] = []
     for rows in _fold(wide, 2):
         phases += _fold(rows, 3)
     return torch.cat(phases).to(weight_OIHW.dtype).contiguous(memory_format=torch.channels_last)
