@@ -1,4 +1,4 @@
-"""The decoder of Wan's VAE for a GPU: the same pixels as the library's (`WanDecodeStream`) with a third of the traffic.
+"""The decoder of Wan's VAE for a GPU: the same pixels as the library's (`WanDecodeStream`) in fewer trips to memory.
 
 What the plain decoder spends its time on besides products: it pads every input by copying it, joins it with the two
 inputs before it by copying it again, norms it in five passes, enlarges pictures before it convolves them, and takes
