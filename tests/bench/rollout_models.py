@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cluster.object_store import open_store
-from tests.bench.rollout_rows import Settings, is_device_broken
+from tests.bench.rollout_rows import Settings, is_device_broken, release_memory
 from workers.assemble import LoadedModel, TakeParts, prepare_take
 from workers.assemble_policies import make_attention
 from workers.config import BackboneConfig, GuardConfig, RenderConfig, SamplingConfig, VideoConfig
@@ -39,6 +39,9 @@ from workers.rollouts.select import make_rollout
 from workers.video.writer import VideoWriter
 
 SEED = 7
+_COMPILED: dict[int, CausalDiT] = {}
+_VAE_ROUTES: dict[tuple[int, int], tuple[Route, str]] = {}
+"""By latent size: the fastest, and what each took."""
 _ENDLESS = 100_000
 """Chunks of a plan that is left when enough of it was timed, so that no chunk is a last one, which is cheaper."""
 
@@ -51,8 +54,18 @@ def make_dit(settings: Settings, *, compiled: bool) -> CausalDiT:
     fill_random(dit, settings)
     dit.fuse_projections()
     if compiled:
-        compile_around_attention(dit)
+        dit.share_compiled(_compiled_like(settings))
     return dit
+
+
+def _compiled_like(settings: Settings) -> CausalDiT:
+    """A model without memory whose compiled pieces all models of its width in this process share."""
+    key = settings.backbone.dim
+    if key not in _COMPILED:
+        with torch.device("meta"):
+            _COMPILED[key] = CausalDiT(settings.backbone)
+        compile_around_attention(_COMPILED[key])
+    return _COMPILED[key]
 
 
 def make_vae_network(settings: Settings) -> nn.Module:
@@ -65,10 +78,17 @@ def make_vae_network(settings: Settings) -> nn.Module:
 
 
 def make_vae(settings: Settings) -> tuple[WanVae, str]:
-    """The decoder that takes least here, and what each took for a chunk."""
+    """The decoder that takes least here, and what each took for a chunk; found out once per process."""
     network = make_vae_network(settings)
     if settings.device.type != "cuda":
         return WanVae(network), "VAE by the library"
+    if settings.latent_size not in _VAE_ROUTES:
+        _VAE_ROUTES[settings.latent_size] = _choose_route(network, settings)
+    route, said = _VAE_ROUTES[settings.latent_size]
+    return WanVae(network, route=route), said
+
+
+def _choose_route(network: nn.Module, settings: Settings) -> tuple[Route, str]:
     latents = torch.randn(1, settings.backbone.chunk_latent_frames, 16, *settings.latent_size, device=settings.device)
     taken: dict[Route, float] = {}
     failed = []
@@ -79,9 +99,10 @@ def make_vae(settings: Settings) -> tuple[WanVae, str]:
             if is_device_broken(error):
                 raise
             failed.append(f"; not {route}: {type(error).__name__}: {str(error).strip()[:80]}")
+        release_memory(settings.device)
     best = min(taken, key=lambda route: taken[route])
     each = ", ".join(f"{route} {ms:.4g} ms" for route, ms in taken.items())
-    return WanVae(network, route=best), f"VAE by {best} (a chunk alone: {each}{''.join(failed)})"
+    return best, f"VAE by {best} (a chunk alone: {each}{''.join(failed)})"
 
 
 def decode_milliseconds(vae: WanVae, latents_BTCHW: Tensor, num_timed: int = 3) -> float:
