@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from workers.contracts import ChunkJudge, Moment, PromptKeys, StepReuse
-from workers.denoise import Schedule, step_euler, step_renoise
+from workers.denoise import Schedule, step_euler, step_renoise, to_device
 from workers.errors import NonFiniteLatents
 from workers.metrics import Stopwatch
 from workers.model.attend import RolloutAttention
@@ -90,6 +90,7 @@ class Rollout:
         Raises:
             NonFiniteLatents: A chunk holds a NaN or an infinity; it is neither yielded nor remembered.
         """
+        start = plan.noise(first_chunk, 0) if first_chunk < plan.num_chunks else torch.empty(0)
         for index in range(first_chunk, plan.num_chunks):
             with self._stopwatch.stage("denoise"):
                 if self._judge is not None:
@@ -98,14 +99,15 @@ class Rollout:
                 prompts = plan.prompt(index)
                 maps = plan.control(index)
                 control = None if maps is None else self._model.embed_control(maps.to(self._device))
-                latents = self._denoise(plan, index, prompts, control)
+                latents = self._denoise(plan, index, start, prompts, control)
                 while self._judge is not None and self._judge.wants_again():
-                    latents = self._denoise(plan, index, prompts, control)
+                    latents = self._denoise(plan, index, start, prompts, control)
                 if not bool(torch.isfinite(latents).all()):
                     raise NonFiniteLatents(f"chunk {index} holds NaN or infinity after its last denoising step")
             with self._stopwatch.stage("cache"):
                 if index + 1 < plan.num_chunks:  # nobody looks back at the last one
                     self._remember(plan, index, latents, prompts, control)
+                    start = plan.noise(index + 1, 0)  # drawn by the host while a GPU is at the clean pass
                 self._attention.end_chunk()
             num_own = latents.shape[1] * math.prod(self._model.backbone.token_grid(plan.latent_size))
             density = self._attention.take_mean_keys() / ((index + 1) * num_own)
@@ -135,11 +137,16 @@ class Rollout:
         self._flow(latents, 0.0, moment, prompts[:1], control, plan.guidance)
 
     def _denoise(
-        self, plan: RolloutPlan, index: int, prompts: Sequence[Sequence[PromptKeys]], control: Tensor | None
+        self,
+        plan: RolloutPlan,
+        index: int,
+        start: Tensor,
+        prompts: Sequence[Sequence[PromptKeys]],
+        control: Tensor | None,
     ) -> Tensor:
-        """Clean latents of one chunk, float32."""
+        """Clean latents of one chunk from the noise it starts from, float32."""
         schedule = plan.schedule
-        latents = plan.noise(index, 0).to(self._device)
+        latents = to_device(start, self._device)
         is_euler = self._model.backbone.sampler == "euler"
         for step, (sigma, timestep) in enumerate(zip(schedule.sigmas, schedule.timesteps, strict=True)):
             moment = Moment(index, step, len(schedule.sigmas), sigma)
@@ -148,7 +155,7 @@ class Rollout:
             if is_euler or next_sigma == 0.0:  # to level 0 both samplers take the clean estimate
                 latents = step_euler(latents, flow, sigma, next_sigma)
             else:
-                noise = plan.noise(index, step + 1).to(self._device)
+                noise = to_device(plan.noise(index, step + 1), self._device)
                 latents = step_renoise(latents, flow, sigma, next_sigma, noise)
         return latents
 

@@ -34,6 +34,16 @@ class Settings:
     num_frames: int = 3000
     timed_chunks: int = 8
     """Chunks of each figure; more for less spread."""
+    compiled: bool = True
+    """Compile the transformer around its attention, but in rows that say eager."""
+    real_chunks: tuple[int, ...] = (8, 25, 33, 38)
+    """Histories that are kept whole; 38 chunks of Wan2.1-1.3B are 35 GB, and their keys after RoPE 16 GB more."""
+    replayed_chunks: tuple[int, ...] = (83, 166, 249)
+    """Histories of which every layer reads the same keys."""
+    flow_latent_frames: int = 40
+    """FlowCache's budget."""
+    has_flashinfer: bool = False
+    """Its kernels are built, which takes over a minute."""
     ends_at: float = float("inf")
     """time.monotonic() after which no row is begun."""
 
