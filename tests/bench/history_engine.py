@@ -41,6 +41,9 @@ class Variant:
     name: str
     kept_chunks: int = 9
     spare_chunks: int = 5
+    recent_chunks: int = 1
+    candidate_tiles: int = 4
+    """Tiles of the history in which a key looks for its partner."""
     density: float = 0.1
     """Share of the cached tiles that are chosen among: sink, history and newest chunks, unless always seen."""
     always_sink: bool = False
@@ -52,6 +55,8 @@ class Variant:
     queries_per_tile: int = 8
     whole: bool = True
     """Rolled out over all frames."""
+    with_pictures: bool = False
+    """Measured once more with the VAE and H.264 beside it."""
 
 
 @dataclass(eq=False)
@@ -136,6 +141,8 @@ def make_engine(
         settings.latent_size,
         kept_chunks=variant.kept_chunks,
         spare_chunks=variant.spare_chunks,
+        recent_chunks=variant.recent_chunks,
+        candidate_tiles=variant.candidate_tiles,
         tile=128 if settings.frame_tokens >= 128 else 16,
     )
     runs = tile_runs(sizes, always_sink=variant.always_sink, always_recent=variant.always_recent)

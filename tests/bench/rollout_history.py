@@ -24,6 +24,7 @@ from tests.bench.history_checks import check_compiled, choose_attend, choose_nea
 from tests.bench.history_engine import ALL, Compiled, Engine, Variant, make_engine, make_plan, warm_up
 from tests.bench.history_snapshot import snapshot_rows
 from tests.bench.record import report
+from tests.bench.rollout_models import make_vae, seconds_with_pictures
 from tests.bench.rollout_rows import RowResult, Settings, release_memory, row
 from tests.tables import tile_runs
 from workers.kernels.listed_tiles import AttendTable
@@ -34,7 +35,7 @@ from workers.search.nearest_rows import NearestRows, nearest_rows
 VARIANTS = {
     v.name: v
     for v in (
-        Variant("fastar-quant", estimate="quant"),
+        Variant("fastar-quant", estimate="quant", with_pictures=True),
         Variant("fastar-lsh", estimate="lsh"),
         Variant("fastar-exact", estimate="exact"),
         Variant("fastar-dense-regions", density=0.05, always_sink=True, always_recent=True),
@@ -163,11 +164,13 @@ def make_row(variant: Variant, settings: Settings) -> RowResult:
     if not is_whole:
         notes.append(f"measured over {num_chunks} chunks; seconds_3000_frames goes on at their last pace")
     say(f"{variant.name}: {json.dumps({'chunk_ms': [round(s * 1e3, 1) for s in seconds[-10:]]})}")
+    with_vae = attempt("pictures", lambda: fps_with_pictures(engine, settings)) if variant.with_pictures else None
     share = parts_of_chunk(engine, settings)[1]
     return RowResult(
         variant.name,
         fps_300_400=fps(300, 400),
         fps_last_100=fps(num_chunks * frames - 100, num_chunks * frames) if is_whole else None,
+        fps_with_vae=with_vae,
         peak_gb_600=peaks.get(settings.backbone.num_chunks(600)),
         peak_gb_3000=peaks.get(num_chunks) if is_whole else None,
         seconds_3000_frames=total,
@@ -176,6 +179,15 @@ def make_row(variant: Variant, settings: Settings) -> RowResult:
         compression_share=share,
         notes="; ".join(notes),
     )
+
+
+def fps_with_pictures(engine: Engine, settings: Settings) -> float:
+    """Going on from where the table is, each chunk's pictures decoded beside the next one and encoded."""
+    vae, said = make_vae(settings)
+    say(said)
+    first = engine.table.layers[0].num_chunks
+    chunks = engine.rollout.run(make_plan(engine, settings, first + settings.timed_chunks + 8), first)
+    return settings.chunk_frames / seconds_with_pictures(chunks, vae, settings, settings.timed_chunks)
 
 
 def parts_of_chunk(engine: Engine, settings: Settings) -> tuple[list[dict[str, Any]], float]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from workers.contracts import PromptKeys
-from workers.denoise import step_euler, step_renoise
+from workers.denoise import step_euler, step_renoise, to_device
 from workers.errors import NonFiniteLatents
 from workers.model.dit import CausalDiT
 from workers.model.rope import Rotation, make_rotation
@@ -213,7 +213,7 @@ class CapturedRollout:
     def _draw(self, plan: RolloutPlan, index: int) -> list[Tensor]:
         """All noise of a chunk."""
         num = 1 if self._model.backbone.sampler == "euler" else plan.schedule.num_steps
-        return [_send(plan.noise(index, step), self._device) for step in range(num)]
+        return [to_device(plan.noise(index, step), self._device) for step in range(num)]
 
     def _denoise(self, plan: RolloutPlan, noise: Sequence[Tensor]) -> Tensor:
         """Clean latents of one chunk, float32."""
@@ -241,9 +241,3 @@ class CapturedRollout:
         with torch.cuda.graph(graph, pool=pool):
             self.compute(choose)
         self._graphs[choose] = graph
-
-
-def _send(noise: Tensor, device: torch.device) -> Tensor:
-    if device.type != "cuda":
-        return noise.to(device)
-    return noise.pin_memory().to(device, non_blocking=True)
