@@ -199,7 +199,8 @@ def write(folder: Path, settings: Settings) -> None:
     if not results:
         return
     notes = (
-        f"{machine(settings)}. Random weights and random keys at the true sizes; {settings.timed_chunks} chunks of "
+        f"{machine(settings)}. {settings.backbone.name} at {settings.width}x{settings.height} unless a row names "
+        f"another model, random weights and random keys; {settings.timed_chunks} chunks of "
         f"{settings.chunk_frames} video frames for each figure; seconds_3000_frames is integrated over the chunks. "
         "GB are 10^9 bytes."
     )

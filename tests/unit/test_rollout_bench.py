@@ -173,6 +173,16 @@ def test_a_baseline_row_is_timed_through_the_product(policy: str) -> None:
     assert result.seconds_3000_frames, result.notes
 
 
+def test_the_large_model_is_timed_with_its_bounded_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Settings, "of", lambda self, name: self)
+    monkeypatch.setattr(rollout_native, "LARGE_BUDGET", 20)  # small heads have more overhead
+    result = rollout_native.large_row(TINY, CPU)
+    assert result.fps_300_400
+    assert "20 latent frames' worth" in result.notes
+    assert result.cache_keys
+    assert result.cache_keys > 6 * 4
+
+
 @pytest.mark.parametrize("kind", ["chunkwise", "rolling"])
 def test_a_native_row_is_timed_with_its_pictures(kind: str) -> None:
     sizes = replace(TINY.backbone, rollout=kind)
