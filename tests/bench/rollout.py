@@ -24,7 +24,7 @@ import torch
 
 from tests.bench.record import report
 from tests.bench.rollout_rows import BASELINE, ROWS, BrokenDevice, RowResult, Settings, as_table, make_row
-from workers.kernels.select import Hardware, KernelNeed, select_kernel
+from workers.kernels.select import Hardware, KernelNeed, Load, choose, load_kernel
 from workers.model.backbones import find_backbone
 
 FIRST = ("self-forcing native", "rolling-forcing native", BASELINE)
@@ -166,8 +166,14 @@ def make_settings(asked: argparse.Namespace, folder: Path) -> Settings:
 def describe(settings: Settings) -> None:
     """What the figures depend on; one line says which kernel runs and what this GPU lacks for the others."""
     print(machine(settings), flush=True)
-    kernel = select_kernel("auto", settings.device, KernelNeed(settings.dtype, settings.backbone.head_dim))
-    print(f"attention: {kernel.version}", flush=True)
+    need = KernelNeed(settings.dtype, settings.backbone.head_dim)
+    print(kernel_line(Hardware.of(settings.device), need, load_kernel), flush=True)
+
+
+def kernel_line(hardware: Hardware, need: KernelNeed, load: Load) -> str:
+    """The fastest kernel that can run here, and what keeps those before it from running."""
+    choice = choose("auto", hardware, need, load)
+    return f"attention: {choice.kernel.version}" + "".join(f"; not {name}: {why}" for name, why in choice.refused)
 
 
 def machine(settings: Settings) -> str:
@@ -193,7 +199,8 @@ def write(folder: Path, settings: Settings) -> None:
     if not results:
         return
     notes = (
-        f"{machine(settings)}. Random weights and random keys at the true sizes; {settings.timed_chunks} chunks of "
+        f"{machine(settings)}. {settings.backbone.name} at {settings.width}x{settings.height} unless a row names "
+        f"another model, random weights and random keys; {settings.timed_chunks} chunks of "
         f"{settings.chunk_frames} video frames for each figure; seconds_3000_frames is integrated over the chunks. "
         "GB are 10^9 bytes."
     )

@@ -21,7 +21,7 @@ from tests.bench.rollout_rows import (
     make_row,
     with_ratios,
 )
-from workers.kernels.select import Hardware
+from workers.kernels.select import Hardware, KernelNeed
 from workers.model.backbones import Native, find_backbone
 
 COLUMNS = [
@@ -173,6 +173,16 @@ def test_a_baseline_row_is_timed_through_the_product(policy: str) -> None:
     assert result.seconds_3000_frames, result.notes
 
 
+def test_the_large_model_is_timed_with_its_bounded_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Settings, "of", lambda self, name: self)
+    monkeypatch.setattr(rollout_native, "LARGE_BUDGET", 20)  # small heads have more overhead
+    result = rollout_native.large_row(TINY, CPU)
+    assert result.fps_300_400
+    assert "20 latent frames' worth" in result.notes
+    assert result.cache_keys
+    assert result.cache_keys > 6 * 4
+
+
 @pytest.mark.parametrize("kind", ["chunkwise", "rolling"])
 def test_a_native_row_is_timed_with_its_pictures(kind: str) -> None:
     sizes = replace(TINY.backbone, rollout=kind)
@@ -184,3 +194,30 @@ def test_a_native_row_is_timed_with_its_pictures(kind: str) -> None:
     assert result.fps_with_vae
     assert result.fps_last_100
     assert result.cache_keys == (6 if kind == "chunkwise" else 15) * 4
+
+
+class _Named:
+    def __init__(self, name: str) -> None:
+        self.version = name
+
+
+@pytest.mark.parametrize(
+    ("compute", "missing", "expected"),
+    [
+        ((9, 0), (), ["attention: flash-attn-4"]),
+        ((9, 0), ("flash-attn-4",), ["attention: flashinfer", "not flash-attn-4: its package cannot be imported"]),
+        ((9, 0), ("flash-attn-4", "flashinfer", "flash-attn-3"), ["attention: sdpa", "not flashinfer: its package"]),
+        ((8, 0), ("flashinfer",), ["attention: sdpa", "not flash-attn-4: it needs compute capability 9.0 to 11.9"]),
+    ],
+)
+def test_one_line_says_what_a_gpu_lacks(
+    compute: tuple[int, int], missing: tuple[str, ...], expected: list[str]
+) -> None:
+    def load(name: str, hardware: Hardware, need: KernelNeed) -> object:
+        if name in missing:
+            raise ImportError(f"No module named {name!r}")
+        return _Named(name)
+
+    line = rollout.kernel_line(Hardware("cuda", compute), KernelNeed(torch.bfloat16, 128), load)
+    assert "\n" not in line
+    assert all(part in line for part in expected), line

@@ -206,7 +206,8 @@ class FastDecoding:
             assert conv.bias is not None
             product: Tensor = fused_conv.convolve(room, conv.flat_weight, conv.bias, beside_THWC)
             return product
-        out: Tensor = F.conv3d(room.movedim(-1, 0)[None], conv.weight, conv.bias)[0].movedim(0, -1).contiguous()
+        result_BCTHW = F.conv3d(room.movedim(-1, 0)[None], conv.weight, conv.bias)
+        out = cast(Tensor, result_BCTHW[0].movedim(0, -1).contiguous())
         return out if beside_THWC is None else out.add_(beside_THWC)
 
 
