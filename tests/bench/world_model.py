@@ -34,6 +34,8 @@ from workers.worlds.clips import draw_path, draw_spec, render_views
 WEIGHTS = Path(__file__).parents[2] / "workers" / "training" / "weights"
 DISTANCES = (159, 39, 81, 318)
 """Latent frames away; 81 stands for 80, because chunks are 3 latent frames long."""
+LONG_PROMPT = 200
+"""Words, of which one sentence says what to show; the model was trained on at most 127."""
 
 Row = dict[str, Any]
 
@@ -88,10 +90,17 @@ def sharpness_rows(lab: Laboratory, num: int, sampling: Sampling) -> Iterator[Ro
     yield row | {"last_chunk": sharpness_ratio(made[:, -12:], true[:, -12:]), "vae": sharpness_ratio(coded, true)}
 
 
-def follow_rows(lab: Laboratory, num: int, sampling: Sampling) -> Iterator[Row]:
+def follow_rows(lab: Laboratory, num: int, sampling: Sampling, num_words: int = 0) -> Iterator[Row]:
     """Prompts that name a biome and a direction, planned and rendered as the service does it."""
-    biome, direction = lab.follow(num, sampling)
-    row: Row = {"figure": "follow_accuracy", "n": num, "value": (biome & direction).float().mean().item(), "goal": 0.9}
+    biome, direction = lab.follow(num, sampling, num_words)
+    form = f"prompts of {num_words} words" if num_words else "short prompts"
+    row: Row = {
+        "figure": "follow_accuracy",
+        "form": form,
+        "n": num,
+        "goal": 0.9,
+        "value": (biome & direction).float().mean().item(),
+    }
     yield row | {"biome": biome.float().mean().item(), "direction": direction.float().mean().item()}
 
 
@@ -135,6 +144,7 @@ def parts_of(lab: Laboratory, num: int) -> dict[str, Callable[[], Iterator[Row]]
         **{f"rollout-{distance}": revisit("rollout", distance) for distance in DISTANCES},
         "sharpness": lambda: sharpness_rows(lab, num, sampling),
         "follow": lambda: follow_rows(lab, 200 if num >= 64 else 4 * num, sampling),
+        "follow-long": lambda: follow_rows(lab, 200 if num >= 64 else 4 * num, sampling, LONG_PROMPT),
         "vae": lambda: vae_rows(lab, 2 * num),
         **{f"shifted-{distance}": revisit("shifted", distance) for distance in DISTANCES},
         "drift-window": lambda: drift_rows(lab, walks, sampling, "window", 3000),

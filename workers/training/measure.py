@@ -23,7 +23,7 @@ from workers.training.fast_rollout import FastRollout, Visible, sees_all, sees_n
 from workers.training.sequence import WorldModel
 from workers.training.vae_train import HELD_OUT_SEED
 from workers.worlds.camera import CameraMove, plan_camera, read_move
-from workers.worlds.captions import write_caption
+from workers.worlds.captions import write_caption, write_long_caption
 from workers.worlds.clips import (
     VIEW_SIZE,
     Difficulty,
@@ -183,13 +183,17 @@ class Laboratory:
         return torch.cat(made, 1)
 
     @torch.no_grad()
-    def follow(self, num: int, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    def follow(self, num: int, sampling: Sampling, num_words: int = 0) -> tuple[Tensor, Tensor]:
         """Prompts that name a biome and a direction, planned and rendered as the service does it.
 
+        Args:
+            num: Prompts.
+            sampling: How chunks are made.
+            num_words: Least length of each prompt, if they are to be long ones.
         Returns:
             For each prompt whether its biome, and whether its direction, is recognised; bool [num].
         """
-        specs, directions, captions, paths = draw_orders(num)
+        specs, directions, captions, paths = draw_orders(num, num_words)
         biome_right, direction_right = [], []
         for start in range(0, num, 50):
             part = slice(start, min(num, start + 50))
@@ -239,7 +243,9 @@ class Laboratory:
         return self.decode(latents), torch.cat(true), torch.cat(coded), captions
 
 
-def draw_orders(num: int) -> tuple[list[WorldSpec], list[int], list[str], list[NDArray[np.float32]]]:
+def draw_orders(
+    num: int, num_words: int = 0
+) -> tuple[list[WorldSpec], list[int], list[str], list[NDArray[np.float32]]]:
     """Held-out worlds of one biome with captions whose words alone decide the direction, and the paths they plan."""
     rng = np.random.default_rng(HELD_OUT_SEED)
     calm = Difficulty(second_biome=0.0, max_movers=0, mover_share=0.0)
@@ -249,6 +255,8 @@ def draw_orders(num: int) -> tuple[list[WorldSpec], list[int], list[str], list[N
         seed = HELD_OUT_SEED + 20_000 + int(rng.integers(10**6))
         spec, move = draw_spec(seed, calm), CameraMove("pan", len(specs) % 8, 2.0)
         caption = write_caption(spec.scene, move, rng)
+        if num_words:
+            caption = write_long_caption(spec.scene, move, rng, num_words)
         heard = read_move(caption, np.random.default_rng(0)), read_move(caption, np.random.default_rng(1))
         if heard[0] == heard[1] and heard[0].kind == "pan":
             specs.append(spec)
