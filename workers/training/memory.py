@@ -38,10 +38,10 @@ _PICTURE_FLOOR = 4e-4  # 40 dB: the logarithm must not chase clips that are near
 class MemoryRecipe:
     """What decides stage 3."""
 
-    muon_lr: float = 1.2e-3
-    adam_lr: float = 4e-4
+    muon_lr: float = 5e-4
+    adam_lr: float = 2e-4
     weight_decay: float = 0.01
-    warmup_steps: int = 100
+    warmup_steps: int = 200
     flat_share: float = 0.25
     num_steps: int = 4
     shift: float = 3.0

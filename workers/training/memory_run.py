@@ -183,15 +183,18 @@ def main() -> None:
     parser.add_argument("--worlds", type=int, default=32, help="of an examination")
     parser.add_argument("--batch", type=int, default=MemoryFeedRecipe.batch)
     parser.add_argument("--chunks", type=int, default=MemoryFeedRecipe.chunks, help="of a context")
+    parser.add_argument("--rate", type=float, default=1.0, help="times the recipe's learning rates")
     parser.add_argument("--plain", action="store_true", help="compile nothing")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     feed = MemoryFeedRecipe(batch=options.batch, chunks=options.chunks)
+    usual = MemoryRecipe()
+    recipe = MemoryRecipe(muon_lr=options.rate * usual.muon_lr, adam_lr=options.rate * usual.adam_lr)
     run = MemoryRun(
         options.start,
         options.out,
-        MemoryRecipe(),
+        recipe,
         feed,
         torch.device(options.device),
         find_backbone("longtake-world"),
