@@ -229,7 +229,7 @@ def _tokenizer(folder: WeightFolder, backbone: Backbone | None, *, opens: bool) 
     if not opens:
         return PartFinding(part, True, f"{name} (by its name; not opened)")
     try:
-        num_words = len(fetch_tokenizer(folder, name))
+        num_words = fetch_tokenizer(folder, name).get_vocab_size()
     except RenderError as error:
         return PartFinding(part, False, str(error))
     rows = num_words if backbone is None or backbone.umt5 is None else backbone.umt5.num_words

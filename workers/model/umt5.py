@@ -69,21 +69,27 @@ def make_umt5(backbone: Backbone) -> nn.Module:
 
 
 def open_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a folder; nothing is downloaded.
+    """The `tokenizers.Tokenizer` that a folder's tokenizer.json describes.
+
+    It is read as it is: transformers would build another one by the class that tokenizer_config.json names (T5's), and
+    lose the file's normaliser and its bytes for unknown letters on the way.
 
     Raises:
         CheckpointMismatch: The folder holds none.
     """
-    library = import_library("transformers.models.auto.tokenization_auto")
+    path = folder / "tokenizer.json"
     try:
-        if (folder / "tokenizer.json").exists():  # its own reader tells damage by a bare Exception
-            json.loads((folder / "tokenizer.json").read_bytes())
-        return library.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
+        text = path.read_text("utf-8")
+        if "model" not in json.loads(text):  # the library tells damage by a bare Exception
+            raise ValueError("it has no model")
+        tokenizer = import_library("tokenizers").Tokenizer.from_str(text)
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointMismatch(
-            f"{folder}: no tokenizer ({str(error).splitlines()[0]}); expected tokenizer.json and tokenizer_config.json "
-            "of google/umt5-xxl, published with the base model"
+            f"{folder}: no tokenizer ({str(error).splitlines()[0]}); expected tokenizer.json of google/umt5-xxl, "
+            "published with the base model"
         ) from error
+    tokenizer.no_padding()
+    return tokenizer
 
 
 class Umt5Encoder:
@@ -102,6 +108,7 @@ class Umt5Encoder:
     ) -> None:
         self.module, self.text_tokens, self.device = module, text_tokens, device
         self._tokenizer = tokenizer
+        tokenizer.enable_truncation(text_tokens)
         encoder = cast(Any, module).encoder
         self._embed: nn.Embedding = encoder.embed_tokens
         self._encoder = encoder
@@ -110,18 +117,9 @@ class Umt5Encoder:
             for part in (*encoder.block, encoder.final_layer_norm):
                 _visit(part, device)
 
-    def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Rows of the vocabulary ids_BP, padded to the longest text, and is_token_BP; longer texts are cut."""
-        found = self._tokenizer(
-            [clean_prompt(text) for text in texts],
-            padding="longest",
-            truncation=True,
-            max_length=self.text_tokens,
-            add_special_tokens=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
-        return found["input_ids"], found["attention_mask"].bool()
+    def tokenize(self, text: str) -> Tensor:
+        """Rows of the vocabulary, ids_P, with the end mark; a longer text is cut before it."""
+        return torch.tensor(self._tokenizer.encode(clean_prompt(text)).ids, dtype=torch.int64)
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> EncodedText:
@@ -145,9 +143,9 @@ class Umt5Encoder:
         return rows_PE
 
     def _encode(self, text: str) -> Tensor:
-        ids_BP, is_token_BP = self.tokenize([text])
+        ids_BP = self.tokenize(text)[None]
         embedded = self._embed(ids_BP.to(self._embed.weight.device)).to(self.device)
-        mask_BP = is_token_BP.long().to(self.device)
+        mask_BP = torch.ones(ids_BP.shape, dtype=torch.int64, device=self.device)
         rows: Tensor = self._encoder(inputs_embeds=embedded, attention_mask=mask_BP).last_hidden_state
         return rows[0].cpu()
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from tests.wan_files import TINY, scramble, write_tokenizer
 from workers.errors import CheckpointMismatch, ConfigUnsupported
@@ -59,12 +60,12 @@ def test_rows_equal_those_of_a_call_padded_to_the_full_length(tokenizer: object)
     encoder = make_encoder(tokenizer)
     text = "the camera flies over a red house"
     encoded = encoder.encode([text])
-    ids, is_token = encoder.tokenize([text])
+    ids = encoder.tokenize(text)[None]
     num = ids.shape[1]
     assert (num, encoded.num_tokens_B.tolist()) == (8, [8])  # seven words and the end mark
     assert ids[0, -1] == 1
     padded = torch.nn.functional.pad(ids, (0, NUM_ROWS - num))
-    mask = torch.nn.functional.pad(is_token.long(), (0, NUM_ROWS - num))
+    mask = torch.nn.functional.pad(torch.ones(1, num, dtype=torch.int64), (0, NUM_ROWS - num))
     full = encoder.module(input_ids=padded, attention_mask=mask).last_hidden_state * mask[..., None]
     torch.testing.assert_close(encoded.text_BPE, full[:, :num], atol=1e-5, rtol=1e-5)
     folded = fold_padding(encoded, NUM_ROWS)
@@ -121,8 +122,28 @@ def test_resting_weights_visit_one_layer_at_a_time_and_change_nothing(tokenizer:
     assert all(after[name] is p for name, p in before.items())
 
 
+def test_the_tokenizer_is_the_file_s_own_whatever_class_is_named_beside_it(tmp_path: Path) -> None:
+    """transformers' T5Tokenizer would read unknown letters as <unk> and leave full-width ones as they are."""
+    pieces = ["<pad>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁red", "▁house"]
+    model = models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], unk_id=2, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "extra_ids": 0}')
+    encoder = make_encoder(open_tokenizer(tmp_path))
+    ids = encoder.tokenize(" ｒｅｄ 猫  house").tolist()
+    assert [pieces[i] for i in ids] == ["▁red", "▁", "<0xE7>", "<0x8C>", "<0xAB>", "▁house", "</s>"]
+    assert encoder.tokenize("red " * 100).tolist() == [pieces.index("▁red")] * (NUM_ROWS - 1) + [1]
+
+
 def test_a_folder_without_tokenizer_and_a_missing_package_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(CheckpointMismatch, match=r"no tokenizer .*expected tokenizer\.json"):
+        open_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointMismatch, match=r"no tokenizer \(it has no model\)"):
         open_tokenizer(tmp_path)
     with pytest.raises(ConfigUnsupported, match=r"nowhere_at_all: pip install 'longtake\[wan\]'"):
         import_library("nowhere_at_all")
