@@ -9,6 +9,10 @@ from dataclasses import dataclass
 
 APACHE = "Apache-2.0"
 ACADEMIC_ONLY = "ACADEMIC USE ONLY: no commercial use and no production use (Tencent's own terms)"
+CODE_APACHE_WEIGHTS_UNCLEAR = (
+    "Apache-2.0 for the code; the card of the weights has said CC BY-NC-SA 4.0 (NO COMMERCIAL USE): read it before you "
+    "use them"
+)
 UNLICENSED = "NO LICENCE FILE for its code; ask the authors before any use beyond reading"
 
 
@@ -74,7 +78,8 @@ RELEASES: dict[str, Release] = {
     "wan2.1-t2v-14b": Release(_WAN_14B),
     "wan2.1-i2v-14b": Release(_WAN_I2V),
     "self-forcing-1.3b": Release(
-        _WAN_1B_COMPANIONS, Published("gdhe17/Self-Forcing", APACHE, ("checkpoints/self_forcing_dmd.pt",))
+        _WAN_1B_COMPANIONS,
+        Published("gdhe17/Self-Forcing", CODE_APACHE_WEIGHTS_UNCLEAR, ("checkpoints/self_forcing_dmd.pt",)),
     ),
     "rolling-forcing-1.3b": Release(
         _WAN_1B_COMPANIONS,

@@ -228,7 +228,12 @@ def _chunk_plan(model: ReplayModel, recording: Recording) -> RolloutPlan:
     def noise(chunk_index: int, step_index: int) -> Tensor:
         if step_index == 0 and "noise.initial" in tensors:
             start = (chunk_index - num_given) * num_frames
-            return tensors["noise.initial"][:, start : start + num_frames]
+            initial = tensors["noise.initial"]
+            if initial.shape[1] < start + num_frames:
+                raise ValueError(
+                    f"noise.initial: {initial.shape[1]} latent frames, chunk {chunk_index} begins at {start}"
+                )
+            return initial[:, start : start + num_frames]
         return recording.read(f"noise.{chunk_index}.{step_index}")
 
     return RolloutPlan(

@@ -13,7 +13,7 @@ from tests.published import ChunkBuffer, RollingBuffer, State, Wan, longvie, rol
 from workers.kernels.reference import ReferenceKernel
 from workers.model.backbones import Backbone, ControlBranchSizes, find_backbone
 from workers.model.control_branch import ControlBranch
-from workers.rollouts.replay import Recording, ReplayModel, ReplaySettings, replay
+from workers.rollouts.replay import Recording, ReplayModel, ReplaySettings, replay, run_recorded
 
 ROWS, COLUMNS, FRAMES = 2, 3, 3
 LATENT = (2 * ROWS, 2 * COLUMNS)
@@ -97,6 +97,28 @@ def test_rolling_forcing(t2v: Wan) -> None:
     num_chunks = 12  # from the ninth on the first chunk after the sink is dropped
     settings = ReplaySettings("rolling", num_chunks, step_list=FIVE, sink_latent_frames=3)
     compare(T2V, settings, record_windows(t2v, num_chunks), num_chunks + 4 + num_chunks - 1)
+
+
+@pytest.mark.parametrize("kind", ["chunkwise", "rolling"])
+def test_timesteps_stay_in_float32_where_the_model_is_in_bfloat16(kind: str) -> None:
+    steps = FOUR if kind == "chunkwise" else FIVE
+    outputs = run_recorded(
+        ReplayModel(make_model(T2V).bfloat16(), ReferenceKernel()),
+        Recording(ReplaySettings(kind, 1, step_list=steps), draw_inputs(1, steps)),  # type: ignore[arg-type]
+    )
+    seen = [float(t[0, 0]) for name, t in outputs.items() if name.endswith(".timestep")]
+    published = {4: (1000.0, 937.5, 833.3333, 625.0), 5: (1000.0, 952.38104, 882.35291, 769.23077, 555.55560)}
+    assert seen == pytest.approx(published[len(steps)], abs=4e-5)
+
+
+def test_what_a_recording_lacks_is_said(t2v: Wan) -> None:
+    model, tensors = ReplayModel(make_model(T2V), ReferenceKernel()), draw_inputs(2, FOUR)
+    with pytest.raises(ValueError, match=r"noise\.initial: 6 latent frames, chunk 2 begins at 6"):
+        replay(model, Recording(ReplaySettings("chunkwise", 3, step_list=FOUR), tensors))
+    with pytest.raises(ValueError, match=r"latents\.initial: 4 latent frames are no whole chunks of 3"):
+        replay(model, Recording(ReplaySettings("chunkwise", 3, step_list=FOUR), tensors | {"latents.initial": draw(4)}))
+    with pytest.raises(ValueError, match=r"latents\.initial: a rolling window begins with noise"):
+        replay(model, Recording(ReplaySettings("rolling", 3, step_list=FIVE), tensors | {"latents.initial": draw(3)}))
 
 
 def make_control() -> ControlBranch:
