@@ -41,7 +41,7 @@ VARIANTS: dict[str, Record] = {
     GUARDED: {"policy": "fastar-quant", "guard": {"enabled": True}},
 }
 
-FIXED = (0.1, 0.2, 0.3, 0.45, 0.6)
+FIXED = (0.1, 0.2, 0.3, 0.45, 0.6, 0.8)
 TARGETS = (0.8, 0.85, 0.9, 0.95, 0.98)
 FAMILIES = {"annsa": "annsa", "fastar": "fastar-quant"}
 """Whose density is set from a recall target: over the whole history, and over the compressed one."""
@@ -63,7 +63,7 @@ ADAPTIVE = _adaptive_table()
 
 def _candidates() -> dict[str, Record]:
     table: dict[str, Record] = {}
-    for budget in (60, 90, 120):
+    for budget in (45, 60, 120):
         for storage in ("int8", "int4"):
             for decay in (0.0, 2.0, 6.0, 16.0):
                 cache = {"budget_latent_frames": budget, "storage": storage, "mass_decay": decay}

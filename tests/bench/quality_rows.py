@@ -51,7 +51,9 @@ def read_pieces(folder: Path, revision: str) -> dict[Key, Found]:
         if record["revision"] != revision:
             continue
         key = record["part"], record["policy"], record["group"], record["frames"]
-        _add(found.setdefault(key, Found(record)), record, load_file(path.with_suffix(".safetensors")))
+        one = found.setdefault(key, Found(record))
+        if record["first"] not in one.worlds:
+            _add(one, record, load_file(path.with_suffix(".safetensors")))
     return found
 
 
@@ -67,7 +69,7 @@ def _add(found: Found, record: dict[str, Any], latents: dict[str, Tensor]) -> No
         values["guarded"] += [float(made["guard"] == "dense")] * num
     for mark, values_B in record.get("vae_psnr_db", {}).items():
         found.vae_psnr_db[int(mark)] += values_B
-    for name in ("density", "kv_bytes", "kv_bytes_at_a_fifth"):
+    for name in ("density", "kv_bytes", "peak_kv_bytes", "peak_kv_bytes_to_a_fifth"):
         if name in record:
             found.sums[name] += [record[name]] * num
     for name, tensor in latents.items():
@@ -118,6 +120,7 @@ def rollout_row(key: Key, one: Found, dense: Found | None, lab: QualityLab) -> R
     """Free rollouts: how far from dense with the same noise, by video frame."""
     row: Row = {"part": "rollout", "policy": key[1], "group": key[2], "frames": key[3], "n": len(one.worlds)}
     row |= {name: float(np.mean(values)) for name, values in one.sums.items()}
+    row["peak_bytes_end_to_a_fifth"] = row["peak_kv_bytes"] / row["peak_kv_bytes_to_a_fifth"]
     frames = sorted(int(name.split(".")[1]) for name in one.latents if name.startswith("made."))
     if dense is not None and dense is not one:
         pairs = {frame: _compare(one, dense, f"made.{frame}", f"before.{frame}", lab) for frame in frames}
@@ -192,7 +195,7 @@ def _compare(one: Found, dense: Found, name: str, before: str, lab: QualityLab) 
         torch.stack(x)
         for x in (one.latents[name], *([dense.latents[n][there] for there in at] for n in (name, before)))
     )
-    frames, reference = lab.decode(mine, previous), lab.decode(theirs, previous)
+    frames, reference = (lab.decode(latents, previous).clamp(-1, 1) for latents in (mine, theirs))
     similarity = ssim(frames.flatten(0, 1), reference.flatten(0, 1)).view(len(at), -1).mean(1)
     return psnr_db(frames, reference).tolist(), similarity.tolist()
 

@@ -1,7 +1,7 @@
 """Time per chunk of policies that take turns, chunk by chunk, so that they share the moods of the machine.
 
-`python -m tests.bench.quality_turns --policies dense window fastar-quant --frames 3000`: free rollouts of one world, all
-but the pictures; each row has the seconds of its chunks at several lengths and its speed-up over the first policy.
+`python -m tests.bench.quality_turns --policies dense window fastar-quant --frames 3000`: free rollouts of one world
+without the pictures; each row has the seconds of its chunks at several lengths and its speed-up over the first policy.
 """
 
 from __future__ import annotations
