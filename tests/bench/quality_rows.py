@@ -124,9 +124,9 @@ def rollout_row(key: Key, one: Found, dense: Found | None, lab: QualityLab) -> R
     frames = sorted(int(name.split(".")[1]) for name in one.latents if name.startswith("made."))
     if dense is not None and dense is not one:
         pairs = {frame: _compare(one, dense, f"made.{frame}", f"before.{frame}", lab) for frame in frames}
-        row |= {"psnr_db_at_frame": {frame: mean_and_ci(pair[0])[0] for frame, pair in pairs.items()}}
-        row |= {"psnr_ci95_at_frame": {frame: mean_and_ci(pair[0])[1] for frame, pair in pairs.items()}}
-        row |= {"ssim_at_frame": {frame: mean_and_ci(pair[1])[0] for frame, pair in pairs.items()}}
+        row |= {"psnr_db_at_frame": {frame: round(mean_and_ci(pair[0])[0], 2) for frame, pair in pairs.items()}}
+        row |= {"psnr_ci95_at_frame": {frame: round(mean_and_ci(pair[0])[1], 2) for frame, pair in pairs.items()}}
+        row |= {"ssim_at_frame": {frame: round(mean_and_ci(pair[1])[0], 3) for frame, pair in pairs.items()}}
     return row | {"lpips": None}
 
 
@@ -171,7 +171,7 @@ def _losses(one: Found, dense: Found | None, mark: int, back: Sequence[int]) -> 
         for distance in back
     }
     row = _named("loss_to_dense_db", _by_world(list(by_distance.values())), "loss_ci95")
-    row["loss_at_distance"] = {distance: float(np.mean(values)) for distance, values in by_distance.items()}
+    row["loss_at_distance"] = {distance: round(float(np.mean(values)), 2) for distance, values in by_distance.items()}
     if dense.vae_psnr_db[mark]:
         row["vae_psnr_db"] = float(np.mean([dense.vae_psnr_db[mark][there] for there in at]))
     return row

@@ -26,7 +26,7 @@ def make_row(name: str, runner: Runner, first: Runner, frames: int) -> dict[str,
     """Figures of one rollout."""
     chunks = len(runner.seconds)
     marks = sorted({mark for mark in (50, 100, 125, 200, chunks) if mark <= chunks})
-    at = {CHUNK_FRAMES * m: statistics.median(runner.seconds[max(0, m - _AROUND) : m]) for m in marks}
+    at = {CHUNK_FRAMES * m: round(statistics.median(runner.seconds[max(0, m - _AROUND) : m]), 4) for m in marks}
     return {
         "part": "turns",
         "policy": name,
