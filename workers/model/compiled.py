@@ -32,7 +32,8 @@ class _CompiledLayers:
     """Runs one layer, as `CausalDiT` does it plainly."""
 
     def __init__(self, backend: str | Callable[..., Any]) -> None:
-        options: dict[str, Any] | None = {"deterministic": True} if backend == "inductor" else None
+        can_be_deterministic = backend == "inductor" and "deterministic" in torch._inductor.list_options()
+        options: dict[str, Any] | None = {"deterministic": True} if can_be_deterministic else None
 
         def compiled(piece: Callable[..., Any]) -> Callable[..., Any]:
             return torch.compile(piece, dynamic=False, fullgraph=True, backend=backend, options=options)
