@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 _STEPS = 8
 """Of a token: what caches round rows and columns to."""
 
