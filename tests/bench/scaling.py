@@ -18,9 +18,11 @@ The record is written anew after each run, so a bench that is cut off leaves wha
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -49,6 +51,7 @@ class Bench:
     """time.monotonic() at which the last run must have ended."""
     runs: list[Run] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    num_gpus: float = 0.0
 
     def one(self, part: Part) -> Run | None:
         """The run of this part with one actor."""
@@ -69,6 +72,7 @@ class Bench:
         """What the numbers mean, run by run; and what is not there, with the reason."""
         parts = [note for run in self.runs if (note := note_on(run, self.one(run.part)))]
         parts += [f"{name}: not measured: {why.splitlines()[0]}." for name, why in self.failed.items()]
+        parts.append(f"GPUs that Ray found: {self.num_gpus:g}.")
         parts.append(f"Flags for all: {' '.join(self.args.flags)}." if self.args.flags else "")
         if self.args.logical:
             parts.append(
@@ -81,10 +85,14 @@ class Bench:
 def main() -> None:
     """Each part with one actor and with several, on one Ray."""
     args = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # who is told to end leaves no Ray behind
     print(f"begun, {args.limit_s:.0f} s at most", flush=True)
     bench = Bench(args, time.monotonic() + args.limit_s)
     per_card = args.actors if args.share else 1
     with weights_being_written(args) as checkpoint, GpuWatch() as watch, open_ray(args) as ray:
+        if not args.logical:
+            importlib.import_module("torch")  # the record names the GPU if torch is there to ask
+        bench.num_gpus = ray.resources()["GPU"]
         say(f"Ray is up: {ray.resources()}")
         for name in args.parts:
             for num_actors in (1, args.actors):

@@ -91,7 +91,7 @@ class Run:
             "GPU s by cause, sum / held": sum(self.by_cause.values()) / self.held_s,
             "GPU s a video": self.gpu_s,
             **{f"{name} s a video": seconds for name, seconds in stages.items()},
-            "other s a video": self.gpu_s - sum(stages[name] for name in ("denoise", "cache", "vae")),
+            "GPU s a video beyond denoise, cache": self.gpu_s - stages["denoise"] - stages["cache"],
             "peak GB": max(row["peak_gpu_bytes"] for row in self.rows) / 1e9,
             **self._cards(),
             "kernel": self.rows[0]["backend"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from workers.assemble import LoadedModel, load_model
 from workers.config import BackboneConfig, RenderConfig, VideoConfig
 from workers.errors import DeviceBroken, QualityRefused
 from workers.model.backbones import find_backbone
+from workers.model.compiled import compile_around_attention
 from workers.task import PromptSegment, RenderResult, RenderSetup, RenderTask
 from workers.warm_up import needs_warm_up, warm_up
 
@@ -60,6 +62,27 @@ def test_who_is_slow_at_first_is_warmed_up(model: LoadedModel) -> None:
     assert needs_warm_up(replace(model, config=compiled))
     assert needs_warm_up(replace(model, device=torch.device("cuda")))
     assert not needs_warm_up(replace(model, config=compiled, backbone=find_backbone("longvie2-14b")))
+
+
+def test_a_take_compiles_nothing_that_warming_up_in_another_thread_has_not_compiled(tmp_path: Path) -> None:
+    compiled: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        compiled.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    actor = RenderActor(RenderSetup(job_id="job", config=TINY, store_url=str(tmp_path)))
+    actor.load()
+    assert actor._model is not None
+    compile_around_attention(actor._model.dit, backend)
+    with ThreadPoolExecutor(1) as load_thread:
+        load_thread.submit(warm_up, actor._model).result()
+    assert len(compiled) == 3
+    with ThreadPoolExecutor(1) as run_thread:
+        (result,) = run_thread.submit(actor.run, [TASK.model_copy(update={"num_frames": 36})]).result()
+    assert isinstance(result, RenderResult), result
+    assert len(compiled) == 3
 
 
 def test_only_a_broken_device_keeps_an_actor_from_its_takes(
