@@ -1,7 +1,8 @@
 """Videos per hour with one and with several actors, through the real command on Ray, from the same prompt lists.
 
 `python -m tests.bench.scaling` on a machine with two GPUs: parts `world` (the bundled model, many short takes) and
-`wan` (Wan2.1-1.3B's geometry with random weights from tests.bench.random_wan, two takes of 600 frames).
+`wan` (Wan2.1-1.3B's geometry with random weights from tests.bench.random_wan, two takes of 600 frames); `--parts memory` is
+the bundled model with TempCache, for the frame hashes above all.
 `python -m tests.bench.scaling --share` two actors on one GPU (0.5 each) against one that has it alone.
 `python -m tests.bench.scaling --logical --tiny` on a machine without: GPUs are then only Ray's numbers.
 More flags of `longtake render` stand after `--` and go to all runs.
@@ -114,9 +115,10 @@ def parse() -> argparse.Namespace:
     """The command line, with what follows from `--tiny`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--actors", type=int, default=2, help="how many are compared with one")
-    parser.add_argument("--parts", nargs="+", choices=("world", "wan"), default=["world", "wan"])
+    parser.add_argument("--parts", nargs="+", choices=("world", "memory", "wan"), default=["world", "wan"])
     parser.add_argument("--world-items", type=int, default=96)
     parser.add_argument("--world-frames", type=int, default=192)
+    parser.add_argument("--memory-items", type=int, default=16)
     parser.add_argument("--wan-items", type=int, default=2)
     parser.add_argument("--wan-frames", type=int, default=600)
     parser.add_argument(
@@ -149,9 +151,11 @@ def card_name() -> str:
 def make_part(name: str, args: argparse.Namespace, checkpoint: Callable[[], Path]) -> Part:
     """The prompt list and the flags of a part."""
     flags = tuple(args.flags)
-    if name == "world":
+    if name != "wan":
         model = ("--model", "tiny-test", "--width", "64", "--height", "32") if args.tiny else ()
-        return Part(name, args.world_items, args.world_frames, (*model, *flags))
+        cache = ("--cache", "temporal") if name == "memory" else ()
+        num_items = args.memory_items if name == "memory" else args.world_items
+        return Part(name, num_items, args.world_frames, (*model, *cache, *flags))
     size = ("64", "32") if args.tiny else ("832", "480")
     model = ("--model", wan_model(args), "--checkpoint", str(checkpoint()), "--width", size[0], "--height", size[1])
     settings = ("--steps", "4", "--cache", "window", "--backbone-dtype", "bfloat16") if args.tiny else WAN_FLAGS
