@@ -1,8 +1,8 @@
 """Videos per hour with one and with several actors, through the real command on Ray, from the same prompt lists.
 
 `python -m tests.bench.scaling` on a machine with two GPUs: parts `world` (the bundled model, many short takes) and
-`wan` (Wan2.1-1.3B's geometry with random weights from tests.bench.random_wan, two takes of 600 frames); `--parts memory` is
-the bundled model with TempCache, for the frame hashes above all.
+`wan` (Wan2.1-1.3B's geometry with random weights from tests.bench.random_wan, two takes of 600 frames);
+`--parts memory` is the bundled model with TempCache, for the frame hashes above all.
 `python -m tests.bench.scaling --share` two actors on one GPU (0.5 each) against one that has it alone.
 `python -m tests.bench.scaling --logical --tiny` on a machine without: GPUs are then only Ray's numbers.
 More flags of `longtake render` stand after `--` and go to all runs.
@@ -35,7 +35,7 @@ from pathlib import Path
 
 from cluster.start import LocalSize, RayCluster, connect
 from tests.bench.gpu_watch import GpuWatch
-from tests.bench.record import report
+from tests.bench.record import load_text, report
 from tests.bench.scaling_run import Part, Run, percents, run_part, table_of
 
 WAN = "wan-1.3b-test"
@@ -78,7 +78,7 @@ class Bench:
         if self.args.logical:
             parts.append(
                 f"GPUs are logical here: the actors share {os.cpu_count()} CPU cores with driver, encoder and Ray. "
-                "This shows that the bench works and that frames agree; it says nothing about GPUs."
+                f"This shows that the bench works and that frames agree; it says nothing about GPUs. {load_text()}"
             )
         return " ".join(filter(None, parts))
 
