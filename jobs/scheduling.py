@@ -60,6 +60,10 @@ class CostModel:
         """Seconds on a GPU; 0 before the first take has been seen."""
         return num_frames * (self._seconds_per_frame or 0.0)
 
+    def weigh(self, num_frames: int) -> float:
+        """What is good for comparisons at any time: seconds, or frames before the first take has been seen."""
+        return num_frames * (self._seconds_per_frame or 1.0)
+
 
 class Backlog:
     """Tasks ready to be given out, longest first, then in order of arrival."""
@@ -131,14 +135,18 @@ def next_shard(backlog: Backlog, model: CostModel, limits: Limits, num_actors: i
     return backlog.take_shard(limits.shard_tasks, target_s * frames_per_second)
 
 
-def may_queue_behind(backlog: Backlog, model: CostModel, rest_s: float, num_actors: int) -> bool:
-    """May the longest task wait behind a call that will run for `rest_s` more?
+def may_queue_behind(backlog: Backlog, model: CostModel, rest: float, num_actors: int) -> bool:
+    """May the longest task wait behind what an actor has in hand?
 
     Yes if what else is left keeps every other actor busy until that task is done; a lone actor has nobody to lose to.
+
+    Args:
+        rest: What the actor has still to do before, as `model.weigh` counts.
+        num_actors: All that will ask for tasks, those that still load included.
     """
     head = backlog.peek()
-    if head is None or (num_actors > 1 and not model.is_known):
+    if head is None:
         return False
-    head_s = model.predict(head.planned.num_frames)
-    left_s = model.predict(backlog.num_frames) - head_s
-    return left_s >= (num_actors - 1) * (rest_s + head_s)
+    head_weight = model.weigh(head.planned.num_frames)
+    left = model.weigh(backlog.num_frames) - head_weight
+    return left >= (num_actors - 1) * (rest + head_weight)

@@ -342,7 +342,8 @@ class JobState:
         if self.is_throttled:
             return
         ready = [actor for actor in self.actors.values() if actor.can_take()]
-        for actor, tasks in self.queue.assignments(ready, now):
+        num_loading = self._num_spawning + sum(1 for a in self.actors.values() if not a.is_ready and a.doom is None)
+        for actor, tasks in self.queue.assignments(ready, now, num_loading=num_loading):
             self._submit(actor, tasks, now)
 
     def _spawn_missing(self) -> None:
