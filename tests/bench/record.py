@@ -91,12 +91,18 @@ def keep(name: str, rows: Sequence[dict[str, Any]], notes: str = "", folder: Pat
         "notes": notes,
         "rows": list(rows),
     }
+    write_record(record, folder)
+    return record
+
+
+def write_record(record: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write a record as `<folder>/<its name>.json`, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
+    path = folder / f"{record['name']}.json"
     part = path.with_suffix(".part")
     part.write_text(json.dumps(record, indent=1) + "\n")
     part.replace(path)
-    return record
+    return path
 
 
 def report(name: str, rows: Sequence[dict[str, Any]], notes: str = "", folder: Path = RESULTS) -> Path:

@@ -2,7 +2,9 @@
 
 VAE fidelity, memory of places by distance and history, following of prompts, sharpness of land never seen, drift over
 3000 frames. The result file is written anew after every row. On a CPU ask for a few worlds and parts (`--worlds 4
---parts cut-39 sharpness`). The speed there has its own bench, `world_model_cpu`.
+--parts cut-39 sharpness`). The speed there has its own bench, `world_model_cpu`. A measurement that was made in several
+calls becomes one file with `--collect FILE..`: date, device and command are the first file's, and a row of another file
+keeps its own.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.bench.record import RESULTS, keep, report
+from tests.bench.record import RESULTS, keep, report, write_record
 from workers.checkpoints.files import open_weights
 from workers.model.backbones import find_backbone
 from workers.model.vae import VideoVAE
@@ -29,13 +31,14 @@ from workers.training.sequence import WorldModel
 from workers.training.vae_train import HELD_OUT_SEED, held_out_psnr
 from workers.worlds.camera import CameraMove
 from workers.worlds.captions import write_caption
-from workers.worlds.clips import draw_path, draw_spec, render_views
+from workers.worlds.clips import WorldSpec, draw_path, draw_spec, render_views
 
 WEIGHTS = Path(__file__).parents[2] / "workers" / "training" / "weights"
 DISTANCES = (159, 39, 81, 318)
 """Latent frames away; 81 stands for 80, because chunks are 3 latent frames long."""
 LONG_PROMPT = 200
 """Words, of which one sentence says what to show; the model was trained on at most 127."""
+WANDER = CameraMove("wander", 0, 2.0)
 
 Row = dict[str, Any]
 
@@ -104,31 +107,53 @@ def follow_rows(lab: Laboratory, num: int, sampling: Sampling, num_words: int = 
     yield row | {"biome": biome.float().mean().item(), "direction": direction.float().mean().item()}
 
 
-def drift_rows(lab: Laboratory, num: int, sampling: Sampling, policy: str, frames: int) -> Iterator[Row]:
-    """A long walk: the last 96 frames against those around frame 100; `true` is the share of true walks that pass."""
+def long_walks(lab: Laboratory, num: int, frames: int) -> tuple[list[WorldSpec], list[str], torch.Tensor]:
+    """Worlds, captions and camera positions of walks that explore."""
     rng = np.random.default_rng(HELD_OUT_SEED + 3)
     specs = [draw_spec(HELD_OUT_SEED + 30_000 + index, STILL_AIR) for index in range(num)]
-    move = CameraMove("wander", 0, 2.0)
-    captions = [write_caption(spec.scene, move, rng) for spec in specs]
-    positions = torch.from_numpy(np.stack([draw_path(move, frames, rng) for _ in specs])).to(lab.device)
-    times = torch.arange(frames / 4, device=lab.device).expand(num, -1)
-    visible = {"full": sees_all, "window": sees_window}[policy]
-    rollout = FastRollout(lab.model, positions.unflatten(1, (-1, 4)) + 512, times, lab.prompts(captions), visible)
-    latents = lab.run(rollout, torch.zeros(0), 0, sampling, seed=3)
-    changes, true_changes = [], []
+    captions = [write_caption(spec.scene, WANDER, rng) for spec in specs]
+    return specs, captions, torch.from_numpy(np.stack([draw_path(WANDER, frames, rng) for _ in specs])).to(lab.device)
+
+
+def true_changes(lab: Laboratory, specs: list[WorldSpec], positions: torch.Tensor) -> list[dict[str, float]]:
+    """How the land itself changes between the early and the late stretch of each walk."""
+    changes = []
     for index, spec in enumerate(specs):
-        part, at = latents[index : index + 1], positions[index : index + 1]
-        early, late = lab.decode(part[:, 13:37])[0], lab.decode(part[:, -24:])[0]
+        world, at = lab.worlds([spec]).pictures_BCHW, positions[index : index + 1]
+        early, late = (render_views(world, at[:, span])[0] for span in (slice(52, 148), slice(-96, None)))
         changes.append(compare_looks(measure_look(early), measure_look(late)))
-        world = lab.worlds([spec]).pictures_BCHW
-        true_early, true_late = (render_views(world, at[:, span])[0] for span in (slice(52, 148), slice(-96, None)))
-        true_changes.append(compare_looks(measure_look(true_early), measure_look(true_late)))
+    return changes
+
+
+def drift_rows(lab: Laboratory, num: int, sampling: Sampling, policy: str, frames: int) -> Iterator[Row]:
+    """A long walk: the last 96 frames against those around frame 100; `true` is the share of true walks that pass.
+
+    The policy `true` renders nothing: it measures the land that the cameras see, whose changes are no drift.
+    """
+    specs, captions, positions = long_walks(lab, num, frames)
+    true = true_changes(lab, specs, positions)
+    changes = true
+    if policy != "true":
+        times = torch.arange(frames / 4, device=lab.device).expand(num, -1)
+        visible = {"full": sees_all, "window": sees_window}[policy]
+        rollout = FastRollout(lab.model, positions.unflatten(1, (-1, 4)) + 512, times, lab.prompts(captions), visible)
+        latents = lab.run(rollout, torch.zeros(0), 0, sampling, seed=3)
+        parts = latents.split(1)
+        looks = [
+            [measure_look(lab.decode(part[:, span])[0]) for span in (slice(13, 37), slice(-24, None))] for part in parts
+        ]
+        changes = [compare_looks(early, late) for early, late in looks]
     row: Row = {"figure": "drift_band", "form": policy, "n": num, "frames": frames}
-    row |= {"value": sum(map(is_stable, changes)) / num, "true": sum(map(is_stable, true_changes)) / num, "goal": 1.0}
+    row |= {"value": sum(map(is_stable, changes)) / num, "true": sum(map(is_stable, true)) / num, "goal": 1.0}
     for name, band in BANDS.items():
         values = [change[name] for change in changes]
         row |= {name: float(np.median(values)), f"{name}_extremes": [min(values), max(values)], f"{name}_band": band}
-    yield row
+    yield row | {"medians_in_band": medians_in_band(row)}
+
+
+def medians_in_band(row: Row) -> bool:
+    """Whether the medians over all worlds lie in their bands: one walk may end in other land, many do not."""
+    return all(low <= row[name] <= high for name, (low, high) in BANDS.items())
 
 
 def parts_of(lab: Laboratory, num: int) -> dict[str, Callable[[], Iterator[Row]]]:
@@ -151,6 +176,7 @@ def parts_of(lab: Laboratory, num: int) -> dict[str, Callable[[], Iterator[Row]]
         "generated-159": revisit("generated", 159),
         "drift-full": lambda: drift_rows(lab, walks, sampling, "full", 3000),
         **{f"generated-{distance}": revisit("generated", distance) for distance in DISTANCES if distance != 159},
+        "drift-true": lambda: drift_rows(lab, walks, sampling, "true", 3000),
     }
 
 
@@ -172,14 +198,43 @@ def measure(parts: dict[str, Callable[[], Iterator[Row]]], seconds: float, keep_
             torch.cuda.empty_cache()
 
 
+def row_name(row: Row) -> tuple[Any, ...]:
+    """What a row measures: two rows of one name are two measurements of the same."""
+    return row["figure"], row.get("form"), row.get("distance")
+
+
+def part_name(row: Row) -> str:
+    """The part that measures this row, or the row's own figure where it says that a part was not measured."""
+    if row["figure"] == "revisit":
+        return f"{row['form']}-{row['distance']}"
+    return f"drift-{row['form']}" if row["figure"] == "drift_band" else str(row["figure"])
+
+
 def kept_rows(record: dict[str, Any], revision: str, fresh: list[Row]) -> list[Row]:
     """Rows of an earlier run of other parts, with the same weights, that this run did not measure again."""
+    measured = {row_name(row) for row in fresh}
+    return [row for row in record["rows"] if revision[:16] in record["notes"] and row_name(row) not in measured]
 
-    def name(row: Row) -> tuple[Any, ...]:
-        return row["figure"], row.get("form"), row.get("distance")
 
-    measured = {name(row) for row in fresh}
-    return [row for row in record["rows"] if revision[:16] in record["notes"] and name(row) not in measured]
+def collect(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """One record of several of the same weights: the first one's head, and what the others measured beside it.
+
+    A row of a later record replaces one of the same name and names its own device, command and commit.
+
+    Raises:
+        ValueError: The records are of different weights or settings.
+    """
+    first, rows = records[0], list[Row]()
+    for record in records:
+        if record["notes"] != first["notes"]:
+            raise ValueError(f"{record['command']}: {record['notes']!r}, not {first['notes']!r}")
+        own = {name: record[name] for name in ("device", "command", "commit")} if record is not first else {}
+        fresh = [row | own for row in record["rows"]]
+        rows = kept_rows(first | {"rows": rows}, "", fresh) + fresh
+    measured = {part_name(row) for row in rows if row["value"] is not None}
+    rows = [row for row in rows if row["value"] is not None or part_name(row) not in measured]
+    judged = [row | {"medians_in_band": medians_in_band(row)} if row["figure"] == "drift_band" else row for row in rows]
+    return first | {"rows": judged}
 
 
 def main() -> None:
@@ -190,7 +245,12 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the weights to measure")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--seconds", type=float, default=600.0, help="begin no further part after this time")
+    parser.add_argument("--collect", nargs="+", type=Path, help="measure nothing: make one file of these")
     options = parser.parse_args()
+    if options.collect:
+        path = write_record(collect([json.loads(file.read_text()) for file in options.collect]), options.folder)
+        print(f"wrote {path}")
+        return
     lab, revision = load(torch.device("cuda" if torch.cuda.is_available() else "cpu"), options.weights)
     parts = parts_of(lab, options.worlds)
     if unknown := set(options.parts or ()) - parts.keys():
