@@ -1,4 +1,4 @@
-"""What the bundled world model can do, on held-out worlds: `python -m tests.bench.world_model` (a GPU: four minutes).
+"""What the bundled world model can do, on held-out worlds: `python -m tests.bench.world_model` (a GPU: six minutes).
 
 VAE fidelity, memory of places by distance and history, following of prompts, sharpness of land never seen, drift over
 3000 frames. The result file is written anew after every row. On a CPU ask for a few worlds and parts (`--worlds 4
