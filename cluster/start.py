@@ -194,7 +194,8 @@ def _start_local(size: LocalSize, with_dashboard: bool) -> RayCluster:
             )
             log.info("local Ray cluster started in %.1f s; its logs are in %s", time.monotonic() - start, folder.path)
             return RayCluster(address, folder, undo.pop_all())
-    except ClusterUnreachable:
+    except BaseException:  # a signal, too, may end the wait
+        ray.shutdown()
         folder.remove()
         raise
 

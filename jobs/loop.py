@@ -173,6 +173,12 @@ class Loop:
     def _now(self) -> str:
         return self._clock.utc_now().isoformat()
 
+    def _note(self, now: float) -> str:
+        left_s = self.state.stops_in_s(now)
+        if left_s is None:
+            return ""
+        return f"stopping, at most {left_s:.0f} s for what is in hand; once more ends it now"
+
     def view(self) -> JobView:
         """How it stands."""
         now = self._clock.monotonic()
@@ -192,4 +198,5 @@ class Loop:
             run_video_s=self._video_s,
             gpu_seconds=state.account.seconds(now),
             actors=tuple(actor_view(actor) for actor in state.actors.values()),
+            note=self._note(now),
         )

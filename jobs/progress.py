@@ -131,11 +131,13 @@ class LineDisplay:
         self._rate = FrameRate(clock)
         self._last_s: float | None = None
         self._pending: JobProgress | None = None
+        self._noted = False
 
     def update(self, progress: JobProgress) -> None:
         self._rate.add(progress.frames_done)
-        self._pending = progress
-        if self._last_s is None or self._clock() - self._last_s >= self._interval_s:
+        is_news = bool(progress.note) and not self._noted
+        self._pending, self._noted = progress, bool(progress.note)
+        if is_news or self._last_s is None or self._clock() - self._last_s >= self._interval_s:
             self._write()
 
     def close(self) -> None:

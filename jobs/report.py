@@ -17,10 +17,10 @@ import pyarrow.compute as pc
 from cluster.object_store import ObjectStore, open_store
 from jobs.consume import committed_tables
 from jobs.progress import duration_text
-from jobs.prompt_row import segments_of
 from jobs.quarantine import read_quarantine
 from jobs.replay import Replay
 from jobs.status import JobStatus, read_status
+from workers.task import segments_of
 from workers.video.contact_sheet import make_contact_sheet
 
 SHEET_KEY = "report/contact-sheet.png"

@@ -124,6 +124,10 @@ class JobState:
         """Tasks in hand at actors."""
         return len(self.open) - len(self.queue)
 
+    def stops_in_s(self, now: float) -> float | None:
+        """Seconds that takes in hand have left; None while nobody wants to stop."""
+        return None if self._stop is None else max(0.0, self._stop_at - now)
+
     # -- tasks -----------------------------------------------------------------------------------------------------
 
     def _on_offered(self, event: TaskOffered, now: float) -> None:

@@ -42,6 +42,8 @@ class JobView:
     run_video_s: float
     gpu_seconds: dict[Cause, float]
     actors: tuple[ActorView, ...]
+    note: str = ""
+    """What else there is to say, such as that it is stopping."""
 
 
 def actor_view(actor: Actor) -> ActorView:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,6 +25,24 @@ class PromptSegment(Record):
 
     frame: int = Field(ge=0, description="First video frame of this prompt.")
     prompt: str
+
+
+_SEGMENTS_BEGIN = '[{"frame":'
+
+
+def prompt_text(segments: Sequence[PromptSegment]) -> str:
+    """What stands for a take's prompt in manifest and file: the prompt, or the segments as JSON."""
+    first = segments[0].prompt
+    if len(segments) == 1 and not first.startswith(_SEGMENTS_BEGIN):
+        return first
+    return json.dumps([s.model_dump() for s in segments], ensure_ascii=False, separators=(",", ":"))
+
+
+def segments_of(text: str) -> tuple[PromptSegment, ...]:
+    """The way back from `prompt_text`."""
+    if not text.startswith(_SEGMENTS_BEGIN):
+        return (PromptSegment(frame=0, prompt=text),)
+    return tuple(PromptSegment.model_validate(part) for part in json.loads(text))
 
 
 class RenderTask(Record):

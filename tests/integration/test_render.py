@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import av
 import duckdb
 import pytest
 
@@ -64,11 +66,21 @@ def test_prompts_on_s3_become_videos_and_a_manifest_on_s3(monkeypatch: pytest.Mo
     assert table["seed"].to_pylist()[1] == 7
     assert all(store.size(f"night/{key}") for key in table["file_name"].to_pylist())
 
+    assert [prompt_hash_in(store, f"night/{key}") for key in table["file_name"].to_pylist()] == table[
+        "prompt_sha256"
+    ].to_pylist()
+
     again = longtake_command(*arguments, code=3)
     assert "4 of 4 videos" in again
     assert json.loads(longtake_command("status", f"{root}/night", "--json"))["driver"]["epoch"] == 1  # no new lease
     verified = json.loads(longtake_command("verify", f"{root}/night", "--rerender", "100%", "--json"))
     assert (verified["num_decoded"], verified["num_rerendered"], verified["num_orphans"]) == (4, 4, 0)
+
+
+def prompt_hash_in(store: ObjectStore, key: str) -> str:
+    """What the video says of itself: a file that lost its manifest can be matched."""
+    with av.open(io.BytesIO(store.get(key))) as container:
+        return str(container.metadata["prompt_sha256"])
 
 
 @pytest.mark.slow

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +139,16 @@ def test_render_dry_run_checks_everything_and_leaves_no_trace(tmp_path: Path) ->
     assert "1 prompts, 1 videos" in out
     assert "line 2: bad_utf8" in out
     assert not (tmp_path / "out" / "p").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_take_exits_4_and_says_so(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.render.check_before_start", lambda *_, **__: os.kill(os.getpid(), number))
+    code, _, err = run("render", "p.txt", "--out", str(tmp_path / "out"), *TINY)
+    assert code == 4
+    assert f"stopped by {number.name} before the first take" in err
 
 
 def test_plan_prints_what_is_known_and_what_is_not(tmp_path: Path) -> None:

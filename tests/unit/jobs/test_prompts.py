@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.errors import PromptsError
-from jobs.prompt_row import Prompt, Rejected, segments_of
+from jobs.prompt_row import Prompt, Rejected
 from jobs.prompts import PromptSource, read_prompts, scan_prompts
 from jobs.shards import TaskDefaults, tasks_of
+from workers.task import segments_of
 
 DEFAULTS = TaskDefaults(seed=1, samples=2, num_frames=96)
 
