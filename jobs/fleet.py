@@ -21,6 +21,12 @@ class Call:
     tasks: list[OpenTask]
     submitted_at: float
     predicted_s: float
+    is_withdrawn: bool = False
+    """It was asked back; what had begun by then is finished nevertheless."""
+
+    def attempts(self, epoch: int) -> tuple[tuple[str, str], ...]:
+        """Its tasks as the actor knows them."""
+        return tuple((task.task_id, task.attempt(epoch).attempt) for task in self.tasks)
 
 
 @dataclass(slots=True)
@@ -63,7 +69,8 @@ class Actor:
 
     def end(self, call_id: str, now: float) -> Call | None:
         """Take a finished call out; None if it is not ours (its actor was lost before)."""
-        self.moved_at = self.task_since = now
+        if (oldest := self.oldest) is not None and oldest.call_id == call_id:  # else the one in hand goes on
+            self.moved_at = self.task_since = now
         return self.calls.pop(call_id, None)
 
     def heard(self, progress: Any, now: float) -> None:
@@ -82,6 +89,14 @@ class Actor:
             return 0.0
         first_s = max(oldest.predicted_s - (now - oldest.submitted_at), 0.1 * oldest.predicted_s)
         return first_s + sum(call.predicted_s for call in self.calls.values() if call is not oldest)
+
+    def waiting_call(self) -> Call | None:
+        """The newest call that is not known to have begun and was not asked back yet."""
+        running = self.running_task()
+        for call in reversed(self.calls.values()):
+            if call is not self.oldest and not call.is_withdrawn and all(t.task_id != running for t in call.tasks):
+                return call
+        return None
 
     def suspects(self) -> list[OpenTask]:
         """Tasks that may have been running: those of the oldest call, and of the call that it last spoke of."""

@@ -25,6 +25,7 @@ from jobs.messages import (
     StopRequested,
     Submit,
     TaskOffered,
+    Withdraw,
 )
 from jobs.outcome import EXIT_STOPPED, JobInputs, SourceRow, id_of
 from jobs.prompt_row import Rejected
@@ -142,13 +143,16 @@ class Loop:
             commands = self.state.handle(spawned, self._clock.monotonic()) if spawned else []
         return None
 
-    def _command_pool(self, command: Spawn | Submit | Drain | Kill) -> list[OwnEvent]:
+    def _command_pool(self, command: Spawn | Submit | Withdraw | Drain | Kill) -> list[OwnEvent]:
         if self.pool is None:
             self.pool = self._open_pool()
         if isinstance(command, Submit):
             self.pool.submit(command.actor_id, command.call_id, list(command.tasks))
         elif isinstance(command, Spawn):
             return [ActorSpawned(self.pool.spawn(avoid_nodes=command.avoid_nodes))]
+        elif isinstance(command, Withdraw):
+            logger.info("taking back what has not begun", extra={"actor": command.actor_id, "tasks": command.attempts})
+            self.pool.withdraw(command.actor_id, command.attempts)
         elif isinstance(command, Kill):
             logger.warning("ending actor", extra={"actor": command.actor_id, "why": command.reason})
             self.pool.kill(command.actor_id)

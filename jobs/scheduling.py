@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 from jobs.failures import Tries
 from jobs.limits import Limits
+from jobs.rows import AttemptFacts
 from jobs.shards import PlannedTask
-from workers.task import RenderTask
+from workers.task import ActorInfo, RenderTask
 
 FORGETTING = 0.2  # weight of the newest take in the running mean of seconds per frame
 PIECES_PER_ACTOR = 4  # a shard is at most a fourth of an actor's share of what is left, so shards shrink to the end
@@ -39,6 +40,21 @@ class OpenTask:
         tries = self.tries
         name = f"e{epoch}a{tries.number}"
         return self.planned.attempt(name, ladder_rung=tries.rung, full_precision=tries.full_precision)
+
+    def facts(self, epoch: int, node_id: str, actor: ActorInfo | None) -> AttemptFacts:
+        """What the row says of the attempt that decided it."""
+        tries = self.tries
+        return AttemptFacts(
+            epoch=epoch,
+            number=tries.number,
+            shard=self.shard,
+            preemptions=tries.preemptions,
+            generation=self.generation,
+            wasted_gpu_s=tries.wasted_s,
+            queue_s=self.started_at - self.offered_at,
+            node_id=node_id,
+            actor=actor,
+        )
 
 
 class CostModel:

@@ -22,7 +22,7 @@ from cluster.pool import (
 )
 from jobs.accounting import GpuAccount
 from jobs.dispatch import Dispatcher
-from jobs.failures import EXIT_BROKEN, CircuitBreaker, NodeBlocklist, RetryPolicy, TryAgain, Verdict
+from jobs.failures import EXIT_BROKEN, CircuitBreaker, NodeBlocklist, RetryPolicy, TryAgain, Verdict, no_outcome
 from jobs.fleet import Actor, Call, Doom
 from jobs.limits import Limits
 from jobs.messages import (
@@ -41,8 +41,8 @@ from jobs.messages import (
     StopRequested,
     Submit,
     TaskOffered,
+    Withdraw,
 )
-from jobs.rows import AttemptFacts
 from jobs.scheduling import OpenTask
 from workers.errors import RenderError
 from workers.task import ActorInfo, Progress, RenderFailure, RenderResult
@@ -150,6 +150,9 @@ class JobState:
     def _on_stop(self, event: StopRequested, now: float) -> None:
         if self._stop is None or now + event.grace_s < self._stop_at:
             self._stop, self._stop_at = event, now + event.grace_s
+        for actor in self.actors.values():  # only what has begun may finish
+            while (call := actor.waiting_call()) is not None:
+                self._take_back(actor, call)
 
     def _settle(self, task: OpenTask, command: CommitSuccess | CommitFailure) -> None:
         del self.open[task.task_id]
@@ -160,31 +163,22 @@ class JobState:
         self.num_succeeded += 1
         self.breaker.succeeded()
         self._nodes.succeeded(actor.node_id)
-        self._settle(task, CommitSuccess(task.planned, result, self._facts(task, actor)))
+        self._settle(task, CommitSuccess(task.planned, result, task.facts(self._epoch, actor.node_id, actor.info)))
 
     def _follow(self, task: OpenTask, verdict: Verdict, actor: Actor, now: float) -> None:
         """Carry out what failures.py has decided for a task that is out of its call."""
         if isinstance(verdict, TryAgain):
             self.queue.add(task, now=now, delay_s=verdict.delay_s)
             return
-        self._settle(task, CommitFailure(task.planned, verdict.kind, verdict.message, self._facts(task, actor)))
+        self._settle(
+            task,
+            CommitFailure(
+                task.planned, verdict.kind, verdict.message, task.facts(self._epoch, actor.node_id, actor.info)
+            ),
+        )
         broken = self.breaker.gave_up(verdict.kind, verdict.message)
         if broken is not None:
             self._on_stop(StopRequested(broken[1], broken[0], grace_s=0.0), now)
-
-    def _facts(self, task: OpenTask, actor: Actor) -> AttemptFacts:
-        tries = task.tries
-        return AttemptFacts(
-            epoch=self._epoch,
-            number=tries.number,
-            shard=task.shard,
-            preemptions=tries.preemptions,
-            generation=task.generation,
-            wasted_gpu_s=tries.wasted_s,
-            queue_s=task.started_at - task.offered_at,
-            node_id=actor.node_id,
-            actor=actor.info,
-        )
 
     # -- actors ----------------------------------------------------------------------------------------------------
 
@@ -272,8 +266,15 @@ class JobState:
                 self.account.spent(actor.actor_id, "upload_wait", min(outcome.gpu_s, waited_s))
                 self.queue.model.learn(task.planned.num_frames, outcome.gpu_s)
                 self._succeed(task, outcome, actor)
+            elif call.is_withdrawn and outcome is not None and outcome.kind == "preempted_exhausted":
+                self.queue.add(task, now=now)  # it was asked back, and had not begun
             else:
-                self._fail(task, outcome or _no_outcome(task, "the actor returned nothing for it"), actor, now)
+                self._fail(
+                    task,
+                    outcome or no_outcome(task.task_id, task.tries.number, "the actor returned nothing for it"),
+                    actor,
+                    now,
+                )
         self._after_call(actor)
 
     def _on_call_failed(self, event: CallFailed, now: float) -> None:
@@ -283,7 +284,7 @@ class JobState:
         actor, call = taken
         for task in call.tasks:
             why = f"{type(event.error).__name__}: {event.error}"
-            self._fail(task, _no_outcome(task, why, fresh_process=True), actor, now)
+            self._fail(task, no_outcome(task.task_id, task.tries.number, why, fresh_process=True), actor, now)
         self._after_call(actor)
 
     def _fail(self, task: OpenTask, failure: RenderFailure, actor: Actor, now: float) -> None:
@@ -325,7 +326,9 @@ class JobState:
         if actor.doom == "timeout":
             if task.task_id != actor.culprit:
                 return TryAgain(0.0)
-            failure = _no_outcome(task, f"ended: {event.detail}").model_copy(update={"kind": "timeout"})
+            failure = no_outcome(task.task_id, task.tries.number, f"ended: {event.detail}").model_copy(
+                update={"kind": "timeout"}
+            )
             return self._policy.after_failure(task.task_id, task.tries, failure)
         if actor.doom is not None:  # we ended it for another reason
             return TryAgain(0.0)
@@ -348,6 +351,8 @@ class JobState:
         ready = [actor for actor in self.actors.values() if actor.can_take()]
         for actor, tasks in self.queue.assignments(ready, now):
             self._submit(actor, tasks, now)
+        for actor, call in list(self.queue.calls_to_take_back(list(self.actors.values()), now)):
+            self._take_back(actor, call)
 
     def _spawn_missing(self) -> None:
         staying = [a for a in self.actors.values() if not a.is_draining and a.doom is None]
@@ -368,6 +373,10 @@ class JobState:
         self.account.call_started(actor.actor_id, now)
         self._out.append(Submit(actor.actor_id, call_id, tuple(task.attempt(self._epoch) for task in tasks)))
 
+    def _take_back(self, actor: Actor, call: Call) -> None:
+        call.is_withdrawn = True
+        self._out.append(Withdraw(actor.actor_id, call.attempts(self._epoch)))
+
     def _finish_if_over(self, now: float) -> None:
         if self._num_uncommitted:
             return
@@ -383,15 +392,3 @@ class JobState:
             self.account.gone(actor_id, now)
         self.actors.clear()
         self._out.append(Finish(exit_code, reason))
-
-
-def _no_outcome(task: OpenTask, why: str, *, fresh_process: bool = False) -> RenderFailure:
-    """The failure of a task whose actor could not describe it."""
-    return RenderFailure(
-        task_id=task.task_id,
-        attempt=f"e0a{task.tries.number}",
-        kind="unknown",
-        message=why[:2048],
-        retryable=True,
-        fresh_process=fresh_process,
-    )

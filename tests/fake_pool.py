@@ -57,6 +57,7 @@ class FakePool:
         self._events: list[PoolEvent] = []
         self._order = itertools.count()
         self._num_spawned = 0
+        self.num_taken_back = 0
         self.is_stopped = False
         self.runs: list[tuple[str, str]] = []
         """(task_id, attempt) in the order in which they began to render."""
@@ -102,6 +103,16 @@ class FakePool:
             self._clock.advance(until - self._clock.monotonic())
         events, self._events = self._events, []
         return events
+
+    def withdraw(self, actor_id: str, payload: Sequence[tuple[str, str]]) -> None:
+        actor = self._actors.get(actor_id)
+        for call_id, tasks in [] if actor is None else actor.calls[1:]:
+            if {(task.task_id, task.attempt) for task in tasks} <= set(payload):
+                assert actor is not None
+                actor.calls = [call for call in actor.calls if call[0] != call_id]
+                back = [failure_of(task, kind="preempted_exhausted", message="taken back") for task in tasks]
+                self._events.append(CallDone(actor_id, call_id, back))
+                self.num_taken_back += 1
 
     def drain(self, actor_id: str) -> None:
         pass

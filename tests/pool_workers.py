@@ -69,6 +69,9 @@ class ObedientWorker:
     def progress(self) -> int:
         return self.tick
 
+    def withdraw(self, name: str) -> None:
+        (self.folder / name).touch()  # what `wait_for` waits for
+
     def drain(self) -> None:
         self.is_draining = True
 

@@ -111,6 +111,16 @@ def test_calls_run_side_by_side_and_heartbeats_come_meanwhile(listen: Start, tmp
     assert ear.ends_of_calls() == {"a": 1, "b": 1}
 
 
+def test_a_call_can_be_asked_back_while_it_waits(listen: Start) -> None:
+    ear = listen()
+    actor = ear.pool.spawn()
+    ear.ready(actor)
+    ear.pool.submit(actor, "a", ("wait_for", "asked-back"))
+    ear.pool.withdraw(actor, "asked-back")
+    ear.until(lambda _: bool(ear.of(CallDone)))
+    assert ear.ends_of_calls() == {"a": 1}
+
+
 def test_actors_log_json_lines_with_the_pools_facts(listen: Start) -> None:
     ear = listen(log_facts={"job": "night"})
     actor = ear.pool.spawn()

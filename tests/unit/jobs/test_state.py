@@ -240,6 +240,18 @@ def test_a_stop_gives_nothing_more_out_and_ends_in_time() -> None:
     assert len(out.settled) < 20
 
 
+def test_a_stop_takes_back_what_waits_behind_a_running_take() -> None:
+    """A lone actor may have a second take in hand; only the one that has begun is brought home."""
+    limits = Limits(num_actors=1)
+    world = World(fate=lambda task, node: Fate(30.0))
+    out, _, pool = simulate(items(20), world, limits, stop_at_s=45.0, grace_s=100.0)
+    assert pool.num_taken_back == 1
+    assert [task_id for task_id, _ in pool.runs] == ["i000-0", "i001-0"]
+    assert len(out.succeeded) == 2
+    assert out.finish is not None
+    assert out.finish.exit_code == 4
+
+
 def test_a_stop_lets_a_take_that_is_nearly_done_finish() -> None:
     out = run(World(fate=lambda task, node: Fate(30.0)), stop_at_s=30.0)
     assert len(out.succeeded) >= 2
