@@ -20,7 +20,7 @@ from tests.servers import shared_moto, use_endpoint
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--model", "tiny-test", "--width", "64", "--height", "32", "--actors-cpus-per-actor", "0.25", "--no-sheet"]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 def start(prompts: Path, out: str, *arguments: str) -> subprocess.Popen[str]:
@@ -32,7 +32,7 @@ def start(prompts: Path, out: str, *arguments: str) -> subprocess.Popen[str]:
 
 
 def finish(driver: subprocess.Popen[str]) -> str:
-    text, _ = driver.communicate(timeout=300)
+    text, _ = driver.communicate(timeout=500)
     assert driver.returncode == 0, text[:3000] + text[-3000:]
     return text
 
@@ -56,7 +56,7 @@ def frame_hashes(job: Path | str) -> dict[tuple[str, int], str]:
 def kill_some_actors(driver: subprocess.Popen[str], num_kills: int) -> int:
     """SIGKILL to processes that are inside `run` (Ray shows it in their title), one after the other."""
     killed: set[int] = set()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while len(killed) < num_kills and driver.poll() is None and time.monotonic() < deadline:
         actors = [p for p in psutil.process_iter(["pid", "cmdline"]) if is_actor_of(p, driver.pid)]
         fresh = [p for p in actors if p.pid not in killed]
