@@ -56,6 +56,10 @@ class LocalSize:
     object_store_bytes: int = 128 << 20  # rows and ids pass through it, never frames
 
 
+class _StartTimedOut(ClusterUnreachable):
+    pass
+
+
 class RayCluster:
     """A connection to be closed. What we have started ends then; what we have found stays."""
 
@@ -176,6 +180,15 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def _start_local(size: LocalSize, with_dashboard: bool) -> RayCluster:
+    """Twice, because Ray gives its own processes 30 s to come up, which a busy machine may not keep."""
+    try:
+        return _start_once(size, with_dashboard)
+    except _StartTimedOut as error:
+        log.warning("%s; once more", error)
+        return _start_once(size, with_dashboard)
+
+
+def _start_once(size: LocalSize, with_dashboard: bool) -> RayCluster:
     start = time.monotonic()
     folder = OwnedFolder(FOLDER_PREFIX, SHORT_TMP if SHORT_TMP.is_dir() else None)
     try:
@@ -207,6 +220,10 @@ def _init(what: str, **options: Any) -> str:
     except (ConnectionError, RayError, RuntimeError, ValueError, OSError, SystemExit) as error:
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ClusterUnreachable(f"cannot connect to {what}: {first_line}. {AUTH_HINT}") from error
+    except Exception as error:
+        if type(error) is not Exception:  # Ray has no type of its own for "timed out during startup"
+            raise
+        raise _StartTimedOut(f"cannot start {what}: {error}") from error
     return str(ray.get_runtime_context().gcs_address)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jobs.limits import Limits
+from jobs.places import Place
 from jobs.scheduling import OpenTask
 from workers.task import ActorInfo, Progress
 
@@ -41,6 +42,8 @@ class Actor:
     is_draining: bool = False
     is_reserved: bool = False
     """It takes nothing more until it is empty; then a task runs alone on it."""
+    is_parked: bool = False
+    """It keeps its GPU, at which too much has failed, from everybody else, and gets no work itself."""
     doom: Doom | None = None
     culprit: str | None = None
     calls: dict[str, Call] = field(default_factory=dict)
@@ -56,7 +59,11 @@ class Actor:
 
     def can_take(self) -> bool:
         """Is it up, and will it stay?"""
-        return self.is_ready and not self.is_draining and self.doom is None
+        return self.is_ready and not self.is_draining and not self.is_parked and self.doom is None
+
+    @property
+    def place(self) -> Place:
+        return Place(self.node_id, "" if self.info is None else self.info.gpu_id)
 
     def tasks(self) -> Iterator[OpenTask]:
         for call in self.calls.values():
@@ -128,3 +135,10 @@ class Actor:
         if now - self.task_since > limits.task_timeout_s:
             return f"a task runs longer than {limits.task_timeout_s:g} s"
         return None
+
+
+def num_missing(actors: Iterable[Actor], num_wanted: int, num_queued: int) -> int:
+    """How many more actors there is work for, at most `num_wanted` in all; a parked one holds its place."""
+    staying = [actor for actor in actors if not actor.is_draining and actor.doom is None]
+    num_taken = sum(1 for actor in staying if actor.calls or actor.is_parked)
+    return min(num_wanted, num_taken + num_queued) - len(staying)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 from cluster.pool import (
     ActorGone,
@@ -22,8 +22,8 @@ from cluster.pool import (
 )
 from jobs.accounting import GpuAccount
 from jobs.dispatch import Dispatcher
-from jobs.failures import EXIT_BROKEN, CircuitBreaker, NodeBlocklist, RetryPolicy, TryAgain, Verdict, no_outcome
-from jobs.fleet import Actor, Call, Doom
+from jobs.failures import EXIT_BROKEN, CircuitBreaker, RetryPolicy, TryAgain, Verdict, no_outcome
+from jobs.fleet import Actor, Call, Doom, num_missing
 from jobs.limits import Limits
 from jobs.messages import (
     ActorSpawned,
@@ -43,6 +43,7 @@ from jobs.messages import (
     TaskOffered,
     Withdraw,
 )
+from jobs.places import Place, PlaceBlocklist
 from jobs.scheduling import OpenTask
 from workers.errors import RenderError
 from workers.task import ActorInfo, Progress, RenderFailure, RenderResult
@@ -71,7 +72,7 @@ class JobState:
         self.breaker = CircuitBreaker(limits)
         self.is_finished = False
         self._policy = RetryPolicy(limits, seed)
-        self._nodes = NodeBlocklist(limits.node_failures)
+        self._places = PlaceBlocklist(limits.node_failures)
         self._epoch = epoch
         self._num_spawning = 0
         self._num_shards = 0
@@ -151,8 +152,7 @@ class JobState:
         if self._stop is None or now + event.grace_s < self._stop_at:
             self._stop, self._stop_at = event, now + event.grace_s
         for actor in self.actors.values():  # only what has begun may finish
-            while (call := actor.waiting_call()) is not None:
-                self._take_back(actor, call)
+            self._take_back_all(actor)
 
     def _settle(self, task: OpenTask, command: CommitSuccess | CommitFailure) -> None:
         del self.open[task.task_id]
@@ -162,7 +162,7 @@ class JobState:
     def _succeed(self, task: OpenTask, result: RenderResult, actor: Actor) -> None:
         self.num_succeeded += 1
         self.breaker.succeeded()
-        self._nodes.succeeded(actor.node_id)
+        self._places.succeeded(actor.place)
         self._settle(task, CommitSuccess(task.planned, result, task.facts(self._epoch, actor.node_id, actor.info)))
 
     def _follow(self, task: OpenTask, verdict: Verdict, actor: Actor, now: float) -> None:
@@ -193,9 +193,10 @@ class JobState:
             return
         actor.is_ready, actor.node_id = True, event.node_id
         actor.info = event.info if isinstance(event.info, ActorInfo) else None
-        self._nodes.knows(event.node_id)
+        self._places.knows(actor.place)
         self.account.ready(event.actor_id, now)
-        if event.node_id in self._nodes.blocked:
+        actor.is_parked = actor.place in self._places.gpus
+        if event.node_id in self._places.nodes:
             self._end(actor, "bad_node", "came up on a node that is avoided")
             self._count_load_failure(f"node {event.node_id} is avoided, and there is no other", now)
         else:
@@ -261,9 +262,7 @@ class JobState:
         for task in call.tasks:
             outcome = outcomes.get(task.task_id)
             if isinstance(outcome, RenderResult):
-                waited_s = outcome.upload_wait_s
-                self.account.spent(actor.actor_id, "useful", max(0.0, outcome.gpu_s - waited_s))
-                self.account.spent(actor.actor_id, "upload_wait", min(outcome.gpu_s, waited_s))
+                self.account.finished(actor.actor_id, outcome.gpu_s, outcome.upload_wait_s)
                 self.queue.model.learn(task.planned.num_frames, outcome.gpu_s)
                 self._succeed(task, outcome, actor)
             elif call.is_withdrawn and outcome is not None and outcome.kind == "preempted_exhausted":
@@ -292,11 +291,17 @@ class JobState:
         self._follow(task, self._policy.after_failure(task.task_id, task.tries, failure), actor, now)
         if failure.fresh_process:
             self._end(actor, "fresh_process", f"after {failure.kind}: {failure.message}")
-        if self._nodes.failed(actor.node_id, task.planned.item_id, failure.kind):
-            logger.warning("node avoided from now on", extra={"node": actor.node_id})
-            for other in self.actors.values():
-                if other.node_id == actor.node_id:
-                    self._end(other, "bad_node", "different items failed at its node")
+        if (what := self._places.failed(actor.place, task.planned.item_id, failure.kind)) is not None:
+            self._avoid(actor.place, what)
+
+    def _avoid(self, place: Place, what: Literal["node", "gpu"]) -> None:
+        logger.warning("%s avoided", what, extra=place._asdict())
+        for other in self.actors.values():
+            if what == "node" and other.node_id == place.node_id:
+                self._end(other, "bad_node", "different items failed at its node")
+            elif other.place == place:
+                other.is_parked = True
+                self._take_back_all(other)
 
     def _after_call(self, actor: Actor) -> None:
         if not actor.calls:
@@ -311,7 +316,7 @@ class JobState:
         tasks = list(actor.tasks())
         self.num_preemptions += actor.doom is None and event.cause in PREEMPTED
         lost_s = self.account.gone(event.actor_id, now, "failed" if actor.doom == "timeout" else "redone")
-        waited_for_room = actor.doom == "load_timeout" and any(other.is_ready for other in self.actors.values())
+        waited_for_room = actor.doom == "load_timeout" and any(other.can_take() for other in self.actors.values())
         came_to_nothing = actor.doom == "load_timeout" or event.cause not in PREEMPTED
         if (not actor.is_ready or not tasks) and came_to_nothing and not waited_for_room:
             self._count_load_failure(event.detail, now)
@@ -355,12 +360,9 @@ class JobState:
             self._take_back(actor, call)
 
     def _spawn_missing(self) -> None:
-        staying = [a for a in self.actors.values() if not a.is_draining and a.doom is None]
-        num_busy = sum(1 for actor in staying if actor.calls)
-        wanted = min(self.limits.num_actors, num_busy + len(self.queue))
-        for _ in range(wanted - len(staying) - self._num_spawning):
+        for _ in range(num_missing(self.actors.values(), self.limits.num_actors, len(self.queue)) - self._num_spawning):
             self._num_spawning += 1
-            self._out.append(Spawn(frozenset(self._nodes.blocked)))
+            self._out.append(Spawn(frozenset(self._places.nodes)))
 
     def _submit(self, actor: Actor, tasks: list[OpenTask], now: float) -> None:
         self._num_shards += 1
@@ -372,6 +374,10 @@ class JobState:
         actor.add(Call(call_id, tasks, now, predicted_s), now)
         self.account.call_started(actor.actor_id, now)
         self._out.append(Submit(actor.actor_id, call_id, tuple(task.attempt(self._epoch) for task in tasks)))
+
+    def _take_back_all(self, actor: Actor) -> None:
+        while call := actor.waiting_call():
+            self._take_back(actor, call)
 
     def _take_back(self, actor: Actor, call: Call) -> None:
         call.is_withdrawn = True

@@ -50,6 +50,8 @@ def actor_view(actor: Actor) -> ActorView:
     """How an actor is doing."""
     if actor.doom is not None:
         state = f"ending ({actor.doom})"
+    elif actor.is_parked:
+        state = "parked (bad GPU)"
     elif not actor.is_ready:
         state = "loading"
     elif actor.is_draining:

@@ -186,6 +186,7 @@ class ActorInfo(Record):
     hostname: str
     device: str
     gpu_name: str
+    gpu_id: str = Field("", description="UUID of the GPU; empty on a CPU.")
     backend: str
     model_id: str
     model_revision: str

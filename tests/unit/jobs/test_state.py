@@ -202,6 +202,30 @@ def test_a_bad_node_is_avoided_and_its_items_succeed_elsewhere() -> None:
     assert len(out.succeeded) == 30
 
 
+@pytest.mark.parametrize("fresh_process", [False, True])
+def test_a_bad_gpu_is_parked_and_its_machine_goes_on(fresh_process: bool) -> None:
+    """With a fresh process after each failure, Ray gives the same GPU to the next actor."""
+    num_bad = 0
+
+    def decide(task: RenderTask, place: str) -> Fate:
+        nonlocal num_bad
+        num_bad += place == "big/gpu-1"
+        failure = {"fresh_process": fresh_process}
+        return Fate(0.1, "fail", failure=failure) if place == "big/gpu-1" else Fate(10.0)
+
+    world = World(fate=decide, node=lambda index: "big", gpu=lambda index: f"gpu-{index if index < 4 else 1}")
+    limits = Limits(num_actors=4, backoff_s=1)
+    out = run(world, 60, limits)
+    assert len(out.succeeded) == 60
+    assert limits.node_failures <= num_bad <= limits.node_failures + limits.in_flight
+
+
+def test_one_bad_gpu_of_all_there_are_is_not_avoided() -> None:
+    world = on("i003", Fate(1.0, "fail"), times=2)
+    world.node, world.gpu = (lambda index: "only"), (lambda index: "gpu-0")
+    assert len(run(world).succeeded) == 20
+
+
 def test_a_lone_node_is_never_avoided() -> None:
     world = on("i003", Fate(1.0, "fail"), times=2)
     world.node = lambda index: "only"
