@@ -171,7 +171,7 @@ class Loop:
                 self._inputs.on_result(result, command.attempt.shard)
             self._committer.submit(success_row(facts, command.task, result, command.attempt, now))
             return
-        logger.warning("task given up", extra={"task": command.task.task_id, "kind": command.kind})
+        logger.warning("task given up", extra=_facts(command) | {"kind": command.kind, "why": command.message})
         self._committer.submit(failure_row(facts, command.task, command.kind, command.message, command.attempt, now))
 
     def _now(self) -> str:
@@ -204,3 +204,10 @@ class Loop:
             actors=tuple(actor_view(actor) for actor in state.actors.values()),
             note=self._note(now),
         )
+
+
+def _facts(command: CommitSuccess | CommitFailure) -> dict[str, object]:
+    """What every log line about a task says."""
+    task, attempt = command.task, command.attempt
+    name = f"e{attempt.epoch}a{attempt.number}"
+    return {"item": task.item_id, "task": task.task_id, "shard": attempt.shard, "attempt": name}

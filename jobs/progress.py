@@ -98,6 +98,13 @@ def duration_text(seconds: float | None) -> str:
     return f"{seconds // 60} min {seconds % 60:02d} s" if seconds >= 60 else f"{seconds} s"
 
 
+def size_text(num_bytes: float) -> str:
+    """`1.25 GB`, `3.4 MB`, `12 kB`."""
+    if num_bytes >= 1e9:
+        return f"{num_bytes / 1e9:.2f} GB"
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.0f} kB"
+
+
 def progress_line(progress: JobProgress, rate: FrameRate) -> str:
     """All of it in one line, for logs."""
     total = "?" if progress.num_tasks is None else str(progress.num_tasks)

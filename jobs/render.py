@@ -84,6 +84,8 @@ def render(spec: JobSpec, options: RunOptions | None = None) -> int:
             begin_record(found.store, spec, found.scan, found.weights)
             note_run(found.store, spec, found.scan, resume)
             print(f"to go on after a stop or a crash: {resume}", flush=True)
+            if found.scan.num_open:
+                print(f"{found.scan.num_open} left to do; waiting for Ray and its actors ...", flush=True)
         outcome = _run(spec, found, options, stop)
         print(_end_text(found.store, outcome, with_sheet=options.with_sheet))
     if not outcome.is_complete:
@@ -111,7 +113,7 @@ def _run(spec: JobSpec, found: Preflight, options: RunOptions, stop: StopSwitch)
             )
         display = stack.enter_context(closing(make_display(json_logs=options.json_logs)))
         telemetry = stack.enter_context(closing(Telemetry(job=spec.job_id, model=spec.render.backbone.name)))
-        feed, rate = TelemetryFeed(telemetry, spec.pricing.usd_per_gpu_hour), FrameRate()
+        feed, rate = TelemetryFeed(telemetry, spec.pricing.usd_per_gpu_hour, found.store), FrameRate()
 
         def show(view: JobView) -> None:
             progress = _progress(view, spec, found, frames_before)

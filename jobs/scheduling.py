@@ -39,7 +39,7 @@ class OpenTask:
         """What an actor is given for the try that `tries.number` counts."""
         tries = self.tries
         name = f"e{epoch}a{tries.number}"
-        return self.planned.attempt(name, ladder_rung=tries.rung, full_precision=tries.full_precision)
+        return self.planned.attempt(name, shard=self.shard, ladder_rung=tries.rung, full_precision=tries.full_precision)
 
     def facts(self, epoch: int, node_id: str, actor: ActorInfo | None) -> AttemptFacts:
         """What the row says of the attempt that decided it."""

@@ -12,12 +12,13 @@ import os
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING
 
 from cluster.log_lines import log_facts
-from cluster.object_store import ObjectStore, open_store
+from cluster.object_store import ObjectStore, open_store, retries_of
 from workers.errors import Preempted, RenderError
 from workers.task import ActorInfo, Progress, RenderFailure, RenderOutcome, RenderResult, RenderSetup, RenderTask
 
@@ -44,6 +45,8 @@ class RenderActor:
         self._pipeline: ModuleType | None = None
         self._model: LoadedModel | None = None
         self._store: ObjectStore | None = None
+        self._telling = threading.Lock()
+        self._told_retries: Counter[str] = Counter()
 
     def load(self) -> ActorInfo:
         """Import torch, load weights, open the store; slow.
@@ -82,7 +85,7 @@ class RenderActor:
         self.desk.take_in(tasks)
         outcomes = []
         for task in tasks:
-            with log_facts(task=task.task_id, attempt=task.attempt):
+            with log_facts(item=task.item_id, task=task.task_id, shard=task.shard, attempt=task.attempt):
                 outcomes.append(self._render(task))
             self.desk.put_away(task)
         return outcomes
@@ -131,7 +134,15 @@ class RenderActor:
                 finished_at=self._pipeline.utc_now(),
             )
         logger.info("video finished", extra={"frames": outcome.num_frames, "wall_s": outcome.wall_s})
-        return outcome
+        return outcome.model_copy(update={"store_retries": self._new_retries()})
+
+    def _new_retries(self) -> dict[str, int]:
+        """Since the last take that told of them; two takes may be uploading at once."""
+        assert self._store is not None
+        with self._telling:
+            now = retries_of(self._store)
+            new, self._told_retries = now - self._told_retries, now
+        return dict(new)
 
 
 class _Desk:

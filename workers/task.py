@@ -57,6 +57,7 @@ class RenderTask(Record):
     seed: int = Field(ge=0, lt=2**63)
     num_frames: int = Field(ge=1)
     control: str | None = Field(None, description="Folder of control videos, for models that take them.")
+    shard: int = Field(0, ge=0, description="Number of the shard it was given out in, for the log.")
     ladder_rung: int = Field(0, ge=0, description="How many out-of-memory steps down this attempt starts from.")
     full_precision: bool = Field(False, description="Compute in float32: an attempt before was not finite.")
 
@@ -142,6 +143,7 @@ class RenderResult(Record):
     quality: QualityScores
     ladder: tuple[str, ...] = ()
     chunks: tuple[ChunkMetrics, ...] = ()
+    store_retries: dict[str, int] = Field({}, description="Requests to the store that its actor repeated, by code.")
     started_at: str = Field(description="UTC, ISO 8601.")
     finished_at: str
 
