@@ -1,7 +1,7 @@
 """The `longtake` command: one verb, one function called. Read verbs have `--json` and need the store alone.
 
 Exit codes: 0 all good, 1 our fault or a timeout, 2 usage (nothing was started), 3 some items failed, 4 stopped and
-resumable, 5 stopped by a budget, 75 infrastructure (try again).
+resumable, 75 infrastructure (try again).
 """
 
 from __future__ import annotations

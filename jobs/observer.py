@@ -21,27 +21,13 @@ from cluster.errors import StoreError
 from cluster.object_store import ObjectStore, retries_of
 from cluster.telemetry import Telemetry
 from jobs.accounting import CAUSES
-from jobs.columns import TIMESTAMP
+from jobs.columns import CHUNK_SCHEMA
 from jobs.view import JobView
 from workers.task import RenderResult
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "metrics/"
-CHUNK_SCHEMA = pa.schema(
-    [
-        ("task_id", pa.string()),
-        ("attempt", pa.string()),
-        ("node_id", pa.string()),
-        ("chunk_index", pa.int32()),
-        ("seconds", pa.float64()),
-        ("kv_bytes", pa.int64()),
-        ("density", pa.float32()),
-        ("recall", pa.float32()),
-        ("finished_at", TIMESTAMP),
-    ]
-)
-"""One row per chunk of a finished take; `finished_at` is that of the take."""
 
 
 class ChunkMetricsWriter:

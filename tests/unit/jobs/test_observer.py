@@ -12,8 +12,9 @@ import pytest
 from cluster.errors import StoreUnavailable
 from cluster.telemetry import Telemetry
 from jobs.accounting import CAUSES
+from jobs.columns import CHUNK_SCHEMA
 from jobs.driver import Driver, JobInputs, Limits
-from jobs.observer import CHUNK_SCHEMA, ChunkMetricsWriter, TelemetryFeed
+from jobs.observer import ChunkMetricsWriter, TelemetryFeed
 from jobs.view import JobView
 from tests.fake_pool import FakePool, World
 from tests.fakes import ManualClock, MemoryStore
