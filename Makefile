@@ -8,10 +8,11 @@ EXTRAS ?= cpu,dev
 # Without a GPU the CPU build of torch is enough; a pip that is already told where to find one is left alone.
 CPU_INDEX := $(shell command -v nvidia-smi >/dev/null 2>&1 || [ -n "$$PIP_FIND_LINKS" ] || echo --extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: install demo test test-slow lint types bench docs clean
+comma := ,
+
+.PHONY: install demo test test-slow lint types clean
 
 install: $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
-comma := ,
 
 $(VENV)/.installed-%: pyproject.toml constraints/ci.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Longtake needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make install PYTHON=python3.12")'

@@ -98,3 +98,10 @@ def draw_noise(seed: int, chunk_index: int, step_index: int, shape: tuple[int, .
     """
     bits = np.random.Philox(key=[seed, 0], counter=[0, 0, step_index, chunk_index])
     return torch.from_numpy(np.random.Generator(bits).standard_normal(shape, dtype=np.float32))
+
+
+def to_device(noise: Tensor, device: torch.device) -> Tensor:
+    """Noise where it is needed; a GPU fetches it while the host goes on."""
+    if device.type == "cuda" and noise.device.type == "cpu":
+        return noise.pin_memory().to(device, non_blocking=True)
+    return noise.to(device)

@@ -16,8 +16,9 @@ class Stopwatch:
     """Adds up seconds by stage name.
 
     Args:
-        device: A CUDA device is waited for at the end of each stage, else its work would count for the next one; so a
-            stage must be as long as a chunk's work, never a single step.
+        device: The current stream of a CUDA device is waited for at the end of each stage, else its work would count
+            for the next one; so a stage must be as long as a chunk's work, never a single step. What runs beside it on
+            another stream goes on.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -30,7 +31,7 @@ class Stopwatch:
         try:
             yield
             if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
+                torch.cuda.current_stream(self._device).synchronize()
         finally:
             self._seconds[name] += time.perf_counter() - started
 

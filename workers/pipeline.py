@@ -31,6 +31,7 @@ from workers.model.vae import PictureStream, to_pictures
 from workers.quality.gate import QualityGate
 from workers.quality.guard import RecallGuard
 from workers.rollout import CleanChunk, RolloutPlan
+from workers.rollouts.beside import work_beside
 from workers.rollouts.select import make_rollout
 from workers.task import (
     FULL_PRECISION,
@@ -70,6 +71,8 @@ class TakeRecord:
     quality: QualityScores = field(default_factory=QualityScores)
     peak_gpu_bytes: int = 0
     guard: RecallGuard | None = None
+    guard_facts: dict[int, dict[str, object]] = field(default_factory=dict)
+    """What the guard had to say of each chunk whose pictures are still to come."""
 
 
 def render_take(
@@ -118,7 +121,7 @@ def generate(
         chunks = roll_out_clips(task, model, attention, record.stopwatch, parts.attend_prompt)
     else:
         rollout = make_rollout(model.dit, attention, record.stopwatch, parts.reuse, guard, parts.attend_prompt)
-        chunks = with_pictures(rollout.run(plan_rollout(task, model, record)), model, parts, record)
+        chunks = with_pictures(rollout.run(plan_rollout(task, model, record)), model, parts, record, guard)
     for chunk, frames_THWC in chunks:
         with record.stopwatch.stage("check"):
             gate.observe(frames_THWC[: task.num_frames - num_frames])
@@ -129,7 +132,7 @@ def generate(
         metrics = ChunkMetrics(
             chunk_index=chunk.index, seconds=now - chunk_started, kv_bytes=chunk.kv_bytes, density=chunk.density
         )
-        record.chunks.append(metrics if guard is None else metrics.model_copy(update=guard.chunk_facts()))
+        record.chunks.append(metrics.model_copy(update=record.guard_facts.pop(chunk.index, {})))
         chunk_started = now
         on_chunk(num_frames, writer.blocked_s)
     record.guard, record.quality = guard, gate.judge()
@@ -201,14 +204,31 @@ def project_prompt(text: str, model: LoadedModel, stopwatch: Stopwatch) -> Promp
 
 
 def with_pictures(
-    chunks: Iterator[CleanChunk], model: LoadedModel, parts: TakeParts, record: TakeRecord
+    chunks: Iterator[CleanChunk],
+    model: LoadedModel,
+    parts: TakeParts,
+    record: TakeRecord,
+    guard: RecallGuard | None = None,
 ) -> Iterator[tuple[CleanChunk, NDArray[np.uint8]]]:
-    """Chunks of one stream of latents, each with its pictures as soon as it is finished."""
+    """Chunks of one stream of latents, each with its pictures; a GPU decodes them while it makes the next chunk.
+
+    Where memory ran out before, one waits for the other.
+    """
     decoder = model.vae.stream()
-    for chunk in chunks:
-        with record.stopwatch.stage("vae"):
-            frames_THWC = decode(chunk, decoder, parts, model.device)
-        yield chunk, frames_THWC
+    beside = model.device if parts.decode_latent_frames is None else torch.device("cpu")
+
+    def judged() -> Iterator[CleanChunk]:
+        for chunk in chunks:
+            if guard is not None:
+                record.guard_facts[chunk.index] = guard.chunk_facts()
+            yield chunk
+
+    return work_beside(
+        judged(),
+        lambda chunk: decode(chunk, decoder, parts, model.device),
+        beside,
+        lambda: record.stopwatch.stage("vae"),
+    )
 
 
 def decode(chunk: CleanChunk, decoder: PictureStream, parts: TakeParts, device: torch.device) -> NDArray[np.uint8]:

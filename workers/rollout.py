@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from workers.contracts import ChunkJudge, Moment, PromptKeys, StepReuse
-from workers.denoise import Schedule, step_euler, step_renoise
+from workers.denoise import Schedule, step_euler, step_renoise, to_device
 from workers.errors import NonFiniteLatents
 from workers.metrics import Stopwatch
 from workers.model.attend import RolloutAttention
+from workers.model.backbones import Backbone
 from workers.model.dit import AttendPrompt, CausalDiT, attend_prompt_dense
 from workers.model.rope import grid_positions
 
@@ -89,22 +90,24 @@ class Rollout:
         Raises:
             NonFiniteLatents: A chunk holds a NaN or an infinity; it is neither yielded nor remembered.
         """
+        start = plan.noise(first_chunk, 0) if first_chunk < plan.num_chunks else torch.empty(0)
         for index in range(first_chunk, plan.num_chunks):
             with self._stopwatch.stage("denoise"):
                 if self._judge is not None:
                     self._judge.begin_chunk()
-                self._attention.begin_chunk(self._positions(plan, index))
+                self._attention.begin_chunk(chunk_positions(plan, self._model.backbone, index, self._device))
                 prompts = plan.prompt(index)
                 maps = plan.control(index)
                 control = None if maps is None else self._model.embed_control(maps.to(self._device))
-                latents = self._denoise(plan, index, prompts, control)
+                latents = self._denoise(plan, index, start, prompts, control)
                 while self._judge is not None and self._judge.wants_again():
-                    latents = self._denoise(plan, index, prompts, control)
+                    latents = self._denoise(plan, index, start, prompts, control)
                 if not bool(torch.isfinite(latents).all()):
                     raise NonFiniteLatents(f"chunk {index} holds NaN or infinity after its last denoising step")
             with self._stopwatch.stage("cache"):
                 if index + 1 < plan.num_chunks:  # nobody looks back at the last one
                     self._remember(plan, index, latents, prompts, control)
+                    start = plan.noise(index + 1, 0)  # drawn by the host while a GPU is at the clean pass
                 self._attention.end_chunk()
             num_own = latents.shape[1] * math.prod(self._model.backbone.token_grid(plan.latent_size))
             density = self._attention.take_mean_keys() / ((index + 1) * num_own)
@@ -114,7 +117,7 @@ class Rollout:
     def remember(self, plan: RolloutPlan, index: int, latents_BTCHW: Tensor) -> None:
         """Take clean latents from elsewhere as a chunk of the past: the video goes on from them."""
         with self._stopwatch.stage("cache"):
-            self._attention.begin_chunk(self._positions(plan, index))
+            self._attention.begin_chunk(chunk_positions(plan, self._model.backbone, index, self._device))
             maps = plan.control(index)
             control = None if maps is None else self._model.embed_control(maps.to(self._device))
             self._remember(plan, index, latents_BTCHW.to(self._device), plan.prompt(index), control)
@@ -134,11 +137,16 @@ class Rollout:
         self._flow(latents, 0.0, moment, prompts[:1], control, plan.guidance)
 
     def _denoise(
-        self, plan: RolloutPlan, index: int, prompts: Sequence[Sequence[PromptKeys]], control: Tensor | None
+        self,
+        plan: RolloutPlan,
+        index: int,
+        start: Tensor,
+        prompts: Sequence[Sequence[PromptKeys]],
+        control: Tensor | None,
     ) -> Tensor:
-        """Clean latents of one chunk, float32."""
+        """Clean latents of one chunk from the noise it starts from, float32."""
         schedule = plan.schedule
-        latents = plan.noise(index, 0).to(self._device)
+        latents = to_device(start, self._device)
         is_euler = self._model.backbone.sampler == "euler"
         for step, (sigma, timestep) in enumerate(zip(schedule.sigmas, schedule.timesteps, strict=True)):
             moment = Moment(index, step, len(schedule.sigmas), sigma)
@@ -147,7 +155,7 @@ class Rollout:
             if is_euler or next_sigma == 0.0:  # to level 0 both samplers take the clean estimate
                 latents = step_euler(latents, flow, sigma, next_sigma)
             else:
-                noise = plan.noise(index, step + 1).to(self._device)
+                noise = to_device(plan.noise(index, step + 1), self._device)
                 latents = step_renoise(latents, flow, sigma, next_sigma, noise)
         return latents
 
@@ -180,10 +188,11 @@ class Rollout:
             flows.append(flow.float())
         return flows[0] if len(flows) == 1 else torch.lerp(flows[1], flows[0], guidance)
 
-    def _positions(self, plan: RolloutPlan, index: int) -> Tensor:
-        backbone = self._model.backbone
-        num = backbone.chunk_latent_frames
-        rows, columns = backbone.token_grid(plan.latent_size)
-        origin = None if plan.world_origin is None else plan.world_origin(index).to(self._device)
-        time = torch.arange(index * num, (index + 1) * num, device=self._device)
-        return grid_positions(time, rows, columns, origin)
+
+def chunk_positions(plan: RolloutPlan, backbone: Backbone, index: int, device: torch.device) -> Tensor:
+    """(latent frame, row, column) of the tokens of one chunk, [Q, 3]."""
+    num = backbone.chunk_latent_frames
+    rows, columns = backbone.token_grid(plan.latent_size)
+    origin = None if plan.world_origin is None else plan.world_origin(index).to(device)
+    time = torch.arange(index * num, (index + 1) * num, device=device)
+    return grid_positions(time, rows, columns, origin)

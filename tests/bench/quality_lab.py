@@ -136,7 +136,8 @@ class QualityLab:
                 meter.forget_readings()
                 (made,) = rollout.run(replace(plan, num_chunks=chunk + 1), first_chunk=chunk)
                 frames = self._lab.decode(made.latents_BTCHW, place.latents_BTCHW[:, 3 * chunk - 1])
-                found.append(Forced(chunk, frames, meter.mean(), meter.mean_kept(), made.density, parts.cache.num_bytes))
+                recall, kept = meter.mean(), meter.mean_kept()
+                found.append(Forced(chunk, frames, recall, kept, made.density, parts.cache.num_bytes))
             rollout.remember(plan, chunk, place.latents_BTCHW[:, 3 * chunk : 3 * chunk + 3])
         return found
 

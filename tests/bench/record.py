@@ -46,14 +46,17 @@ def load_text() -> str:
 
 
 def commit() -> str:
-    """Short commit of the working tree, `+` behind it when tracked files differ, or `unknown` outside git."""
+    """Short commit of the working tree, `+` behind it when tracked files differ.
+
+    Outside git what LONGTAKE_COMMIT says (a copy of the files knows no commit), or `unknown`.
+    """
     try:
         head = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
         )
         diff = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=ROOT, check=False)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("LONGTAKE_COMMIT") or "unknown"
     return head.stdout.strip() + ("+" if diff.returncode else "")
 
 
@@ -73,8 +76,11 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def report(name: str, rows: Sequence[dict[str, Any]], notes: str = "") -> Path:
-    """Print the table and write `results/<name>.json` (device, date, command, commit, rows)."""
+def keep(name: str, rows: Sequence[dict[str, Any]], notes: str = "", folder: Path = RESULTS) -> dict[str, Any]:
+    """Write `<folder>/<name>.json` (device, date, command, commit, rows) and return what is in it.
+
+    A long bench calls it after every row, so that what is measured survives whatever ends the bench.
+    """
     record = {
         "name": name,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -85,14 +91,22 @@ def report(name: str, rows: Sequence[dict[str, Any]], notes: str = "") -> Path:
         "notes": notes,
         "rows": list(rows),
     }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1) + "\n")
+    part.replace(path)
+    return record
+
+
+def report(name: str, rows: Sequence[dict[str, Any]], notes: str = "", folder: Path = RESULTS) -> Path:
+    """Print the table and write `<folder>/<name>.json`."""
+    record = keep(name, rows, notes, folder)
     print(f"\n{name}: {record['device']}; {record['command']}; commit {record['commit']}")
     print(format_table(rows))
     if notes:
         print(notes)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    return path
+    return folder / f"{name}.json"
 
 
 def _module() -> str:

@@ -168,7 +168,7 @@ def test_nobody_listening_is_unavailable_within_the_deadline(monkeypatch: pytest
     start = time.monotonic()
     with pytest.raises(StoreUnavailable, match="Could not connect"):
         S3Store("bucket", "p", HASTY).put_if_absent("k", b"")
-    assert time.monotonic() - start < PATIENT.deadline_s
+    assert time.monotonic() - start < 30  # boto3 alone would try for minutes
 
 
 def open_uploads(store: S3Store) -> int:

@@ -41,7 +41,7 @@ def _finish(most, total, summed):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _attend_rows(  # type: ignore[no-untyped-def]
+def attend_rows(  # type: ignore[no-untyped-def]
     q, k, v, mass, out, lse, key_tile_index, key_tile_count, query_order, key_order,
     stride_qb, stride_qt, stride_qn, stride_kb, stride_kt, stride_kn, stride_vb, stride_vt, stride_vn,
     scale, heads, num_queries, num_keys, num_key_tiles, query_tile, key_tile, parts_per_tile, head_dim,
@@ -130,7 +130,7 @@ class TritonKernel:
         lse = torch.empty((batch, num_queries, heads), dtype=torch.float32, device=q.device)
         grid = (triton.cdiv(num_queries, query_tile) * parts_per_tile, batch * heads)
         nothing = lse  # stands where a pointer is not read
-        _attend_rows[grid](
+        attend_rows[grid](
             q, k, v, nothing if mass is None else mass, out, lse,
             nothing if lists is None else lists.index_BNIJ, nothing if lists is None else lists.count_BNI,
             nothing if query_order is None else query_order, nothing if key_order is None else key_order,

@@ -7,6 +7,7 @@ attends like any other and then gives its keys to the cache.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,10 +26,23 @@ from workers.contracts import (
     TiledKeys,
 )
 from workers.model.backbones import Backbone
-from workers.model.rope import Rotation, make_rotation, rotate
+from workers.model.rope import Rotation, make_rotation, rotate, rotate_into
 
 Reindex = Callable[[Tensor, float], Tensor]
 """(latent frame of each cached key, latent frame of the newest query) -> the time that its rotation gets."""
+
+
+_JOINED_CHUNKS = 8
+"""Runs of cached keys that are up to so many times as long as the own ones are laid side by side with them, which costs
+their memory once more and spares a second call of the kernel and the merge of two results; longer ones are not."""
+
+
+class _Joined(NamedTuple):
+    """Keys of one layer in one piece: runs of cached keys after RoPE, then room for the own ones of each call."""
+
+    source: KeyValues
+    runs: tuple[tuple[int, int], ...]
+    keys: KeyValues
 
 
 class RelativeTime:
@@ -73,6 +87,7 @@ class RolloutAttention:
         self._moment = Moment(0)
         self._remembered: slice | None = None
         self._rotated: dict[int, tuple[KeyValues, KeyValues]] = {}
+        self._joined: dict[int, _Joined] = {}
         self._tables: dict[tuple[int, int], tuple[Tensor, Rotation]] = {}
         self._num_layers = backbone.num_layers
         self._num_calls = 0
@@ -107,6 +122,7 @@ class RolloutAttention:
     def end_chunk(self) -> None:
         """Forget what was rotated for this chunk, before the next one needs the memory."""
         self._rotated.clear()
+        self._joined.clear()
         self._tables.clear()
 
     def __call__(self, layer_index: int, q_BQND: Tensor, k_BQND: Tensor, v_BQND: Tensor) -> Tensor:
@@ -117,14 +133,14 @@ class RolloutAttention:
         q_rotated = rotate(q_BQND, self._rotation)
         own_rotated = KeyValues(rotate(k_BQND, self._rotation), v_BQND, self._position_Q3)
         if isinstance(self.policy, PlansAfterRope):
-            seen = None if cached is None else self._rotate_once(layer_index, cached)
+            seen = None if cached is None else self._rotate_once(cached)
             plan = self.policy.plan(layer_index, self._moment, q_rotated, seen, own_rotated)
         else:
             plan = self.policy.plan(layer_index, self._moment, q_BQND, cached, own)
         self._count(plan, q_BQND.shape[1])
         probes = [probe for probe in self._probes if probe.wants(layer_index, self._moment)]
         if probes:
-            seen = None if cached is None else self._rotate_once(layer_index, cached)
+            seen = None if cached is None else self._rotate_once(cached)
             attending = Attending(
                 layer_index, self._moment, plan, q_rotated, seen, own_rotated, k_BQND, self.rotate_cached
             )
@@ -132,7 +148,8 @@ class RolloutAttention:
                 probe.observe(attending)
         out_BQND, _ = self._kernel.attend(q_rotated, self._parts(layer_index, plan, cached, own_rotated))
         if self._moment.is_clean_pass:
-            self._rotated.pop(layer_index, None)
+            self._rotated.pop(0 if cached is None else id(cached), None)
+            self._joined.pop(layer_index, None)
             part = self._remembered
             self.cache.append(layer_index, own if part is None else own.narrow(part.start, part.stop))
         return out_BQND
@@ -154,22 +171,47 @@ class RolloutAttention:
         self, layer_index: int, plan: AttentionPlan, cached: KeyValues | None, own: KeyValues
     ) -> tuple[KeyValues | TiledKeys, ...]:
         """The planned keys after RoPE, of which the chunk's own have it already."""
+        if cached is not None and (runs := _runs_to_join(plan, cached, own)):
+            return (self._join(layer_index, runs, cached, own),)
 
         def keys_of(part: PlanPart) -> KeyValues | TiledKeys:
             source = own
             if part.source == "cached":
                 assert cached is not None, "a plan names cached keys only where there are some"
-                source = self._rotate_once(layer_index, cached)
+                source = self._rotate_once(cached)
             keys = source.narrow(part.start, part.stop)
             return keys if part.tiles is None else TiledKeys(keys, part.tiles)
 
         return tuple(keys_of(part) for part in plan.parts if part.stop > part.start)
 
-    def _rotate_once(self, layer_index: int, cached: KeyValues) -> KeyValues:
-        source, rotated = self._rotated.get(layer_index, (None, None))
+    def _join(
+        self, layer_index: int, runs: tuple[tuple[int, int], ...], cached: KeyValues, own: KeyValues
+    ) -> KeyValues:
+        """Cached and own keys as one; the cached ones are laid down once per chunk."""
+        num_cached = sum(stop - start for start, stop in runs)
+        joined = self._joined.get(layer_index)
+        if joined is None or joined.source is not cached or joined.runs != runs:
+            batch, _, *rest = own.k_BKND.shape
+            shape = (batch, num_cached + own.num_tokens, *rest)
+            k, v = own.k_BKND.new_empty(shape), own.v_BKND.new_empty(shape)
+            positions, at = [], 0
+            for start, stop in runs:
+                part, place = cached.narrow(start, stop), slice(at, at + stop - start)
+                rotate_into(k[:, place], part.k_BKND, self._table(part.position_K3))
+                v[:, place].copy_(part.v_BKND)
+                positions.append(part.position_K3)
+                at = place.stop
+            joined = _Joined(cached, runs, KeyValues(k, v, torch.cat((*positions, own.position_K3))))
+            self._joined[layer_index] = joined
+        joined.keys.k_BKND[:, num_cached:].copy_(own.k_BKND)
+        joined.keys.v_BKND[:, num_cached:].copy_(own.v_BKND)
+        return joined.keys
+
+    def _rotate_once(self, cached: KeyValues) -> KeyValues:
+        source, rotated = self._rotated.get(id(cached), (None, None))
         if rotated is None or source is not cached:
             rotated = self.rotate_cached(cached)
-            self._rotated[layer_index] = cached, rotated
+            self._rotated[id(cached)] = cached, rotated  # kept beside it, so that nothing else gets its identity
         return rotated
 
     def _table(self, position: Tensor) -> Rotation:
@@ -189,3 +231,17 @@ class RolloutAttention:
         at = position.clone()
         at[..., 0] = self._reindex(position[..., 0], self._now)
         return at
+
+
+def _runs_to_join(plan: AttentionPlan, cached: KeyValues, own: KeyValues) -> tuple[tuple[int, int], ...]:
+    """Runs of cached keys, if they can stand in one piece with all own ones behind them; else none."""
+    *before, last = plan.parts
+    is_plain = all(part.tiles is None for part in plan.parts) and cached.log_mass_BNK is None
+    owns_last = last.source == "own" and (last.start, last.stop) == (0, own.num_tokens)
+    if not (before and is_plain and owns_last and cached.position_K3.dim() == 2):
+        return ()
+    if any(part.source == "own" for part in before):
+        return ()
+    runs = tuple((part.start, part.stop) for part in before if part.stop > part.start)
+    is_short = sum(stop - start for start, stop in runs) <= _JOINED_CHUNKS * own.num_tokens
+    return runs if is_short else ()

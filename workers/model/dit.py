@@ -70,6 +70,14 @@ class SelfAttention(nn.Module):
             part.weight.data, part.bias.data = w, b
         self._fused = weight, bias
 
+    @property
+    def fused(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the one product; fuses first."""
+        if self._fused is None:
+            self.fuse()
+        assert self._fused is not None
+        return self._fused
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._fused = None  # the parameters move apart
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -314,11 +322,10 @@ class CausalDiT(nn.Module):
         if control_BQE is not None:
             x = x + control_BQE
         x = x.to(self.dtype)  # under autocast the residual stream stays in the dtype of the weights
-        time_BTE = self.time_embedding(_sinusoid(timestep_BT, self.backbone.freq_dim).to(self.dtype))
-        time_BT6E = self.time_projection(time_BTE).unflatten(-1, (6, -1))
+        time_BTE, time_BT6E = self.embed_time(timestep_BT)
         residual = None if reuse is None else reuse.recall(x, self.layers[0].modulate_input(x, time_BT6E))
         if residual is not None:
-            return self._unpatch(self.head(x + residual, time_BTE), height, width)
+            return self.read_out(x + residual, time_BTE, (height, width))
         start = x
         for index, (layer, keys) in enumerate(zip(self.layers, prompt, strict=True)):
             layer_index = -1 if self._is_compiled else index
@@ -327,7 +334,16 @@ class CausalDiT(nn.Module):
                 x = add_after_layer(index, x, time_BT6E)
         if reuse is not None:
             reuse.learn(x - start)
-        return self._unpatch(self.head(x, time_BTE), height, width)
+        return self.read_out(x, time_BTE, (height, width))
+
+    def embed_time(self, timestep_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """What the head and what the layers are modulated by, time_BTE and time_BT6E."""
+        time_BTE = self.time_embedding(_sinusoid(timestep_BT, self.backbone.freq_dim).to(self.dtype))
+        return time_BTE, self.time_projection(time_BTE).unflatten(-1, (6, -1))
+
+    def read_out(self, x_BQE: Tensor, time_BTE: Tensor, latent_size: tuple[int, int]) -> Tensor:
+        """Flow [B, T, latent channels, H, W] of the tokens that leave the last layer."""
+        return self._unpatch(self.head(x_BQE, time_BTE), *latent_size)
 
     def _unpatch(self, patches_BQE: Tensor, height: int, width: int) -> Tensor:
         """Patches hold (offset in time, row, column, channel), channel fastest."""

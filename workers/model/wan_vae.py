@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from workers.model.backbones import Backbone
 from workers.model.umt5 import import_library
+from workers.model.wan_fast_decode import FastWanDecoder, Route
 
 
 def make_wan_vae(backbone: Backbone) -> nn.Module:
@@ -37,9 +38,11 @@ class WanVae:
 
     Args:
         module: `make_wan_vae` with weights, in evaluation mode.
+        fast: Decode with `FastWanDecoder`: the same pixels up to rounding, made for a GPU. None: where there is one.
+        route: Who convolves in the fast decoder.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, fast: bool | None = None, route: Route = "cudnn") -> None:
         self.module = module
         network = cast(Any, module)
         weight = network.post_quant_conv.weight
@@ -47,10 +50,12 @@ class WanVae:
         shape = (1, -1, 1, 1, 1)
         self._mean = torch.tensor(network.config.latents_mean, device=self.device).view(shape)
         self._std = torch.tensor(network.config.latents_std, device=self.device).view(shape)
+        is_fast = self.device.type == "cuda" if fast is None else fast
+        self._fast = FastWanDecoder(module, route=route) if is_fast else None
 
-    def stream(self) -> WanDecodeStream:
+    def stream(self) -> WanDecodeStream | FastDecodeStream:
         """A decoder for latents that come chunk by chunk, from the start of a video."""
-        return WanDecodeStream(self)
+        return WanDecodeStream(self) if self._fast is None else FastDecodeStream(self, self._fast)
 
     @torch.inference_mode()
     def encode(self, frames_BFCHW: Tensor) -> Tensor:
@@ -72,7 +77,7 @@ class WanVae:
 
 
 class WanDecodeStream:
-    """Decodes one video piece by piece; its frames equal those of decoding all latents at once."""
+    """Decodes one video piece by piece, by the library; its frames equal those of decoding all latents at once."""
 
     def __init__(self, vae: WanVae) -> None:
         self._vae = vae
@@ -103,3 +108,21 @@ class WanDecodeStream:
     def num_bytes(self) -> int:
         """What it remembers."""
         return sum(slot.nbytes for slot in self._memory if isinstance(slot, Tensor))
+
+
+class FastDecodeStream:
+    """The same through `FastWanDecoder`."""
+
+    def __init__(self, vae: WanVae, decoder: FastWanDecoder) -> None:
+        self._vae, self._decoding = vae, decoder.stream()
+
+    @torch.inference_mode()
+    def decode(self, latents_BTCHW: Tensor) -> Tensor:
+        """See `WanDecodeStream.decode`; a batch of one."""
+        (z_CTHW,) = self._vae.denormalise(latents_BTCHW)
+        return self._decoding.decode(z_CTHW)[None].clamp(-1, 1)
+
+    @property
+    def num_bytes(self) -> int:
+        """What it remembers."""
+        return self._decoding.num_bytes

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from workers.contracts import ChunkJudge, Moment
-from workers.denoise import add_noise, clean_estimate
+from workers.denoise import add_noise, clean_estimate, to_device
 from workers.errors import NonFiniteLatents
 from workers.metrics import Stopwatch
 from workers.model.attend import RolloutAttention
@@ -98,17 +98,22 @@ class RollingWindowRollout:
             with self._stopwatch.stage("denoise"):
                 for index in window.chunks:
                     if index not in in_flight:
-                        in_flight[index] = self._enter(plan, index, plan.noise(index, 0).to(self._calls.device))
+                        in_flight[index] = self._enter(plan, index, to_device(plan.noise(index, 0), self._calls.device))
                 if self._judge is not None:
                     self._judge.begin_chunk()
                 clean = self._denoise(plan, window, in_flight)
+                going_on = window.chunks[1:] if is_last_look else window.chunks
+                # Drawn by the host while a GPU is at the call.
+                noise = {index: self._draw_noise(plan, index, window.level(index) + 1) for index in going_on}
                 while self._judge is not None and self._judge.wants_again():
                     clean = self._denoise(plan, window, in_flight)
                 if not bool(torch.isfinite(clean).all()):
                     raise NonFiniteLatents(f"the window that ends chunk {oldest} holds NaN or infinity")
                 chunks = dict(zip(window.chunks, clean.chunk(len(window.chunks), dim=1), strict=True))
-                for index in window.chunks[1:] if is_last_look else window.chunks:
-                    in_flight[index].latents_BTCHW = self._renoise(plan, window, index, chunks[index])
+                for index in going_on:
+                    sigma = plan.schedule.sigmas[window.level(index) + 1]
+                    fresh = to_device(noise[index], self._calls.device)
+                    in_flight[index].latents_BTCHW = add_noise(chunks[index], fresh, sigma)
             if not is_last_look:
                 continue
             with self._stopwatch.stage("cache"):
@@ -159,11 +164,9 @@ class RollingWindowRollout:
             flows.append(self._calls.flow(latents, timestep_BT, moment, prompts[0], extras))
         return guide(flows, plan.guidance)
 
-    def _renoise(self, plan: RolloutPlan, window: Window, index: int, clean: Tensor) -> Tensor:
-        """Latents of a chunk for its next window: the clean estimate under fresh noise of its next level."""
-        level = window.level(index) + 1
-        noise = plan.noise(index, level).to(self._calls.device)
-        return add_noise(clean, noise, plan.schedule.sigmas[level])
+    def _draw_noise(self, plan: RolloutPlan, index: int, level: int) -> Tensor:
+        """What a chunk's clean estimate is mixed with for its next window, at its next level."""
+        return plan.noise(index, level)
 
     def _remember(self, plan: RolloutPlan, index: int, clean: Tensor, chunk: InFlight) -> None:
         """The clean pass of one chunk."""

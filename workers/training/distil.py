@@ -79,18 +79,21 @@ class Critic(nn.Module):
 
 def seen_cells(camera_BTS2: Tensor, chunk: int, latent_size: int) -> Tensor:
     """Which latent cells show land that an earlier chunk of the same clip has shown, bool [B, T, H, W]."""
-    corner_BT2 = camera_BTS2.mean(2)
+    index = torch.arange(camera_BTS2.shape[1], device=camera_BTS2.device) // chunk
+    return shown_cells(camera_BTS2, camera_BTS2, index[None, :] < index[:, None], latent_size)
+
+
+def shown_cells(camera_BTS2: Tensor, other_BUS2: Tensor, counts_TU: Tensor, latent_size: int) -> Tensor:
+    """Which latent cells show land that one of the other latent frames that count shows, bool [B, T, H, W]."""
+    corner_BT2, other_BU2 = camera_BTS2.mean(2), other_BUS2.mean(2)
     middle = (torch.arange(latent_size, device=corner_BT2.device) + 0.5) * CELL_PX
     margin = CELL_PX / 2
     inside = []
     for axis in (0, 1):
-        place = (
-            corner_BT2[:, :, None, axis, None] + middle - corner_BT2[:, None, :, axis, None]
-        )  # [B, T, earlier, cells]
+        place = corner_BT2[:, :, None, axis, None] + middle - other_BU2[:, None, :, axis, None]  # [B, T, U, cells]
         inside.append((place >= margin) & (place <= VIEW_PX - margin))
-    index = torch.arange(corner_BT2.shape[1], device=corner_BT2.device) // chunk
-    earlier = (index[None, :] < index[:, None])[None, :, :, None]
-    across, down = inside[0] & earlier, inside[1] & earlier
+    counts = counts_TU[None, :, :, None]
+    across, down = inside[0] & counts, inside[1] & counts
     return torch.einsum("btsy,btsx->btyx", down.half(), across.half()) > 0.5
 
 

@@ -13,9 +13,9 @@ import multiprocessing
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,8 +28,10 @@ from workers.model.text_encoder import tokenize
 from workers.model.vae import VideoVAE
 from workers.worlds.captions import write_caption
 from workers.worlds.clips import (
+    Difficulty,
     WorldPlan,
     Worlds,
+    WorldSpec,
     draw_move,
     draw_path,
     draw_spec,
@@ -60,6 +62,7 @@ class FeedRecipe:
     fresh: int = 3
     contiguous: float = 0.5
     prompt_dropout: float = 0.1
+    difficulty: Difficulty = field(default_factory=Difficulty)
 
 
 @dataclass
@@ -133,37 +136,58 @@ class BatchPlan:
 def plan_group(recipe: FeedRecipe, group: int) -> list[WorldPlan]:
     """Some worlds of the ring."""
     first = recipe.seed * 10_000_000 + group * recipe.fresh
-    return [plan_world(draw_spec(seed)) for seed in range(first, first + recipe.fresh)]
+    return [plan_world(draw_spec(seed, recipe.difficulty)) for seed in range(first, first + recipe.fresh)]
+
+
+def pick_worlds(recipe: FeedRecipe, batch_index: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """A world of the ring for each clip, all different: (group of worlds, index in group)."""
+    places = rng.permutation(max(1, recipe.pool // recipe.fresh) * recipe.fresh)[: recipe.batch]
+    return [(batch_index + int(place) // recipe.fresh, int(place) % recipe.fresh) for place in places]
+
+
+def newest_group(recipe: FeedRecipe, batch_index: int) -> list[WorldPlan]:
+    """The worlds that join the ring with this batch."""
+    return plan_group(recipe, batch_index + max(1, recipe.pool // recipe.fresh) - 1)
+
+
+def spec_at(recipe: FeedRecipe, place: tuple[int, int]) -> WorldSpec:
+    """What world stands at this place of the ring."""
+    return draw_spec(recipe.seed * 10_000_000 + place[0] * recipe.fresh + place[1], recipe.difficulty)
+
+
+def tokenize_captions(
+    captions: list[str], recipe: FeedRecipe, backbone: Backbone, rng: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows and numbers of tokens of captions, some of them dropped; shapes never change."""
+    dropped = rng.random(len(captions)) < recipe.prompt_dropout
+    rows, num_tokens = tokenize(["" if drop else text for drop, text in zip(dropped, captions, strict=True)], backbone)
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, max(0, CAPTION_WORDS - rows.shape[1])))[:, :CAPTION_WORDS]
+    return rows.numpy(), num_tokens.clamp(max=CAPTION_WORDS).numpy()
 
 
 def plan_batch(recipe: FeedRecipe, backbone: Backbone, batch_index: int) -> BatchPlan:
     """Decide everything about the batch of this index."""
     r, chunk, frames = recipe, backbone.chunk_latent_frames, backbone.chunk_latent_frames * backbone.temporal_stride
     rng = np.random.Generator(np.random.Philox(key=[r.seed, 10**6 + batch_index]))
-    groups = max(1, r.pool // r.fresh)
-    places = rng.permutation(groups * r.fresh)[: r.batch]
-    worlds = [(batch_index + int(place) // r.fresh, int(place) % r.fresh) for place in places]
-    moves = [draw_move(rng) for _ in worlds]
+    worlds = pick_worlds(r, batch_index, rng)
+    moves = [draw_move(rng, r.difficulty) for _ in worlds]
     paths = np.stack([draw_path(move, PATH_CHUNKS * frames, rng) for move in moves])
     paths = paths.reshape(r.batch, PATH_CHUNKS, frames, 2)
     picks = pick_chunks(paths, r, rng)
     positions = paths[np.arange(r.batch)[:, None], picks].reshape(r.batch, -1, 2)
     clock = (picks[..., None] * frames + np.arange(frames)).reshape(r.batch, -1).astype(np.float32)
-    specs = [draw_spec(r.seed * 10_000_000 + group * r.fresh + index) for group, index in worlds]
-    captions = [write_caption(spec.scene, move, rng) for spec, move in zip(specs, moves, strict=True)]
-    dropped = rng.random(r.batch) < r.prompt_dropout
-    rows, num_tokens = tokenize(["" if drop else text for drop, text in zip(dropped, captions, strict=True)], backbone)
-    rows = torch.nn.functional.pad(rows, (0, 0, 0, max(0, CAPTION_WORDS - rows.shape[1])))[:, :CAPTION_WORDS]
+    captions = [write_caption(spec_at(r, place).scene, move, rng) for place, move in zip(worlds, moves, strict=True)]
+    rows, num_tokens = tokenize_captions(captions, r, backbone, rng)
     camera = positions + rng.integers(0, COORDINATE_SHIFT, size=(r.batch, 1, 2))
     return BatchPlan(
         worlds,
-        plan_group(r, batch_index + groups - 1),
+        newest_group(r, batch_index),
         positions,
         clock,
         camera.astype(np.float32),
         stretch_times(picks, chunk, rng),
-        rows.numpy(),
-        num_tokens.clamp(max=CAPTION_WORDS).numpy(),
+        rows,
+        num_tokens,
         captions,
     )
 
@@ -171,28 +195,24 @@ def plan_batch(recipe: FeedRecipe, backbone: Backbone, batch_index: int) -> Batc
 class Feed:
     """Batches by index. Worlds live in a ring that moves on by `fresh` worlds a batch."""
 
+    planner: Callable[[Any, Backbone, int], Any] = staticmethod(plan_batch)
+    """(recipe, backbone, batch index) -> plan; called in other processes."""
+
     def __init__(self, recipe: FeedRecipe, backbone: Backbone, vae: VideoVAE, device: torch.device) -> None:
         self.recipe, self.backbone, self.vae, self.device = recipe, backbone, vae, device
         self._drawn: dict[int, Worlds] = {}
 
     def batch(self, batch_index: int) -> Batch:
         """The batch of this index."""
-        return self.draw(batch_index, plan_batch(self.recipe, self.backbone, batch_index))
+        return self.draw(batch_index, self.planner(self.recipe, self.backbone, batch_index))
 
     @torch.no_grad()
     def draw(self, batch_index: int, plan: BatchPlan) -> Batch:
         """Paint and code a planned batch."""
-        groups = max(1, self.recipe.pool // self.recipe.fresh)
-        wanted = range(batch_index, batch_index + groups)
-        for gone in [key for key in self._drawn if key not in wanted]:
-            del self._drawn[gone]
-        for group in wanted:
-            if group not in self._drawn:
-                newest = plan.newest if group == wanted[-1] else plan_group(self.recipe, group)
-                self._drawn[group] = draw_worlds(newest, self.device)
+        self._turn_ring(batch_index, plan.newest)
         stride = self.backbone.temporal_stride
         return Batch(
-            self._encode(plan),
+            self._encode(plan.worlds, plan.positions_BF2, plan.clock_BF),
             self._send(plan.camera_BF2).unflatten(1, (-1, stride)),
             self._send(plan.times_BT),
             self._send(plan.rows_BPF),
@@ -200,33 +220,50 @@ class Feed:
             plan.captions,
         )
 
+    def _turn_ring(self, batch_index: int, newest: list[WorldPlan]) -> None:
+        """Let the worlds of this batch stand in the ring, and no others."""
+        groups = max(1, self.recipe.pool // self.recipe.fresh)
+        wanted = range(batch_index, batch_index + groups)
+        for gone in [key for key in self._drawn if key not in wanted]:
+            del self._drawn[gone]
+        for group in wanted:
+            if group not in self._drawn:
+                plans = newest if group == wanted[-1] else plan_group(self.recipe, group)
+                self._drawn[group] = draw_worlds(plans, self.device)
+
     def _send(self, array: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(array)
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor
 
-    def _encode(self, plan: BatchPlan) -> Tensor:
+    def _render(self, places: list[tuple[int, int]], at_BF2: Tensor, when_BF: Tensor) -> Tensor:
+        """Views of worlds of the ring."""
+        specs = tuple(self._drawn[group].specs[index] for group, index in places)
+        pictures = torch.stack([self._drawn[group].pictures_BCHW[index] for group, index in places])
+        levels = self._drawn[places[0][0]].levels_BHW
+        return render_clip(Worlds(specs, pictures, levels), at_BF2, when_BF)
+
+    def _encode(
+        self, places: list[tuple[int, int]], positions_BF2: NDArray[np.float32], clock_BF: NDArray[np.float32]
+    ) -> Tensor:
         """Latents of the views; a few clips at a time, because pictures are large."""
-        at, when = self._send(plan.positions_BF2), self._send(plan.clock_BF)
+        at, when = self._send(positions_BF2), self._send(clock_BF)
         parts = []
-        for start in range(0, len(plan.worlds), 8):
-            some = plan.worlds[start : start + 8]
-            specs = tuple(self._drawn[group].specs[index] for group, index in some)
-            pictures = torch.stack([self._drawn[group].pictures_BCHW[index] for group, index in some])
-            levels = self._drawn[some[0][0]].levels_BHW
-            frames = render_clip(Worlds(specs, pictures, levels), at[start : start + 8], when[start : start + 8])
+        for start in range(0, len(places), 8):
+            part = slice(start, start + 8)
+            frames = self._render(places[part], at[part], when[part])
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
                 parts.append(self.vae.encode(frames).float())
         return torch.cat(parts)
 
 
-def _planned(feed: Feed, first: int, pool: ProcessPoolExecutor) -> Iterator[tuple[int, BatchPlan]]:
+def _planned(feed: Feed, first: int, pool: ProcessPoolExecutor) -> Iterator[tuple[int, Any]]:
     """Plans from an index on, made by other processes, some ahead."""
-    ahead: deque[Future[BatchPlan]] = deque()
+    ahead: deque[Future[Any]] = deque()
     for index in itertools.count(first):
         while len(ahead) < 2 * PLANNERS:
-            ahead.append(pool.submit(plan_batch, feed.recipe, feed.backbone, index + len(ahead)))
+            ahead.append(pool.submit(feed.planner, feed.recipe, feed.backbone, index + len(ahead)))
         yield index, ahead.popleft().result()
 
 
@@ -263,8 +300,9 @@ def batches_ahead(feed: Feed, first: int) -> Iterator[Batch]:
             batch, event = item
             current = torch.cuda.current_stream()
             current.wait_event(event)
-            for tensor in (batch.latents_BTCHW, batch.camera_BTS2, batch.times_BT, batch.rows_BPF, batch.num_tokens_B):
-                tensor.record_stream(current)
+            for value in vars(batch).values():
+                if isinstance(value, Tensor):
+                    value.record_stream(current)
             yield batch
     finally:
         stop.set()

@@ -15,18 +15,20 @@ from torch import Tensor
 from workers.denoise import make_schedule
 from workers.model.text_encoder import tokenize
 from workers.model.vae import VideoVAE
+from workers.quality.following import recognise_biome, recognise_direction
 from workers.quality.landmarks import Quiz, make_quizzes
 from workers.quality.reference import psnr_db, sharpness, ssim
 from workers.quality.revisit import plan_revisit
 from workers.training.fast_rollout import FastRollout, Visible, sees_all, sees_none, sees_window
 from workers.training.sequence import WorldModel
 from workers.training.vae_train import HELD_OUT_SEED
-from workers.worlds.camera import CameraMove
-from workers.worlds.captions import write_caption
+from workers.worlds.camera import CameraMove, plan_camera, read_move
+from workers.worlds.captions import write_caption, write_long_caption
 from workers.worlds.clips import (
     VIEW_SIZE,
     Difficulty,
     Worlds,
+    WorldSpec,
     build_worlds,
     draw_path,
     draw_spec,
@@ -74,6 +76,14 @@ class Laboratory:
     def __init__(self, model: WorldModel, vae: VideoVAE, device: torch.device) -> None:
         self.model, self.vae, self.device = model, vae, device
         self.chunk = model.backbone.chunk_latent_frames
+        self._drawn: dict[tuple[WorldSpec, ...], Worlds] = {}
+
+    def worlds(self, specs: list[WorldSpec]) -> Worlds:
+        """These worlds; drawn once, because one test after the other visits them."""
+        key = tuple(specs)
+        if key not in self._drawn:
+            self._drawn[key] = build_worlds(specs, self.device)
+        return self._drawn[key]
 
     def prompts(self, captions: list[str]) -> list:  # type: ignore[type-arg]
         """Cross-attention keys of captions."""
@@ -118,7 +128,7 @@ class Laboratory:
         positions = torch.from_numpy(np.stack([path.positions_F2 for path in paths])).to(self.device)
         latents, true, quizzes = [], [], []
         for start in range(0, num, 8):
-            worlds = build_worlds(specs[start : start + 8], self.device)
+            worlds = self.worlds(specs[start : start + 8])
             latents.append(self.encode(worlds, positions[start : start + 8]))
             true.append(render_views(worlds.pictures_BCHW, positions[start : start + 8, -12:]))
             quizzes += make_quizzes(worlds, positions[start : start + 8, -6])
@@ -172,6 +182,30 @@ class Laboratory:
                 rollout.write(index, latents)
         return torch.cat(made, 1)
 
+    @torch.no_grad()
+    def follow(self, num: int, sampling: Sampling, num_words: int = 0) -> tuple[Tensor, Tensor]:
+        """Prompts that name a biome and a direction, planned and rendered as the service does it.
+
+        Args:
+            num: Prompts.
+            sampling: How chunks are made.
+            num_words: Least length of each prompt, if they are to be long ones.
+        Returns:
+            For each prompt whether its biome, and whether its direction, is recognised; bool [num].
+        """
+        specs, directions, captions, paths = draw_orders(num, num_words)
+        biome_right, direction_right = [], []
+        for start in range(0, num, 50):
+            part = slice(start, min(num, start + 50))
+            camera = torch.from_numpy(np.stack(paths[part])).to(self.device).unflatten(1, (-1, 4))
+            times = torch.arange(12.0, device=self.device).expand(len(camera), -1)
+            rollout = FastRollout(self.model, camera, times, self.prompts(captions[part]))
+            frames = self.decode(self.run(rollout, torch.zeros(0), 0, sampling, seed=start))
+            for clip, spec, direction in zip(frames, specs[part], directions[part], strict=True):
+                biome_right.append(recognise_biome(clip[::4]) == spec.biomes[0])
+                direction_right.append(recognise_direction(clip) == direction)
+        return torch.tensor(biome_right), torch.tensor(direction_right)
+
     def _keep(self, result: Revisit, name: str, frames: Tensor, truth: Tensor, quizzes: list[Quiz]) -> None:
         result.psnr[name] = psnr_db(frames, truth).cpu()
         result.ssim[name] = ssim(frames.flatten(0, 1), truth.flatten(0, 1)).view(len(frames), -1).mean(1).cpu()
@@ -198,7 +232,7 @@ class Laboratory:
         positions = torch.from_numpy(np.stack(paths)).to(self.device)
         true, coded = [], []
         for start in range(0, num, 8):
-            worlds = build_worlds(specs[start : start + 8], self.device)
+            worlds = self.worlds(specs[start : start + 8])
             views = render_views(worlds.pictures_BCHW, positions[start : start + 8])
             true.append(views)
             coded.append(self.decode(self.encode(worlds, positions[start : start + 8])))
@@ -207,6 +241,29 @@ class Laboratory:
         rollout = FastRollout(self.model, positions.unflatten(1, (-1, 4)) + 512, times, keys, visible)
         latents = self.run(rollout, torch.zeros(0), 0, sampling, seed=first_seed, empty=empty)
         return self.decode(latents), torch.cat(true), torch.cat(coded), captions
+
+
+def draw_orders(
+    num: int, num_words: int = 0
+) -> tuple[list[WorldSpec], list[int], list[str], list[NDArray[np.float32]]]:
+    """Held-out worlds of one biome with captions whose words alone decide the direction, and the paths they plan."""
+    rng = np.random.default_rng(HELD_OUT_SEED)
+    calm = Difficulty(second_biome=0.0, max_movers=0, mover_share=0.0)
+    specs: list[WorldSpec] = []
+    directions, captions, paths = [], [], []
+    while len(specs) < num:
+        seed = HELD_OUT_SEED + 20_000 + int(rng.integers(10**6))
+        spec, move = draw_spec(seed, calm), CameraMove("pan", len(specs) % 8, 2.0)
+        caption = write_caption(spec.scene, move, rng)
+        if num_words:
+            caption = write_long_caption(spec.scene, move, rng, num_words)
+        heard = read_move(caption, np.random.default_rng(0)), read_move(caption, np.random.default_rng(1))
+        if heard[0] == heard[1] and heard[0].kind == "pan":
+            specs.append(spec)
+            directions.append(move.direction)
+            captions.append(caption)
+            paths.append(plan_camera(caption, seed, 48))
+    return specs, directions, captions, paths
 
 
 def sharpness_ratio(made: Tensor, true: Tensor) -> float:

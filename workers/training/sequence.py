@@ -1,11 +1,13 @@
 """One parallel pass over [clean chunks | noisy chunks]: what a rollout does chunk by chunk, for all chunks at once.
 
 Clean chunk i sees clean chunks up to i; noisy chunk i sees clean chunks before i and itself. That is teacher forcing
-without ever running a cache, and equal to a cached rollout (tested).
+without ever running a cache, and equal to a cached rollout (tested). The memory stage asks for other noisy chunks than
+the next ones: then each of them says how many clean chunks it sees (`cuts`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,20 +41,36 @@ class WorldModel(nn.Module):
 
 
 class ParallelAttention:
-    """Masked self-attention over the doubled sequence; one object a run, so that compiled code stays valid."""
+    """Masked self-attention over clean and noisy chunks; one object a run, so that compiled code stays valid.
 
-    def __init__(self, backbone: Backbone, chunks: int, device: torch.device) -> None:
-        self.backbone, self.chunks = backbone, chunks
+    Args:
+        backbone: Sizes of tokens and heads.
+        chunks: Clean chunks.
+        device: Of everything.
+        cuts: For each noisy chunk the number of clean chunks that it sees; chunk i sees the i before it if not given.
+        plain: Use a dense mask, as without a GPU, instead of a compiled kernel that leaves out what is hidden.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        chunks: int,
+        device: torch.device,
+        cuts: Sequence[int] | None = None,
+        *,
+        plain: bool = False,
+    ) -> None:
+        self.backbone, self.chunks, self.cuts = backbone, chunks, cuts
         frame_tokens = backbone.tokens_per_latent_frame(backbone.width, backbone.height)
         self.chunk_tokens = backbone.chunk_latent_frames * frame_tokens
         self.half = self.chunk_tokens * chunks
         self.block_mask: Any = None
         self.mask_QK: Tensor | None = None
-        index = torch.arange(2 * self.half, device=device)
-        if device.type == "cuda":
+        length = self.half + (chunks if cuts is None else len(cuts)) * self.chunk_tokens
+        index = torch.arange(length, device=device)
+        if device.type == "cuda" and not plain:
             from torch.nn.attention.flex_attention import create_block_mask
 
-            length = 2 * self.half
             self.block_mask = create_block_mask(
                 lambda b, h, q, k: self.sees(q, k), None, None, length, length, device="cuda", BLOCK_SIZE=128
             )
@@ -63,20 +81,30 @@ class ParallelAttention:
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
         """Whether a query token sees a key token, by their places in the doubled sequence."""
-        query_chunk, key_chunk = (query % self.half) // self.chunk_tokens, (key % self.half) // self.chunk_tokens
+        query_chunk, key_chunk = query // self.chunk_tokens, key // self.chunk_tokens
         noisy_query, noisy_key = query >= self.half, key >= self.half
         own = noisy_query & noisy_key & (query_chunk == key_chunk)
-        past = noisy_query & ~noisy_key & (key_chunk < query_chunk)
+        past = noisy_query & ~noisy_key & (key_chunk < self._cut(query_chunk - self.chunks))
         clean = ~noisy_query & ~noisy_key & (key_chunk <= query_chunk)
         return own | past | clean
 
-    def place(self, times_BT: Tensor) -> None:
-        """Set the positions of the tokens of the next passes."""
+    def _cut(self, noisy_chunk: Tensor) -> Tensor:
+        """How many clean chunks a noisy chunk sees; sums of comparisons, because the mask is compiled into kernels."""
+        if self.cuts is None:
+            return noisy_chunk
+        cut = (noisy_chunk >= 0) * self.cuts[0]
+        for index in range(1, len(self.cuts)):
+            if self.cuts[index] != self.cuts[index - 1]:
+                cut = cut + (noisy_chunk >= index) * (self.cuts[index] - self.cuts[index - 1])
+        return cut
+
+    def place(self, times_BT: Tensor, noisy_times_BT: Tensor | None = None) -> None:
+        """Set the positions of the tokens of the next passes; noisy chunks stand where clean ones do if not told."""
         b = self.backbone
         latent_h, latent_w = b.latent_size(b.width, b.height)
-        positions = grid_positions(times_BT, latent_h // b.patch[1], latent_w // b.patch[2])
-        rotation = make_rotation(positions, b.head_dim, b.rope_theta)
-        cos, sin = (torch.cat([part, part], 1) for part in rotation)
+        times = torch.cat([times_BT, times_BT if noisy_times_BT is None else noisy_times_BT], 1)
+        positions = grid_positions(times, latent_h // b.patch[1], latent_w // b.patch[2])
+        cos, sin = make_rotation(positions, b.head_dim, b.rope_theta)
         if self.cos is None or self.sin is None or self.cos.shape != cos.shape:
             self.cos, self.sin = cos, sin
         else:

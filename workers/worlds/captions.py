@@ -1,5 +1,6 @@
 """Captions of procedural clips, from a small grammar with much variety: what the ground is, what stands there, how the
-camera moves. Short ones of a few words, and long ones of which only a part concerns what is in view.
+camera moves. Short ones of a few words, long ones of which only a part concerns what is in view, and very long ones
+on request.
 
 Pure text: needs neither torch nor a picture.
 """
@@ -47,6 +48,22 @@ _MOODS = (
     "High quality, detailed, 4k.", "The mood is peaceful.", "The year is young and the roads are empty.",
 )  # fmt: skip
 
+_TELLERS = (
+    "The old miller", "A shepherd", "The innkeeper", "My grandmother", "A map maker", "The ferryman", "A young teacher",
+    "The keeper of the archive", "A retired captain", "The baker", "Someone in the next valley", "An old song",
+)  # fmt: skip
+_TELLING = ("remembers", "tells", "has written down", "never forgot", "likes to repeat", "heard as a child")
+_TALES = (
+    "a story about the first travellers", "why the bells were cast", "the names of all the seasons",
+    "how the great market began", "what the letters of that year said", "the tale of two brothers and a clock",
+    "a recipe for bread with seeds", "the long winter before the war", "how the school got its roof",
+    "which stars the sailors trusted", "a quarrel about a violin", "the price of salt in those days",
+)  # fmt: skip
+_ASIDES = (
+    "", "and smiles", "though nobody asked", "in every detail", "more than once", "with great patience",
+    "to anyone who listens", "when the evenings are long",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -88,6 +105,16 @@ def write_caption(scene: Scene, move: CameraMove, rng: np.random.Generator) -> s
         cut = int(rng.integers(len(moods) + 1))
         text = " ".join([*moods[:cut], text[0].upper() + text[1:] + ".", *moods[cut:]])
     return text
+
+
+def write_long_caption(scene: Scene, move: CameraMove, rng: np.random.Generator, num_words: int) -> str:
+    """A caption of at least so many words, of which one sentence concerns what is in view and how the camera moves."""
+    seen = f"{_ground(scene, rng)}, {describe_move(move, rng)}."
+    before, after = list[str](), list[str]()
+    while len(" ".join((*before, seen, *after)).split()) < num_words:
+        told = f"{_pick(rng, _TELLERS)} {_pick(rng, _TELLING)} {_pick(rng, _TALES)} {_pick(rng, _ASIDES)}".strip()
+        (before if rng.random() < 0.5 else after).append(f"{told}.")
+    return " ".join((*before, seen[0].upper() + seen[1:], *after))
 
 
 def describe_move(move: CameraMove, rng: np.random.Generator) -> str:

@@ -45,6 +45,7 @@ class Difficulty:
         density: Least and greatest probability that a cell holds a landmark.
         speeds: Camera speeds in pixels a video frame.
         cuts: Probability that a path has hard cuts.
+        texture: How much the fine detail of the ground counts: 0 is smooth, 1 as usual, 2 rough.
     """
 
     second_biome: float = 0.2
@@ -53,6 +54,7 @@ class Difficulty:
     density: tuple[float, float] = (0.3, 0.75)
     speeds: tuple[float, ...] = (0.5, 1.0, 1.0, 1.5, 2.0, 2.0, 2.0, 3.0, 4.0)
     cuts: float = 0.08
+    texture: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class WorldSpec:
     species: tuple[Species, ...]
     density: float
     movers: tuple[Mover, ...]
+    texture: float = 1.0
 
     @property
     def scene(self) -> Scene:
@@ -111,7 +114,8 @@ def draw_spec(seed: int, difficulty: Difficulty = Difficulty()) -> WorldSpec:
             Mover(kind, colour, (float(x), float(y)), (float(heading[0]), float(heading[1])))
             for x, y in rng.uniform(0, WORLD_SIZE, size=(int(rng.integers(1, difficulty.max_movers + 1)), 2))
         )
-    return WorldSpec(seed, (first, second), int(rng.integers(len(WATER))), species, density, movers)
+    water = int(rng.integers(len(WATER)))
+    return WorldSpec(seed, (first, second), water, species, density, movers, difficulty.texture)
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,8 @@ class WorldPlan:
 def plan_world(spec: WorldSpec) -> WorldPlan:
     """Draw the random numbers of a world."""
     layers = place_landmarks(_stream(spec.seed, 3), spec.species, spec.density)
-    return WorldPlan(spec, draw_noise(_stream(spec.seed, 2), spec.biomes), layers, cell_tables(layers))
+    noise = draw_noise(_stream(spec.seed, 2), spec.biomes, spec.texture)
+    return WorldPlan(spec, noise, layers, cell_tables(layers))
 
 
 @torch.no_grad()

@@ -21,6 +21,9 @@ WORLD_SIZE = 1024
 OCTAVES = ((4, 1.0), (8, 0.6), (16, 0.34), (32, 0.18), (64, 0.08))
 """Cells per side and amplitude. Nothing finer than 16 pixels: finer noise is lost in a latent and costs its bits."""
 
+FINE_CELLS = 32
+"""Octaves from here on are texture."""
+
 BORDER = ((3, 1.0), (12, 0.25))
 """The same for the field whose sign parts two biomes."""
 
@@ -111,10 +114,17 @@ Noise = tuple[NDArray[np.float32], ...]
 """Random grids of one world: one an octave of the ground, and two of the border between its biomes if it has two."""
 
 
-def draw_noise(rng: np.random.Generator, biomes: tuple[int, int]) -> Noise:
-    """The random numbers of a world's ground; consumed in a fixed order, so equal seeds give equal grounds."""
-    octaves = OCTAVES + (BORDER if biomes[0] != biomes[1] else ())
-    return tuple(rng.standard_normal((cells, cells), dtype=np.float32) for cells, _ in octaves)
+def draw_noise(rng: np.random.Generator, biomes: tuple[int, int], texture: float = 1.0) -> Noise:
+    """The random numbers of a world's ground; consumed in a fixed order, so equal seeds give equal grounds.
+
+    The octaves of `FINE_CELLS` cells and more count `texture` times: below 1 the ground is smooth, above it is rough.
+    """
+    noise = tuple(rng.standard_normal((cells, cells), dtype=np.float32) for cells, _ in OCTAVES)
+    if texture != 1.0:
+        fine = [np.float32(texture if cells >= FINE_CELLS else 1.0) for cells, _ in OCTAVES]
+        noise = tuple(grid * factor for grid, factor in zip(noise, fine, strict=True))
+    border = BORDER if biomes[0] != biomes[1] else ()
+    return noise + tuple(rng.standard_normal((cells, cells), dtype=np.float32) for cells, _ in border)
 
 
 def draw_terrain(noises: list[Noise], biomes: list[tuple[int, int]], water: list[int], device: torch.device) -> Terrain:

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tests.wan_files import TINY, make_vae_tensors
+from workers.model.wan_fast_decode import fold_enlargement
 from workers.model.wan_vae import WanVae, make_wan_vae
 
 SIZE = (4, 6)
@@ -15,6 +17,14 @@ def vae() -> WanVae:
     module = make_wan_vae(TINY).eval().requires_grad_(False)
     module.load_state_dict(make_vae_tensors())
     return WanVae(module)
+
+
+@pytest.fixture(scope="module")
+def wide() -> WanVae:
+    """In float64, so that differences are mistakes."""
+    module = make_wan_vae(TINY).eval().requires_grad_(False)
+    module.load_state_dict(make_vae_tensors())
+    return WanVae(module.double())
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +65,55 @@ def test_memory_does_not_grow_with_the_video(vae: WanVae, latents: Tensor) -> No
         held.append(stream.num_bytes)
     assert held[0] > 0
     assert held[1:] == held[1:2] * 3
+
+
+@pytest.mark.parametrize("sizes", [(12,), (2, 5, 1, 4)])
+def test_the_fast_decoder_makes_the_pixels_of_the_library(
+    wide: WanVae, latents: Tensor, sizes: tuple[int, ...]
+) -> None:
+    stream = WanVae(wide.module, fast=True).stream()
+    frames = torch.cat([stream.decode(chunk) for chunk in latents.split(list(sizes), 1)], 1)
+    expected = wide.stream().decode(latents)
+    torch.testing.assert_close(frames, expected, atol=1e-6, rtol=0)
+
+
+def test_the_fast_decoder_is_exact_to_rounding_in_float32(vae: WanVae, wide: WanVae, latents: Tensor) -> None:
+    exact = wide.stream().decode(latents).float()
+    torch.testing.assert_close(WanVae(vae.module, fast=True).stream().decode(latents), exact, atol=1e-5, rtol=0)
+
+
+def test_the_fast_decoder_rounds_as_the_library_in_bfloat16(latents: Tensor) -> None:
+    module = make_wan_vae(TINY).eval().requires_grad_(False)
+    module.load_state_dict(make_vae_tensors())
+    exact = WanVae(module).stream().decode(latents)
+    module.bfloat16()
+    plain, fast = (WanVae(module, fast=fast).stream().decode(latents).float() for fast in (False, True))
+    assert (fast - exact).std() < 1.2 * (plain - exact).std()
+    assert (fast - plain).std() < 1.5 * (plain - exact).std()
+
+
+def test_streams_of_the_fast_decoder_do_not_meet_and_do_not_grow(vae: WanVae, latents: Tensor) -> None:
+    fast = WanVae(vae.module, fast=True)
+    one, two = fast.stream(), fast.stream()
+    first, held = [], []
+    for chunk in latents.split(3, 1):
+        first.append(one.decode(chunk))
+        two.decode(-chunk)
+        held.append(one.num_bytes)
+    assert torch.equal(torch.cat(first, 1), fast.stream().decode(latents))
+    assert held[0] > 0
+    assert held[1:] == held[1:2] * 3
+
+
+def test_an_enlargement_is_folded_into_its_convolution() -> None:
+    torch.manual_seed(3)
+    weight, x = torch.randn(5, 3, 3, 3, dtype=torch.float64), torch.randn(2, 3, 4, 6, dtype=torch.float64)
+    folded = F.conv2d(x, fold_enlargement(weight), padding=1).unflatten(1, (2, 2, 5))
+    expected = F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest-exact"), weight, padding=1)
+    for row in range(2):
+        for column in range(2):
+            phase = folded[:, row, column, :, row : row + 4, column : column + 6]
+            torch.testing.assert_close(phase, expected[:, :, row::2, column::2])
 
 
 def test_latents_are_normalised_both_ways(vae: WanVae) -> None:

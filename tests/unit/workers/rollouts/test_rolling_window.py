@@ -126,8 +126,8 @@ class _NeverClean(RollingWindowRollout):
 class _KeepsFirstNoise(RollingWindowRollout):
     """A mistake: every level gets the noise that the chunk began with."""
 
-    def _renoise(self, plan, window, index, clean):
-        return super()._renoise(replace(plan, noise=lambda c, k: noise(c, 0)), window, index, clean)
+    def _draw_noise(self, plan, index, level):
+        return noise(index, 0)
 
 
 def mistaken_attention(mistake: str) -> RolloutAttention:

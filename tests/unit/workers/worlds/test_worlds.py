@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from workers.model.backbones import find_backbone
+from workers.model.text_encoder import tokenize
 from workers.worlds.camera import DIRECTIONS, RANGE, CameraMove, plan_camera, read_move
-from workers.worlds.captions import Scene, describe_move, write_caption
+from workers.worlds.captions import Scene, describe_move, write_caption, write_long_caption
 from workers.worlds.clips import (
     PATH_BOX,
     Difficulty,
@@ -98,6 +100,30 @@ def test_captions_are_various_in_text_and_length() -> None:
     assert len(captions) > 120
     assert min(lengths) <= 4
     assert max(lengths) > 40
+
+
+def test_a_long_caption_speaks_of_the_view_in_one_sentence_of_many() -> None:
+    backbone = find_backbone("longtake-world")
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        spec = draw_spec(seed, CALM)
+        wanted = int(rng.integers(90, 330))
+        caption = write_long_caption(spec.scene, CameraMove("pan", seed % 8, 2.0), rng, wanted)
+        assert 100 <= int(tokenize([caption], backbone)[1]) <= 400
+        about = [s for s in caption.split(". ") if any(word in s.lower() for word in spec.scene.grounds[0])]
+        assert len(about) == 1
+        heard = [read_move(caption, np.random.default_rng(draw)) for draw in (0, 1)]
+        assert heard[0].direction == heard[1].direction == seed % 8
+
+
+def test_texture_makes_the_ground_rough_and_moves_nothing_else() -> None:
+    smooth, usual, rough = (draw_spec(3, dataclasses.replace(CALM, texture=texture)) for texture in (0.2, 1.0, 2.0))
+    assert usual == draw_spec(3, CALM)
+    borders = []
+    for spec in (smooth, usual, rough):
+        levels = build_worlds([spec], CPU).levels_BHW[0].int()
+        borders.append((levels[:, 1:] != levels[:, :-1]).float().mean().item())
+    assert borders[0] < 0.8 * borders[1] < 0.8 * borders[2]
 
 
 @pytest.mark.parametrize("direction", range(8))

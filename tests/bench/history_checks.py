@@ -1,0 +1,121 @@
+"""Before anything is timed: do the fast ways give what the plain ones give, on this GPU, at small sizes?
+
+A way that fails or differs is left out with one clear line, and the next one is tried.
+"""
+
+from __future__ import annotations
+
+import math
+import traceback
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.bench.history_engine import Compiled, Variant, make_engine, make_plan
+from tests.bench.rollout_rows import Settings
+from workers.kernels.listed_tiles import AttendTable, ListedName, attend_listed_plain, make_attend
+from workers.search.nearest_rows import NearestRows, make_triton_nearest_rows, nearest_rows
+
+_ORDER: dict[str, tuple[ListedName, ...]] = {
+    "auto": ("flash-attn-4", "triton", "torch"),
+    "flash-attn-4": ("flash-attn-4", "triton", "torch"),
+    "triton": ("triton", "torch"),
+    "torch": ("torch",),
+}
+_BFLOAT16_ERROR = 0.02
+"""Largest root-mean-square difference over the size of the result: bfloat16 rounds inputs and weights to 0.4%."""
+
+
+def choose_attend(settings: Settings, kernels: str) -> tuple[str, AttendTable, list[str]]:
+    """The fastest attention over listed tiles that agrees with the reference."""
+    tile = 128 if settings.frame_tokens >= 128 else 16
+    lines = []
+    names = _ORDER[kernels] if settings.device.type == "cuda" else ("torch",)
+    for name in names:
+        try:
+            attend = make_attend(name, tile)
+            error = _attend_error(attend, tile, settings)
+        except Exception as problem:
+            traceback.print_exc()
+            lines.append(f"attention by {name} left out: {type(problem).__name__}: {str(problem)[:200]}.")
+            continue
+        if error <= _BFLOAT16_ERROR:
+            lines.append(f"Attention by {name}: differs from the reference by {error:.2e}.")
+            return name, attend, lines
+        lines.append(f"attention by {name} left out: it differs from the reference by {error:.2e}.")
+    raise RuntimeError(" ".join(lines))
+
+
+def _attend_error(attend: AttendTable, tile: int, settings: Settings) -> float:
+    dim, heads, tiles, listed, queries = settings.backbone.head_dim, 3, 11, 5, 2 * tile + 37
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    q, k, v = draw(queries, heads, dim + 16), draw(heads, tiles * tile, dim + 16), draw(heads, tiles * tile, dim)
+    q[..., dim:], k[..., dim:] = 0, 0
+    q[..., dim : dim + 2] = 1
+    k[..., dim] = torch.rand(heads, tiles * tile, generator=generator) * 4 * math.sqrt(dim)
+    k[:, tile : 2 * tile + 50, dim] = -1e5
+    q, k, v = (x.to(settings.device, settings.dtype) for x in (q, k, v))
+    index = torch.rand(heads, -(-queries // tile), tiles, generator=generator).argsort(-1)[..., :listed]
+    index = index.to(settings.device, torch.int32).contiguous()
+    expected = attend_listed_plain(q.float(), k.float(), v.float(), index, tile)
+    found = attend(q, k, v, index).float()
+    return float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+
+
+def choose_nearest(settings: Settings, kernels: str) -> tuple[NearestRows, str]:
+    """Triton's, where it agrees with the plain one."""
+    if settings.device.type != "cuda" or kernels == "torch":
+        return nearest_rows, "Nearest keys by plain torch."
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(5, num, settings.backbone.head_dim, generator=generator) for num in (300, 417))
+    x, y = (F.normalize(part, dim=-1).to(settings.device, settings.dtype) for part in (x, y))
+    there = (torch.rand(5, 417, generator=generator) > 0.3).to(settings.device)
+    there[0, :200] = False
+    try:
+        index, cosine = make_triton_nearest_rows()(x, y, there)
+        _, expected = nearest_rows(x.float(), y.float(), there)
+        at_index = (x.float() * y.float().gather(1, index[..., None].expand_as(x))).sum(-1)
+        error = float(torch.maximum((cosine - expected).abs().max(), (at_index - expected).abs().max()))
+        is_there = bool(there.gather(1, index).all())
+    except Exception as problem:
+        traceback.print_exc()
+        return (
+            nearest_rows,
+            f"Nearest keys by plain torch: {type(problem).__name__}: {str(problem)[:99]}.",
+        )
+    if error > 1e-3 or not is_there:
+        return nearest_rows, f"Nearest keys by plain torch: Triton's differ by {error:.2e}."
+    return make_triton_nearest_rows(), f"Nearest keys by Triton: cosines differ from the plain ones by {error:.1e}."
+
+
+def check_compiled(settings: Settings, attend: AttendTable, nearest: NearestRows, parts: Compiled) -> tuple[bool, str]:
+    """Whether a model of two layers gives the same with these parts compiled as without."""
+    what = f"Compiling {', '.join(parts)}"
+    small = replace(settings, backbone=replace(settings.backbone, num_layers=2))
+    variant = Variant("check")  # the sizes of the rows, so that what is compiled here serves them
+    try:
+        latents = []
+        for backend, compiled in ((None, ()), ("inductor", parts)):
+            engine = make_engine(variant, small, attend, backend, nearest, compiled)
+            chunks = [
+                chunk.latents_BTCHW for chunk in engine.rollout.run(make_plan(engine, small, engine.chunks_to_fill + 2))
+            ]
+            latents.append(chunks[-1])
+        difference = (latents[0] - latents[1]).square().mean().sqrt() / latents[0].square().mean().sqrt()
+    except Exception as problem:
+        traceback.print_exc()
+        return False, f"{what} left out: {type(problem).__name__}: {str(problem)[:200]}."
+    error = float(difference)
+    # Which pairs merge and which tiles are chosen may differ where two are near: so more than rounding.
+    is_equal = error < 0.1
+    verdict = "used" if is_equal else "left out"
+    return (
+        is_equal,
+        f"{what} {verdict}: after {len(chunks)} chunks of 2 layers it differs by {error:.2e} from the plain one.",
+    )

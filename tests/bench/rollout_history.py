@@ -1,0 +1,375 @@
+"""The whole history through a tile table, at Wan2.1-1.3B sizes: rows for `rollout`, and a bench of its own.
+
+`python -m tests.bench.rollout_history --quick` checks the kernels at small sizes, says where a chunk's time goes and
+rolls out one policy over 420 frames; without `--quick` all rows, those of the whole policy over all frames. Random
+weights: time and memory are those of the sizes, densities and budgets that stand in each row. A part that fails says
+so and takes no other along.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.bench.history_checks import check_compiled, choose_attend, choose_nearest
+from tests.bench.history_engine import ALL, Compiled, Engine, Variant, make_engine, make_plan, warm_up
+from tests.bench.history_snapshot import snapshot_rows
+from tests.bench.record import report
+from tests.bench.rollout_models import make_vae, seconds_with_pictures
+from tests.bench.rollout_rows import RowResult, Settings, release_memory, row
+from tests.tables import tile_runs
+from workers.kernels.listed_tiles import AttendTable
+from workers.kernels.select import Hardware
+from workers.model.backbones import find_backbone
+from workers.search.nearest_rows import NearestRows, nearest_rows
+
+VARIANTS = {
+    v.name: v
+    for v in (
+        Variant("fastar-quant", estimate="quant", with_pictures=True),
+        Variant("fastar-lsh", estimate="lsh"),
+        Variant("fastar-exact", estimate="exact"),
+        Variant("fastar-dense-regions", density=0.05, always_sink=True, always_recent=True),
+        Variant("fastar-20%", density=0.2),
+        Variant("fastar-fp8", fp8="large"),
+        Variant("tempcache", density=1.0, whole=False),
+        Variant("annsa", density=0.28, kept_chunks=34, whole=False),
+    )
+}
+_TO_400 = 35  # chunks: frame 400 is in the 34th
+
+
+@dataclass
+class _Choices:
+    """What the checks of this process found; rows made by `rollout` ask for it too."""
+
+    attend: AttendTable | None = None
+    attend_name: str = ""
+    nearest: NearestRows = nearest_rows
+    compiled: Compiled = ()
+    is_checked: bool = False
+
+
+_CHOICES = _Choices()
+
+
+def check(settings: Settings, kernels: str = "auto", *, compiled: bool = True) -> list[str]:
+    """Once per process: which kernel and whether to compile, by comparing at small sizes; lines that say so."""
+    if _CHOICES.is_checked:
+        return []
+    name, attend, lines = choose_attend(settings, kernels)
+    _CHOICES.attend, _CHOICES.attend_name, _CHOICES.is_checked = attend, name, True
+    _CHOICES.nearest, line = choose_nearest(settings, kernels)
+    lines.append(line)
+    if compiled and settings.device.type == "cuda":
+        torch._dynamo.config.recompile_limit = 256  # every variant has other strides
+        for parts in (ALL, ("layers", "chooser"), ("layers",)):
+            is_equal, line = check_compiled(settings, attend, _CHOICES.nearest, parts)
+            lines.append(line)
+            if is_equal:
+                _CHOICES.compiled = parts
+                break
+    for line in lines:
+        say(line)
+    return lines
+
+
+def say(line: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {line}", flush=True)
+
+
+def engine_for(variant: Variant, settings: Settings) -> Engine:
+    check(settings)
+    return make_engine(variant, settings, _CHOICES.attend, "inductor", _CHOICES.nearest, _CHOICES.compiled)
+
+
+class ChunkClock:
+    """Seconds of each chunk: by CUDA events where there are any, so that nothing waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        self._marks: list[Any] = []
+        self.tick()
+
+    def tick(self) -> None:
+        if self._is_cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        if self._is_cuda:
+            torch.cuda.synchronize()
+            return [a.elapsed_time(b) / 1e3 for a, b in zip(self._marks, self._marks[1:], strict=False)]
+        return [b - a for a, b in zip(self._marks, self._marks[1:], strict=False)]
+
+
+def roll(engine: Engine, settings: Settings, num_chunks: int) -> tuple[list[float], dict[int, float], float]:
+    """Seconds of each chunk, peak GB when so many chunks were made, density at the end."""
+    engine.table.clear()
+    release_memory(settings.device)
+    peaks: dict[int, float] = {}
+    clock, density = ChunkClock(settings.device), 1.0
+    # One more chunk is planned than taken, so that each one taken has become history.
+    rollout = engine.rollout.run(make_plan(engine, settings, num_chunks + 1))
+    for chunk in rollout:
+        clock.tick()
+        density = chunk.density
+        if chunk.index + 1 in (settings.backbone.num_chunks(600), num_chunks):
+            peaks[chunk.index + 1] = peak_gb(settings.device)
+        if chunk.index + 1 == num_chunks:
+            break
+    rollout.close()
+    return clock.seconds(), peaks, density
+
+
+def peak_gb(device: torch.device) -> float:
+    """What torch holds of the GPU, captured graphs and free pieces included."""
+    return torch.cuda.max_memory_reserved() / 1e9 if device.type == "cuda" else 0.0
+
+
+def make_row(variant: Variant, settings: Settings) -> RowResult:
+    engine = engine_for(variant, settings)
+    say(f"{variant.name}: warming up")
+    warm_up(engine, settings)
+    num_chunks = settings.num_chunks if variant.whole else min(_TO_400, settings.num_chunks)
+    seconds, peaks, _ = roll(engine, settings, num_chunks)
+    frames = settings.chunk_frames
+
+    def fps(first: int, stop: int) -> float | None:
+        part = seconds[first // frames : stop // frames]
+        return frames * len(part) / sum(part) if part and stop // frames <= len(seconds) else None
+
+    is_whole = num_chunks == settings.num_chunks
+    steady = sorted(seconds[-8:])[len(seconds[-8:]) // 2]
+    total = sum(seconds) + steady * (settings.num_chunks - num_chunks)
+    runs = tile_runs(engine.sizes, always_sink=variant.always_sink, always_recent=variant.always_recent)
+    notes = [
+        f"{engine.chooser.num_chosen} of {sum(b - a for a, b in runs.candidates)} cached tiles chosen, "
+        f"{engine.chooser.num_slots_seen} slots seen; {_CHOICES.attend_name}; "
+        f"compiled: {', '.join(_CHOICES.compiled) or 'nothing'}; fp8: {variant.fp8}; "
+        f"tiles chosen at steps {variant.choose_at}"
+    ]
+    if not is_whole:
+        notes.append(f"measured over {num_chunks} chunks; seconds_3000_frames goes on at their last pace")
+    say(f"{variant.name}: {json.dumps({'chunk_ms': [round(s * 1e3, 1) for s in seconds[-10:]]})}")
+    with_vae = attempt("pictures", lambda: fps_with_pictures(engine, settings)) if variant.with_pictures else None
+    share = parts_of_chunk(engine, settings)[1]
+    return RowResult(
+        variant.name,
+        fps_300_400=fps(300, 400),
+        fps_last_100=fps(num_chunks * frames - 100, num_chunks * frames) if is_whole else None,
+        fps_with_vae=with_vae,
+        peak_gb_600=peaks.get(settings.backbone.num_chunks(600)),
+        peak_gb_3000=peaks.get(num_chunks) if is_whole else None,
+        seconds_3000_frames=total,
+        cache_keys=engine.sizes.num_keys_cached,
+        density=engine.chooser.num_slots_seen / (num_chunks * engine.sizes.chunk_tokens),
+        compression_share=share,
+        notes="; ".join(notes),
+    )
+
+
+def fps_with_pictures(engine: Engine, settings: Settings) -> float:
+    """Going on from where the table is, each chunk's pictures decoded beside the next one and encoded."""
+    vae, said = make_vae(settings)
+    say(said)
+    first = engine.table.layers[0].num_chunks
+    chunks = engine.rollout.run(make_plan(engine, settings, first + settings.timed_chunks + 8), first)
+    return settings.chunk_frames / seconds_with_pictures(chunks, vae, settings, settings.timed_chunks)
+
+
+def parts_of_chunk(engine: Engine, settings: Settings) -> tuple[list[dict[str, Any]], float]:
+    """Where a chunk's time goes, once the table is full; and the share of selection, matching, merging and moving."""
+    steps = len(engine.schedule.sigmas)
+    engine.hold(settings)
+    total: dict[str, float] = {}
+    for choose, times in ((True, len(engine.choose_at)), (False, steps + 1 - len(engine.choose_at))):
+        for part, ms in timed_parts(settings.device, lambda mark, c=choose: engine.rollout.compute(c, mark)).items():
+            total[part] = total.get(part, 0.0) + times * ms
+    rounds = engine.sizes.spare_chunks  # after so many, every layer has been merged once
+
+    def absorb(mark: Callable[[str], None]) -> None:
+        engine.table.on_part = mark
+        for _ in range(rounds):
+            engine.rollout.remember(engine.position)
+        engine.table.on_part = None
+
+    for part, ms in timed_parts(settings.device, absorb).items():
+        total[part] = total.get(part, 0.0) + ms / rounds
+    sampler = timed_parts(settings.device, engine.sample)
+    total["sampler"] = steps * sum(sampler.values())
+    everything = sum(total.values())
+    rows = [{"part": part, "ms_per_chunk": round(ms, 3), "share": ms / everything} for part, ms in total.items()]
+    rows.append({"part": "sum of the parts", "ms_per_chunk": round(everything, 3), "share": 1.0})
+    extra = ("selection", "matching", "merging", "moving chunks")
+    return rows, sum(total.get(part, 0.0) for part in extra) / everything
+
+
+def timed_parts(device: torch.device, run: Callable[[Callable[[str], None]], Any]) -> dict[str, float]:
+    """Milliseconds by part, of the second of two runs."""
+    for _ in range(2):
+        clock, names = ChunkClock(device), list[str]()
+
+        def mark(name: str, clock: ChunkClock = clock, names: list[str] = names) -> None:
+            clock.tick()
+            names.append(name)
+
+        with torch.no_grad():
+            run(mark)
+        total: dict[str, float] = {}
+        for name, seconds in zip(names, clock.seconds(), strict=True):
+            total[name] = total.get(name, 0.0) + seconds * 1e3
+    return total
+
+
+def top_kernels(engine: Engine, num: int = 25) -> list[dict[str, Any]]:
+    """GPU time by kernel over one captured call without a choice of tiles."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.no_grad(), torch.profiler.profile(activities=activities) as profile:
+        engine.rollout.call(engine.latents, 500.0, choose=False)
+        torch.cuda.synchronize()
+    events = sorted(profile.key_averages(), key=lambda event: -event.device_time_total)[:num]
+    return [{"kernel": e.key[:90], "calls": e.count, "ms": round(e.device_time_total / 1e3, 3)} for e in events]
+
+
+def _register(variant: Variant) -> None:
+    @row(variant.name)
+    def make(settings: Settings, hardware: Hardware) -> RowResult:
+        return make_row(variant, settings)
+
+
+for _variant in VARIANTS.values():
+    _register(_variant)
+
+
+def where_time_goes(variant: Variant, settings: Settings) -> list[dict[str, Any]]:
+    """The table of parts beside the time of a whole captured chunk."""
+    engine = engine_for(variant, settings)
+    warm_up(engine, settings)
+    num = min(engine.chunks_to_fill + 6, settings.num_chunks)
+    seconds, _, _ = roll(engine, settings, num)
+    rows, share = parts_of_chunk(engine, settings)
+    chunk_ms = sum(seconds[-5:]) / len(seconds[-5:]) * 1e3
+    parts_ms = rows[-1]["ms_per_chunk"]
+    rows.append({"part": "a chunk, captured", "ms_per_chunk": round(chunk_ms, 3), "share": chunk_ms / parts_ms})
+    say(
+        f"{variant.name}: {chunk_ms:.1f} ms a chunk = {settings.chunk_frames / chunk_ms * 1e3:.1f} FPS; parts "
+        f"{parts_ms:.1f} ms; compression {share:.1%}; peak {peak_gb(settings.device):.2f} GB"
+    )
+    if settings.device.type == "cuda":
+        rows += attempt("kernels", lambda: top_kernels(engine)) or []
+    return rows
+
+
+def snapshots(variant: Variant, settings: Settings) -> list[dict[str, Any]]:
+    engine = engine_for(variant, settings)
+    warm_up(engine, settings)
+
+    def chunk_seconds(rollout: Iterator[Any], num_chunks: int, after_chunk: Callable[[int], None]) -> Sequence[float]:
+        clock = ChunkClock(settings.device)
+        for chunk in rollout:
+            clock.tick()
+            after_chunk(chunk.index)
+            if chunk.index + 1 == num_chunks:
+                break
+        return clock.seconds()
+
+    rows = snapshot_rows(engine, settings, chunk_seconds, compiled="table" in _CHOICES.compiled)
+    say(f"snapshot: {json.dumps(rows)}")
+    return rows
+
+
+def attempt(name: str, make: Callable[[], Any]) -> Any:
+    """What it returns; None, said loudly, where it failed."""
+    try:
+        return make()
+    except Exception as error:
+        traceback.print_exc()
+        say(f"{name} FAILED: {type(error).__name__}: {str(error)[:300]}")
+        return None
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="checks, the table of parts, one row over 420 frames")
+    parser.add_argument("--rows", nargs="*", default=None, choices=list(VARIANTS), help="rows, in this order")
+    parser.add_argument("--parts", nargs="*", default=None, choices=list(VARIANTS), help="tables of where time goes")
+    parser.add_argument("--snapshot", action="store_true", help="what a snapshot costs while generation goes on")
+    parser.add_argument("--kernels", default="auto", choices=["auto", "flash-attn-4", "triton", "torch"])
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--frames", type=int, default=3000)
+    parser.add_argument("--backbone", default="self-forcing-1.3b")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="FIELD=VALUE", help="of every variant: density=0.2 spare_chunks=7 ..."
+    )
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no part is begun after so many")
+    parser.add_argument("--name", default="rollout-history", help="of the result file")
+    return parser.parse_args(arguments)
+
+
+def read_changes(texts: Sequence[str]) -> dict[str, Any]:
+    """Fields of a variant; values as JSON where they are, lists as tuples."""
+    changes: dict[str, Any] = {}
+    for text in texts:
+        field, value = text.split("=", 1)
+        try:
+            read = json.loads(value)
+        except json.JSONDecodeError:
+            read = value
+        changes[field] = tuple(read) if isinstance(read, list) else read
+    return changes
+
+
+def main(arguments: Sequence[str]) -> None:
+    asked, began = parse(arguments), time.monotonic()
+    backbone = find_backbone(asked.backbone)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    frames = min(asked.frames, 420) if asked.quick else asked.frames
+    settings = Settings(backbone, backbone.width, backbone.height, device, dtype, frames)
+    lines = check(settings, asked.kernels, compiled=not asked.no_compile)
+    rows_wanted = (["fastar-quant"] if asked.quick else list(VARIANTS)) if asked.rows is None else asked.rows
+    parts_wanted = ["fastar-quant"] if asked.parts is None else asked.parts
+    tables: list[tuple[str, list[dict[str, Any]]]] = []
+    results: list[dict[str, Any]] = []
+    for name, is_row in [(n, False) for n in parts_wanted] + [(n, True) for n in rows_wanted]:
+        variant = replace(VARIANTS[name], **read_changes(asked.set))
+        if time.monotonic() - began > asked.seconds:
+            say(f"{name}: not begun, the time given has run out")
+            continue
+        release_memory(device)
+        if is_row:
+            made = attempt(name, lambda v=variant: make_row(v, settings))
+            results += [] if made is None else [asdict(made)]
+            say(json.dumps(results[-1:] if made else []))
+        else:
+            made = attempt(name, lambda v=variant: where_time_goes(v, settings))
+            tables += [] if made is None else [(name, made)]
+        notes = " ".join(lines)
+        if results:
+            report(asked.name, results, notes)
+        for part_name, table in tables[-1:] if not is_row else []:
+            report(f"{asked.name}-parts-{part_name}", table, notes)
+    if asked.snapshot and time.monotonic() - began <= asked.seconds:
+        release_memory(device)
+        variant = replace(VARIANTS["fastar-quant"], **read_changes(asked.set))
+        made = attempt("snapshot", lambda: snapshots(variant, settings))
+        if made is not None:
+            report(f"{asked.name}-snapshot", made, " ".join(lines))
+    say(f"done after {time.monotonic() - began:.0f} s; results in {Path(__file__).parent / 'results'}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

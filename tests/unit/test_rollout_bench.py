@@ -1,0 +1,223 @@
+"""The rollout bench keeps its promises: no ratio without its baseline, no failure that spreads, one form of record."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.bench import record, rollout, rollout_growing, rollout_native
+from tests.bench.rollout_rows import (
+    BASELINE,
+    ROWS,
+    BrokenDevice,
+    RowResult,
+    Settings,
+    as_table,
+    is_device_broken,
+    make_row,
+    with_ratios,
+)
+from workers.kernels.select import Hardware, KernelNeed
+from workers.model.backbones import Native, find_backbone
+
+COLUMNS = [
+    *("policy", "fps_300_400", "fps_last_100", "fps_with_vae", "peak_gb_600", "peak_gb_3000", "seconds_3000_frames"),
+    *("ratio_to_fastest_dense", "cache_keys", "density", "compression_share", "notes"),
+]
+CPU = Hardware("cpu")
+TINY = Settings(
+    backbone=replace(find_backbone("tiny-wan-test"), native=Native(num_steps=2, shift=5.0, attended_latent_frames=9)),
+    width=32,
+    height=32,
+    device=torch.device("cpu"),
+    dtype=torch.float32,
+    num_frames=650,
+    timed_chunks=1,
+    compiled=False,
+    real_chunks=(2, 4),
+    replayed_chunks=(30, 54),
+    flow_latent_frames=15,
+)
+
+
+@pytest.fixture(autouse=True)
+def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    folder = tmp_path / "results"
+    monkeypatch.setattr(record, "RESULTS", folder)
+    return folder
+
+
+def test_no_ratio_without_the_baseline_whatever_a_row_claims() -> None:
+    rows = [RowResult("fast", seconds_3000_frames=100.0, ratio_to_fastest_dense=14.0), RowResult(BASELINE)]
+    assert [result.ratio_to_fastest_dense for result in with_ratios(rows)] == [None, None]
+
+
+def test_a_ratio_is_whole_rollout_against_whole_rollout() -> None:
+    rows = [
+        RowResult(BASELINE, seconds_3000_frames=1200.0),
+        RowResult("fast", seconds_3000_frames=80.0),
+        RowResult("x"),
+    ]
+    assert [result.ratio_to_fastest_dense for result in with_ratios(rows)] == [1.0, 15.0, None]
+
+
+def test_a_record_has_the_columns_that_were_asked_for() -> None:
+    (line,) = as_table([RowResult("x", density=0.123456)])
+    assert list(line) == COLUMNS
+    assert line["density"] == 0.1235
+
+
+def test_a_row_that_fails_says_so_and_goes_no_further() -> None:
+    def fails(settings: Settings, hardware: Hardware) -> RowResult:
+        raise ValueError("no such thing")
+
+    result = make_row("bad", TINY, CPU, {"bad": fails})
+    assert (result.policy, result.fps_last_100) == ("bad", None)
+    assert "ValueError: no such thing" in result.notes
+
+
+def test_only_a_broken_device_asks_for_another_process() -> None:
+    assert not is_device_broken(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_device_broken(ValueError("no"))
+    assert is_device_broken(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+    def breaks(settings: Settings, hardware: Hardware) -> RowResult:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(BrokenDevice) as broken:
+        make_row("bad", TINY, CPU, {"bad": breaks})
+    assert broken.value.args[0].policy == "bad"
+
+
+def test_no_row_is_begun_after_the_time_given() -> None:
+    late = make_row("x", replace(TINY, ends_at=0.0), CPU, {})
+    assert "time given" in late.notes
+
+
+def test_rows_come_in_the_order_in_which_they_are_missed_most() -> None:
+    rollout.load_rows()
+    names = rollout.in_order(list(ROWS))
+    assert names[: len(rollout.FIRST)] == list(rollout.FIRST)
+    assert names.index("wan2.1-14b bounded") < names.index("radial") < names.index("self-forcing native, eager")
+
+
+def test_a_process_writes_the_record_after_each_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, results: Path):
+    seen: list[int] = []
+
+    def quick(settings: Settings, hardware: Hardware) -> RowResult:
+        path = results / "rollout-cpu.json"
+        seen.append(len(json.loads(path.read_text())["rows"]) if path.exists() else 0)
+        return RowResult("", seconds_3000_frames=10.0)
+
+    for name in ("one", "two", BASELINE):
+        monkeypatch.setitem(ROWS, name, quick)
+    asked = rollout.parse(["--backbone", "tiny-wan-test"])
+    rollout.work(tmp_path, ["one", "two"], asked)
+    kept = json.loads((results / "rollout-cpu.json").read_text())
+    assert seen == [0, 1]
+    assert [line["policy"] for line in kept["rows"]] == ["one", "two"]
+    assert {"device", "command", "commit"} <= set(kept)
+    assert "No speed-up is given" in kept["notes"]
+    rollout.work(tmp_path, ["one", "two", BASELINE], asked)
+    kept = json.loads((results / "rollout-cpu.json").read_text())
+    assert seen == [0, 1, 2], "what was measured is not measured again"
+    assert [line["ratio_to_fastest_dense"] for line in kept["rows"]] == [1.0, 1.0, 1.0]
+
+
+def test_a_process_that_dies_or_hangs_costs_its_row_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    codes = iter([1, None, 0, 0])
+
+    def child(folder: Path, *, num_done: int, row_seconds: float, minutes: float) -> int | None:
+        if num_done == 0:
+            rollout.add_row(folder, RowResult("a", density=1.0))
+        elif num_done == 3:
+            rollout.add_row(folder, RowResult("d", density=1.0))
+        return next(codes)
+
+    monkeypatch.setattr(rollout, "run_child", child)
+    rollout.supervise(tmp_path, ["a", "b", "c", "d"], rollout.parse(["--row-seconds", "60"]))
+    rows = rollout.read_rows(tmp_path)
+    assert [result.policy for result in rows] == ["a", "b", "c", "d"]
+    assert [result.notes for result in rows] == [
+        "",
+        "failed: its process ended with 1",
+        "failed: took more than 60 s",
+        "",
+    ]
+
+
+def test_a_curve_is_integrated_over_every_chunk() -> None:
+    curve = rollout_growing.Curve((10, 20, 40), (1.0, 2.0, 4.0))
+    assert curve.at(0) == 1.0  # shorter than measured: no faster than the shortest
+    assert curve.at(30) == 3.0
+    assert curve.at(50) == 5.0
+    assert curve.total(41) == pytest.approx(10 * 1.0 + sum(c / 10 for c in range(10, 41)))
+
+
+def test_the_dense_row_sees_everything_and_says_how_far_it_was_real() -> None:
+    result = make_row(BASELINE, TINY, CPU)
+    assert result.density == 1.0
+    assert result.seconds_3000_frames
+    assert result.cache_keys == 54 * 3 * 4
+    assert "real cache up to frame 48" in result.notes
+    assert "sdpa" in result.notes
+
+
+@pytest.mark.parametrize("policy", ["radial", "svg", "flowcache", "flowcache + radial", "annca"])
+def test_a_baseline_row_is_timed_through_the_product(policy: str) -> None:
+    result = make_row(policy, TINY, CPU)
+    assert result.seconds_3000_frames, result.notes
+
+
+def test_the_large_model_is_timed_with_its_bounded_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Settings, "of", lambda self, name: self)
+    monkeypatch.setattr(rollout_native, "LARGE_BUDGET", 20)  # small heads have more overhead
+    result = rollout_native.large_row(TINY, CPU)
+    assert result.fps_300_400
+    assert "20 latent frames' worth" in result.notes
+    assert result.cache_keys
+    assert result.cache_keys > 6 * 4
+
+
+@pytest.mark.parametrize("kind", ["chunkwise", "rolling"])
+def test_a_native_row_is_timed_with_its_pictures(kind: str) -> None:
+    sizes = replace(TINY.backbone, rollout=kind)
+    if kind == "rolling":
+        native = Native(num_steps=3, shift=5.0, window_chunks=3, attended_latent_frames=15, sink_latent_frames=3)
+        sizes = replace(sizes, native=native)
+    settings = replace(TINY, backbone=sizes)
+    result = rollout_native.native_row(None, False, settings, CPU)
+    assert result.fps_with_vae
+    assert result.fps_last_100
+    assert result.cache_keys == (6 if kind == "chunkwise" else 15) * 4
+
+
+class _Named:
+    def __init__(self, name: str) -> None:
+        self.version = name
+
+
+@pytest.mark.parametrize(
+    ("compute", "missing", "expected"),
+    [
+        ((9, 0), (), ["attention: flash-attn-4"]),
+        ((9, 0), ("flash-attn-4",), ["attention: flashinfer", "not flash-attn-4: its package cannot be imported"]),
+        ((9, 0), ("flash-attn-4", "flashinfer", "flash-attn-3"), ["attention: sdpa", "not flashinfer: its package"]),
+        ((8, 0), ("flashinfer",), ["attention: sdpa", "not flash-attn-4: it needs compute capability 9.0 to 11.9"]),
+    ],
+)
+def test_one_line_says_what_a_gpu_lacks(
+    compute: tuple[int, int], missing: tuple[str, ...], expected: list[str]
+) -> None:
+    def load(name: str, hardware: Hardware, need: KernelNeed) -> object:
+        if name in missing:
+            raise ImportError(f"No module named {name!r}")
+        return _Named(name)
+
+    line = rollout.kernel_line(Hardware("cuda", compute), KernelNeed(torch.bfloat16, 128), load)
+    assert "\n" not in line
+    assert all(part in line for part in expected), line

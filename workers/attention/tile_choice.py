@@ -1,0 +1,155 @@
+"""Which tiles of a table a tile of queries sees, in fixed shapes: always some, and the same number of others.
+
+As `tile_mass.py`: the mass of a tile is estimated from a sample of its keys, after RoPE and with log m, and a sample of
+the queries; tiles with the highest mean share of the softmax are seen. Equal counts keep the work of all query tiles
+equal and every shape fixed, so a choice can be captured in a CUDA graph. Inner products are exact, of 8-bit codes
+(`quant`), or guessed from the signs of random projections (`lsh`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from workers.attention.tile_mass import sample_places
+
+Estimate = Literal["exact", "quant", "lsh"]
+
+
+@dataclass(frozen=True)
+class TileRuns:
+    """Tiles of a table, by number."""
+
+    candidates: tuple[tuple[int, int], ...]
+    """Runs [first, stop) among which is chosen."""
+    always: tuple[tuple[int, int], ...]
+    """Runs that every query sees."""
+    num_tiles: int
+    """Of the whole table."""
+
+
+@dataclass(frozen=True)
+class ChoiceSettings:
+    """How tiles are chosen."""
+
+    num_chosen: int
+    """Candidates that a tile of queries sees, beside those that are always seen."""
+    keys_per_tile: int = 16
+    """Keys of a tile that are looked at."""
+    queries_per_tile: int = 8
+    estimate: Estimate = "exact"
+    bits: int = 128
+    """Random projections of `lsh`."""
+    tile: int = 128
+
+
+class TileChoice:
+    """Chooses for one layer at a time.
+
+    Args:
+        settings: How.
+        runs: Among which tiles.
+        num_queries: Of a chunk.
+        head_dim: Channels of a key without those of log m.
+        device: Where all of it is.
+    """
+
+    def __init__(
+        self, settings: ChoiceSettings, runs: TileRuns, num_queries: int, head_dim: int, device: torch.device
+    ) -> None:
+        s = self.settings = settings
+        self._candidate_J = _numbers(runs.candidates, device)
+        self._always_A = _numbers(runs.always, device)
+        self.num_chosen = min(s.num_chosen, len(self._candidate_J))
+        self.num_listed = self.num_chosen + len(self._always_A)
+        self.query_tiles = -(-num_queries // s.tile)
+        self._query_S = sample_places(num_queries, s.tile, s.queries_per_tile, device)[0]
+        self._key_R = sample_places(runs.num_tiles * s.tile, s.tile, s.keys_per_tile, device)[0]
+        generator = torch.Generator().manual_seed(head_dim)
+        projection = torch.randn(head_dim, s.bits, generator=generator).to(device)
+        self._similarity = _make_similarity(s.estimate, head_dim, projection)
+        self._estimate: Callable[..., Tensor] = _estimate
+
+    @property
+    def num_slots_seen(self) -> int:
+        """By a query, empty ones included."""
+        return self.num_listed * self.settings.tile
+
+    def compile(self, backend: str | Callable[..., object] = "inductor") -> None:
+        """Fuse what follows the products."""
+        self._estimate = torch.compile(_estimate, dynamic=False, backend=backend)
+
+    def new_list(self, num_heads: int) -> Tensor:
+        """A list to be filled, int32 [N, I, listed]: the chosen first, then those that are always seen."""
+        shape = (num_heads, self.query_tiles, self.num_listed)
+        index = torch.zeros(shape, dtype=torch.int32, device=self._candidate_J.device)
+        index[..., : self.num_chosen] = self._candidate_J[: self.num_chosen]
+        index[..., self.num_chosen :] = self._always_A
+        return index
+
+    def choose(self, q_QNW: Tensor, k_NLW: Tensor, index_NIJ: Tensor) -> None:
+        """Write the chosen tiles into a list.
+
+        Args:
+            q_QNW: Queries after RoPE, ones in the channels of log m.
+            k_NLW: All keys of the layer, those of the chunk in hand included.
+            index_NIJ: From `new_list`.
+        """
+        mass_NIJ = self.mass(q_QNW, k_NLW).index_select(2, self._candidate_J)
+        chosen = mass_NIJ.topk(self.num_chosen, dim=-1, sorted=False).indices
+        index_NIJ[..., : self.num_chosen] = self._candidate_J[chosen]
+
+    def mass(self, q_QNW: Tensor, k_NLW: Tensor) -> Tensor:
+        """Estimated share of the softmax in each tile of the table, mean over the queries of a tile, [N, I, J]."""
+        q_NSW = q_QNW.index_select(0, self._query_S).transpose(0, 1)
+        k_NRW = k_NLW.index_select(1, self._key_R)
+        return self._estimate(q_NSW, k_NRW, self._similarity, self.query_tiles, self.settings.keys_per_tile)
+
+
+def _estimate(q_NSW: Tensor, k_NRW: Tensor, similarity: Callable[..., Tensor], tiles: int, samples: int) -> Tensor:
+    logit = similarity(q_NSW, k_NRW).unflatten(-1, (-1, samples))
+    lse_NSJ = logit.logsumexp(-1)
+    share = (lse_NSJ - lse_NSJ.logsumexp(-1, keepdim=True)).exp()
+    mass: Tensor = share.unflatten(1, (tiles, -1)).mean(2)
+    return mass
+
+
+def _make_similarity(estimate: Estimate, head_dim: int, projection: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """(q_NSW, k_NRW) -> logits in float32, log m included."""
+    scale = 1 / math.sqrt(head_dim)
+
+    def exact(q: Tensor, k: Tensor) -> Tensor:
+        return torch.bmm(q, k.mT).float() * scale
+
+    def quantised(q: Tensor, k: Tensor) -> Tensor:
+        q_code, q_step = _code(q[..., :head_dim])
+        k_code, k_step = _code(k[..., :head_dim])
+        return torch.bmm(q_code, k_code.mT).float() * (q_step * scale) * k_step.mT + mass(k)
+
+    def signs(q: Tensor, k: Tensor) -> Tensor:
+        q, k_only = q[..., :head_dim], k[..., :head_dim]
+        p = projection.to(q.dtype)
+        agreement = torch.bmm((q @ p).sign(), (k_only @ p).sign().mT).float() / p.shape[1]
+        length = q.float().norm(dim=-1, keepdim=True) * scale
+        logit: Tensor = (agreement * (math.pi / 2)).sin() * length * k_only.float().norm(dim=-1)[:, None] + mass(k)
+        return logit
+
+    def mass(k: Tensor) -> Tensor:
+        return k[..., head_dim : head_dim + 2].float().sum(-1)[:, None] * scale
+
+    return {"exact": exact, "quant": quantised, "lsh": signs}[estimate]
+
+
+def _code(x: Tensor) -> tuple[Tensor, Tensor]:
+    """8-bit codes as whole numbers, which bfloat16 holds exactly, and their step."""
+    step = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-20) / 127
+    return (x.float() / step).round().to(x.dtype), step
+
+
+def _numbers(runs: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    return torch.tensor([tile for first, stop in runs for tile in range(first, stop)], dtype=torch.int64, device=device)

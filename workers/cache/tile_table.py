@@ -1,0 +1,297 @@
+"""The whole history in a table of fixed size that tile-sparse kernels read as it lies: TempCache for GPUs.
+
+The same method as `temporal_merge.py` and `groups.py` with another order of work: keys lie after RoPE at their absolute
+times, in whole tiles, log m beside them, so nothing is assembled, rotated or sorted for a chunk. Every key that leaves
+the newest chunks opens a slot and remembers its partner; a full history merges the nearest pairs (`shrink.py`). There
+is no threshold: pairs merge as far as the size asks. All shapes are fixed and nothing waits for the device, so the
+calls of a chunk can be replayed as CUDA graphs. One video at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from workers.cache.partners import History, Look, find_partners
+from workers.cache.shrink import Fuse, Survivors, shrink
+from workers.cache.table_layout import TableSettings, read_log_mass, write_log_mass
+from workers.cache.unrotated import TurnBack, take_rows
+from workers.contracts import KeyValues
+from workers.model.rope import make_rotation, rotate
+from workers.search.nearest_rows import NearestRows, nearest_rows
+
+
+@dataclass(eq=False)
+class LayerTable:
+    """Keys of one layer. Tensors keep their addresses for the life of the table."""
+
+    k_NLW: Tensor
+    v_NLD: Tensor
+    position_NC3: Tensor
+    m_NC: Tensor
+    weight_NC: Tensor
+    partner_NC: Tensor
+    mean_NJD: Tensor
+    pointer: int
+    """Next free slot of the history."""
+    num_chunks: int = 0
+    position_of: dict[int, Tensor] = field(default_factory=dict)
+    """Region (its first slot) -> positions [T, 3] of the chunk in it."""
+
+
+class TileTable:
+    """The cache.
+
+    Args:
+        settings: Sizes.
+        dtype: Of keys and values.
+        device: Where they lie.
+        nearest: Finds the nearest of some keys.
+    """
+
+    def __init__(
+        self, settings: TableSettings, dtype: torch.dtype, device: torch.device, nearest: NearestRows = nearest_rows
+    ) -> None:
+        self.settings, self.dtype, self.device = settings, dtype, device
+        self._turn_back = TurnBack(settings.head_dim, settings.theta, device)
+        self._look = Look(settings.frame_tokens, settings.candidate_tiles, settings.tile, nearest)
+        self._fuse = Fuse()
+        self._rate = settings.decay / (2 * math.sqrt(settings.head_dim))
+        self.layers = [self._new_layer(index) for index in range(settings.num_layers)]
+        self._views: dict[int, KeyValues] = {}
+        self.before_change: Callable[[int], None] | None = None
+        """Told the layer that is about to take over a chunk."""
+        self.on_part: Callable[[str], None] | None = None
+        """Told the name of each part of the work as it ends; for measurements."""
+
+    def compile(self, backend: str | Callable[..., object] = "inductor") -> None:
+        """Fuse what turning keys back and averaging values takes."""
+        self._turn_back.compile(backend)
+        self._fuse.compile(backend)
+
+    def own(self, layer_index: int) -> tuple[Tensor, Tensor]:
+        """Where the chunk in hand writes its keys (after RoPE) and values: [N, T, D] each, views."""
+        s, layer = self.settings, self.layers[layer_index]
+        run = slice(s.own_start, s.own_start + s.chunk_tokens)
+        return layer.k_NLW[:, run, : s.head_dim], layer.v_NLD[:, run]
+
+    def remember(self, layer_index: int, position_T3: Tensor) -> None:
+        """The chunk in hand is clean: it becomes the newest of the past."""
+        s, layer = self.settings, self.layers[layer_index]
+        if self.before_change is not None:
+            self.before_change(layer_index)
+        index, layer.num_chunks = layer.num_chunks, layer.num_chunks + 1
+        if index < s.sink_chunks:
+            start = index * s.chunk_slots
+        else:
+            start = s.recent_start + (index - s.sink_chunks) % s.recent_chunks * s.chunk_slots
+            if start in layer.position_of:
+                self._absorb(layer, start)
+        self._copy(layer, s.own_start, start)
+        self._mark("moving chunks")
+        layer.position_of[start] = position_T3
+        self._views.pop(layer_index, None)
+
+    def append(self, layer_index: int, chunk: KeyValues) -> None:
+        assert chunk.log_mass_BNK is None
+        assert chunk.position_K3.dim() == 2
+        k_NTD, v_NTD = self.own(layer_index)
+        rotation = make_rotation(chunk.position_K3, self.settings.head_dim, self.settings.theta)
+        k_NTD.copy_(rotate(chunk.k_BKND, rotation)[0].transpose(0, 1))
+        v_NTD.copy_(chunk.v_BKND[0].transpose(0, 1))
+        self.remember(layer_index, chunk.position_K3.clone())
+
+    def read(self, layer_index: int) -> KeyValues | None:
+        """Keys before RoPE in the order of time. Made for each chunk anew: for tests and measurements."""
+        if self.layers[layer_index].num_chunks == 0:
+            return None
+        if layer_index not in self._views:
+            self._views[layer_index] = self._gather(self.layers[layer_index])
+        return self._views[layer_index]
+
+    @property
+    def num_tokens(self) -> int:
+        layer, s = self.layers[0], self.settings
+        return len(layer.position_of) * s.chunk_tokens + layer.pointer
+
+    @property
+    def num_bytes(self) -> int:
+        """Of slots that hold a key or may have held one."""
+        s = self.settings
+        vector = (s.width + s.head_dim) * self.dtype.itemsize
+        record = 3 * 4 + 4 + 4 + 4
+        return sum(
+            s.num_heads * (len(layer.position_of) * s.chunk_tokens * vector + layer.pointer * (vector + record))
+            for layer in self.layers
+            if layer.num_chunks
+        )
+
+    def state(self) -> Mapping[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        for index, layer in enumerate(self.layers):
+            for name in _TENSORS:
+                state[f"{index}.{name}"] = getattr(layer, name)
+            state[f"{index}.counts"] = torch.tensor([layer.pointer, layer.num_chunks])
+            state |= {f"{index}.at.{start}": position for start, position in layer.position_of.items()}
+        return state
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self._views.clear()
+        for index, layer in enumerate(self.layers):
+            for name in _TENSORS:
+                getattr(layer, name).copy_(state[f"{index}.{name}"])
+            layer.pointer, layer.num_chunks = state[f"{index}.counts"].tolist()
+            prefix = f"{index}.at."
+            layer.position_of = {
+                int(name.removeprefix(prefix)): position.to(self.device, copy=True)
+                for name, position in state.items()
+                if name.startswith(prefix)
+            }
+
+    def clear(self) -> None:
+        """Empty, for the next video."""
+        self._views.clear()
+        for index, layer in enumerate(self.layers):
+            self._reset(layer, index)
+
+    def _new_layer(self, index: int) -> LayerTable:
+        s = self.settings
+        history = s.recent_start - s.history_start
+
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(s.num_heads, *shape, dtype=dtype, device=self.device)
+
+        layer = LayerTable(
+            zeros(s.num_slots, s.width, dtype=self.dtype),
+            zeros(s.num_slots, s.head_dim, dtype=self.dtype),
+            zeros(history, 3, dtype=torch.float32),
+            zeros(history, dtype=torch.int32),
+            zeros(history, dtype=torch.float32),
+            zeros(history, dtype=torch.int32),
+            zeros(history // s.tile, s.head_dim, dtype=self.dtype),
+            pointer=0,
+        )
+        self._reset(layer, index)
+        return layer
+
+    def _reset(self, layer: LayerTable, index: int) -> None:
+        s = self.settings
+        for name in _TENSORS:
+            getattr(layer, name).zero_()
+        layer.partner_NC.fill_(-1)
+        write_log_mass(layer.k_NLW, s.head_dim, -torch.inf)
+        # The chunk in hand exists from its first step on.
+        write_log_mass(layer.k_NLW[:, s.own_start : s.own_start + s.chunk_tokens], s.head_dim, 0.0)
+        # Layers become full one after another, so that every chunk shrinks as many as the next.
+        layer.pointer = index % s.spare_chunks * s.chunk_tokens
+        layer.num_chunks = 0
+        layer.position_of.clear()
+
+    def _copy(self, layer: LayerTable, source: int, target: int) -> None:
+        num = self.settings.chunk_tokens
+        for x in (layer.k_NLW, layer.v_NLD):
+            x[:, target : target + num] = x[:, source : source + num]
+
+    def _absorb(self, layer: LayerTable, source: int) -> None:
+        """A chunk of the newest becomes history."""
+        s = self.settings
+        if layer.pointer == s.history_tokens:
+            self._mark("moving chunks")
+            self._shrink(layer)
+            self._mark("merging")
+        new = slice(layer.pointer, layer.pointer + s.chunk_tokens)
+        self._copy(layer, source, s.history_start + new.start)
+        layer.position_NC3[:, new] = layer.position_of[source]
+        layer.m_NC[:, new] = 1
+        layer.weight_NC[:, new] = 1.0
+        self._mark("moving chunks")
+        slot, cosine = find_partners(self._history(layer), self._turn_back, new, self._look)
+        layer.partner_NC[:, new] = torch.where(cosine.isneginf(), -1, slot).to(torch.int32)
+        layer.pointer = new.stop
+        if s.candidate_tiles:
+            self._average(layer, new.start // s.tile, -(-s.chunk_tokens // s.tile) + 1)
+        self._mark("matching")
+
+    def _mark(self, part: str) -> None:
+        if self.on_part is not None:
+            self.on_part(part)
+
+    def _history(self, layer: LayerTable) -> History:
+        return History(layer.k_NLW, self.settings.history_start, layer.position_NC3, layer.m_NC, layer.mean_NJD)
+
+    def _average(self, layer: LayerTable, first: int, num: int) -> None:
+        """Means of these tiles, or of as many that end with the history."""
+        s = self.settings
+        first = max(0, min(first, layer.mean_NJD.shape[1] - num))
+        num = min(num, layer.mean_NJD.shape[1])
+        run = slice(first * s.tile, (first + num) * s.tile)
+        unit = self._turn_back.unit(self._history(layer).keys[:, run], layer.position_NC3[:, run])
+        there = (layer.m_NC[:, run, None] > 0).to(unit.dtype)
+        layer.mean_NJD[:, first : first + num] = (unit * there).unflatten(1, (num, -1)).mean(2)
+
+    def _shrink(self, layer: LayerTable) -> None:
+        s = self.settings
+        live = min(s.history_tokens, (layer.num_chunks - 1 - s.sink_chunks - s.recent_chunks) * s.chunk_tokens)
+        merges = min(s.spare_tokens, max(0, live - s.kept_tokens))
+        used = self._used(layer)
+        found = shrink(
+            used, layer.v_NLD, layer.weight_NC[:, : s.history_tokens], layer.partner_NC[:, : s.history_tokens],
+            self._turn_back, self._rate, s.kept_tokens, merges, self._fuse,
+        )  # fmt: skip
+        self._rewrite(layer, found)
+        layer.pointer = s.kept_tokens
+        if s.candidate_tiles:
+            self._average(layer, 0, layer.mean_NJD.shape[1])
+
+    def _used(self, layer: LayerTable) -> History:
+        stop = self.settings.history_tokens
+        start = self.settings.history_start
+        return History(layer.k_NLW, start, layer.position_NC3[:, :stop], layer.m_NC[:, :stop], layer.mean_NJD)
+
+    def _rewrite(self, layer: LayerTable, found: Survivors) -> None:
+        s = self.settings
+        kept = slice(s.history_start, s.history_start + s.kept_tokens)
+        k = take_rows(layer.k_NLW, found.source, s.history_start)
+        write_log_mass(k, s.head_dim, found.weight.masked_fill(~found.is_key, 0.0).log())
+        layer.k_NLW[:, kept] = k
+        layer.v_NLD[:, kept] = found.v_NCD
+        layer.position_NC3[:, : s.kept_tokens] = take_rows(layer.position_NC3, found.source)
+        for name in ("m", "weight", "partner"):
+            getattr(layer, f"{name}_NC")[:, : s.kept_tokens] = getattr(found, name)
+        free = slice(kept.stop, s.history_start + s.history_tokens)
+        write_log_mass(layer.k_NLW[:, free], s.head_dim, -torch.inf)
+        layer.m_NC[:, s.kept_tokens :] = 0
+        layer.weight_NC[:, s.kept_tokens :] = 0.0
+        layer.partner_NC[:, s.kept_tokens :] = -1
+
+    def _gather(self, layer: LayerTable) -> KeyValues:
+        s = self.settings
+        sink = [start for start in layer.position_of if start < s.history_start]
+        newest = sorted(
+            (start for start in layer.position_of if start >= s.recent_start),
+            key=lambda start: float(layer.position_of[start][0, 0]),
+        )
+        history = slice(s.history_start, s.history_start + layer.pointer)
+        runs = [slice(start, start + s.chunk_tokens) for start in sorted(sink)]
+        runs += [history] if layer.pointer else []
+        runs += [slice(start, start + s.chunk_tokens) for start in newest]
+        positions = [
+            layer.position_NC3[:, : layer.pointer]
+            if run is history
+            else layer.position_of[run.start].float().expand(s.num_heads, -1, 3)
+            for run in runs
+        ]
+        k, v = (torch.cat([x[:, run] for run in runs], 1) for x in (layer.k_NLW, layer.v_NLD))
+        position = torch.cat(positions, 1)
+        before = self._turn_back(k, position).to(self.dtype)
+        mass = read_log_mass(k, s.head_dim)
+        return KeyValues(
+            before.transpose(0, 1)[None], v.transpose(0, 1)[None], position.transpose(0, 1)[None], mass[None]
+        )
+
+
+_TENSORS = ("k_NLW", "v_NLD", "position_NC3", "m_NC", "weight_NC", "partner_NC", "mean_NJD")

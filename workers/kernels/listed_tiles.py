@@ -1,0 +1,102 @@
+"""Attention over listed tiles of a table that already lies as kernels read it: nothing is gathered, widened or merged.
+
+Keys carry log m in channels behind their own (`mass.py`), queries a one there; every query tile has a list of equally
+many whole key tiles. Three ways: FlashAttention-4 on Hopper, Triton, and plain torch as the reference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+ListedName = Literal["flash-attn-4", "triton", "torch"]
+
+AttendTable = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(q_QNW, k_NLW, v_NLD, index_NIJ) -> out_QND. index is int32: tiles that a tile of queries sees, in any order."""
+
+
+def make_attend(name: ListedName, tile: int) -> AttendTable:
+    """That way of computing.
+
+    Raises:
+        ImportError: Its package is not installed.
+    """
+    if name == "flash-attn-4":
+        return _make_flash(tile)
+    if name == "triton":
+        return _make_triton(tile)
+    return lambda q, k, v, index: attend_listed_plain(q, k, v, index, tile)
+
+
+def attend_listed_plain(q_QNW: Tensor, k_NLW: Tensor, v_NLD: Tensor, index_NIJ: Tensor, tile: int) -> Tensor:
+    """The reference: one product over all keys, in float32 or wider."""
+    num_queries, heads = q_QNW.shape[:2]
+    dtype = torch.promote_types(q_QNW.dtype, torch.float32)
+    seen = torch.zeros(heads, index_NIJ.shape[1], k_NLW.shape[1] // tile, dtype=torch.bool, device=k_NLW.device)
+    seen.scatter_(2, index_NIJ.long(), True)
+    mask = seen.repeat_interleave(tile, 1)[:, :num_queries].repeat_interleave(tile, 2)
+    logit = q_QNW.to(dtype).transpose(0, 1) @ k_NLW.to(dtype).mT / math.sqrt(v_NLD.shape[-1])
+    weight = logit.masked_fill(~mask, -torch.inf).softmax(-1)
+    return (weight @ v_NLD.to(dtype)).transpose(0, 1).to(q_QNW.dtype)
+
+
+def _make_flash(tile: int) -> AttendTable:
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    fixed: dict[torch.Size, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def attend(q_QNW: Tensor, k_NLW: Tensor, v_NLD: Tensor, index_NIJ: Tensor) -> Tensor:
+        if index_NIJ.shape not in fixed:
+            none = index_NIJ.new_zeros((1, *index_NIJ.shape[:2]))
+            fixed[index_NIJ.shape] = none, none[..., None], torch.full_like(none, index_NIJ.shape[2])
+        none, nothing, count = fixed[index_NIJ.shape]
+        lists = BlockSparseTensorsTorch(
+            mask_block_cnt=none,
+            mask_block_idx=nothing,
+            full_block_cnt=count,
+            full_block_idx=index_NIJ[None],
+            block_size=(tile, tile),
+        )
+        k, v = k_NLW.transpose(0, 1)[None], v_NLD.transpose(0, 1)[None]
+        scale = v_NLD.shape[-1] ** -0.5
+        out: Tensor = _flash_attn_fwd(
+            q_QNW[None], k, v, softmax_scale=scale, num_splits=1, return_lse=False, block_sparse_tensors=lists
+        )[0]
+        return out[0]
+
+    return attend
+
+
+def _make_triton(tile: int) -> AttendTable:
+    import triton
+
+    from workers.kernels.triton_bias import attend_rows
+
+    def attend(q_QNW: Tensor, k_NLW: Tensor, v_NLD: Tensor, index_NIJ: Tensor) -> Tensor:
+        num_queries, heads = q_QNW.shape[:2]
+        num_keys, head_dim = v_NLD.shape[1:]
+        mass = k_NLW[..., head_dim : head_dim + 2].float().sum(-1) / math.sqrt(head_dim)
+        count = torch.full(index_NIJ.shape[:2], index_NIJ.shape[2], dtype=torch.int32, device=k_NLW.device)
+        out = torch.empty((num_queries, heads, head_dim), dtype=q_QNW.dtype, device=q_QNW.device)
+        lse = torch.empty((num_queries, heads), dtype=torch.float32, device=q_QNW.device)
+        block_m = min(128, max(16, triton.next_power_of_2(tile)))
+        attend_rows[(index_NIJ.shape[1] * triton.cdiv(tile, block_m), heads)](
+            q_QNW, k_NLW, v_NLD, mass, out, lse, index_NIJ, count, lse, lse,
+            0, q_QNW.stride(0), q_QNW.stride(1), 0, k_NLW.stride(1), k_NLW.stride(0),
+            0, v_NLD.stride(1), v_NLD.stride(0),
+            head_dim**-0.5 * math.log2(math.e), heads, num_queries, num_keys, index_NIJ.shape[2],
+            tile, tile, triton.cdiv(tile, block_m), head_dim,
+            HAS_TILES=True, HAS_MASS=True, HAS_QUERY_ORDER=False, HAS_KEY_ORDER=False,
+            BLOCK_D=max(16, triton.next_power_of_2(head_dim)), BLOCK_M=block_m,
+            BLOCK_N=min(64, max(16, triton.next_power_of_2(tile))),
+            PRECISION="ieee" if q_QNW.dtype == torch.float32 else "tf32",
+            num_warps=8 if block_m == 128 else 4, num_stages=2,
+        )  # fmt: skip
+        return out
+
+    return attend

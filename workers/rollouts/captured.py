@@ -1,0 +1,243 @@
+"""The loop of one video over a tile table, on buffers that never move: each call of the model is one CUDA graph.
+
+The same order of work as `workers/rollout.py`, without guidance, reuse or probes. A call is captured twice: once with
+the choice of tiles in every layer, once with the tiles chosen before, which the later steps of a chunk share. Between
+clean pass and next chunk the table takes the chunk over; nothing but the check for NaN waits for the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from workers.contracts import PromptKeys
+from workers.denoise import step_euler, step_renoise, to_device
+from workers.errors import NonFiniteLatents
+from workers.model.dit import CausalDiT
+from workers.model.rope import Rotation, make_rotation
+from workers.model.static_layers import PromptTable, StaticLayers, Targets, hold_prompt
+from workers.rollout import CleanChunk, RolloutPlan, chunk_positions
+
+AttendTable = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""See `workers/kernels/listed_tiles.py`."""
+Mark = Callable[[str], None]
+"""Told the name of each part of a call as it ends."""
+
+
+class LayerKeys(Protocol):
+    """Keys and values of one layer of a table."""
+
+    k_NLW: Tensor
+    v_NLD: Tensor
+
+
+class Table(Protocol):
+    """See `workers/cache/tile_table.py`."""
+
+    @property
+    def layers(self) -> Sequence[LayerKeys]: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def own(self, layer_index: int) -> tuple[Tensor, Tensor]: ...
+
+    def remember(self, layer_index: int, position_T3: Tensor) -> None: ...
+
+
+class Chooser(Protocol):
+    """See `workers/attention/tile_choice.py`."""
+
+    @property
+    def num_slots_seen(self) -> int: ...
+
+    def new_list(self, num_heads: int) -> Tensor: ...
+
+    def choose(self, q_QNW: Tensor, k_NLW: Tensor, index_NIJ: Tensor) -> None: ...
+
+
+@dataclass(frozen=True)
+class CapturedSettings:
+    """How the loop runs."""
+
+    choose_at: tuple[int, ...] = (0,)
+    """Denoising steps that choose tiles anew; the others, and the clean pass, use those of the step before."""
+    graphs: bool = True
+    """Capture the calls; needs a GPU."""
+
+
+class CapturedRollout:
+    """One video after another on one model.
+
+    Args:
+        model: In evaluation mode; without image tokens.
+        layers: Of that model.
+        table: Fresh.
+        chooser: Of that table's tiles.
+        attend: Self-attention over listed tiles.
+        latent_size: Height and width.
+        settings: How it runs.
+    """
+
+    def __init__(
+        self,
+        model: CausalDiT,
+        layers: StaticLayers,
+        table: Table,
+        parts: tuple[Chooser, AttendTable],
+        latent_size: tuple[int, int],
+        settings: CapturedSettings,
+    ) -> None:
+        self._model, self._layers, self.table, self._settings = model, layers, table, settings
+        self.chooser, self._attend = parts
+        b = model.backbone
+        self._device, self._latent_size = model.head.modulation.device, latent_size
+        self._rows, self._columns = b.token_grid(latent_size)
+        num = b.chunk_latent_frames * self._rows * self._columns
+
+        def empty(*shape: int, dtype: torch.dtype = model.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self._device)
+
+        self._latents = empty(1, b.chunk_latent_frames, b.in_channels, *latent_size, dtype=torch.float32)
+        self._timestep = empty(1, b.chunk_latent_frames, dtype=torch.float32)
+        self._flow = empty(1, b.chunk_latent_frames, b.latent_channels, *latent_size, dtype=torch.float32)
+        self._control = empty(1, num, b.dim) if b.control_channels else None
+        angle = (1, num, 1, b.head_dim // 2)
+        self._rotation = Rotation(empty(*angle, dtype=torch.float32), empty(*angle, dtype=torch.float32))
+        self._q_QNW = empty(num, b.num_heads, table.layers[0].k_NLW.shape[-1])
+        self._q_QNW[..., b.head_dim : b.head_dim + 2] = 1.0
+        self._targets = [Targets(self._q_QNW[..., : b.head_dim], *table.own(index)) for index in range(b.num_layers)]
+        self._lists = [self.chooser.new_list(b.num_heads) for _ in range(b.num_layers)]
+        self._prompt: list[PromptTable] = []
+        self._held: Sequence[PromptKeys] | None = None
+        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+
+    @torch.no_grad()
+    def run(self, plan: RolloutPlan, first_chunk: int = 0) -> Iterator[CleanChunk]:
+        """Chunks from `first_chunk` on, in order.
+
+        Raises:
+            NonFiniteLatents: A chunk holds a NaN or an infinity; it is neither yielded nor remembered.
+        """
+        assert plan.guidance == 1.0, "a tile table holds one branch"
+        noise = self._draw(plan, first_chunk)
+        for index in range(first_chunk, plan.num_chunks):
+            position = self.begin(plan, index)
+            latents = self._denoise(plan, noise)
+            if index + 1 < plan.num_chunks:  # drawn now, while the GPU is busy
+                noise = self._draw(plan, index + 1)
+            if not bool(torch.isfinite(latents).all()):
+                raise NonFiniteLatents(f"chunk {index} holds NaN or infinity after its last denoising step")
+            if index + 1 < plan.num_chunks:
+                self.call(latents, 0.0, choose=False)
+                self.remember(position)
+            density = min(1.0, self.chooser.num_slots_seen / ((index + 1) * len(position)))
+            yield CleanChunk(index, latents, self.table.num_bytes, density)
+
+    def call(self, latents: Tensor, timestep: float, *, choose: bool) -> Tensor:
+        """Flow of the chunk in hand, float32; overwritten by the next call."""
+        self.load(latents, timestep)
+        if not self._settings.graphs:
+            self.compute(choose)
+            return self._flow
+        if choose not in self._graphs:
+            self._capture(choose)
+        self._graphs[choose].replay()
+        return self._flow
+
+    def load(self, latents: Tensor, timestep: float) -> None:
+        """Fill the buffers of a call."""
+        self._latents.copy_(latents)
+        self._timestep.fill_(timestep)
+
+    def compute(self, choose: bool, mark: Mark = lambda name: None) -> None:
+        """One call on the buffers as they are."""
+        model, layers = self._model, self._layers
+        x = model.embed_patches(self._latents)
+        if self._control is not None:
+            x = x + self._control
+        x = x[0].to(model.dtype)
+        time_BTE, time_BT6E = model.embed_time(self._timestep)
+        time_T6E = time_BT6E[0]
+        mark("embed")
+        for index, weights in enumerate(layers.weights):
+            keys, listed = self.table.layers[index], self._lists[index]
+            layers.enter(weights, x, time_T6E, self._rotation, self._targets[index])
+            mark("queries, keys, values")
+            if choose:
+                self.chooser.choose(self._q_QNW, keys.k_NLW, listed)
+                mark("selection")
+            out = self._attend(self._q_QNW, keys.k_NLW, keys.v_NLD, listed)
+            mark("attention")
+            x = layers.leave(weights, self._prompt[index], x, out, time_T6E)
+            mark("output, cross-attention, feed-forward")
+        self._flow.copy_(model.read_out(x[None], time_BTE, self._latent_size))
+        mark("head")
+
+    def remember(self, position_Q3: Tensor) -> None:
+        """The last call was a clean pass: its keys become history."""
+        for index in range(len(self._lists)):
+            self.table.remember(index, position_Q3)
+
+    def begin(self, plan: RolloutPlan, index: int) -> Tensor:
+        """Fill the buffers for a chunk; its positions."""
+        b = self._model.backbone
+        position = chunk_positions(plan, b, index, self._device)
+        rotation = make_rotation(position, b.head_dim, b.rope_theta)
+        for buffer, values in zip(self._rotation, rotation, strict=True):
+            buffer.copy_(values)
+        (prompt,) = plan.prompt(index)
+        if prompt is not self._held:
+            self._hold(prompt)
+        maps = plan.control(index)
+        if self._control is not None and maps is not None:
+            self._control.copy_(self._model.embed_control(maps.to(self._device)))
+        return position
+
+    def _hold(self, prompt: Sequence[PromptKeys]) -> None:
+        """Another prompt: into the buffers of the last one where they fit, else the calls are captured anew."""
+        tables = hold_prompt(prompt)
+        self._held = prompt
+        if self._prompt and self._prompt[0].k_NPD.shape == tables[0].k_NPD.shape:
+            for old, new in zip(self._prompt, tables, strict=True):
+                for buffer, values in zip(old, new, strict=True):
+                    buffer.copy_(values)
+        else:
+            self._prompt = tables
+            self._graphs.clear()
+
+    def _draw(self, plan: RolloutPlan, index: int) -> list[Tensor]:
+        """All noise of a chunk."""
+        num = 1 if self._model.backbone.sampler == "euler" else plan.schedule.num_steps
+        return [to_device(plan.noise(index, step), self._device) for step in range(num)]
+
+    def _denoise(self, plan: RolloutPlan, noise: Sequence[Tensor]) -> Tensor:
+        """Clean latents of one chunk, float32."""
+        schedule, is_euler = plan.schedule, self._model.backbone.sampler == "euler"
+        latents = noise[0]
+        for step, (sigma, timestep) in enumerate(zip(schedule.sigmas, schedule.timesteps, strict=True)):
+            flow = self.call(latents, timestep, choose=step in self._settings.choose_at)
+            next_sigma = schedule.next_sigma(step)
+            if is_euler or next_sigma == 0.0:
+                latents = step_euler(latents, flow, sigma, next_sigma)
+            else:
+                latents = step_renoise(latents, flow, sigma, next_sigma, noise[step + 1])
+        return latents
+
+    def _capture(self, choose: bool) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles, and fills the workspaces of libraries
+                self.compute(choose)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self._graphs.values())).pool() if self._graphs else None
+        with torch.cuda.graph(graph, pool=pool):
+            self.compute(choose)
+        self._graphs[choose] = graph

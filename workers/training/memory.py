@@ -1,0 +1,337 @@
+"""Stage 3: the distilled model learns to repeat exactly what it has seen, and keeps its look where it has not.
+
+Only what is asked of it is trained: the four noise levels of its own denoising, on its own estimates, with the place
+somewhere in a long context whose last chunks are, by turns, true or its own. What a context chunk has shown counts by
+the error of the decoded picture; everything else must stay what the model said before this stage.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workers.denoise import Schedule, add_noise, clean_estimate, make_schedule
+from workers.model.control import control_maps
+from workers.model.text_encoder import fold_padding
+from workers.model.vae import VideoVAE
+from workers.training.distil import CELL_PX, VIEW_PX, shown_cells
+from workers.training.memory_feed import RUN, MemoryBatch, MemoryFeedRecipe
+from workers.training.muon import Muon
+from workers.training.sequence import ParallelAttention, WorldModel
+
+TURNS = ((0, False), (1, False), (2, False), (3, False), (0, True), (3, True))
+"""What happens to a batch, one step each: (denoising step, whether the end of the context is the model's own)."""
+FLIGHTS = 4
+"""Batches between which the steps change, so that neighbouring steps differ in place and noise level."""
+CYCLE = FLIGHTS * len(TURNS)
+
+_LATENT_FLOOR = 1.5e-3  # the VAE's own error (34 dB, pixels in [-1, 1]), which stands beside that of the latents
+_PICTURE_FLOOR = 4e-4  # 40 dB: the logarithm must not chase clips that are nearly perfect
+
+
+@dataclass(frozen=True)
+class MemoryRecipe:
+    """What decides stage 3."""
+
+    muon_lr: float = 5e-4
+    adam_lr: float = 2e-4
+    weight_decay: float = 0.01
+    warmup_steps: int = 200
+    flat_share: float = 0.25
+    num_steps: int = 4
+    shift: float = 3.0
+    context_noise: float = 0.1
+    noisy_share: float = 0.25
+    own_chunks: int = 8
+    step_weights: tuple[float, ...] = (0.4, 0.3, 0.4, 1.0)
+    latent_weight: float = 0.5
+    picture_weight: float = 2.0
+    picture_steps: tuple[int, ...] = (0, 1, 2, 3)
+    plain_share: float = 0.2
+    keep_weight: float = 10.0
+    keep_every: int = 2
+    ema: float = 0.998
+    seed: int = 1
+
+
+@dataclass
+class Flight:
+    """A batch on its way through `TURNS`.
+
+    Attributes:
+        batch: What was drawn.
+        text_BPE, log_mass_BP: Its encoded prompts.
+        context_BTCHW, camera_BTS2: The context as it is now.
+        true_T: Which context frames are true.
+        turn: The next of `TURNS`.
+        estimate_BSCHW: The model's last clean estimate of the questions.
+        first_BSCHW: Its answers from the true context.
+    """
+
+    batch: MemoryBatch
+    text_BPE: Tensor
+    log_mass_BP: Tensor
+    context_BTCHW: Tensor
+    camera_BTS2: Tensor
+    true_T: Tensor
+    turn: int = 0
+    estimate_BSCHW: Tensor | None = None
+    first_BSCHW: Tensor | None = None
+
+
+def picture_metric(vae: VideoVAE, latents_BTCHW: Tensor, generator: torch.Generator, probes: int = 4) -> Tensor:
+    """What an error of a latent cell costs in the picture: e' G e is its squared error, as a mean over its pixels.
+
+    The mean of J'J over cells, J being the decoder's derivative: random pixel errors sent backwards have it as their
+    covariance.
+
+    Returns:
+        [channels, channels], float32.
+    """
+    channels, device = latents_BTCHW.shape[2], latents_BTCHW.device
+    total = torch.zeros(channels, channels, device=device)
+    for _ in range(probes):
+        latents = latents_BTCHW.detach().clone().requires_grad_()
+        frames = vae.decode(latents)
+        probe = torch.randn(frames.shape, device=device, generator=generator)
+        grads = torch.autograd.grad(frames, latents, probe)[0].movedim(2, -1).flatten(0, -2)
+        total += grads.mT @ grads / len(grads)
+    pixels = frames[0].numel() / (latents_BTCHW[0].numel() / channels)
+    return total / probes / pixels
+
+
+class MemoryTrainer:
+    """The model, what it was, its running mean, the optimisers; one step of one flight at a time.
+
+    Args:
+        recipe, feed: See there.
+        start: The distilled model.
+        vae: Its VAE; stays as it is.
+        device: Of everything.
+        plain: Compile nothing.
+    """
+
+    def __init__(
+        self,
+        recipe: MemoryRecipe,
+        feed: MemoryFeedRecipe,
+        start: WorldModel,
+        vae: VideoVAE,
+        device: torch.device,
+        *,
+        plain: bool = False,
+    ) -> None:
+        torch.manual_seed(recipe.seed)
+        self.recipe, self.feed, self.device = recipe, feed, device
+        self.backbone, self.chunk = start.backbone, start.backbone.chunk_latent_frames
+        self.model = copy.deepcopy(start).to(device)
+        self.before = copy.deepcopy(start).to(device).requires_grad_(False)
+        self.ema = copy.deepcopy(start).to(device).eval()
+        self.model.text_encoder.requires_grad_(False)
+        self.vae = copy.deepcopy(vae).to(device).requires_grad_(False)
+        if device.type == "cuda":
+            self.vae = self.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if device.type == "cuda" and not plain:
+            self.model.dit.compile_layers()
+            self.before.dit.share_compiled(self.model.dit)
+        self.attention = ParallelAttention(self.backbone, feed.chunks, device, feed.cuts, plain=plain)
+        self.schedule: Schedule = make_schedule(recipe.num_steps, recipe.shift)
+        matrices = [p for n, p in self.model.dit.blocks.named_parameters() if p.ndim == 2 and n.endswith("weight")]
+        chosen = {id(p) for p in matrices}
+        others = [p for p in self.model.dit.parameters() if id(p) not in chosen]
+        self.optimisers: list[torch.optim.Optimizer] = [
+            Muon(matrices, recipe.muon_lr, weight_decay=recipe.weight_decay),
+            torch.optim.AdamW(others, recipe.adam_lr, betas=(0.9, 0.97), fused=device.type == "cuda"),
+        ]
+        index = torch.arange(feed.chunks * self.chunk, device=device) // self.chunk
+        cuts = torch.tensor(feed.cuts, device=device).repeat_interleave(self.chunk)
+        self.counts_ST = index[None, :] < cuts[:, None]
+        self.metric_CC: Tensor | None = None
+        self.steps, self.seconds = 0, 0.0
+
+    def set_rate(self, progress: float) -> None:
+        """Learning rates at this share of the run: warm-up, flat, then down to nothing."""
+        factor = min(1.0, (self.steps + 1) / self.recipe.warmup_steps)
+        if progress > self.recipe.flat_share:
+            factor *= max(0.0, (1 - progress) / (1 - self.recipe.flat_share))
+        for optimiser, base in zip(self.optimisers, (self.recipe.muon_lr, self.recipe.adam_lr), strict=True):
+            for group in optimiser.param_groups:
+                group["lr"] = base * factor
+
+    @torch.no_grad()
+    def board(self, batch: MemoryBatch) -> Flight:
+        """Make a batch ready; the first one also gives the metric of the pictures."""
+        if self.metric_CC is None:
+            self.metric_CC = self._make_metric(batch.context_BTCHW[:, : 4 * self.chunk])
+        encoded = self.model.text_encoder(batch.rows_BPF, batch.num_tokens_B)
+        folded = fold_padding(encoded, self.backbone.text_tokens)
+        true = torch.ones(batch.context_BTCHW.shape[1], dtype=torch.bool, device=self.device)
+        return Flight(batch, folded.text_BPE, folded.log_mass_BP, batch.context_BTCHW, batch.camera_BTS2, true)
+
+    def step(self, flight: Flight) -> dict[str, Tensor]:
+        """One optimiser step on the next turn of a flight; returns means to be logged."""
+        index, own = TURNS[flight.turn]
+        generator = torch.Generator(self.device).manual_seed(self.recipe.seed * 1_000_003 + self.steps)
+        if own and flight.first_BSCHW is None:
+            assert flight.estimate_BSCHW is not None
+            flight.first_BSCHW = flight.estimate_BSCHW
+            self._put_own(flight, generator)
+        loss, values = self._loss(flight, index, generator)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimiser in self.optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        self.steps += 1
+        flight.turn += 1
+        decay = min(self.recipe.ema, self.steps / (self.steps + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+        return values
+
+    def save(self, path: Path) -> None:
+        """Everything that the next step depends on; to be called between cycles, when no batch is under way."""
+        state = {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "metric": self.metric_CC,
+            "steps": self.steps,
+            "seconds": self.seconds,
+        }
+        torch.save(state, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+
+    def load(self, path: Path) -> None:
+        """Go on where `save` was called."""
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        self.metric_CC, self.steps, self.seconds = state["metric"], state["steps"], state["seconds"]
+
+    def _make_metric(self, latents: Tensor) -> Tensor:
+        with torch.enable_grad():
+            metric = picture_metric(self.vae, latents, torch.Generator(self.device).manual_seed(0), probes=1)
+        plain = torch.eye(len(metric), device=self.device) * metric.diagonal().mean()
+        return torch.lerp(metric, plain, self.recipe.plain_share)
+
+    def _put_own(self, flight: Flight, generator: torch.Generator) -> None:
+        """Replace the end of the context by some of the model's own answers, in the order in which they were asked."""
+        assert flight.first_BSCHW is not None
+        runs = -(-self.recipe.own_chunks // RUN)
+        first_run = torch.randperm(self.feed.runs - runs + 1, generator=torch.Generator().manual_seed(self.steps))[0]
+        begin = int(first_run) * RUN * self.chunk
+        frames = self.recipe.own_chunks * self.chunk
+        kept = flight.context_BTCHW.shape[1] - frames
+        asked = slice(begin, begin + frames)
+        flight.context_BTCHW = torch.cat([flight.context_BTCHW[:, :kept], flight.first_BSCHW[:, asked]], 1)
+        flight.camera_BTS2 = torch.cat([flight.camera_BTS2[:, :kept], flight.batch.question_camera_BSS2[:, asked]], 1)
+        flight.true_T = torch.arange(kept + frames, device=self.device) < kept
+
+    def _draw(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        return torch.randn(like.shape, device=self.device, generator=generator)
+
+    def _noisy_context(self, context: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A little noise on some chunks, and its levels [B, T]."""
+        shape = (context.shape[0], context.shape[1] // self.chunk)
+        level = torch.rand(shape, device=self.device, generator=generator) * self.recipe.context_noise
+        level *= torch.rand(shape, device=self.device, generator=generator) < self.recipe.noisy_share
+        level = level.repeat_interleave(self.chunk, 1)
+        return add_noise(context, self._draw(context, generator), level[..., None, None, None]), level
+
+    def _loss(self, flight: Flight, index: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of one denoising step of all questions; keeps their clean estimates in the flight."""
+        batch, sigma = flight.batch, self.schedule.sigmas[index]
+        truth = batch.questions_BSCHW
+        noise = self._draw(truth, generator)
+        x = noise if index == 0 else add_noise(_known(flight.estimate_BSCHW), noise, sigma)
+        context, level = self._noisy_context(flight.context_BTCHW, generator)
+        self.attention.place(batch.times_BT, batch.question_times_BS)
+        made = clean_estimate(x, self._flow(self.model, flight, context, level, x, sigma), sigma)
+        flight.estimate_BSCHW = made.detach()
+        by_true, by_any = self._shown(flight)
+        latents = _log_mean(self._cost(made - truth), by_true, _LATENT_FLOOR)
+        memory, values = self.recipe.latent_weight * latents, {"latents": latents.detach()}
+        if index in self.recipe.picture_steps:
+            picture, psnr = self._picture_loss(flight, made, by_true)
+            memory = memory + self.recipe.picture_weight * picture
+            values[f"psnr_{'true' if flight.first_BSCHW is None else 'own'}_{index}"] = psnr
+        loss = self.recipe.step_weights[index] * memory
+        if self.steps % self.recipe.keep_every == 0:
+            with torch.no_grad():
+                kept = clean_estimate(x, self._flow(self.before, flight, context, level, x, sigma), sigma)
+            unknown = ~by_any
+            change = ((made - kept).square().mean(2) * unknown).sum() / (unknown.sum() + 1)
+            loss = loss + self.recipe.keep_weight * change
+            values["changed"] = change.detach()
+        return loss, values
+
+    def _flow(
+        self, model: WorldModel, flight: Flight, context: Tensor, level: Tensor, x: Tensor, sigma: float
+    ) -> Tensor:
+        b = self.backbone
+        camera = torch.cat([flight.camera_BTS2, flight.batch.question_camera_BSS2], 1)
+        control = model.dit.embed_control(control_maps(camera, b.width, b.height, b))
+        levels = torch.cat([level, torch.full(x.shape[:2], sigma, device=self.device)], 1)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            keys = model.dit.project_prompt(flight.text_BPE, flight.log_mass_BP)
+            flow: Tensor = model.dit(
+                torch.cat([context, x], 1), levels * 1000, keys, self.attention, control_BQE=control
+            )
+        return flow[:, context.shape[1] :].float()
+
+    def _shown(self, flight: Flight) -> tuple[Tensor, Tensor]:
+        """Which cells of the questions the true part, and any part, of their context has shown; bool [B, S, H, W]."""
+        size = flight.context_BTCHW.shape[-1]
+        camera = flight.batch.question_camera_BSS2
+        by_any = shown_cells(camera, flight.camera_BTS2, self.counts_ST, size)
+        if flight.first_BSCHW is None:
+            return by_any, by_any
+        return shown_cells(camera, flight.camera_BTS2, self.counts_ST & flight.true_T, size), by_any
+
+    def _cost(self, error_BSCHW: Tensor) -> Tensor:
+        """Squared error of the picture that an error of the latents makes, for each cell [B, S, H, W]."""
+        error = error_BSCHW.movedim(2, -1)
+        return ((error @ _known(self.metric_CC)) * error).sum(-1)
+
+    def _picture_loss(self, flight: Flight, made: Tensor, shown_BSHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Error of the decoded frames of the pictured questions where they are known, and its PSNR."""
+        chunk, questions = self.chunk, self.feed.pictured
+        base = flight.batch.questions_BSCHW if flight.first_BSCHW is None else flight.first_BSCHW
+        latents, before, shown = [], [], []
+        for question in questions:
+            part = slice(question * chunk, (question + 1) * chunk)
+            latents.append(made[:, part])
+            shown.append(shown_BSHW[:, part])
+            last = flight.context_BTCHW[:, -1] if question % RUN == 0 else base[:, question * chunk - 1]
+            before.append(last)
+        clips = made.shape[0]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            frames = self.vae.decode(torch.stack(latents, 1).flatten(0, 1), torch.stack(before, 1).flatten(0, 1))
+        frames = frames.float().view(clips, len(questions), -1, *frames.shape[2:])
+        error = (frames - flight.batch.pictures_BPFCHW.float()).square().mean(3)  # [B, P, F, h, w]
+        mask = torch.stack(shown, 1).repeat_interleave(self.backbone.temporal_stride, 2)
+        mask = mask.repeat_interleave(CELL_PX, 3).repeat_interleave(CELL_PX, 4)
+        assert mask.shape[-1] == VIEW_PX
+        error_B = (error * mask).flatten(1).sum(1) / (mask.flatten(1).sum(1) + 1)
+        psnr = -10 * (error_B.detach() / 4 + 1e-6).log10().mean()
+        return _log_mean(error, mask, _PICTURE_FLOOR), psnr
+
+
+def _log_mean(error: Tensor, counts: Tensor, floor: float) -> Tensor:
+    """Logarithm of each clip's mean error where it counts, averaged: a decibel is worth the same everywhere."""
+    share_B = counts.flatten(1).float().mean(1)
+    error_B = (error * counts).flatten(1).mean(1) / (share_B + 1e-4)
+    return ((error_B + floor).log() * share_B).sum() / (share_B.sum() + 1e-4)
+
+
+def _known(tensor: Any) -> Tensor:
+    assert isinstance(tensor, Tensor)
+    return tensor

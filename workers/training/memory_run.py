@@ -1,0 +1,208 @@
+"""Run stage 3: `python -m workers.training.memory_run --start DIR --out DIR --minutes 10` (one GPU).
+
+DIR/weights of the result is what we ship, written anew every two minutes; DIR/stage3.pt is where a run that stopped
+goes on. The same few tests before, in the middle and at the end say whether it was worth it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from workers.checkpoints.files import open_weights, save_weights
+from workers.model.backbones import Backbone, find_backbone
+from workers.model.vae import VideoVAE
+from workers.training.feed import batches_ahead
+from workers.training.measure import Laboratory, Sampling, sharpness_ratio
+from workers.training.memory import CYCLE, FLIGHTS, TURNS, MemoryRecipe, MemoryTrainer
+from workers.training.memory_feed import MemoryFeed, MemoryFeedRecipe
+from workers.training.progress import Log
+from workers.training.sequence import WorldModel
+
+logger = logging.getLogger(__name__)
+
+BUNDLED = Path(__file__).parent / "weights"
+SAVE_EVERY_S = 120.0
+LOG_EVERY = 4  # cycles
+EXAMS = (("cut", 159), ("rollout", 39))
+"""Form and distance of the returns by which the result is judged, the most important one first."""
+
+Exam = dict[str, float]
+
+
+class MemoryRun:
+    """One run with its files.
+
+    Args:
+        start: Weights to begin with.
+        out: Gets log, checkpoint and weights.
+        recipe, feed: See there.
+        device: Of everything.
+        backbone: Sizes of the model.
+        worlds: Held-out worlds of an examination.
+        plain: Compile nothing: three times slower, for when a compiler fails.
+    """
+
+    def __init__(
+        self,
+        start: Path,
+        out: Path,
+        recipe: MemoryRecipe,
+        feed: MemoryFeedRecipe,
+        device: torch.device,
+        backbone: Backbone,
+        *,
+        worlds: int,
+        plain: bool = False,
+    ) -> None:
+        self.began = time.monotonic()
+        out.mkdir(parents=True, exist_ok=True)
+        self.out, self.device, self.worlds = out, device, worlds
+        weights = open_weights(start)
+        self.card, self.revision = dict(weights.card), weights.revision
+        model, self.vae = WorldModel(backbone), VideoVAE().to(device).eval()
+        weights.fill("dit", model.dit)
+        weights.fill("text", model.text_encoder)
+        weights.fill("vae", self.vae)
+        self.start = model.to(device).eval()
+        self.log = Log(out / "log.jsonl", {"start": self.revision, "memory": asdict(recipe), "feed": asdict(feed)})
+        self.trainer = MemoryTrainer(recipe, feed, self.start, self.vae, device, plain=plain)
+        if self.checkpoint.exists():
+            self.trainer.load(self.checkpoint)
+        self.feed = MemoryFeed(feed, backbone, self.vae, device)
+        self.exams: dict[str, Exam] = {}
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.out / "stage3.pt"
+
+    def train(self, minutes: float) -> bool:
+        """Train until the time, counted from the construction, is spent; says whether the result is better."""
+        batches: Iterator[Any] = batches_ahead(self.feed, self.trainer.steps // CYCLE * FLIGHTS)
+        first = next(batches)  # planning goes on beside the examination
+        begin = time.monotonic()
+        self.examine("before", self.start)
+        exam_s = time.monotonic() - begin
+        left = minutes * 60 - (time.monotonic() - self.began) - 2.2 * exam_s - 5
+        self._cycles(itertools.chain([first], batches), self.trainer.seconds, self.trainer.seconds + left)
+        batches.close()  # type: ignore[attr-defined]
+        self.examine("after", self.trainer.ema)
+        return self._judge()
+
+    def _cycles(self, batches: Iterator[Any], start_s: float, total_s: float) -> None:
+        """Cycles until so many seconds of training are spent; the log gets a line every few, the files every while."""
+        trainer, sums = self.trainer, list[dict[str, Tensor]]()
+        saved, half = time.monotonic(), (start_s + total_s) / 2
+        while trainer.seconds < total_s:
+            begin = time.monotonic()
+            self._cycle(batches, trainer.seconds / total_s, sums)
+            before, trainer.seconds = trainer.seconds, trainer.seconds + time.monotonic() - begin
+            if trainer.steps // CYCLE % LOG_EVERY == 0:
+                self._log_means(sums)
+            if time.monotonic() - saved > SAVE_EVERY_S:
+                self.save()
+                saved = time.monotonic()
+            if before < half <= trainer.seconds:
+                self.examine("middle", trainer.ema)
+        self._log_means(sums)
+
+    def _cycle(self, batches: Iterator[Any], progress: float, sums: list[dict[str, Tensor]]) -> None:
+        """All turns of a few batches, in an order that the number of steps decides."""
+        flights = [self.trainer.board(next(batches)) for _ in range(FLIGHTS)]
+        order = np.repeat(range(FLIGHTS), len(TURNS))
+        for place in np.random.default_rng(self.trainer.steps).permutation(order):
+            self.trainer.set_rate(progress)
+            sums.append(self.trainer.step(flights[place]))
+
+    def save(self) -> None:
+        """Checkpoint and weights."""
+        self.trainer.save(self.checkpoint)
+        model = self.trainer.ema
+        parts = {"dit": model.dit, "text": model.text_encoder, "vae": self.vae}
+        minutes = {**self.card.get("gpu_minutes", {}), "stage3": round(self.trainer.seconds / 60, 1)}
+        steps = {**self.card.get("steps", {}), "stage3": self.trainer.steps}
+        gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
+        card = {**self.card, "stage3_start": self.revision, "stage3_device": gpu}
+        card |= {"gpu_minutes": minutes, "steps": steps, "stage3_exams": self.exams}
+        revision = save_weights(self.out / "weights", parts, card)
+        self.log.write(stage="memory", step=self.trainer.steps, seconds=self.trainer.seconds, weights=revision)
+
+    def examine(self, name: str, model: WorldModel) -> None:
+        """Memory, sharpness of new land and following, on held-out worlds."""
+        begin = time.monotonic()
+        lab, sampling = Laboratory(model, self.vae, self.device), Sampling(renoise=True)
+        exam: Exam = {}
+        for form, distance in EXAMS:
+            result = lab.revisit(distance, self.worlds, sampling, form=form, policies=("full",))
+            full, ceiling = result.psnr["full"].mean().item(), result.psnr["vae"].mean().item()
+            exam |= {f"{form}_{distance}_db": full, f"{form}_{distance}_below_vae_db": ceiling - full}
+        made, true, _, _ = lab.explore(self.worlds, 8, sampling)
+        exam["sharpness"] = sharpness_ratio(made, true)
+        biome, direction = lab.follow(2 * self.worlds, sampling)
+        exam["follow"] = (biome & direction).float().mean().item()
+        self.exams[name] = {key: round(value, 4) for key, value in exam.items()}
+        self.log.write(stage="memory", exam=name, took=time.monotonic() - begin, **exam)
+
+    def _log_means(self, sums: list[dict[str, Tensor]]) -> None:
+        if not sums:
+            return
+        means: dict[str, Any] = {}
+        for name in sorted({key for one in sums for key in one}):
+            means[name] = torch.stack([one[name] for one in sums if name in one]).mean().item()
+        sums.clear()
+        lr = self.trainer.optimisers[0].param_groups[0]["lr"]
+        self.log.write(stage="memory", step=self.trainer.steps, seconds=self.trainer.seconds, lr=lr, **means)
+
+    def _judge(self) -> bool:
+        before, after = self.exams["before"], self.exams["after"]
+        closer = all(after[key] > before[key] for key in (f"{form}_{distance}_db" for form, distance in EXAMS))
+        better = closer and after["sharpness"] >= 0.75 and after["follow"] >= 0.9
+        self.save()  # the card now holds the last examination
+        (self.out / "summary.json").write_text(json.dumps({"better": better, **self.exams}, indent=1) + "\n")
+        self.log.write(stage="memory", better=better)
+        logger.info("BETTER than %s" if better else "NOT better than %s: keep the old weights", self.revision[:16])
+        return better
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--start", type=Path, default=BUNDLED, help="weights to begin with")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=10.0, help="everything from start to end")
+    parser.add_argument("--worlds", type=int, default=32, help="of an examination")
+    parser.add_argument("--batch", type=int, default=MemoryFeedRecipe.batch)
+    parser.add_argument("--chunks", type=int, default=MemoryFeedRecipe.chunks, help="of a context")
+    parser.add_argument("--rate", type=float, default=1.0, help="times the recipe's learning rates")
+    parser.add_argument("--plain", action="store_true", help="compile nothing")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    feed = MemoryFeedRecipe(batch=options.batch, chunks=options.chunks)
+    usual = MemoryRecipe()
+    recipe = MemoryRecipe(muon_lr=options.rate * usual.muon_lr, adam_lr=options.rate * usual.adam_lr)
+    run = MemoryRun(
+        options.start,
+        options.out,
+        recipe,
+        feed,
+        torch.device(options.device),
+        find_backbone("longtake-world"),
+        worlds=options.worlds,
+        plain=options.plain,
+    )
+    run.train(options.minutes)
+
+
+if __name__ == "__main__":
+    main()
