@@ -69,9 +69,11 @@ class Dispatcher:
 
     def calls_to_take_back(self, actors: list[Actor], now: float) -> Iterator[tuple[Actor, Call]]:
         """At the tail: calls that wait behind a running one while somebody else has nothing to do."""
+        if self.has_ready:
+            return
         num_idle = sum(1 for actor in actors if actor.can_take() and not actor.calls and not actor.is_reserved)
         num_idle -= sum(call.is_withdrawn for actor in actors for call in actor.calls.values())
-        if num_idle <= 0 or self.has_ready:
+        if num_idle <= 0:
             return
         for actor in sorted(actors, key=lambda actor: -actor.rest_s(now)):
             call = actor.waiting_call()

@@ -9,6 +9,8 @@ from jobs.limits import Limits
 from workers.task import FailureKind, RenderFailure
 
 INFRASTRUCTURE: frozenset[FailureKind] = frozenset({"upload", "actor_died", "preempted_exhausted"})
+PREEMPTED = ("preempted", "node_lost", "unavailable", "killed")
+"""Causes of a loss for which no task can be to blame."""
 MAX_NAN_TRIES = 2  # once more in float32; the numbers of a third try would be the same
 EXIT_BROKEN, EXIT_TEMPFAIL = 1, 75
 

@@ -139,8 +139,9 @@ def with_spec_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def arguments_of(spec: JobSpec) -> list[str]:
-    """A short command line that gives this spec: PROMPTS, a flag for each value that is not the default, and `--set` for
-    what flags cannot say, such as a null where a policy has set a value.
+    """A short command line that gives this spec: PROMPTS, a flag for each value that is not the default.
+
+    What flags cannot say, such as a null where a policy has set a value, stands behind `--set`.
     """
     dumped = spec.model_dump(mode="json")
     arguments = [spec.prompts.url]

@@ -22,7 +22,7 @@ from cluster.pool import (
 )
 from jobs.accounting import GpuAccount
 from jobs.dispatch import Dispatcher
-from jobs.failures import EXIT_BROKEN, CircuitBreaker, RetryPolicy, TryAgain, Verdict, no_outcome
+from jobs.failures import EXIT_BROKEN, PREEMPTED, CircuitBreaker, RetryPolicy, TryAgain, Verdict, no_outcome
 from jobs.fleet import Actor, Call, Doom, num_missing
 from jobs.limits import Limits
 from jobs.messages import (
@@ -51,7 +51,6 @@ from workers.task import ActorInfo, Progress, RenderFailure, RenderResult
 logger = logging.getLogger(__name__)
 
 EXIT_USAGE = 2
-PREEMPTED = ("preempted", "node_lost", "unavailable", "killed")
 
 
 class JobState:
@@ -250,7 +249,8 @@ class JobState:
         call = actor.end(call_id, now) if actor is not None else None
         if actor is None or call is None:
             return None
-        self.account.call_ended(actor_id, now, has_more=bool(actor.calls))
+        if not (call.is_withdrawn and actor.calls):  # else the one in hand goes on
+            self.account.call_ended(actor_id, now, has_more=bool(actor.calls))
         return actor, call
 
     def _on_done(self, event: CallDone, now: float) -> None:

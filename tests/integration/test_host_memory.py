@@ -1,4 +1,4 @@
-"""A take of any length costs an actor the same host memory: pictures, segments and uploads are never held as a whole."""
+"""A take of any length costs an actor the same host memory: pictures, segments and uploads are held in pieces only."""
 
 from __future__ import annotations
 
@@ -27,9 +27,8 @@ loaded = rss_bytes()
 peaks = []
 for name, num_frames in (("warm", 48), ("short", 96), ("long", 960)):
     segments = (PromptSegment(frame=0, prompt="a valley"),)
-    task = RenderTask(
-        task_id=f"{name}-0", item_id=name, sample_index=0, attempt="e1a1", segments=segments, seed=1, num_frames=num_frames
-    )
+    names = {"task_id": f"{name}-0", "item_id": name, "sample_index": 0, "attempt": "e1a1"}
+    task = RenderTask(**names, segments=segments, seed=1, num_frames=num_frames)
     (outcome,) = actor.run([task])
     assert outcome.num_frames == num_frames, outcome
     peaks.append(outcome.peak_rss_bytes)
