@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import secrets
+import signal
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -218,6 +219,8 @@ def _init(what: str, **options: Any) -> str:
     try:
         ray.init(log_to_driver=False, configure_logging=False, **options)
     except (ConnectionError, RayError, RuntimeError, ValueError, OSError, SystemExit) as error:
+        if isinstance(error, SystemExit) and error.code == signal.SIGTERM:  # Ray has put its own handler before ours
+            raise KeyboardInterrupt from error
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ClusterUnreachable(f"cannot connect to {what}: {first_line}. {AUTH_HINT}") from error
     except Exception as error:

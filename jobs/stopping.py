@@ -41,13 +41,24 @@ class StopSwitch:
 
 @contextmanager
 def stopped_at_once() -> Iterator[None]:
-    """Within, SIGINT and SIGTERM raise StoppedBeforeStart: for the time in which there is nothing to bring home."""
+    """Within, SIGINT and SIGTERM end in StoppedBeforeStart: for the time in which there is nothing to bring home.
+
+    What is raised meanwhile is KeyboardInterrupt, because libraries catch every Exception; should one of them catch
+    that too, the stop comes at the end of the block.
+    """
+    asked: list[str] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise StoppedBeforeStart(f"stopped by {signal.Signals(number).name} before the first take was given out")
+        asked.append(signal.Signals(number).name)
+        raise KeyboardInterrupt
 
     with _handled_by(stop):
-        yield
+        try:
+            yield
+        except KeyboardInterrupt:
+            asked.append("a signal")  # one that a library has put its own handler before
+    if asked:
+        raise StoppedBeforeStart(f"stopped by {asked[0]} before the first take was given out")
 
 
 @contextmanager

@@ -67,7 +67,7 @@ class RenderActor:
             hostname=socket.gethostname(),
             device=str(model.device),
             gpu_name=torch.cuda.get_device_name(model.device) if on_gpu else "",
-            gpu_id=str(torch.cuda.get_device_properties(model.device).uuid) if on_gpu else "",
+            gpu_id=str(getattr(torch.cuda.get_device_properties(model.device), "uuid", "")) if on_gpu else "",
             backend=model.kernel.version,
             model_id=model.backbone.name,
             model_revision=model.revision,

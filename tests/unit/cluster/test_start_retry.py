@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,18 @@ def test_a_start_that_times_out_is_tried_once_more(times: int, monkeypatch: pyte
             start.connect("local")
     assert len(slow.folders) == 2
     assert not any(folder.exists() for folder in slow.folders)
+
+
+def test_a_signal_that_ray_turns_into_an_exit_ends_the_start_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folders: list[Path] = []
+
+    def terminated(**options: object) -> None:
+        folders.append(Path(str(options["_temp_dir"])))
+        raise SystemExit(int(signal.SIGTERM))
+
+    monkeypatch.setattr(start.ray, "init", terminated)
+    with pytest.raises(KeyboardInterrupt):
+        start.connect("local")
+    assert [folder.exists() for folder in folders] == [False]

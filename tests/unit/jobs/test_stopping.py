@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -25,6 +26,12 @@ def test_before_the_start_a_signal_ends_the_command_with_four(number: signal.Sig
         assert (switch.num_requests, switch.reason) == (1, number.name)
     assert caught.value.exit_code == 4
     assert signal.getsignal(number) is before
+
+
+@BOTH
+def test_a_library_that_swallows_the_signal_only_delays_the_stop(number: signal.Signals) -> None:
+    with pytest.raises(StoppedBeforeStart, match=number.name), stopped_at_once(), contextlib.suppress(BaseException):
+        os.kill(os.getpid(), number)
 
 
 def test_in_another_thread_nothing_changes() -> None:
