@@ -53,17 +53,20 @@ class Dispatcher:
         for task in self._waiting.take_due(now):
             self.add(task, now=now)
 
-    def assignments(self, ready: list[Actor], now: float) -> Iterator[tuple[Actor, list[OpenTask]]]:
+    def assignments(
+        self, ready: list[Actor], now: float, *, num_loading: int = 0
+    ) -> Iterator[tuple[Actor, list[OpenTask]]]:
         """Pairs of actor and shard; the caller puts each shard into the actor's hands before asking for the next.
 
-        First every empty hand, then second calls behind running ones where nobody can lose by it.
+        First every empty hand, then second calls behind running ones where nobody can lose by it: neither another
+        actor nor one of the `num_loading` that are still to come.
         """
         yield from self._isolated_ones(ready)
         for depth in range(self._limits.in_flight):
             for actor in ready:
                 if len(actor.calls) != depth or actor.is_reserved or not self._backlog:
                     continue
-                if depth and not may_queue_behind(self._backlog, self.model, actor.rest_s(now), len(ready)):
+                if depth and not self._may_wait_at(actor, now, len(ready) + num_loading):
                     continue
                 yield actor, next_shard(self._backlog, self.model, self._limits, len(ready))
 
@@ -77,11 +80,19 @@ class Dispatcher:
             return
         for actor in sorted(actors, key=lambda actor: -actor.rest_s(now)):
             call = actor.waiting_call()
-            if call is not None and call.predicted_s >= WORTH_TAKING_BACK_S:
+            if call is not None and self._is_worth_taking_back(call):
                 yield actor, call
                 num_idle -= 1
                 if not num_idle:
                     return
+
+    def _is_worth_taking_back(self, call: Call) -> bool:
+        left_s = sum(self.model.predict(task.planned.num_frames) for task in call.tasks)
+        return not self.model.is_known or left_s >= WORTH_TAKING_BACK_S
+
+    def _may_wait_at(self, actor: Actor, now: float, num_actors: int) -> bool:
+        rest = actor.rest_s(now) if self.model.is_known else self.model.weigh(actor.num_frames)
+        return may_queue_behind(self._backlog, self.model, rest, num_actors)
 
     def _isolated_ones(self, ready: list[Actor]) -> Iterator[tuple[Actor, list[OpenTask]]]:
         """At most half of the actors at once serve suspects, so that these cannot take the whole fleet down."""

@@ -47,18 +47,6 @@ class GiveUp:
 Verdict = TryAgain | GiveUp
 
 
-def no_outcome(task_id: str, number: int, why: str, *, fresh_process: bool = False) -> RenderFailure:
-    """The failure of a task whose actor could not describe it."""
-    return RenderFailure(
-        task_id=task_id,
-        attempt=f"e0a{number}",
-        kind="unknown",
-        message=why[:2048],
-        retryable=True,
-        fresh_process=fresh_process,
-    )
-
-
 class RetryPolicy:
     """Counts a failure in `Tries` and answers what follows. Waits are drawn from (seed, task, try), so they repeat."""
 

@@ -69,6 +69,11 @@ class Actor:
         for call in self.calls.values():
             yield from call.tasks
 
+    @property
+    def num_frames(self) -> int:
+        """Of all tasks in hand, finished or not."""
+        return sum(task.planned.num_frames for task in self.tasks())
+
     def add(self, call: Call, now: float) -> None:
         if not self.calls:
             self.moved_at = self.task_since = now

@@ -14,7 +14,7 @@ from jobs.failures import Tries
 from jobs.limits import Limits
 from jobs.rows import AttemptFacts
 from jobs.shards import PlannedTask
-from workers.task import ActorInfo, RenderTask
+from workers.task import ActorInfo, FailureKind, RenderFailure, RenderTask
 
 FORGETTING = 0.2  # weight of the newest take in the running mean of seconds per frame
 PIECES_PER_ACTOR = 4  # a shard is at most a fourth of an actor's share of what is left, so shards shrink to the end
@@ -40,6 +40,17 @@ class OpenTask:
         tries = self.tries
         name = f"e{epoch}a{tries.number}"
         return self.planned.attempt(name, shard=self.shard, ladder_rung=tries.rung, full_precision=tries.full_precision)
+
+    def no_outcome(self, why: str, *, kind: FailureKind = "unknown", fresh_process: bool = False) -> RenderFailure:
+        """The failure of a task whose actor could not describe it."""
+        return RenderFailure(
+            task_id=self.task_id,
+            attempt=f"e0a{self.tries.number}",
+            kind=kind,
+            message=why[:2048],
+            retryable=True,
+            fresh_process=fresh_process,
+        )
 
     def facts(self, epoch: int, node_id: str, actor: ActorInfo | None) -> AttemptFacts:
         """What the row says of the attempt that decided it."""
@@ -75,6 +86,10 @@ class CostModel:
     def predict(self, num_frames: int) -> float:
         """Seconds on a GPU; 0 before the first take has been seen."""
         return num_frames * (self._seconds_per_frame or 0.0)
+
+    def weigh(self, num_frames: int) -> float:
+        """What is good for comparisons at any time: seconds, or frames before the first take has been seen."""
+        return num_frames * (self._seconds_per_frame or 1.0)
 
 
 class Backlog:
@@ -147,14 +162,18 @@ def next_shard(backlog: Backlog, model: CostModel, limits: Limits, num_actors: i
     return backlog.take_shard(limits.shard_tasks, target_s * frames_per_second)
 
 
-def may_queue_behind(backlog: Backlog, model: CostModel, rest_s: float, num_actors: int) -> bool:
-    """May the longest task wait behind a call that will run for `rest_s` more?
+def may_queue_behind(backlog: Backlog, model: CostModel, rest: float, num_actors: int) -> bool:
+    """May the longest task wait behind what an actor has in hand?
 
     Yes if what else is left keeps every other actor busy until that task is done; a lone actor has nobody to lose to.
+
+    Args:
+        rest: What the actor has still to do before, as `model.weigh` counts.
+        num_actors: All that will ask for tasks, those that still load included.
     """
     head = backlog.peek()
-    if head is None or (num_actors > 1 and not model.is_known):
+    if head is None:
         return False
-    head_s = model.predict(head.planned.num_frames)
-    left_s = model.predict(backlog.num_frames) - head_s
-    return left_s >= (num_actors - 1) * (rest_s + head_s)
+    head_weight = model.weigh(head.planned.num_frames)
+    left = model.weigh(backlog.num_frames) - head_weight
+    return left >= (num_actors - 1) * (rest + head_weight)

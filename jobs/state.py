@@ -22,7 +22,7 @@ from cluster.pool import (
 )
 from jobs.accounting import GpuAccount
 from jobs.dispatch import Dispatcher
-from jobs.failures import EXIT_BROKEN, PREEMPTED, CircuitBreaker, RetryPolicy, TryAgain, Verdict, no_outcome
+from jobs.failures import EXIT_BROKEN, PREEMPTED, CircuitBreaker, RetryPolicy, TryAgain, Verdict
 from jobs.fleet import Actor, Call, Doom, num_missing
 from jobs.limits import Limits
 from jobs.messages import (
@@ -169,12 +169,8 @@ class JobState:
         if isinstance(verdict, TryAgain):
             self.queue.add(task, now=now, delay_s=verdict.delay_s)
             return
-        self._settle(
-            task,
-            CommitFailure(
-                task.planned, verdict.kind, verdict.message, task.facts(self._epoch, actor.node_id, actor.info)
-            ),
-        )
+        facts = task.facts(self._epoch, actor.node_id, actor.info)
+        self._settle(task, CommitFailure(task.planned, verdict.kind, verdict.message, facts))
         broken = self.breaker.gave_up(verdict.kind, verdict.message)
         if broken is not None:
             self._on_stop(StopRequested(broken[1], broken[0], grace_s=0.0), now)
@@ -268,12 +264,7 @@ class JobState:
             elif call.is_withdrawn and outcome is not None and outcome.kind == "preempted_exhausted":
                 self.queue.add(task, now=now)  # it was asked back, and had not begun
             else:
-                self._fail(
-                    task,
-                    outcome or no_outcome(task.task_id, task.tries.number, "the actor returned nothing for it"),
-                    actor,
-                    now,
-                )
+                self._fail(task, outcome or task.no_outcome("the actor returned nothing for it"), actor, now)
         self._after_call(actor)
 
     def _on_call_failed(self, event: CallFailed, now: float) -> None:
@@ -283,7 +274,7 @@ class JobState:
         actor, call = taken
         for task in call.tasks:
             why = f"{type(event.error).__name__}: {event.error}"
-            self._fail(task, no_outcome(task.task_id, task.tries.number, why, fresh_process=True), actor, now)
+            self._fail(task, task.no_outcome(why, fresh_process=True), actor, now)
         self._after_call(actor)
 
     def _fail(self, task: OpenTask, failure: RenderFailure, actor: Actor, now: float) -> None:
@@ -331,9 +322,7 @@ class JobState:
         if actor.doom == "timeout":
             if task.task_id != actor.culprit:
                 return TryAgain(0.0)
-            failure = no_outcome(task.task_id, task.tries.number, f"ended: {event.detail}").model_copy(
-                update={"kind": "timeout"}
-            )
+            failure = task.no_outcome(f"ended: {event.detail}", kind="timeout")
             return self._policy.after_failure(task.task_id, task.tries, failure)
         if actor.doom is not None:  # we ended it for another reason
             return TryAgain(0.0)
@@ -354,7 +343,8 @@ class JobState:
         if self.is_throttled:
             return
         ready = [actor for actor in self.actors.values() if actor.can_take()]
-        for actor, tasks in self.queue.assignments(ready, now):
+        num_loading = self._num_spawning + sum(1 for a in self.actors.values() if not a.is_ready and a.doom is None)
+        for actor, tasks in self.queue.assignments(ready, now, num_loading=num_loading):
             self._submit(actor, tasks, now)
         for actor, call in list(self.queue.calls_to_take_back(list(self.actors.values()), now)):
             self._take_back(actor, call)

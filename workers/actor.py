@@ -49,7 +49,7 @@ class RenderActor:
         self._told_retries: Counter[str] = Counter()
 
     def load(self) -> ActorInfo:
-        """Import torch, load weights, open the store; slow.
+        """Import torch, load weights, open the store, pay for what only a first take would pay; slow.
 
         Raises:
             RenderError: The configuration, weights or kernel cannot work here.
@@ -61,6 +61,9 @@ class RenderActor:
         self._pipeline = importlib.import_module("workers.pipeline")
         self._store = open_store(self.setup.store_url)
         self._model = model = assemble.load_model(self.setup.config)
+        warming = importlib.import_module("workers.warm_up")
+        if warming.needs_warm_up(model):
+            warming.warm_up(model)
         on_gpu = model.device.type == "cuda"
         return ActorInfo(
             pid=os.getpid(),
@@ -268,3 +271,5 @@ class _Turn:
     ) -> None:
         self._held_s, self._entered = self.held_s, None
         self._desk.end(self)
+        # Says when whose GPU was busy: the line is written as it is given away, held_s after it was taken.
+        logger.info("take left the GPU", extra={"held_s": round(self._held_s, 6)})

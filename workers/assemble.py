@@ -104,6 +104,7 @@ def load_model(config: RenderConfig) -> LoadedModel:
     backbone.latent_size(config.video.width, config.video.height)
     check_rollout(backbone, config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    keep_to_one_choice_of_kernels()
     dtype = _DTYPES[config.backbone.dtype]
     kernel = select_kernel(config.kernel.name, device, _kernel_need(config, backbone, dtype))
     modules = load_modules(backbone, config.backbone, device, dtype)
@@ -125,6 +126,12 @@ def load_model(config: RenderConfig) -> LoadedModel:
     prepare_take(model, 0)  # what cannot be built is refused before the first take
     logger.info("loaded %s revision %s on %s, kernel %s", backbone.name, modules.revision[:12], device, kernel.version)
     return model
+
+
+def keep_to_one_choice_of_kernels() -> None:
+    """Frames must not depend on which GPU of a kind makes them: no process may choose kernels by timing them."""
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
 
 
 def prepare_take(model: LoadedModel, ladder_rung: int) -> TakeParts:

@@ -33,7 +33,7 @@ from workers.config import (
     SvgAttentionConfig,
     TeaCacheConfig,
 )
-from workers.contracts import AttentionPolicy, Kernel, KVCache, PromptAttention, StepReuse, Tightens
+from workers.contracts import AttentionPolicy, AttentionProbe, Kernel, KVCache, PromptAttention, StepReuse, Tightens
 from workers.errors import ConfigUnsupported
 from workers.model.attend import Reindex, RelativeTime, RolloutAttention
 from workers.model.backbones import Backbone
@@ -106,12 +106,14 @@ def make_attention(
     policy: AttentionPolicy,
     kernel: Kernel,
     reindex: Reindex | None = None,
+    *,
+    probes: tuple[AttentionProbe, ...] = (),
 ) -> tuple[RolloutAttention, RecallGuard | None]:
-    """Self-attention of one take, and its quality guard if one is wanted; without, nothing looks on."""
+    """Self-attention of one take, and its quality guard if one is wanted; `probes` look on besides it."""
     if not guard.enabled:
-        return RolloutAttention(backbone, cache, policy, kernel, reindex=reindex), None
+        return RolloutAttention(backbone, cache, policy, kernel, reindex=reindex, probes=probes), None
     probe = RecallProbe(cache, guard.num_queries)
-    attention = RolloutAttention(backbone, cache, policy, kernel, reindex=reindex, probes=(probe,))
+    attention = RolloutAttention(backbone, cache, policy, kernel, reindex=reindex, probes=(*probes, probe))
     can_tighten = [part for part in (policy, cache) if isinstance(part, Tightens)]
     return attention, RecallGuard(guard, probe, attention, DenseAttention(), can_tighten)
 
@@ -148,6 +150,7 @@ def _make_ann(config: AnnSelfAttentionConfig, frame_tokens: int) -> AttentionPol
         key_tile=tile,
         order=config.order,
         num_buckets=config.num_buckets,
+        every_step=config.target_recall is not None,  # each noise level gets the density that it needs
     )
     return AnnSelfAttention(settings, make_search(config.search), None)
 

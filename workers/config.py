@@ -88,15 +88,20 @@ class TemporalCacheConfig(Part):
     )
     min_cosine: float = Field(
         0.995,
-        ge=-1.0,
-        le=1.0,
-        description="Keys join a group from this cosine (before RoPE) on; a full cache goes lower.",
+        description="Keys join a group from this cosine (before RoPE, in [-1, 1]) on; a full cache goes lower.",
     )
     mass_decay: float = Field(
         16.0, ge=0.0, description="How fast unlike members of a group lose their mass; 0 is the paper's log m."
     )
     storage: Literal["model", "int8", "int4"] = Field("int8", description="How old keys and values are stored.")
     search: SearchName = Field("exact", description="Who finds the nearest key.")
+
+    @field_validator("min_cosine")
+    @classmethod
+    def _is_a_cosine(cls, value: float) -> float:
+        if not -1.0 <= value <= 1.0:
+            raise ValueError(f"cache.min_cosine: {value} is outside of [-1, 1]")
+        return value
 
     @model_validator(mode="after")
     def _leave_room_for_history(self) -> Self:

@@ -42,6 +42,7 @@ from workers.task import (
     StageSeconds,
     prompt_text,
 )
+from workers.video.encode import Frames
 from workers.video.writer import VideoFile, VideoWriter
 from workers.worlds.camera import RANGE, plan_camera, read_move, trace
 
@@ -49,6 +50,19 @@ __all__ = ["as_render_error", "render_take", "rss_bytes", "utc_now"]  # what the
 
 OnChunk = Callable[[int, float], None]
 """(video frames made so far, seconds that generation waited for the writer); what it raises ends the take."""
+
+
+class FrameSink(Protocol):
+    """Where the pictures of a take go while it is made: a VideoWriter."""
+
+    @property
+    def blocked_s(self) -> float:
+        """Seconds that `write` has waited so far."""
+        ...
+
+    def write(self, frames_THWC: Frames) -> None:
+        """Take the next ones."""
+        ...
 
 
 class GpuTurn(AbstractContextManager[None], Protocol):
@@ -107,7 +121,7 @@ def render_take(
 
 @torch.inference_mode()
 def generate(
-    task: RenderTask, model: LoadedModel, parts: TakeParts, writer: VideoWriter, record: TakeRecord, on_chunk: OnChunk
+    task: RenderTask, model: LoadedModel, parts: TakeParts, writer: FrameSink, record: TakeRecord, on_chunk: OnChunk
 ) -> None:
     """Roll out, decode chunk by chunk, check and hand over the pictures."""
     reset_peak_gpu_bytes(model.device)

@@ -1,177 +1,272 @@
-"""Machinery of the quality bench: worlds with a place that is left and seen again, rolled out under a policy.
+"""Machinery of the quality bench: one model under one policy after another, on several worlds side by side.
 
-The history is the true one (clean passes of true latents through the policy's own cache), so that policies differ in
-what they remember and in nothing else. The returned chunk is denoised with the same noise for all of them.
+On a walk the history is the true one (clean passes of true latents through the policy's own cache), so that policies
+differ in what they remember and in nothing else. Every chunk that is made has the same noise under all of them.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tests.bench.quality_places import Group, Place, left_and_seen_again, long_walk
-from tests.bench.world_model import load
+from tests.bench.quality_places import CHUNK_LATENTS, DISTANCES, GROUPS, Walks, place_before, take_walks
 from workers.assemble import LoadedModel, TakeParts, load_model, prepare_take
 from workers.assemble_cache import make_temporal_cache, temporal_settings
 from workers.assemble_policies import make_attention
 from workers.attention.measure import RecallMeter
-from workers.config import GuardConfig, RenderConfig, TemporalCacheConfig
-from workers.denoise import draw_noise
+from workers.config import RenderConfig, TemporalCacheConfig
+from workers.denoise import Schedule, add_noise, draw_noise
+from workers.kernels.sdpa import SdpaKernel
 from workers.metrics import Stopwatch
-from workers.model.attend import RolloutAttention
 from workers.model.control import control_maps
+from workers.model.text_encoder import fold_padding
+from workers.model.vae import VideoVAE
 from workers.quality.reference import psnr_db, ssim
-from workers.rollout import Rollout, RolloutPlan
+from workers.rollout import CleanChunk, Rollout, RolloutPlan
 
 _QUERIES = 12  # looked at in each layer and step: the mean over all of them has an error of about 0.005
-
-
-@dataclass
-class Returned:
-    """What one policy made of one place."""
-
-    frames_BFCHW: Tensor
-    psnr_db: float
-    ssim: float
-    recall: float
-    kept_mass: float
-    density: float
-    kv_bytes: int
-    tokens: int
-    seconds: float
-    guard: list[dict[str, object]] = field(default_factory=list)
+_NEXT, _PROBES = 1000, 2000  # chunk indices that no walk has: noise of their own for chunks that are tried out
+_WALKS_KEPT = 2  # policies take turns on them
+_ONE_STEP = 2  # the denoising step whose single-step error is taken
 
 
 @dataclass(frozen=True, eq=False)
-class Forced:
-    """One chunk made from a true history."""
+class Made:
+    """One chunk made from a true history; index b is one world."""
 
     chunk: int
-    frames_BFCHW: Tensor
-    recall: float
-    kept_mass: float
+    distance: int | None
+    """Latent frames since its place was last seen; None for the chunk that goes on with the walk."""
+    latents_BTCHW: Tensor
+    psnr_B: Tensor
+    """Against the true views."""
+    ssim_B: Tensor
+    recall_B: Tensor
+    strict_recall_B: Tensor
     density: float
-    kv_bytes: int
+    kv_bytes: float
+    """Of one world."""
+    guard: str | None = None
+    """What the quality guard did."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.chunk}.{'next' if self.distance is None else self.distance}"
+
+
+@dataclass(frozen=True, eq=False)
+class Walked:
+    """One policy on one set of walks."""
+
+    made: list[Made]
+    one_step: dict[int, Tensor]
+    """Mark -> clean estimate of a single step from the noised truth."""
 
 
 class QualityLab:
-    """The bundled model under one policy after another, on held-out worlds."""
+    """The model, and held-out worlds.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: Where all is computed.
+        dtype: Arithmetic of the transformer.
+        weights: Folder of weights; None takes the bundled ones.
+    """
+
+    def __init__(self, device: torch.device, dtype: str = "float32", weights: Path | None = None) -> None:
         self.device = device
-        self._lab, self.revision = load(device)
+        self._backbone = {"dtype": dtype, "checkpoint": None if weights is None else str(weights)}
+        self._base = load_model(RenderConfig.model_validate({"backbone": self._backbone}))
+        assert isinstance(self._base.vae, VideoVAE)
+        self._vae = self._base.vae
+        self.revision, self.dtype = self._base.revision, dtype
+        self._walks: dict[tuple[str, tuple[int, ...], int], Walks] = {}
 
-    def places(self, distance: int, indices: Sequence[int], group: Group) -> Iterator[Place]:
-        """Held-out worlds; each index is the same place for every policy and in every run."""
-        return left_and_seen_again(self._lab.vae, self.device, distance, indices, group)
+    def model(self, record: dict[str, object], *, as_served: bool = False) -> LoadedModel:
+        """A policy's model.
 
-    def walk(self, index: int, num_frames: int) -> Place:
-        """A camera that wanders on and on."""
-        return long_walk(self._lab.vae, self.device, index, num_frames)
+        Args:
+            record: Of the render.
+            as_served: With the kernel that a render gets here; else one that does the same everywhere.
+        """
+        config = RenderConfig.model_validate({"backbone": self._backbone, **record})
+        return load_model(config) if as_served else replace(self._base, config=config, kernel=SdpaKernel("flash"))
 
-    def plan(self, place: Place, model: LoadedModel) -> RolloutPlan:
-        """The rollout of a place; noise is the same for every policy."""
-        keys = self._lab.prompts([place.caption])
-        shape = (1, 3, model.backbone.latent_channels, *model.latent_size)
+    def walks(self, group: str, indices: Sequence[int], num_frames: int) -> Walks:
+        """Held-out worlds; an index is the same walk for every policy and in every run. The newest ones are kept."""
+        key = group, tuple(indices), num_frames
+        walks = self._walks.pop(key, None) or take_walks(self._vae, self.device, indices, num_frames, GROUPS[group])
+        self._walks[key] = walks
+        if len(self._walks) > _WALKS_KEPT:
+            self._walks.pop(next(iter(self._walks)))
+        return walks
 
-        def control(chunk: int) -> Tensor:
-            camera = place.camera_BTS2[:, 3 * chunk : 3 * chunk + 3]
-            return control_maps(camera, model.config.video.width, model.config.video.height, model.backbone)
+    def plan(self, walks: Walks, model: LoadedModel) -> RolloutPlan:
+        """The rollouts of some walks; noise depends on the world alone."""
+        with torch.inference_mode():
+            folded = fold_padding(model.text_encoder.encode(walks.captions), model.backbone.text_tokens)
+            keys = model.dit.project_prompt(folded.text_BPE, folded.log_mass_BP)
+        shape = (1, CHUNK_LATENTS, model.backbone.latent_channels, *model.latent_size)
+
+        def noise(chunk: int, step: int) -> Tensor:
+            return torch.cat([draw_noise(seed, chunk, step, shape) for seed in walks.seeds])
 
         return RolloutPlan(
-            num_chunks=place.num_chunks,
+            num_chunks=walks.num_chunks,
             latent_size=model.latent_size,
             schedule=model.schedule,
             guidance=1.0,
-            noise=lambda chunk, step: draw_noise(place.num_chunks, chunk, step, shape),
+            noise=noise,
             prompt=lambda chunk: [keys],
-            control=control,
+            control=lambda chunk: _control(walks.camera(chunk), model),
         )
 
     @torch.inference_mode()
-    def come_back(self, place: Place, model: LoadedModel) -> Returned:
-        """Remember the true way, then make the last chunk."""
-        parts, plan = _measurable(model, prepare_take(model, 0)), self.plan(place, model)
-        meter = RecallMeter(parts.cache, num_queries=_QUERIES, every_chunks=place.num_chunks - 1, dtype=torch.float32)
-        attention = RolloutAttention(
-            model.backbone, parts.cache, parts.policy, model.kernel, reindex=parts.reindex, probes=(meter,)
-        )
-        rollout = Rollout(model.dit, attention, Stopwatch(self.device), parts.reuse, attend_prompt=parts.attend_prompt)
-        started = time.perf_counter()
-        for chunk in range(place.num_chunks - 1):
-            rollout.remember(plan, chunk, place.latents_BTCHW[:, 3 * chunk : 3 * chunk + 3])
-        meter.forget_readings()
-        (made,) = rollout.run(plan, first_chunk=place.num_chunks - 1)
-        frames = self._lab.decode(made.latents_BTCHW, place.latents_BTCHW[:, -4])
-        return Returned(
-            frames,
-            psnr_db(frames, place.truth_BFCHW).item(),
-            ssim(frames.flatten(0, 1), place.truth_BFCHW.flatten(0, 1)).mean().item(),
-            meter.mean(),
-            meter.mean_kept(),
-            made.density,
-            parts.cache.num_bytes,
-            parts.cache.num_tokens,
-            time.perf_counter() - started,
-        )
+    def walk(self, walks: Walks, model: LoadedModel, marks: Sequence[int]) -> Walked:
+        """Remember the true way; at each mark make the next chunk, and cut back to places seen before.
 
-    @torch.inference_mode()
-    def follow(self, place: Place, model: LoadedModel, marks: Sequence[int]) -> list[Forced]:
-        """Remember the true way, and make the chunks at `marks` beside it; none of them becomes history."""
-        parts, plan = _measurable(model, prepare_take(model, 0)), self.plan(place, model)
-        meter = RecallMeter(parts.cache, num_queries=_QUERIES, dtype=torch.float32)
-        attention = RolloutAttention(
-            model.backbone, parts.cache, parts.policy, model.kernel, reindex=parts.reindex, probes=(meter,)
-        )
-        rollout = Rollout(model.dit, attention, Stopwatch(self.device), parts.reuse, attend_prompt=parts.attend_prompt)
-        found = []
+        Args:
+            walks: Worlds and paths.
+            model: With its policy.
+            marks: Chunks that are made beside the walk; none of them becomes history.
+        """
+        run = _Run(self, walks, model)
+        made, one_step = [], {}
         for chunk in range(max(marks) + 1):
+            true = walks.latents_BTCHW[:, CHUNK_LATENTS * chunk : CHUNK_LATENTS * (chunk + 1)]
             if chunk in marks:
-                meter.forget_readings()
-                (made,) = rollout.run(replace(plan, num_chunks=chunk + 1), first_chunk=chunk)
-                frames = self._lab.decode(made.latents_BTCHW, place.latents_BTCHW[:, 3 * chunk - 1])
-                recall, kept = meter.mean(), meter.mean_kept()
-                found.append(Forced(chunk, frames, recall, kept, made.density, parts.cache.num_bytes))
-            rollout.remember(plan, chunk, place.latents_BTCHW[:, 3 * chunk : 3 * chunk + 3])
-        return found
+                made += run.try_out(chunk)
+                one_step[chunk] = run.single_step(chunk, true)
+            if chunk < max(marks):
+                run.rollout.remember(run.plan, chunk, true)
+        return Walked(made, one_step)
 
-    def vae_psnr(self, place: Place) -> float:
-        """What the VAE alone makes of the returned view."""
-        frames = self._lab.decode(place.latents_BTCHW[:, -3:], place.latents_BTCHW[:, -4])
-        return psnr_db(frames, place.truth_BFCHW).item()
+    def vae_psnr(self, walks: Walks, mark: int) -> Tensor:
+        """What the VAE alone makes of the returned views, mean by world; empty where nothing can be returned to."""
+        before = walks.latents_BTCHW[:, CHUNK_LATENTS * mark - 1]
+        found = []
+        for distance in distances_at(mark):
+            truth = walks.truth_back(place_before(mark, distance), mark)
+            with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, self._is_cuda):
+                coded = self._vae.encode(truth).float()
+            found.append(psnr_db(self.decode(coded, before), truth))
+        return torch.stack(found).mean(0) if found else torch.zeros(0)
 
-    def decode(self, latents_BTCHW: Tensor) -> Tensor:
-        """Pictures of a stretch of a rollout."""
-        return self._lab.decode(latents_BTCHW)
+    def decode(self, latents_BTCHW: Tensor, before_BCHW: Tensor | None = None) -> Tensor:
+        """Pictures of a stretch of a rollout, float32."""
+        latents = latents_BTCHW.to(self.device, torch.float32)
+        before = None if before_BCHW is None else before_BCHW.to(self.device, torch.float32)
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, self._is_cuda):
+            return self._vae.decode(latents, before).float()
+
+    @property
+    def _is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+
+class _Run:
+    """One policy under way on some walks."""
+
+    def __init__(self, lab: QualityLab, walks: Walks, model: LoadedModel) -> None:
+        self._lab, self._walks, self._model = lab, walks, model
+        parts = _measurable(model, prepare_take(model, 0))
+        self.plan, self._cache = lab.plan(walks, model), parts.cache
+        self._meter = RecallMeter(parts.cache, num_queries=_QUERIES, dtype=torch.float32)
+        attention, self._judge = make_attention(
+            model.config.guard,
+            model.backbone,
+            parts.cache,
+            parts.policy,
+            model.kernel,
+            parts.reindex,
+            probes=(self._meter,),
+        )
+        self.rollout = Rollout(
+            model.dit, attention, Stopwatch(lab.device), parts.reuse, self._judge, attend_prompt=parts.attend_prompt
+        )
+
+    def single_step(self, chunk: int, true_BTCHW: Tensor) -> Tensor:
+        """Clean estimate of one step, from the true chunk noised to the level of that step."""
+        schedule = self.plan.schedule
+        step = min(_ONE_STEP, schedule.num_steps - 1)
+        sigma, timestep = schedule.sigmas[step], schedule.timesteps[step]
+
+        def noised(index: int, _: int) -> Tensor:
+            return add_noise(true_BTCHW, self.plan.noise(_NEXT + index, 0).to(true_BTCHW), sigma)
+
+        plan = replace(self.plan, schedule=Schedule((sigma,), (timestep,)), noise=noised)
+        return self._make(plan, chunk).latents_BTCHW
+
+    def try_out(self, chunk: int) -> Iterator[Made]:
+        """The next chunk of the walk, and the places that are cut back to."""
+        walks, start = self._walks, CHUNK_LATENTS * chunk
+        before = walks.latents_BTCHW[:, start - 1]
+        truth = self._lab.decode(walks.latents_BTCHW[:, start : start + CHUNK_LATENTS], before)
+        yield self._measured(self.plan, chunk, None, (truth, before))
+        for turn, distance in enumerate(distances_at(chunk)):
+            place = place_before(chunk, distance)
+            plan = replace(
+                self.plan,
+                control=_always(_control(walks.camera_back(place), self._model)),
+                noise=_shifted(self.plan.noise, _PROBES + 100 * turn),
+            )
+            yield self._measured(plan, chunk, distance, (walks.truth_back(place, chunk), before))
+
+    def _measured(self, plan: RolloutPlan, chunk: int, distance: int | None, seen: tuple[Tensor, Tensor]) -> Made:
+        truth, before = seen
+        made = self._make(plan, chunk)
+        frames = self._lab.decode(made.latents_BTCHW, before)
+        batch = len(frames)
+        return Made(
+            chunk,
+            distance,
+            made.latents_BTCHW,
+            psnr_db(frames, truth),
+            ssim(frames.flatten(0, 1), truth.flatten(0, 1)).view(batch, -1).mean(1),
+            *self._meter.mean_by_batch(),
+            made.density,
+            self._cache.num_bytes / batch,
+            None if self._judge is None else self._judge.action,
+        )
+
+    def _make(self, plan: RolloutPlan, chunk: int) -> CleanChunk:
+        self._meter.forget_readings()
+        (made,) = self.rollout.run(replace(plan, num_chunks=chunk + 1), first_chunk=chunk)
+        return made
 
 
 class Runner:
-    """One free rollout, chunk by chunk, so that several can take turns and share the moods of the machine."""
+    """Free rollouts of some walks, chunk by chunk, so that several policies can take turns."""
 
-    def __init__(self, lab: QualityLab, place: Place, model: LoadedModel, guard: GuardConfig | None = None) -> None:
+    def __init__(self, lab: QualityLab, walks: Walks, model: LoadedModel) -> None:
         parts = prepare_take(model, 0)
-        attention, judge = make_attention(
-            guard or GuardConfig(), model.backbone, parts.cache, parts.policy, model.kernel, parts.reindex
+        attention, self.guard = make_attention(
+            model.config.guard, model.backbone, parts.cache, parts.policy, model.kernel, parts.reindex
         )
-        self.cache, self.seconds, self.latents = parts.cache, list[float](), list[Tensor]()
-        self.kv_bytes, self.density = list[int](), list[float]()
-        rollout = Rollout(model.dit, attention, Stopwatch(lab.device), parts.reuse, judge, parts.attend_prompt)
-        self._chunks = rollout.run(lab.plan(place, model))
+        self.seconds, self.latents = list[float](), list[Tensor]()
+        self.kv_bytes, self.density = list[float](), list[float]()
+        rollout = Rollout(model.dit, attention, Stopwatch(lab.device), parts.reuse, self.guard, parts.attend_prompt)
+        self._chunks = rollout.run(lab.plan(walks, model))
 
     def step(self) -> None:
         """One chunk."""
         started = time.perf_counter()
         chunk = next(self._chunks)
         self.seconds.append(time.perf_counter() - started)
-        self.latents.append(chunk.latents_BTCHW)
-        self.kv_bytes.append(chunk.kv_bytes)
+        self.latents.append(chunk.latents_BTCHW.half().cpu())
+        self.kv_bytes.append(chunk.kv_bytes / len(chunk.latents_BTCHW))
         self.density.append(chunk.density)
+
+
+def distances_at(mark: int) -> tuple[int, ...]:
+    """How long ago the places were seen that a walk has left behind at this chunk; the sink's is none of them."""
+    return tuple(distance for distance in DISTANCES if place_before(mark, distance) >= 1)
 
 
 def full_bytes(model: LoadedModel, num_tokens: int) -> int:
@@ -191,9 +286,16 @@ def mean_and_ci(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), 1.96 * spread / math.sqrt(len(values))
 
 
-def model_of(policy: RenderConfig) -> LoadedModel:
-    """A policy's model, ready to render."""
-    return load_model(policy)
+def _control(camera_BTS2: Tensor, model: LoadedModel) -> Tensor:
+    return control_maps(camera_BTS2, model.config.video.width, model.config.video.height, model.backbone)
+
+
+def _always(maps: Tensor) -> Callable[[int], Tensor]:
+    return lambda chunk: maps
+
+
+def _shifted(noise: Callable[[int, int], Tensor], by: int) -> Callable[[int, int], Tensor]:
+    return lambda chunk, step: noise(by + chunk, step)
 
 
 def _measurable(model: LoadedModel, parts: TakeParts) -> TakeParts:
@@ -202,6 +304,7 @@ def _measurable(model: LoadedModel, parts: TakeParts) -> TakeParts:
     if not isinstance(config, TemporalCacheConfig):
         return parts
     tokens = model.backbone.tokens_per_latent_frame(model.config.video.width, model.config.video.height)
-    settings = temporal_settings(config, model.backbone, model.dit.dtype, tokens, is_guarded=False)
+    is_guarded = model.config.guard.enabled
+    settings = temporal_settings(config, model.backbone, model.dit.dtype, tokens, is_guarded=is_guarded)
     tracking = replace(settings, track_owners=True)
     return replace(parts, cache=make_temporal_cache(config, tracking, model.backbone.num_layers, None))

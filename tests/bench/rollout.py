@@ -79,6 +79,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backbone", default="self-forcing-1.3b", help="model of the rows that name none")
     parser.add_argument("--flashinfer", action="store_true", help="build FlashInfer's dense kernel meanwhile (1-2 min)")
     parser.add_argument("--chunks", type=int, default=8, help="chunks of each figure")
+    parser.add_argument("--suffix", default="", help="of the result file, for a run of further rows")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -131,7 +132,7 @@ def work(folder: Path, names: Sequence[str], asked: argparse.Namespace) -> None:
     settings = make_settings(asked, folder)
     hardware = Hardware.of(settings.device)
     describe(settings)
-    write(folder, settings)
+    write(folder, settings, asked.suffix)
     for name in names[len(read_rows(folder)) :]:
         begun = time.monotonic()
         print(f"\n== {name}", flush=True)
@@ -143,7 +144,7 @@ def work(folder: Path, names: Sequence[str], asked: argparse.Namespace) -> None:
             raise SystemExit(3) from broken
         add_row(folder, result)
         print(f"{name}: {time.monotonic() - begun:.0f} s", flush=True)
-        write(folder, settings)
+        write(folder, settings, asked.suffix)
 
 
 def make_settings(asked: argparse.Namespace, folder: Path) -> Settings:
@@ -193,7 +194,7 @@ def machine(settings: Settings) -> str:
     )
 
 
-def write(folder: Path, settings: Settings) -> None:
+def write(folder: Path, settings: Settings, suffix: str = "") -> None:
     """The table so far."""
     results = read_rows(folder)
     if not results:
@@ -206,7 +207,7 @@ def write(folder: Path, settings: Settings) -> None:
     )
     if not any(result.policy == BASELINE and result.seconds_3000_frames for result in results):
         notes += " No speed-up is given: the dense baseline was not measured in this run."
-    report(f"rollout-{slug(settings)}", as_table(results), notes)
+    report(f"rollout-{slug(settings)}{suffix and '-'}{suffix}", as_table(results), notes)
     sys.stdout.flush()
 
 

@@ -34,11 +34,12 @@ def measure_bounded(stage: Stage, *, with_vae: bool) -> RowResult:
         fill_cache(parts.cache, settings, _before(place, 7))
         seconds.append(stage.seconds(parts, place, num))
         peaks.append(peak_gpu_bytes(settings.device) / 1e9)
-    fps_with_vae = None
+    fps_with_vae, notes = None, ""
     if with_vae:
         fill = stage.parts()
         fill_cache(fill.cache, settings, _before(last, 7))
         fps_with_vae = settings.chunk_frames / stage.seconds_with_pictures(fill, last, settings.timed_chunks)
+        notes = f"with pictures {peak_gpu_bytes(settings.device) / 1e9:.1f} GB at most"
     # Chunks before the window is full are cheaper; they are counted as full ones.
     return RowResult(
         "",
@@ -49,6 +50,7 @@ def measure_bounded(stage: Stage, *, with_vae: bool) -> RowResult:
         peak_gb_3000=peaks[-1],
         seconds_3000_frames=settings.num_chunks * (seconds[0] + seconds[-1]) / 2,
         cache_keys=parts.cache.num_tokens,
+        notes=notes,
     )
 
 
@@ -68,7 +70,7 @@ def native_row(backbone: str | None, compiled: bool, settings: Settings, hardwar
     notes = (
         f"{settings.backbone.name}, {steps} per chunk, {'compiled' if compiled else 'eager'}, {kernel.version}; begun "
         "at frames 300, 600 and 2900 with a full cache of random keys; a chunk's pictures are decoded beside the next "
-        f"chunk and encoded by x264, {decoder}; peaks without VAE work"
+        f"chunk and encoded by x264, {decoder}; peaks without VAE work, {result.notes}"
     )
     ever = settings.num_chunks * settings.backbone.chunk_latent_frames
     return replace(result, density=frames / ever, compression_share=0.0, notes=notes)

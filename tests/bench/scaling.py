@@ -1,171 +1,249 @@
-"""Videos per hour with one and with two actors, through the real command on Ray, from the same prompt list.
+"""Videos per hour with one and with several actors, through the real command on Ray, from the same prompt lists.
 
-`python -m tests.bench.scaling --items 24 --frames 192` on a machine with two GPUs: one GPU for each actor.
+`python -m tests.bench.scaling` on a machine with two GPUs: parts `world` (the bundled model, many short takes) and
+`wan` (Wan2.1-1.3B's geometry with random weights from tests.bench.random_wan, two takes of 600 frames);
+`--parts memory` is the bundled model with TempCache, for the frame hashes above all.
 `python -m tests.bench.scaling --share` two actors on one GPU (0.5 each) against one that has it alone.
-`python -m tests.bench.scaling --logical --items 6 --frames 48` on a machine without: GPUs are then only Ray's numbers.
-More flags of `longtake render` stand after `--`, such as `-- --width 832 --height 480`.
+`python -m tests.bench.scaling --logical --tiny` on a machine without: GPUs are then only Ray's numbers.
+More flags of `longtake render` stand after `--` and go to all runs.
 
-Throughput counts from the start of the first take to the end of the last one; loading is shown apart. Every video must
-have the same frame hash with one actor and with two. What is missing to the ideal is told by cause: takes that became
-slower (actors in each other's way: memory, CPU, power), actors without a take (the list ends unevenly, the driver, the
-last upload), and waiting for encoder or store.
+Three clocks, because each answers another question. **First start to last commit** is the job as its owner sees it
+once actors are up; it holds what is lost while the second actor still loads, and at the end. **Steady** counts takes
+(parts as parts) from the moment at which all actors have a take to that at which the first one has none left.
+**Whole command** holds the start of the driver and loading besides, which a job pays once, however many actors load.
+Every video must have the same frame hash with one actor and with more. What is missing to the ideal is told by cause.
+
+The record is written anew after each run, so a bench that is cut off leaves what it has measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import importlib
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from cluster.start import LocalSize, RayCluster, connect
-from longtake import open_manifest
-from tests.bench.overhead import prompt
-from tests.bench.record import report
+from tests.bench.gpu_watch import GpuWatch
+from tests.bench.record import load_text, report
+from tests.bench.scaling_run import Part, Run, percents, run_part, table_of
 
-COLUMNS = ["item_id", "sample_index", "frames_sha256", "started_at", "finished_at", "gpu_seconds", "upload_wait_s"]
+WAN = "wan-1.3b-test"
+WAN_FLAGS = ("--steps", "4", "--sampling-shift", "5", "--cache", "native", "--backbone-dtype", "bfloat16")
+MIN_RUN_S = 15.0  # a run is not begun with less time left
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run of the list: seconds, hashes and shares of the time in which actors were up."""
+@dataclass
+class Bench:
+    """What is measured, and what has been."""
 
-    num_actors: int
-    num_videos: int
-    command_s: float
-    window_s: float
-    gpu_s: float
-    upload_wait_s: float
-    load_s: float
-    idle_by_actor: dict[str, float]
-    hashes: frozenset[tuple[str, str]]
+    args: argparse.Namespace
+    until: float
+    """time.monotonic() at which the last run must have ended."""
+    runs: list[Run] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    num_gpus: float = 0.0
 
-    @property
-    def videos_per_hour(self) -> float:
-        return 3600 * self.num_videos / self.window_s
+    def one(self, part: Part) -> Run | None:
+        """The run of this part with one actor."""
+        return next((run for run in self.runs if run.part == part and run.num_actors == 1), None)
 
-    @property
-    def busy_share(self) -> float:
-        """Part of the actors' time in which a take held the GPU."""
-        return self.gpu_s / (self.num_actors * self.window_s)
+    def write(self) -> None:
+        """Table and record of what there is."""
+        if not self.runs:
+            return
+        table = table_of([(run, self.one(run.part)) for run in self.runs])
+        path = report(self.args.name, table, self.notes())
+        if self.args.copy_to is not None:
+            self.args.copy_to.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, self.args.copy_to / path.name)
+        sys.stdout.flush()
+
+    def notes(self) -> str:
+        """What the numbers mean, run by run; and what is not there, with the reason."""
+        parts = [note for run in self.runs if (note := note_on(run, self.one(run.part)))]
+        parts += [f"{name}: not measured: {why.splitlines()[0]}." for name, why in self.failed.items()]
+        parts.append(f"GPUs that Ray found: {self.num_gpus:g}.")
+        parts.append(f"Flags for all: {' '.join(self.args.flags)}." if self.args.flags else "")
+        if self.args.logical:
+            parts.append(
+                f"GPUs are logical here: the actors share {os.cpu_count()} CPU cores with driver, encoder and Ray. "
+                f"This shows that the bench works and that frames agree; it says nothing about GPUs. {load_text()}"
+            )
+        return " ".join(filter(None, parts))
 
 
 def main() -> None:
-    """Run the list with each number of actors, compare, print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--items", type=int, default=24)
-    parser.add_argument("--frames", type=int, default=192)
+    """Each part with one actor and with several, on one Ray."""
+    args = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # who is told to end leaves no Ray behind
+    print(f"begun, {args.limit_s:.0f} s at most", flush=True)
+    bench = Bench(args, time.monotonic() + args.limit_s)
+    per_card = args.actors if args.share else 1
+    with weights_being_written(args) as checkpoint, GpuWatch() as watch, open_ray(args) as ray:
+        if not args.logical:
+            importlib.import_module("torch")  # the record names the GPU if torch is there to ask
+        bench.num_gpus = ray.resources()["GPU"]
+        say(f"Ray is up: {ray.resources()}")
+        for name in args.parts:
+            for num_actors in (1, args.actors):
+                label = f"{name} with {num_actors}"
+                gpus = 1.0 if num_actors == 1 else 1.0 / per_card
+                with recorded(bench, label):
+                    part = make_part(name, args, checkpoint)
+                    run = run_one(bench, part, ray, watch, num_actors, gpus)
+                    bench.runs.append(run)
+                    say(f"{label}: {run.window_s:.1f} s, {run.per_hour:.0f} videos/h, command {run.command_s:.1f} s")
+                bench.write()
+    for label, why in bench.failed.items():
+        say(f"FAILED {label}: {why}")
+    if bench.failed:
+        raise SystemExit(1)
+
+
+def parse() -> argparse.Namespace:
+    """The command line, with what follows from `--tiny`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--actors", type=int, default=2, help="how many are compared with one")
-    parser.add_argument("--model", default="longtake-world")
+    parser.add_argument("--parts", nargs="+", choices=("world", "memory", "wan"), default=["world", "wan"])
+    parser.add_argument("--world-items", type=int, default=96)
+    parser.add_argument("--world-frames", type=int, default=192)
+    parser.add_argument("--memory-items", type=int, default=16)
+    parser.add_argument("--wan-items", type=int, default=2)
+    parser.add_argument("--wan-frames", type=int, default=600)
+    parser.add_argument(
+        "--wan-checkpoint", type=Path, help="random weights; made there if missing, else in a temporary folder"
+    )
+    parser.add_argument("--no-compile", action="store_true", help="of the transformer in part wan")
     parser.add_argument("--share", action="store_true", help="all actors on one GPU")
     parser.add_argument("--logical", action="store_true", help="let Ray believe in GPUs that are not there")
-    parser.add_argument("flags", nargs="*", help="more flags of `longtake render` for both sides, after --")
-    parser.add_argument("--name", default="scaling", help="of the record")
+    parser.add_argument("--tiny", action="store_true", help="small models and pictures, to try the bench")
+    parser.add_argument("--limit-s", type=float, default=420.0, help="no run goes on for longer than this in all")
+    parser.add_argument("--copy-to", type=Path, help="folder that gets a copy of the record each time it is written")
+    parser.add_argument("--name", help="of the record")
+    parser.add_argument("flags", nargs="*", help="more flags of `longtake render` for all runs, after --")
     args = parser.parse_args()
-    num_gpus = (1 if args.share else args.actors) if args.logical else None
-    part = 1 / args.actors if args.share else 1.0
-    with connect("local", local=LocalSize(num_cpus=max(args.actors, os.cpu_count() or 1), num_gpus=num_gpus)) as ray:
-        needed = 1 if args.share else args.actors
-        if ray.resources().get("GPU", 0) < needed:
-            raise SystemExit(f"{needed} GPUs are needed; without them try --share or --logical")
-        one = run_list(args, ray, 1, 1.0)
-        many = run_list(args, ray, args.actors, part)
-    report(args.name, [row_of(one, one, 1.0), row_of(many, one, part)], notes_on(args, one, many))
+    args.name = args.name or ("scaling_cpu" if args.logical else f"scaling-{card_name()}") + ("_shared" * args.share)
+    return args
 
 
-def run_list(args: argparse.Namespace, ray: RayCluster, num_actors: int, gpus_per_actor: float) -> Run:
-    """The whole list through the command, with its own driver and its own actors."""
-    with tempfile.TemporaryDirectory() as folder:
-        prompts = Path(folder) / "prompts.txt"
-        prompts.write_text("".join(prompt(index) + "\n" for index in range(args.items)))
-        job_id = f"bench-{num_actors}"
-        command = [sys.executable, "-m", "jobs.render", str(prompts), "--out", folder, "--job-id", job_id]
-        command += ["--model", args.model, "--frames", str(args.frames), "--no-sheet", "--address", ray.address]
-        command += ["--actors", str(num_actors), "--actors-gpus-per-actor", str(gpus_per_actor), *args.flags]
-        begun = time.monotonic()
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        command_s = time.monotonic() - begun
-        if done.returncode:
-            raise SystemExit(f"exit code {done.returncode}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-        job = Path(folder) / job_id
-        rows = open_manifest(str(job)).to_table(columns=COLUMNS).to_pylist()
-        result = json.loads((job / "_result.json").read_text())
-    assert len(rows) == args.items
-    first, last = min(row["started_at"] for row in rows), max(row["finished_at"] for row in rows)
-    window_s = (last - first).total_seconds()
+def card_name() -> str:
+    """Short name of the first GPU, as it stands in names of records."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        raise SystemExit("no nvidia-smi, so no GPU: try --logical")
+    command = [program, "--query-gpu=name", "--format=csv,noheader"]
+    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    known = re.search(r"[A-Z]+\d+", names[0])
+    return (known[0] if known else re.sub(r"\W+", "-", names[0]).strip("-")).lower()
+
+
+def make_part(name: str, args: argparse.Namespace, checkpoint: Callable[[], Path]) -> Part:
+    """The prompt list and the flags of a part."""
+    flags = tuple(args.flags)
+    if name != "wan":
+        model = ("--model", "tiny-test", "--width", "64", "--height", "32") if args.tiny else ()
+        cache = ("--cache", "temporal") if name == "memory" else ()
+        num_items = args.memory_items if name == "memory" else args.world_items
+        return Part(name, num_items, args.world_frames, (*model, *cache, *flags))
+    size = ("64", "32") if args.tiny else ("832", "480")
+    model = ("--model", wan_model(args), "--checkpoint", str(checkpoint()), "--width", size[0], "--height", size[1])
+    settings = ("--steps", "4", "--cache", "window", "--backbone-dtype", "bfloat16") if args.tiny else WAN_FLAGS
+    compiled = () if args.tiny or args.no_compile else ("--backbone-compiled",)
+    return Part(name, args.wan_items, args.wan_frames, (*model, *settings, *compiled, *flags))
+
+
+def wan_model(args: argparse.Namespace) -> str:
+    return "tiny-wan-test" if args.tiny else WAN
+
+
+def run_one(bench: Bench, part: Part, ray: RayCluster, watch: GpuWatch, num_actors: int, gpus: float) -> Run:
+    """A run in the time that is left."""
+    left_s = bench.until - time.monotonic()
+    if left_s < MIN_RUN_S:
+        raise RuntimeError(f"only {left_s:.0f} s were left")
     assert ray.temp_folder is not None
-    return Run(
+    return run_part(
+        part,
+        address=ray.address,
+        ray_folder=ray.temp_folder,
+        watch=watch,
         num_actors=num_actors,
-        num_videos=len(rows),
-        command_s=command_s,
-        window_s=window_s,
-        gpu_s=sum(row["gpu_seconds"] for row in rows),
-        upload_wait_s=sum(row["upload_wait_s"] for row in rows),
-        load_s=result["gpu_seconds"]["load"] / num_actors,
-        idle_by_actor=idle_by_actor(rows, who_made_what(ray.temp_folder, job_id), window_s),
-        hashes=frozenset((row["item_id"], row["frames_sha256"]) for row in rows),
+        gpus_per_actor=gpus,
+        limit_s=left_s,
     )
 
 
-def who_made_what(ray_folder: Path, job_id: str) -> dict[str, str]:
-    """Actor of each task, from the lines that the actors of a job logged."""
-    makers = {}
-    for file in ray_folder.glob("session_2*/logs/worker-*.err"):
-        for text in file.read_text(errors="replace").splitlines():
-            line: dict[str, Any] = json.loads(text) if text.startswith("{") else {}
-            if line.get("job") == job_id and line.get("message") == "video finished":
-                makers[line["task"]] = line["actor"]
-    return makers
+@contextmanager
+def recorded(bench: Bench, label: str) -> Iterator[None]:
+    """A part that fails takes no other along."""
+    try:
+        yield
+    except Exception as error:
+        bench.failed[label] = f"{type(error).__name__}: {error}"
+        say(f"FAILED {label}: {bench.failed[label]}")
 
 
-def idle_by_actor(rows: list[dict[str, Any]], makers: dict[str, str], window_s: float) -> dict[str, float]:
-    """Share of the window in which each actor had no take on its GPU."""
-    busy_s: defaultdict[str, float] = defaultdict(float)
-    for row in rows:
-        busy_s[makers[f"{row['item_id']}-{row['sample_index']}"]] += row["gpu_seconds"]
-    return {actor: 1 - seconds / window_s for actor, seconds in sorted(busy_s.items())}
+@contextmanager
+def weights_being_written(args: argparse.Namespace) -> Iterator[Callable[[], Path]]:
+    """Random weights, written by a process of their own while Ray starts; the yielded function waits for them."""
+    with tempfile.TemporaryDirectory(prefix="wan-") as temporary:
+        folder = args.wan_checkpoint or Path(temporary)
+        writer: subprocess.Popen[bytes] | None = None
+        if "wan" in args.parts and not (folder / "tokenizer").exists():  # which is written last
+            command = [sys.executable, "-m", "tests.bench.random_wan", "--out", str(folder), "--model", wan_model(args)]
+            writer = subprocess.Popen(command)
+
+        def wait() -> Path:
+            if writer is not None and writer.wait() != 0:
+                raise RuntimeError(f"tests.bench.random_wan ended with code {writer.returncode}")
+            return folder
+
+        try:
+            yield wait
+        finally:
+            if writer is not None and writer.poll() is None:
+                writer.kill()
+                writer.wait()
 
 
-def row_of(run: Run, one: Run, gpus_per_actor: float) -> dict[str, object]:
-    """One line of the table."""
-    return {
-        "actors": run.num_actors,
-        "GPUs each": gpus_per_actor,
-        "seconds": run.window_s,
-        "videos/h": run.videos_per_hour,
-        "ratio": run.videos_per_hour / one.videos_per_hour,
-        "idle share of each actor": ", ".join(f"{100 * share:.1f}%" for share in run.idle_by_actor.values()),
-        "GPU s a video": run.gpu_s / run.num_videos,
-        "of it waiting for encoder or store": run.upload_wait_s / run.gpu_s,
-        "load s an actor": run.load_s,
-        "command s": run.command_s,
-    }
+@contextmanager
+def open_ray(args: argparse.Namespace) -> Iterator[RayCluster]:
+    """A local Ray with the GPUs that are asked for."""
+    needed = 1 if args.share else args.actors
+    size = LocalSize(num_cpus=max(args.actors, os.cpu_count() or 1), num_gpus=needed if args.logical else None)
+    with connect("local", local=size) as ray:
+        if ray.resources().get("GPU", 0) < needed:
+            raise SystemExit(f"{needed} GPUs are needed, Ray found {ray.resources()}; try --share or --logical")
+        yield ray
 
 
-def notes_on(args: argparse.Namespace, one: Run, many: Run) -> str:
-    """Equal frames or not, and what is missing to the ideal."""
-    equal = "identical" if one.hashes == many.hashes else "DIFFERENT"
-    reached = many.videos_per_hour / one.videos_per_hour / many.num_actors
-    slower = (many.gpu_s / many.num_videos) / (one.gpu_s / one.num_videos)
-    emptier = many.busy_share / one.busy_share
-    text = (
-        f"Sets of frame hashes: {equal} ({len(many.hashes)} videos). Reached {100 * reached:.1f}% of "
-        f"{many.num_actors} times as many = {100 * emptier:.1f}% (time with a take on the GPU, against one actor) x "
-        f"{100 / slower:.1f}% (speed of a take, against one actor)."
+def note_on(run: Run, one: Run | None) -> str:
+    """Where what is missing to the ideal went, as factors: lost capacity, and takes that became slower."""
+    if one is None or one is run:
+        return ""
+    equal = "identical" if one.hashes == run.hashes else "DIFFERENT"
+    reached = run.per_hour / one.per_hour / run.num_actors
+    busy, busy_one = (r.gpu_s * len(r.rows) / (r.num_actors * r.window_s) for r in (run, one))
+    return (
+        f"{run.part.name}: sets of frame hashes {equal} ({len(run.hashes)} videos); {percents([reached])} of "
+        f"{run.num_actors} times as many = {percents([busy / busy_one])} (share of the time with a take on the GPU, "
+        f"against one actor) x {percents([one.gpu_s / run.gpu_s])} (speed of a take, against one actor)."
     )
-    if args.logical:
-        text += (
-            f" GPUs are logical here: the actors share {os.cpu_count()} CPU cores with driver, encoder and Ray. This "
-            "shows that the bench works and that frames agree; it says nothing about GPUs."
-        )
-    return text
+
+
+def say(text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
 
 
 if __name__ == "__main__":

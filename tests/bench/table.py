@@ -17,7 +17,9 @@ def by_part(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Rows of each part of a bench, without what is said once for all."""
     parts: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        shown = {name: value for name, value in row.items() if name not in ("command", "commit") or value is None}
+        shown = {
+            name: value for name, value in row.items() if name not in ("command", "commit", "device") or value is None
+        }
         parts.setdefault(row.get("part", ""), []).append(shown)
     return list(parts.values())
 
@@ -32,8 +34,8 @@ def main() -> None:
         parts.append(f"{record['date']}, {record['device']}, commit {record['commit']}: `{record['command']}`\n")
         for rows in by_part(record["rows"]):
             parts.append(format_table(rows) + "\n")
-        apart = sorted({row["command"] for row in record["rows"] if "command" in row})
-        parts += [f"Rows were measured by `{command}`\n" for command in apart]
+        apart = sorted({(row["command"], row.get("device")) for row in record["rows"] if "command" in row})
+        parts += [f"Rows were measured by `{one}`{f', {where}' if where else ''}\n" for one, where in apart]
         if record.get("notes"):
             parts.append(record["notes"] + "\n")
     target = ROOT / "docs" / "results.md"

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from cluster.object_store import open_store
+from tests.bench.random_wan import write_random_wan
 from tests.servers import shared_moto, use_endpoint
 from tests.wan_files import TINY, TINY_I2V, make_dit, scramble, write_forcing, write_whole_model
 from workers import registry
@@ -21,7 +22,7 @@ from workers.assemble import load_model
 from workers.checkpoints import fetch
 from workers.config import BackboneConfig, RenderConfig, SamplingConfig, VideoConfig
 from workers.errors import CheckpointMismatch, ConfigUnsupported
-from workers.model.backbones import BACKBONES, ControlBranchSizes
+from workers.model.backbones import BACKBONES, ControlBranchSizes, find_backbone
 from workers.model.control_branch import ControlBranch
 from workers.model.umt5 import Umt5Encoder
 from workers.model.wan_vae import WanVae
@@ -64,6 +65,14 @@ def render(root: Path, render_config: RenderConfig) -> RenderResult:
     assert isinstance(outcome, RenderResult), outcome
     assert outcome.model_revision == info.model_revision
     return outcome
+
+
+def test_random_weights_of_benches_load_as_any_others_and_pass_the_gate(tmp_path: Path) -> None:
+    num_bytes = write_random_wan(tmp_path / "weights", find_backbone("tiny-wan-test"))
+    assert num_bytes == sum(path.stat().st_size for path in (tmp_path / "weights").rglob("*.safetensors"))
+    result = render(tmp_path / "store", config(tmp_path / "weights", dtype="bfloat16"))
+    assert (result.quality.black_ratio, result.quality.frozen_ratio) == (0, 0)
+    assert 64 < result.quality.mean_luma < 192
 
 
 def test_both_layouts_render_the_same_pixels(tmp_path: Path) -> None:

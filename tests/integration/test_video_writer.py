@@ -212,6 +212,21 @@ def test_scratch_disk_that_vanishes_is_encode_failed(store, scratch):
         writer.finish()
 
 
+def test_a_segment_that_changes_after_its_check_is_encode_failed(store, scratch):
+    writer = open_writer(store)
+    write_take(writer, 50)
+    deadline = time.monotonic() + 20
+    while not (store.root / SEGMENTS / "00002.mp4").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    (segment,) = scratch.glob("*/00001.mp4")
+    data = bytearray(segment.read_bytes())
+    data[len(data) // 2] ^= 1
+    segment.write_bytes(data)
+    with pytest.raises(EncodeFailed, match="not those that were checked"):
+        writer.finish()
+    assert store.keys() == []
+
+
 def test_wrong_frames_are_refused_at_once(store):
     writer = open_writer(store)
     for wrong in (np.zeros((1, 64, 128, 3), np.uint8), np.zeros((1, 128, 128, 3)), np.zeros((128, 128, 3), np.uint8)):

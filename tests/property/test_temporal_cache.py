@@ -146,6 +146,27 @@ def test_the_order_of_heads_does_not_matter(seed: int, decay: float, storage: St
 
 
 @settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6), decay=st.sampled_from([0.0, 16.0]), storage=st.sampled_from(["model", "int8"]))
+def test_takes_side_by_side_remember_what_each_would_alone(seed: int, decay: float, storage: Storage) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    both, first, second = (make_cache(num_groups=20, decay=decay, storage=storage) for _ in range(3))
+    for index in range(7):
+        a, b = make_chunk(generator, 3 * index, things=9), make_chunk(generator, 3 * index)
+        k, v = (torch.cat(pair) for pair in ((a.k_BKND, b.k_BKND), (a.v_BKND, b.v_BKND)))
+        both.append(0, KeyValues(k, v, a.position_K3))
+        first.append(0, a)
+        second.append(0, b)
+    q = torch.randn(2, 4, HEADS, DIM, dtype=torch.float64, generator=generator)
+    together = both.read(0)
+    assert together is not None
+    for index, alone in enumerate((first.read(0), second.read(0))):
+        assert alone is not None
+        want = attend(q[index : index + 1], alone)
+        error = 1e-5 if storage == "model" else 5e-3  # making room for one rounds the values of the other once more
+        torch.testing.assert_close(attend(q, together)[index : index + 1], want, atol=error, rtol=0)
+
+
+@settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10**6), pause=st.integers(0, 9), storage=st.sampled_from(["model", "int8", "int4"]))
 def test_a_resumed_cache_goes_on_bit_for_bit(seed: int, pause: int, storage: Storage) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -57,6 +57,7 @@ WORKERS_RANK = {
     "assemble_policies": 1,
     "pipeline": 1,
     "clip_take": 1,
+    "warm_up": 1,
     "training": 1,
     "rollout": 2,
     "rollouts": 2,

@@ -1,9 +1,10 @@
 """How much of dense attention survives: the exact recall of a plan or of a compressed cache, for benches and tests.
 
-Recall of a query is the sum over all entries, those of its own chunk included, of min(p, p'): p is the dense softmax
-over the uncompressed history, summed over the keys that the entry stands for; p' what the rollout really gives the
-entry. What was evicted or is not seen gets nothing. For mere selection it is the dense mass on what is seen; this mass
-is told apart as well (`kept_mass`), because there a merged key counts as kept, however far its group is from it.
+Recall of a query is the dense softmax mass on what is kept (`kept_mass`): p over the uncompressed history and the
+chunk's own keys, summed over the keys that are seen, as themselves or in the entry that holds them. Evicted keys and
+keys that are not seen give nothing; but a merged key counts as kept, however far its entry is from it. So there is a
+strict recall besides (`exact_recall`): the sum over all entries of min(p, p'), where p' is what the rollout really
+gives the entry. The two are equal for mere selection, and strict recall is never the higher one.
 
 The meter keeps every key of the rollout, so it belongs into measurements; `estimate.py` is its cheap twin.
 """
@@ -64,7 +65,7 @@ def exact_recall(
     cached: tuple[Tensor, Tensor] | None = None,
     owner_BNT: Tensor | None = None,
 ) -> Tensor:
-    """Recall of each query, recall_BNQ in [0, 1].
+    """Strict recall of each query, recall_BNQ in [0, 1].
 
     Args:
         original_BNQT: Logits with every key of the history, uncompressed (T may be 0).
@@ -95,7 +96,7 @@ def kept_mass(
     cached_seen_BNQK: Tensor | None = None,
     owner_BNT: Tensor | None = None,
 ) -> Tensor:
-    """Dense mass on the keys that are seen, as themselves or in the entry that holds them: mass_BNQ in [0, 1].
+    """Recall: dense mass on the keys that are seen, as themselves or in the entry that holds them; mass_BNQ in [0, 1].
 
     Args: As `exact_recall`; of the cache only which entries are seen.
     """
@@ -141,12 +142,12 @@ def owners_by_position(kept: KeyValues, original_T3: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Reading:
-    """Recall and kept mass of one layer in one call: means over the queries looked at, by batch and head."""
+    """Recall of one layer in one call, of both kinds: means over the queries looked at, by batch and head."""
 
     layer_index: int
     moment: Moment
     recall_BN: Tensor
-    kept_BN: Tensor
+    strict_BN: Tensor
 
 
 class RecallMeter:
@@ -201,7 +202,7 @@ class RecallMeter:
 
         own = look("own", attending.own)
         if k is None:
-            recall_BNQ, kept_BNQ = exact_recall(own[0][..., :0], own), kept_mass(own[0][..., :0], own)
+            strict_BNQ, recall_BNQ = exact_recall(own[0][..., :0], own), kept_mass(own[0][..., :0], own)
         else:
             position = self._position[: k.shape[1]]
             k_rotated = attending.rotate(KeyValues(k.to(q.dtype), k, position)).k_BKND
@@ -209,18 +210,31 @@ class RecallMeter:
             assert attending.cached is not None, "the meter came after the first chunk"
             owner = self._owners(attending.layer_index, attending.cached, position)
             cached = look("cached", attending.cached)
-            recall_BNQ = exact_recall(original_BNQT, own, cached, owner)
-            kept_BNQ = kept_mass(original_BNQT, own, cached[1], owner)
-        means = (x.mean(-1).cpu() for x in (recall_BNQ, kept_BNQ))
+            strict_BNQ = exact_recall(original_BNQT, own, cached, owner)
+            recall_BNQ = kept_mass(original_BNQT, own, cached[1], owner)
+        means = (x.mean(-1).cpu() for x in (recall_BNQ, strict_BNQ))
         self.readings.append(Reading(attending.layer_index, attending.moment, *means))
 
     def mean(self, from_chunk: int = 1) -> float:
         """Mean recall over all readings from this chunk on (the first one has no history); NaN without any."""
         return self._mean_of(lambda reading: reading.recall_BN, from_chunk)
 
-    def mean_kept(self, from_chunk: int = 1) -> float:
-        """The same of the kept mass."""
-        return self._mean_of(lambda reading: reading.kept_BN, from_chunk)
+    def mean_strict(self, from_chunk: int = 1) -> float:
+        """The same of strict recall."""
+        return self._mean_of(lambda reading: reading.strict_BN, from_chunk)
+
+    def mean_by_batch(self) -> tuple[Tensor, Tensor]:
+        """Recall and strict recall [B], over the last reading of each layer and step: of a chunk as it was delivered.
+
+        Raises:
+            ValueError: Nothing was read.
+        """
+        last = {(reading.layer_index, reading.moment.step_index): reading for reading in self.readings}
+        if not last:
+            raise ValueError("the meter has no readings")
+        found = [(reading.recall_BN.mean(-1), reading.strict_BN.mean(-1)) for reading in last.values()]
+        recall, strict = (torch.stack(values).mean(0) for values in zip(*found, strict=True))
+        return recall, strict
 
     def _mean_of(self, value: Callable[[Reading], Tensor], from_chunk: int) -> float:
         means = [value(reading).mean() for reading in self.readings if reading.moment.chunk_index >= from_chunk]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from workers.cache.low_bit import Storage, VectorStore
+from workers.cache.slot_sums import sum_by_slot
 
 Nearest = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(queries_BNQD, keys_BNCD) -> index and cosine of each query's nearest key, [B, N, Q]; empty slots are zero keys."""
@@ -245,14 +246,14 @@ class KeyGroups:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """m, weight and mean value of each new slot, from all that went there."""
         stop = k_BNCD.shape[2]
-        shape = (*target_BNC.shape[:2], self.num_slots + 1)
+        num_slots = self.num_slots + 1
         key_slot = source_BNC.gather(2, target_BNC)
         distance = (k_BNCD.float() - k_BNCD.gather(2, _widen(key_slot, k_BNCD)).float()).square().sum(-1)
         weight = self.weight_BNC[:, :, :stop] * self._likeness(distance)
-        m_new = self.m_BNC.new_zeros(shape).scatter_add(2, target_BNC, self.m_BNC[:, :, :stop])
-        w_new = weight.new_zeros(shape).scatter_add(2, target_BNC, weight)
-        v_sum = weight.new_zeros((*shape, v_BNCD.shape[-1]))
-        v_sum.scatter_add_(2, _widen(target_BNC, v_BNCD), v_BNCD.float() * weight[..., None])
+        m_new = self.m_BNC.new_zeros((*target_BNC.shape[:2], num_slots))
+        m_new.scatter_add_(2, target_BNC, self.m_BNC[:, :, :stop])
+        w_new = sum_by_slot(weight, target_BNC, num_slots)
+        v_sum = sum_by_slot(v_BNCD.float() * weight[..., None], target_BNC, num_slots)
         return m_new, w_new, v_sum / w_new.clamp(min=1e-30)[..., None]
 
     def _rewrite(self, merged: tuple[Tensor, Tensor, Tensor], source_BNC: Tensor) -> None:

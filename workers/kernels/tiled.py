@@ -21,8 +21,9 @@ AttendDense = Callable[[Tensor, KeyValues], tuple[Tensor, Tensor]]
 
 _MAX_PADDING = 1.25
 """Rows share a call while the longest sees at most this many times the shortest: bounds the work done for nothing."""
-_GROUP_BYTES = 8 * 2**20
-"""Keys and values gathered at once, so that they are read again while in the processor's cache; the rest in turn."""
+_GROUP_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
+"""Keys and values gathered at once, the rest in turn: on a CPU so that they are read again while in its cache, on a GPU
+few enough calls to keep it busy."""
 
 
 class RowGroup(NamedTuple):
@@ -112,7 +113,8 @@ def _gather(part: TiledKeys, dtype: torch.dtype, buffers: Buffers | None) -> Ite
     bytes_per_tile = 2 * tiles.key_tile * keys.k_BKND.shape[-1] * dtype.itemsize
     counts: list[int] = count_R[order_R].tolist()
     start = 0
-    for stop in _cut(counts, bytes_per_tile):
+    most_bytes = _GROUP_BYTES.get(keys.k_BKND.device.type, _GROUP_BYTES["cpu"])
+    for stop in _cut(counts, bytes_per_tile, most_bytes):
         row_R = order_R[start:stop]
         head_R = row_R // rows_each
         index_RL, there_RL = _key_index(seen_RJ[row_R, : counts[start]], count_R[row_R], head_R, keys, tiles)
@@ -120,14 +122,14 @@ def _gather(part: TiledKeys, dtype: torch.dtype, buffers: Buffers | None) -> Ite
         start = stop
 
 
-def _cut(counts: list[int], bytes_per_tile: int) -> Iterator[int]:
+def _cut(counts: list[int], bytes_per_tile: int, most_bytes: int) -> Iterator[int]:
     """Where to end each group of rows that are sorted by count, most first; rows that see nothing are left out."""
     start = 0
     for row in range(1, len(counts) + 1):
         if counts[start] == 0:
             return
         is_last = row == len(counts) or counts[row] * _MAX_PADDING < counts[start]
-        if is_last or (row - start + 1) * counts[start] * bytes_per_tile > _GROUP_BYTES:
+        if is_last or (row - start + 1) * counts[start] * bytes_per_tile > most_bytes:
             yield row
             start = row
             if start == len(counts):

@@ -285,6 +285,13 @@ _WAN_I2V = Backbone(
     image_encoder=_CLIP_VIT_H,
 )
 
+_WAN_1B_TEST = replace(
+    _WAN_1B,  # all its sizes but for the text encoder, whose 11 GB say nothing about a render's time
+    name="wan-1.3b-test",
+    umt5=Umt5Sizes(num_layers=2, num_heads=8, head_dim=64, ffn_dim=1024, num_words=128),
+    native=Native(num_steps=4, shift=5.0),
+)
+
 _SELF_FORCING = replace(_WAN_1B, name="self-forcing-1.3b", native=Native(num_steps=4, shift=5.0))
 
 _ROLLING_FORCING = replace(
@@ -306,7 +313,10 @@ _LONGVIE2 = replace(
 
 BACKBONES: dict[str, Backbone] = {
     b.name: b
-    for b in (_WORLD, _TINY, _TINY_WAN, _WAN_1B, _WAN_14B, _WAN_I2V, _SELF_FORCING, _ROLLING_FORCING, _LONGVIE2)
+    for b in (
+        *(_WORLD, _TINY, _TINY_WAN, _WAN_1B, _WAN_14B, _WAN_I2V, _SELF_FORCING, _ROLLING_FORCING, _LONGVIE2),
+        _WAN_1B_TEST,
+    )
 }
 
 

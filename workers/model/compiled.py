@@ -2,7 +2,8 @@
 
 Attention itself stays as it is called (caches, policies and kernels are not the compiler's business), so a layer is
 three compiled pieces with the two attentions between them. All layers share the pieces; each number of latent frames in
-a call compiles them once. Results differ from the plain ones in the last bits.
+a call compiles them once. Results differ from the plain ones in the last bits, and are the same in every process: the
+compiler may not choose by timing where its choice shows in the numbers (the order of a sum).
 """
 
 from __future__ import annotations
@@ -31,8 +32,11 @@ class _CompiledLayers:
     """Runs one layer, as `CausalDiT` does it plainly."""
 
     def __init__(self, backend: str | Callable[..., Any]) -> None:
+        can_be_deterministic = backend == "inductor" and "deterministic" in torch._inductor.list_options()
+        options: dict[str, Any] | None = {"deterministic": True} if can_be_deterministic else None
+
         def compiled(piece: Callable[..., Any]) -> Callable[..., Any]:
-            return torch.compile(piece, dynamic=False, fullgraph=True, backend=backend)
+            return torch.compile(piece, dynamic=False, fullgraph=True, backend=backend, options=options)
 
         self._enter, self._between, self._leave = compiled(_enter), compiled(_between), compiled(_leave)
 

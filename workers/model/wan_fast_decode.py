@@ -177,7 +177,8 @@ class FastDecoding:
         if time is None or self._is_first:
             return x_THWC
         x = self._convolve(time, x_THWC)
-        return x.unflatten(-1, (2, -1)).movedim(-2, 1).flatten(0, 1)
+        pairs: Tensor = x.unflatten(-1, (2, -1))
+        return pairs.movedim(-2, 1).flatten(0, 1)
 
     def _convolve(
         self, conv: _Conv, x_THWC: Tensor, gamma_C: Tensor | None = None, beside_THWC: Tensor | None = None
@@ -207,7 +208,7 @@ class FastDecoding:
             product: Tensor = fused_conv.convolve(room, conv.flat_weight, conv.bias, beside_THWC)
             return product
         result_BCTHW = F.conv3d(room.movedim(-1, 0)[None], conv.weight, conv.bias)
-        out = cast(Tensor, result_BCTHW[0].movedim(0, -1).contiguous())
+        out = result_BCTHW[0].movedim(0, -1).contiguous()
         return out if beside_THWC is None else out.add_(beside_THWC)
 
 

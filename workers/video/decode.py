@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import av
 import numpy as np
@@ -25,7 +26,7 @@ STRICT = {"err_detect": "explode"}
 
 @dataclass(frozen=True)
 class VideoProbe:
-    """A file, decoded from end to end. `num_frames` was counted, not read from the index."""
+    """What a file holds. `num_frames` was counted, not read from the index."""
 
     num_frames: int
     width: int
@@ -38,25 +39,42 @@ class VideoProbe:
     metadata: dict[str, str]
 
 
-def probe(path: Path) -> VideoProbe:
+class Digest(Protocol):
+    """A hash of hashlib."""
+
+    def update(self, data: bytes, /) -> None: ...
+
+
+def probe(path: Path, packets: Digest | None = None) -> VideoProbe:
     """Decode a whole video and say what it holds.
 
+    Args:
+        packets: Gets the bytes of all packets in order, as they are decoded.
     Raises:
         EncodeFailed: It is not a video, or is damaged.
     """
     with _strict(path) as (container, stream):
-        num_frames = sum(1 for _ in container.decode(stream))
-        return VideoProbe(
-            num_frames=num_frames,
-            width=stream.width,
-            height=stream.height,
-            fps=float(stream.average_rate or 0),
-            duration_s=float((stream.duration or 0) * (stream.time_base or 0)),
-            codec=stream.codec_context.name,
-            pix_fmt=stream.codec_context.pix_fmt or "",
-            num_bytes=path.stat().st_size,
-            metadata=dict(container.metadata),
-        )
+        num_frames = 0
+        for packet in container.demux(stream):
+            if packets is not None:
+                packets.update(bytes(packet))
+            num_frames += len(packet.decode())
+        return _facts_of(container, stream, path, num_frames)
+
+
+def probe_packets(path: Path, packets: Digest) -> VideoProbe:
+    """As `probe`, but frames are counted as packets and not decoded.
+
+    Args:
+        packets: Gets the bytes of all packets in order. With equal hashes and equal settings of the decoder two files
+            decode to the same frames.
+    """
+    with _strict(path) as (container, stream):
+        num_packets = 0
+        for packet in container.demux(stream):
+            packets.update(bytes(packet))  # the last one is empty: by it PyAV announces the end
+            num_packets += packet.size > 0
+        return _facts_of(container, stream, path, num_packets)
 
 
 def indexed_num_frames(path: Path) -> int:
@@ -126,6 +144,22 @@ def sha256_of_file(path: Path) -> str:
         while data := file.read(1 << 20):
             digest.update(data)
     return digest.hexdigest()
+
+
+def _facts_of(
+    container: av.container.InputContainer, stream: av.VideoStream, path: Path, num_frames: int
+) -> VideoProbe:
+    return VideoProbe(
+        num_frames=num_frames,
+        width=stream.width,
+        height=stream.height,
+        fps=float(stream.average_rate or 0),
+        duration_s=float((stream.duration or 0) * (stream.time_base or 0)),
+        codec=stream.codec_context.name,
+        pix_fmt=stream.codec_context.pix_fmt or "",
+        num_bytes=path.stat().st_size,
+        metadata=dict(container.metadata),
+    )
 
 
 def _as_rgb(frame: av.VideoFrame) -> Frames:

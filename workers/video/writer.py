@@ -1,8 +1,9 @@
 """Turns frames into a finished video object in the background, while the next chunk is being generated.
 
 Encoding and uploading each have a thread and a bounded queue, so memory is constant at any length and a slow network
-shows as time blocked in `write`, which is counted. Segments go to the store as soon as they are closed; the whole
-video is joined from local copies, checked by decoding, and uploaded before `finish` returns.
+shows as time blocked in `write`, which is counted. Each segment is decoded and goes to the store as soon as it is
+closed; the whole video is joined from local copies, must hold the packets that were decoded, and is uploaded before
+`finish` returns. So the last frame of a long take is not followed by a decoding of the whole.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from cluster.object_store import ObjectStore
 from cluster.owned_folder import OwnedFolder
 from workers.config import VideoConfig
 from workers.errors import EncodeFailed, RenderError
-from workers.video.decode import probe, sha256_of_file
+from workers.video.decode import decode_frames, probe, probe_packets, sha256_of_file
 from workers.video.encode import CODEC, PIX_FMT, Frames, SegmentEncoder, SegmentPlan, join_segments
 from workers.video.upload import SegmentUploads
 
@@ -32,7 +33,7 @@ MAX_WAITING_PIECES = 3  # ... of which so many may wait: 24 MiB, or three frames
 
 @dataclass(frozen=True)
 class VideoFile:
-    """A video that is complete in the store and was decoded from end to end; times in seconds.
+    """A video that is complete in the store; every packet of it was decoded. Times in seconds.
 
     The three work times overlap with generation; `blocked_s` is what the caller of `write` waited.
     """
@@ -86,8 +87,9 @@ class VideoWriter:
         self._segments: list[Path] = []
         self._encoder: SegmentEncoder | None = None
         self._digest = hashlib.sha256()
+        self._packets = hashlib.sha256()  # of all that was decoded without an error
         self._num_written = self._num_encoded = 0
-        self._blocked_s = self._encode_s = 0.0
+        self._blocked_s = self._encode_s = self._check_s = 0.0
         self._failure: RenderError | None = None
         self._is_open = True
         self._pieces: queue.Queue[Frames | None] = queue.Queue(MAX_WAITING_PIECES)
@@ -210,7 +212,19 @@ class VideoWriter:
                 encoder.finish()
             self._encode_s += time.perf_counter() - started
             if is_cut:
+                self._check_segment(len(self._segments) - 1)
                 self._uploads.submit(self._segments[-1])
+
+    def _check_segment(self, index: int) -> None:
+        """Decode a closed segment from end to end."""
+        assert self._plan is not None
+        started = time.perf_counter()
+        found = probe(self._segments[index], self._packets)
+        expected = (self._plan.stop(index) - self._plan.start(index), self._config.width, self._config.height)
+        actual = (found.num_frames, found.width, found.height)
+        if actual != expected:
+            raise EncodeFailed(f"segment {index} of {self._video_key} holds {actual}, expected {expected}")
+        self._check_s += time.perf_counter() - started
 
     def _deliver(self) -> VideoFile:
         """Join, check, upload; everything has been encoded without an error."""
@@ -241,18 +255,22 @@ class VideoWriter:
             num_segments=self._plan.num_segments,
             encode_s=self._encode_s + joined - started,
             upload_s=self._uploads.seconds,
-            check_s=checked - joined,
+            check_s=self._check_s + checked - joined,
             blocked_s=self._blocked_s,
         )
 
     def _checked_sha256(self, path: Path) -> str:
-        """Hash of a file that was decoded from end to end and holds what it must."""
-        found = probe(path)
+        """Hash of a file that holds what was decoded segment by segment, bit by bit, and says what it must."""
+        packets = hashlib.sha256()
+        found = probe_packets(path, packets)
+        decode_frames(path, [0])  # whose settings all segments share
         config = self._config
         expected = (self._num_frames, config.width, config.height, float(config.fps), CODEC, PIX_FMT)
         actual = (found.num_frames, found.width, found.height, found.fps, found.codec, found.pix_fmt)
         if actual != expected:
             raise EncodeFailed(f"{self._video_key}: file holds {actual}, expected {expected}")
+        if packets.digest() != self._packets.digest():
+            raise EncodeFailed(f"{self._video_key}: its packets are not those that were checked")
         lost = {key for key, value in self._metadata.items() if found.metadata.get(key) != value}
         if lost:
             raise EncodeFailed(f"{self._video_key}: tags {sorted(lost)} did not survive")

@@ -49,11 +49,19 @@ def test_at_the_tail_nothing_waits_behind_a_running_take() -> None:
     backlog, model = Backlog(), CostModel()
     model.learn(100, 10.0)
     backlog.push(OpenTask(planned("last", num_frames=100), 0.0))
-    assert not may_queue_behind(backlog, model, rest_s=30.0, num_actors=2)
-    assert may_queue_behind(backlog, model, rest_s=30.0, num_actors=1)
+    assert not may_queue_behind(backlog, model, rest=30.0, num_actors=2)
+    assert may_queue_behind(backlog, model, rest=30.0, num_actors=1)
     for n in range(50):
         backlog.push(OpenTask(planned(f"i{n}", num_frames=100), 0.0))
-    assert may_queue_behind(backlog, model, rest_s=30.0, num_actors=2)
+    assert may_queue_behind(backlog, model, rest=30.0, num_actors=2)
+
+
+def test_before_any_take_was_seen_frames_are_compared_instead_of_seconds() -> None:
+    backlog, model = Backlog(), CostModel()
+    for n in range(5):
+        backlog.push(OpenTask(planned(f"i{n}", num_frames=100), 0.0))
+    assert may_queue_behind(backlog, model, rest=100.0, num_actors=3)
+    assert not may_queue_behind(backlog, model, rest=101.0, num_actors=3)
 
 
 def test_a_suspect_shares_its_call_with_nobody() -> None:

@@ -55,6 +55,16 @@ def test_the_longest_task_goes_first() -> None:
     assert [task_id for task_id, _ in pool.runs] == ["long-0", "middle-0", "short-0"]
 
 
+def test_a_take_does_not_wait_behind_another_one_while_an_actor_still_loads() -> None:
+    world = World(fate=lambda task, node: Fate(40.0), load=lambda index: 20.0 + 5.0 * index)
+    assert run(world, count=2).makespan_s == pytest.approx(65.0, abs=1.0)
+
+
+def test_an_actor_has_its_second_take_in_hand_before_the_first_one_ends() -> None:
+    out = run(World(fate=lambda task, node: Fate(40.0)), stop_at_s=10.0)
+    assert out.max_in_hand == 4
+
+
 def test_tiny_tasks_travel_together_and_real_takes_alone() -> None:
     def shards(seconds: float) -> Counter[int]:
         out = run(World(fate=lambda task, node: Fate(seconds)), count=300)

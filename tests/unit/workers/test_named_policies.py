@@ -34,8 +34,9 @@ def test_a_budget_without_room_for_history_is_refused() -> None:
 
 
 def test_thresholds_outside_of_cosines_are_refused() -> None:
-    with pytest.raises(ValidationError, match=r"min_cosine[\s\S]*less than or equal to 1"):
-        RenderConfig.model_validate({"policy": "tempcache", "cache": {"min_cosine": 1.5}})
+    for value in (1.5, -2.0, float("nan")):
+        with pytest.raises(ValidationError, match=rf"cache.min_cosine: {value} is outside of \[-1, 1\]"):
+            RenderConfig.model_validate({"policy": "tempcache", "cache": {"min_cosine": value}})
 
 
 def test_an_unknown_policy_is_refused_with_the_known_ones() -> None:

@@ -118,6 +118,7 @@ def test_the_meter_finds_the_dense_mass_of_what_is_kept_and_seen(name: str, time
         queries = sample_queries(TOKENS, 5, 2 * chunk + call)
         want = plain_recall(chunk, reading.layer_index, call, seen, times)[:, queries].mean(-1)
         assert torch.allclose(reading.recall_BN[0], want, atol=1e-6)
+        assert torch.allclose(reading.strict_BN[0], want, atol=1e-6)  # nothing is merged here
     assert (meter.mean() == pytest.approx(1.0)) == (name == "dense")
 
 
@@ -184,7 +185,7 @@ def test_the_probe_agrees_with_the_meter_on_a_merged_cache(times: Reindex | None
         )
     )
     for chunk, estimate in enumerate(listener.estimates):
-        readings = [r.recall_BN.mean() for r in meter.readings if r.moment.chunk_index == chunk]
+        readings = [r.strict_BN.mean() for r in meter.readings if r.moment.chunk_index == chunk]
         exact = torch.stack(readings).mean().item()
         assert chunk == 0 or exact < 0.9
         assert estimate == pytest.approx(exact, abs=1e-4)
@@ -196,7 +197,7 @@ def test_for_selections_the_probe_says_what_the_meter_says(name: str) -> None:
     policy: AttentionPolicy = DenseAttention() if name == "dense" else FirstTiles()
     meter, probe = RecallMeter(cache, num_queries=TOKENS, steps=(1,)), RecallProbe(cache, TOKENS)
     roll(RolloutAttention(BACKBONE, cache, policy, ReferenceKernel(), probes=(meter, probe)))
-    assert probe.take() == pytest.approx(meter.mean(from_chunk=0), abs=1e-5)
+    assert probe.take() == pytest.approx(meter.mean_strict(from_chunk=0), abs=1e-5)
     assert probe.take() != probe.take()  # NaN: nothing new was seen
 
 

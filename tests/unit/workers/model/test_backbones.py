@@ -1,5 +1,7 @@
 """Sizes and the arithmetic between pictures, latent frames and chunks."""
 
+from dataclasses import replace
+
 import pytest
 
 from workers.errors import ConfigUnsupported
@@ -40,6 +42,11 @@ def test_a_benchmark_geometry_counts_the_tokens_of_one_call() -> None:
 def test_a_picture_that_is_not_whole_tokens_is_refused_with_its_size() -> None:
     with pytest.raises(ConfigUnsupported, match="128x136"):
         find_backbone("longtake-world").latent_size(128, 136)
+
+
+def test_the_model_of_benches_differs_from_the_published_one_in_its_text_encoder_alone() -> None:
+    bench, wan = find_backbone("wan-1.3b-test"), find_backbone("wan2.1-t2v-1.3b")
+    assert replace(bench, name=wan.name, umt5=wan.umt5, native=None) == wan
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:

@@ -329,6 +329,13 @@ def test_pieces_around_attention_compile_once_for_all_layers(is_fused: bool) -> 
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
 
 
+def test_the_compiler_may_not_choose_by_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda piece, **how: asked.append(how["options"]) or piece)
+    compile_around_attention(make_model(find_backbone("tiny-test")))
+    assert asked == 3 * [{"deterministic": True}]
+
+
 @pytest.mark.slow
 def test_really_compiled_pieces_give_the_plain_result() -> None:
     backbone = find_backbone("tiny-test")

@@ -11,7 +11,7 @@ import pytest
 
 from tests.moving_pictures import CONFIG, FRAGILE, TAGS, make_segment, make_video, picture
 from workers.errors import EncodeFailed
-from workers.video.decode import decode_frames, frames_sha256_of_file, probe
+from workers.video.decode import decode_frames, frames_sha256_of_file, probe, probe_packets
 from workers.video.encode import SegmentPlan, encode_segment, join_segments
 
 
@@ -214,3 +214,15 @@ def test_what_is_no_video_is_refused(tmp_path):
     (tmp_path / "x.mp4").write_bytes(b"not a video at all")
     with pytest.raises(EncodeFailed):
         probe(tmp_path / "x.mp4")
+
+
+def test_a_joined_file_holds_the_packets_of_its_segments_and_a_changed_one_does_not(tmp_path):
+    plan = SegmentPlan.of(43, 9, CONFIG)
+    path = make_video(tmp_path, plan)
+    decoded, copied, changed = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
+    for index in range(plan.num_segments):
+        probe(make_segment(tmp_path, plan, index, CONFIG), decoded)
+    assert probe_packets(path, copied) == probe(path)
+    assert copied.digest() == decoded.digest()
+    probe_packets(damaged(path, path.stat().st_size // 2, 40), changed)
+    assert changed.digest() != decoded.digest()

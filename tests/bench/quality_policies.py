@@ -1,0 +1,112 @@
+"""What the quality bench compares: the named policies as they are, and single settings of them varied."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from workers.config import RenderConfig, TemporalCacheConfig
+
+Record = dict[str, Any]
+
+_BUDGET = TemporalCacheConfig().budget_latent_frames
+
+POLICIES: dict[str, Record] = {
+    "dense": {"policy": "dense"},
+    "window": {"policy": "window"},
+    "window at the same bytes": {"policy": "window", "cache": {"recent_latent_frames": _BUDGET - 3}},
+    "tempcache": {"policy": "tempcache"},
+    "annsa": {"policy": "annsa"},
+    "annca": {"policy": "annca"},
+    "fastar-lsh": {"policy": "fastar-lsh"},
+    "fastar-quant": {"policy": "fastar-quant"},
+    "fastar-adaptive": {"policy": "fastar-adaptive"},
+    "streaming": {"policy": "streaming"},
+    "radial": {"policy": "radial"},
+    "svg": {"policy": "svg"},
+    "svg2": {"policy": "svg2"},
+    "teacache": {"policy": "teacache"},
+    "flowcache": {"policy": "flowcache"},
+    "flowcache + radial": {"policy": "flowcache", "attention": {"kind": "radial"}},
+}
+"""Those of the paper's tables."""
+
+GUARDED = "fastar-quant, guarded"
+VARIANTS: dict[str, Record] = {
+    "tempcache, full log m": {"policy": "tempcache", "cache": {"mass_decay": 0.0}},
+    "tempcache, int4": {"policy": "tempcache", "cache": {"storage": "int4"}},
+    "tempcache, 60 latent frames": {"policy": "tempcache", "cache": {"budget_latent_frames": 60}},
+    "tempcache, 120 latent frames": {"policy": "tempcache", "cache": {"budget_latent_frames": 120}},
+    "fastar-quant, 60 latent frames": {"policy": "fastar-quant", "cache": {"budget_latent_frames": 60}},
+    "fastar-quant, 120 latent frames": {"policy": "fastar-quant", "cache": {"budget_latent_frames": 120}},
+    GUARDED: {"policy": "fastar-quant", "guard": {"enabled": True}},
+}
+
+FIXED = (0.1, 0.2, 0.3, 0.45, 0.6, 0.8)
+TARGETS = (0.8, 0.85, 0.9, 0.95, 0.98)
+FAMILIES = {"annsa": "annsa", "fastar": "fastar-quant"}
+"""Whose density is set from a recall target: over the whole history, and over the compressed one."""
+
+
+def _adaptive_table() -> dict[str, Record]:
+    table: dict[str, Record] = {}
+    for family, policy in FAMILIES.items():
+        for density in FIXED:
+            table[f"{family}, density {density}"] = {"policy": policy, "attention": {"density": density}}
+        for target in TARGETS:
+            table[f"{family}, recall {target}"] = {"policy": policy, "attention": {"target_recall": target}}
+    return table
+
+
+ADAPTIVE = _adaptive_table()
+"""Fixed densities against recall targets."""
+
+
+def _candidates() -> dict[str, Record]:
+    table: dict[str, Record] = {}
+    for budget in (45, 60, 120):
+        for storage in ("int8", "int4"):
+            for decay in (0.0, 2.0, 6.0, 16.0):
+                cache = {"budget_latent_frames": budget, "storage": storage, "mass_decay": decay}
+                name = f"tempcache, {budget} latent frames in {storage}, decay {decay:g}"
+                table[name] = {"policy": "tempcache", "cache": cache}
+        for density in (0.4, 0.5, 0.6, 0.7, 0.8):
+            record = {"cache": {"budget_latent_frames": budget}, "attention": {"density": density}}
+            table[f"fastar-quant, {budget} latent frames, density {density}"] = {"policy": "fastar-quant", **record}
+        for target in (0.9, 0.93, 0.95):
+            record = {"cache": {"budget_latent_frames": budget}, "attention": {"target_recall": target}}
+            table[f"fastar-adaptive, {budget} latent frames, recall {target}"] = {"policy": "fastar-adaptive", **record}
+    return table
+
+
+CANDIDATES = _candidates()
+"""From which the settings of the named policies are chosen, on worlds of their own."""
+
+ALL = POLICIES | VARIANTS | ADAPTIVE | CANDIDATES
+BY_GROUP = (
+    "dense",
+    "window",
+    "window at the same bytes",
+    "tempcache",
+    "annsa",
+    "fastar-quant",
+    "fastar-adaptive",
+    GUARDED,
+)
+"""Compared on every kind of world."""
+
+_SLOW = ("svg2", "svg", "radial", "streaming", "flowcache + radial")
+
+
+def config_of(name: str) -> RenderConfig:
+    """The render of a setting."""
+    return RenderConfig.model_validate(ALL[name])
+
+
+def is_heavy(name: str) -> bool:
+    """Whether its cache grows with the walk: few of them fit beside one another."""
+    return config_of(name).cache.kind == "dense"
+
+
+def slow_first(names: list[str]) -> list[str]:
+    """Dense, which all are compared with; then the slowest, so that none of them is the last to end."""
+    return sorted(names, key=lambda name: (name != "dense", _SLOW.index(name) if name in _SLOW else len(_SLOW)))

@@ -1,0 +1,70 @@
+"""Time per chunk of policies that take turns, chunk by chunk, so that they share the moods of the machine.
+
+`python -m tests.bench.quality_turns --policies dense window fastar-quant --frames 3000`: free rollouts of one world
+without the pictures; each row has the seconds of its chunks at several lengths and its speed-up over the first policy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.bench.quality_lab import QualityLab, Runner
+from tests.bench.quality_places import CHUNK_FRAMES
+from tests.bench.quality_policies import ALL
+from tests.bench.record import load_text, report
+
+_AROUND = 20
+"""Chunks before a mark whose median is taken."""
+
+
+def make_row(name: str, runner: Runner, first: Runner, frames: int) -> dict[str, Any]:
+    """Figures of one rollout."""
+    chunks = len(runner.seconds)
+    marks = sorted({mark for mark in (50, 100, 125, 200, chunks) if mark <= chunks})
+    at = {CHUNK_FRAMES * m: round(statistics.median(runner.seconds[max(0, m - _AROUND) : m]), 4) for m in marks}
+    return {
+        "part": "turns",
+        "policy": name,
+        "frames": frames,
+        "n": 1,
+        "seconds": sum(runner.seconds),
+        "speedup": sum(first.seconds) / sum(runner.seconds),
+        "seconds_per_chunk_at": at,
+        "time_end_to_600": at[CHUNK_FRAMES * marks[-1]] / at[CHUNK_FRAMES * marks[0]],
+        "density": runner.density[-1],
+        "kv_bytes": int(runner.kv_bytes[-1]),
+        "peak_bytes_end_to_600": max(runner.kv_bytes) / max(runner.kv_bytes[: marks[0]]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--policies", nargs="*", default=["dense", "window", "fastar-quant"], choices=list(ALL))
+    parser.add_argument("--frames", type=int, default=3000)
+    parser.add_argument("--world", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--weights", type=Path, help="folder of weights; without it the bundled ones")
+    parser.add_argument("--name", default="quality_turns")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    lab = QualityLab(torch.device("cuda" if torch.cuda.is_available() else "cpu"), "float32", options.weights)
+    walks = lab.walks("still", [options.world], options.frames)
+    runners = {name: Runner(lab, walks, lab.model(ALL[name], as_served=True)) for name in options.policies}
+    for chunk in range(walks.num_chunks):
+        for runner in runners.values():
+            runner.step()
+        if chunk % 25 == 24:
+            seconds = {name: f"{sum(runner.seconds):.1f} s" for name, runner in runners.items()}
+            print(f"chunk {chunk + 1} of {walks.num_chunks}: {seconds}", flush=True)
+    first = next(iter(runners.values()))
+    rows = [make_row(name, runner, first, options.frames) for name, runner in runners.items()]
+    report(options.name, rows, f"weights {lab.revision[:16]}; {options.threads} threads. {load_text()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The quality bench: its paths show a place once, its pieces are measured once, its tables compare like with like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.bench.quality_items import Item, claim, list_items, marks_of
+from tests.bench.quality_places import CHUNK_FRAMES, DISTANCES, GROUPS, place_before, sweep
+from tests.bench.quality_policies import ALL, config_of
+from tests.bench.quality_rows import adaptive_rows
+from workers.worlds.clips import VIEW_SIZE
+
+
+@pytest.mark.parametrize("group", ["still", "slow camera", "fast camera"])
+def test_a_place_that_is_returned_to_was_seen_once(group: str) -> None:
+    frames = 1500 if group == "fast camera" else 3000
+    for seed in range(4):
+        path = sweep(frames, GROUPS[group], np.random.default_rng(seed))
+        assert path.shape == (frames, 2)
+        last = frames // CHUNK_FRAMES - 1
+        for place in (place_before(last, distance) for distance in DISTANCES):
+            if place < 1:
+                continue
+            views = path[place * CHUNK_FRAMES : (place + 1) * CHUNK_FRAMES]
+            gone = place * CHUNK_FRAMES + int(300 / GROUPS[group].speed)  # a corner and a row farther
+            later = path[gone : last * CHUNK_FRAMES]
+            if len(later) == 0:
+                continue
+            apart = np.abs(views[:, None] - later[None]).max(-1)
+            assert apart.min() >= VIEW_SIZE
+
+
+def test_cuts_keep_every_frame_of_the_sweep() -> None:
+    cut, whole = (sweep(960, GROUPS[name], np.random.default_rng(3)) for name in ("cuts", "still"))
+    assert not np.array_equal(cut, whole)
+    assert sorted(map(tuple, cut.tolist())) == sorted(map(tuple, whole.tolist()))
+
+
+def test_every_setting_is_a_valid_render() -> None:
+    for name in ALL:
+        assert config_of(name).policy is not None
+
+
+def test_pieces_cover_all_worlds_once_and_have_names_of_their_own() -> None:
+    items = list_items(["walk", "rollout"], ["dense", "window"], worlds=10, batch=4, frames=3000)
+    walks = [item for item in items if item.part == "walk" and item.policy == "window"]
+    assert [world for item in walks for world in item.worlds] == list(range(10))
+    assert len({item.name for item in items}) == len(items)
+    assert items[0].policy == "dense", "all others are compared with it"
+    first, second = Item("walk", "dense", "still", 3, 5, 60).halves()
+    assert [*first.worlds, *second.worlds] == [3, 4, 5, 6, 7]
+
+
+def test_a_walk_is_looked_at_at_600_1500_and_3000_frames() -> None:
+    assert [CHUNK_FRAMES * (mark + 1) for mark in marks_of(250, "walk")] == [600, 1500, 3000]
+    assert marks_of(125, "groups") == [124]
+
+
+def test_a_target_is_compared_with_fixed_settings_around_it() -> None:
+    def row(policy: str, density: float, recall: float) -> dict[str, object]:
+        return {"part": "adaptive", "policy": policy, "frames": 3000, "n": 2, "density": density, "recall": recall}
+
+    rows = [
+        row("annsa, density 0.2", 0.2, 0.7),
+        row("annsa, density 0.6", 0.6, 0.9),
+        row("annsa, recall 0.9", 0.4, 0.88),
+        row("annsa, recall 0.98", 0.7, 0.97),
+    ]
+    inside, beyond = adaptive_rows(rows)
+    assert inside["recall_of_fixed_at_this_density"] == pytest.approx(0.8)
+    assert inside["density_of_fixed_at_this_recall"] == pytest.approx(0.56)
+    assert "recall_of_fixed_at_this_density" not in beyond
+
+
+def test_a_piece_is_claimed_once(tmp_path: Path) -> None:
+    assert claim(tmp_path / "a.claim")
+    assert not claim(tmp_path / "a.claim")
