@@ -227,7 +227,7 @@ def test_a_bad_gpu_is_parked_and_its_machine_goes_on(fresh_process: bool) -> Non
     limits = Limits(num_actors=4, backoff_s=1)
     out = run(world, 60, limits)
     assert len(out.succeeded) == 60
-    assert limits.node_failures <= num_bad <= limits.node_failures + limits.in_flight
+    assert limits.node_failures <= num_bad <= limits.node_failures * limits.in_flight  # else dozens
 
 
 def test_one_bad_gpu_of_all_there_are_is_not_avoided() -> None:
