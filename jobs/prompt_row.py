@@ -115,7 +115,10 @@ def read_row(line: int, row: Mapping[str, Any], limits: RowLimits) -> Prompt | R
 
 
 def _checked(line: int, row: Mapping[str, Any], limits: RowLimits) -> Prompt:
-    segments = _segments(row.get("prompt"), limits)
+    if row.get("prompt") is None:
+        found = ", ".join(ascii(name)[1:-1] for name in itertools.islice(row, 5)) or "nothing"
+        raise RowError("empty_prompt", f"prompt is missing (found: {found[:200]})")
+    segments = _segments(row["prompt"], limits)
     negative = row.get("negative_prompt")
     negative = "" if negative is None else _text(negative, "negative_prompt", limits)
     seed = _integer(row.get("seed"), "seed", 0, 2**63 - 1)
@@ -171,8 +174,6 @@ def _control(value: Any) -> str | None:
 
 
 def _segments(value: Any, limits: RowLimits) -> tuple[PromptSegment, ...]:
-    if value is None:
-        raise RowError("empty_prompt", "prompt is missing")
     if isinstance(value, str):
         return (PromptSegment(frame=0, prompt=_prompt_text(value, limits)),)
     if not isinstance(value, list):

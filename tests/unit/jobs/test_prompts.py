@@ -208,6 +208,7 @@ def test_parquet_struct_prompts_and_integer_ids(tmp_path: Path) -> None:
         ("p.txt", "x".encode("utf-16"), "UTF-16"),
         ("p.txt", b"", "no usable prompt"),
         ("p.jsonl", b'{"prompt": ""}\n', "line 1: prompt is empty"),
+        ("p.jsonl", b'{"text": "a", "id": "b"}\n', "line 1: prompt is missing (found: text, id)"),
         ("p.csv", b"id,promt\na,b\n", "rename 'promt'"),
         ("p.csv", b"prompt,prompt\na,b\n", "stands twice"),
         ("p.csv", b"id;prompt\na;b\n", "separated by commas"),
