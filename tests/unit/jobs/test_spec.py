@@ -54,6 +54,10 @@ def test_unknown_fields_name_file_line_and_nearest_field(tmp_path: Path) -> None
         ("prompts: {url: a}\nout: o\njob_id: A/b\n", "job.yaml:3: job_id: must be"),
         ("prompts: {url: a}\nout: [o\n", "not YAML"),
         ("- a\n", "a spec is a mapping"),
+        (
+            "prompts: {url: a}\nout: o\nrender: {cache: {recent_latent_frames: 4}}\n",
+            "render.cache.kind: missing beside render.cache, render.cache.recent_latent_frames; say which: dense, window",
+        ),
         ("prompts: {url: a}\nout: o\nwhen: 2026-01-01\n", "not a spec"),
         ("a: !!python/object:os.system {}\n", "not YAML"),
         ("prompts: {url: a}\nout: o\nrender: {video: {width: 100}}\n", "job.yaml:3: render.video.width"),
