@@ -56,7 +56,7 @@ def test_unknown_fields_name_file_line_and_nearest_field(tmp_path: Path) -> None
         ("- a\n", "a spec is a mapping"),
         (
             "prompts: {url: a}\nout: o\nrender: {cache: {recent_latent_frames: 4}}\n",
-            "render.cache.kind: missing beside render.cache, render.cache.recent_latent_frames; say which: dense, window",
+            "render.cache.kind: missing beside render.cache, render.cache.recent_latent_frames; say which: dense, ",
         ),
         ("prompts: {url: a}\nout: o\nwhen: 2026-01-01\n", "not a spec"),
         ("a: !!python/object:os.system {}\n", "not YAML"),
