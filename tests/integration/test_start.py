@@ -140,6 +140,8 @@ def ray_head() -> Iterator[tuple[str, str]]:
         str(Path(sys.executable).with_name("ray")), "start", "--head", "--port", str(port),
         "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard_port), "--num-cpus", "2",
         "--disable-usage-stats", "--temp-dir", str(folder), "--object-store-memory", str(80 << 20),
+        # The default is one port for the whole machine: beside another head, this one would come up without job API.
+        "--dashboard-agent-listen-port", str(free_port()),
     ]  # fmt: skip
     try:
         subprocess.run(command, env=env, check=True, capture_output=True, timeout=120)
