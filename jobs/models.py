@@ -47,7 +47,7 @@ def _print(value: dict[str, Any]) -> None:
 @models.command("list")
 @_explained
 def list_models(as_json: Json = False) -> None:
-    """All models that can be rendered with, their size, where their weights are and under which licence."""
+    """All models, their size, how they render, where their weights are and under which licence."""
     cards = registry.list_models()
     if as_json:
         _print({"models": [card.as_dict() for card in cards]})
@@ -73,8 +73,13 @@ def show(
     cost = registry.estimate(name, gpu=registry.find_gpu(gpu), width=width, height=height, num_frames=frames)
     if as_json:
         _print({**found, "estimate": cost.as_dict()})
+        return
+    lines = _model_text(found)
+    if found["renders_alone"]:
+        lines += _estimate_text(cost, found["fps"])
     else:
-        typer.echo("\n".join([*_model_text(found), *_estimate_text(cost, found["fps"])]))
+        lines.append("  takes a picture beside the noise: not rendered with by itself, others stand on it")
+    typer.echo("\n".join(lines))
 
 
 @models.command("check")
@@ -112,7 +117,7 @@ def _model_text(found: dict[str, Any]) -> list[str]:
 
 def _estimate_text(cost: Estimate, fps: int) -> list[str]:
     def gib(num_bytes: int) -> str:
-        return f"{num_bytes / 2**30:.1f} GiB"
+        return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
 
     lines = [
         f"  a take of {cost.num_frames} frames ({cost.num_frames / fps:.0f} s), {cost.width}x{cost.height}, "
@@ -126,6 +131,8 @@ def _estimate_text(cost: Estimate, fps: int) -> list[str]:
     if cost.seconds is None:
         return [*lines, "    no known GPU here: name one with --gpu for its time"]
     fits = "fits" if cost.fits else "DOES NOT FIT"
+    if cost.seconds < 1:
+        return [*lines, f"    {cost.gpu}: {fits}; less than a second of arithmetic: what else it takes, measure"]
     return [
         *lines,
         f"    {cost.gpu}: {fits}; about {cost.seconds:.0f} s, {cost.frames_per_second:.1f} frames/s, if "

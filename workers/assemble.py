@@ -173,7 +173,7 @@ def _frame_tokens(model: LoadedModel) -> int:
 
 
 def in_full_precision(model: LoadedModel) -> LoadedModel:
-    """The same model, its transformer computing in float32; itself if it does already.
+    """The same model, its transformer (and control module) computing in float32; itself if it does already.
 
     Raises:
         KernelUnavailable: The kernel that was asked for cannot compute so.
@@ -183,7 +183,8 @@ def in_full_precision(model: LoadedModel) -> LoadedModel:
     kernel = select_kernel(
         model.config.kernel.name, model.device, _kernel_need(model.config, model.backbone, torch.float32)
     )
-    return replace(model, dit=copy.deepcopy(model.dit).float(), kernel=kernel)
+    branch = None if model.control_branch is None else copy.deepcopy(model.control_branch).float()
+    return replace(model, dit=copy.deepcopy(model.dit).float(), control_branch=branch, kernel=kernel)
 
 
 def _last_resort(config: CacheConfig) -> CacheConfig:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -41,7 +42,13 @@ def warp_steps(step_list: Sequence[int], shift: float) -> Schedule:
     """Entries of Wan's shifted table by their place before the shift: 1000 is noise, 1 nearly clean.
 
     Computed in float32 like the published models: the last bits of a timestep reach the sinusoid.
+
+    Raises:
+        ValueError: The places do not fall from at most 1000 to at least 1.
     """
+    places = [_TRAINING_TIMESTEPS + 1, *step_list, 0]
+    if not step_list or not all(a > b for a, b in pairwise(places)):
+        raise ValueError(f"steps {list(step_list)}: expected places that fall from at most {_TRAINING_TIMESTEPS} to 1")
     u = torch.linspace(1.0, 0.0, _TRAINING_TIMESTEPS + 1)[:-1]
     return _as_schedule(shift_sigma(u, shift)[[_TRAINING_TIMESTEPS - step for step in step_list]])
 

@@ -37,6 +37,7 @@ class ModelCard:
     name: str
     num_parameters: int
     rollout: str
+    """How it renders; "base only" for one that is loaded as the base of others."""
     width: int
     height: int
     source: str
@@ -78,7 +79,7 @@ class Estimate:
 
 
 def list_models() -> list[ModelCard]:
-    """All that can be rendered with, but for those of the tests."""
+    """All but those of the tests."""
     return [_card(b) for b in BACKBONES.values() if not b.name.endswith("-test")]
 
 
@@ -92,7 +93,7 @@ def _card(backbone: Backbone) -> ModelCard:
     return ModelCard(
         name=backbone.name,
         num_parameters=dit_parameters(backbone) + control_parameters(backbone),
-        rollout=backbone.rollout,
+        rollout=backbone.rollout if backbone.renders_alone else "base only",
         width=backbone.width,
         height=backbone.height,
         source=source,
@@ -115,10 +116,11 @@ def show_model(name: str) -> dict[str, Any]:
         "image encoder": image_parameters(backbone),
         "VAE": _VAE_PARAMETERS if backbone.wan_vae is not None and backbone.wan_vae.dim == 96 else 0,
     }
-    published = [] if release is None else [p for p in (release.base, release.finetune) if p is not None]
+    published = release.parts if release else ()
     return {
         **_card(backbone).as_dict(),
         "parts": {part: count for part, count in parts.items() if count},
+        "renders_alone": backbone.renders_alone,
         "native": None if backbone.native is None else asdict(backbone.native),
         "fps": backbone.fps,
         "licences": list(release.licences) if release else [],

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 
 APACHE = "Apache-2.0"
 ACADEMIC_ONLY = "ACADEMIC USE ONLY: no commercial use and no production use (Tencent's own terms)"
+CODE_APACHE_WEIGHTS_UNCLEAR = (
+    "Apache-2.0 for the code; the card of the weights has said CC BY-NC-SA 4.0 (NO COMMERCIAL USE): read it before you "
+    "use them"
+)
 UNLICENSED = "NO LICENCE FILE for its code; ask the authors before any use beyond reading"
 
 
@@ -24,9 +28,14 @@ class Published:
 
     @property
     def download(self) -> str:
-        """What fetches it into a folder of that name."""
-        wanted = " ".join(f"'{name}*'" if name.endswith("/") else f"'{name}'" for name in self.files)
-        return f"hf download {self.repository} --local-dir {self.repository.rpartition('/')[2]} --include {wanted}"
+        """What fetches it into a folder of that name.
+
+        Each pattern has its own --include: the client takes a word behind the first one for a file name, and then
+        downloads that file alone.
+        """
+        patterns = (f"{name}*" if name.endswith("/") else name for name in self.files)
+        wanted = " ".join(f"--include '{pattern}'" for pattern in patterns)
+        return f"hf download {self.repository} --local-dir {self.repository.rpartition('/')[2]} {wanted}"
 
 
 @dataclass(frozen=True)
@@ -43,10 +52,14 @@ class Release:
         return tuple(name.rpartition("/")[2] for name in self.finetune.files) if self.finetune else ()
 
     @property
+    def parts(self) -> tuple[Published, ...]:
+        """All that is to be fetched."""
+        return (self.base,) if self.finetune is None else (self.base, self.finetune)
+
+    @property
     def licences(self) -> tuple[str, ...]:
         """One line for each part."""
-        parts = (self.base,) if self.finetune is None else (self.base, self.finetune)
-        return tuple(f"{part.repository}: {part.licence}" for part in parts)
+        return tuple(f"{part.repository}: {part.licence}" for part in self.parts)
 
 
 _COMMON = ("models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "google/umt5-xxl/")
@@ -65,7 +78,8 @@ RELEASES: dict[str, Release] = {
     "wan2.1-t2v-14b": Release(_WAN_14B),
     "wan2.1-i2v-14b": Release(_WAN_I2V),
     "self-forcing-1.3b": Release(
-        _WAN_1B_COMPANIONS, Published("gdhe17/Self-Forcing", APACHE, ("checkpoints/self_forcing_dmd.pt",))
+        _WAN_1B_COMPANIONS,
+        Published("gdhe17/Self-Forcing", CODE_APACHE_WEIGHTS_UNCLEAR, ("checkpoints/self_forcing_dmd.pt",)),
     ),
     "rolling-forcing-1.3b": Release(
         _WAN_1B_COMPANIONS,

@@ -1,8 +1,9 @@
 """Attention kernels side by side: dense against tiles at several densities, and the ways that log m can take.
 
 `python -m tests.bench.kernels`: on a GPU at the geometry of Wan2.1-1.3B with every kernel that can run there, else on
-one CPU thread at that of the bundled model. `first` is a step that gathers or plans, `again` a later step of the same
-chunk, which finds that done.
+one CPU thread at that of the bundled model. `--geometry wan2.1-t2v-14b` and `--geometry hunyuanvideo` are models that
+nothing was tuned on. `first` is a step that gathers or plans, `again` a later step of the same chunk, which finds that
+done.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ from workers.errors import KernelUnavailable
 from workers.kernels.mass import ROUTES
 from workers.kernels.sdpa import SdpaKernel, attend_sdpa
 from workers.kernels.select import CAPABILITIES, Hardware, KernelNeed, choose, load_kernel
-from workers.model.backbones import find_backbone
+from workers.model.backbones import HUNYUAN_VIDEO, find_backbone
 
 DENSITIES = (0.05, 0.1, 0.2, 0.3)
 
@@ -33,29 +34,42 @@ DENSITIES = (0.05, 0.1, 0.2, 0.3)
 class Setting:
     """Sizes of one layer's attention."""
 
+    name: str
     device: torch.device
     dtype: torch.dtype
-    backbone: str
+    heads: int
+    head_dim: int
+    num_queries: int
     num_keys: int
     tiles: tuple[tuple[int, int], ...]
     repeats: int
 
-    @property
-    def heads(self) -> int:
-        return find_backbone(self.backbone).num_heads
 
-    @property
-    def head_dim(self) -> int:
-        return find_backbone(self.backbone).head_dim
-
-    @property
-    def num_queries(self) -> int:
-        sizes = find_backbone(self.backbone)
-        return sizes.chunk_latent_frames * sizes.tokens_per_latent_frame(sizes.width, sizes.height)
+def chunk_setting(name: str, num_keys: int) -> Setting:
+    """A chunk of a backbone over a long history, as a rollout has it; on a GPU."""
+    sizes = find_backbone(name)
+    num_queries = sizes.chunk_latent_frames * sizes.tokens_per_latent_frame(sizes.width, sizes.height)
+    cuda = torch.device("cuda"), torch.bfloat16
+    return Setting(name, *cuda, sizes.num_heads, sizes.head_dim, num_queries, num_keys, ((128, 128),), 20)
 
 
-CPU = Setting(torch.device("cpu"), torch.float32, "longtake-world", 20_000, ((16, 16), (32, 32), (64, 64)), 9)
-GPU = Setting(torch.device("cuda"), torch.bfloat16, "wan2.1-t2v-1.3b", 131_072, ((128, 128),), 20)
+def hunyuan_setting() -> Setting:
+    """Four latent frames of a video that attends both ways, over all of its tokens and the prompt's."""
+    sizes = HUNYUAN_VIDEO
+    num_queries = 4 * sizes.rows * sizes.columns
+    cuda = torch.device("cuda"), torch.bfloat16
+    return Setting(sizes.name, *cuda, sizes.num_heads, sizes.head_dim, num_queries, sizes.num_tokens, ((128, 128),), 10)
+
+
+CPU = Setting(
+    "longtake-world", torch.device("cpu"), torch.float32, 4, 64, 192, 20_000, ((16, 16), (32, 32), (64, 64)), 9
+)
+GPU: dict[str, Callable[[], Setting]] = {
+    "wan2.1-t2v-1.3b": lambda: chunk_setting("wan2.1-t2v-1.3b", 131_072),
+    "wan2.1-t2v-14b": lambda: replace(chunk_setting("wan2.1-t2v-14b", 131_072), repeats=10),
+    "hunyuanvideo": hunyuan_setting,
+}
+TUNED_ON = "wan2.1-t2v-1.3b"
 
 
 def seconds(call: Callable[[], object], setting: Setting) -> float:
@@ -146,29 +160,49 @@ def usable_kernels(setting: Setting) -> dict[str, Kernel]:
     return kernels
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    setting = {"cpu": CPU, "cuda": GPU}[parser.parse_args().device]
-    if setting is CPU:
-        torch.set_num_threads(1)
+def bench(setting: Setting) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows, and what could not be measured with its reason: one kernel's failure leaves the others."""
     torch.manual_seed(0)
+    rows: list[dict[str, Any]] = []
+    failures: list[str] = []
     with torch.inference_mode():
         q = torch.randn(1, setting.num_queries, setting.heads, setting.head_dim, device=setting.device)
         k, v = torch.randn(2, 1, setting.num_keys, setting.heads, setting.head_dim, device=setting.device).unbind(0)
         q, k, v = (x.to(setting.dtype) for x in (q, k, v))
         keys = KeyValues(k, v, torch.zeros(setting.num_keys, 3, device=setting.device))
-        rows: list[dict[str, Any]] = []
-        for name, kernel in usable_kernels(setting).items():
-            rows += bench_tiles(name, kernel, setting, q, keys)
-        rows += bench_mass(setting, q, keys)
+        parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+            name: partial(bench_tiles, name, kernel, setting, q, keys)
+            for name, kernel in usable_kernels(setting).items()
+        }
+        parts["log m"] = partial(bench_mass, setting, q, keys)
+        for name, part in parts.items():
+            try:
+                rows += part()
+            except (RuntimeError, ValueError, NotImplementedError) as error:
+                failures.append(f"{name}: {(str(error).splitlines() or [type(error).__name__])[0][:200]}")
+                print(f"failed: {failures[-1]}", flush=True)
+    return rows, failures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--geometry", choices=list(GPU), default=TUNED_ON, help="on a GPU")
+    args = parser.parse_args()
+    if args.device == "cpu":
+        setting, name = CPU, "kernels_cpu"
+        torch.set_num_threads(1)
+    else:
+        setting = GPU[args.geometry]()
+        name = "kernels_cuda" if args.geometry == TUNED_ON else f"kernels_cuda_{args.geometry}"
+    rows, failures = bench(setting)
     sizes = f"{setting.num_queries} queries, {setting.num_keys:,} keys, {setting.heads} heads of {setting.head_dim}"
     notes = (
-        f"{sizes}, {str(setting.dtype).removeprefix('torch.')}, torch {torch.__version__}, medians of "
-        f"{setting.repeats} with half the distance of the extremes; of_dense is against the same kernel's dense call, "
-        f"timed in turn; load average {os.getloadavg()[0]:.1f}"
+        f"Geometry of {setting.name}: {sizes}, {str(setting.dtype).removeprefix('torch.')}, torch {torch.__version__}, "
+        f"medians of {setting.repeats} with half the distance of the extremes; of_dense is against the same kernel's "
+        f"dense call, timed in turn; load average {os.getloadavg()[0]:.1f}"
     )
-    report(f"kernels_{setting.device.type}", rows, notes)
+    report(name, rows, "; ".join([notes, *(f"not measured: {failure}" for failure in failures)]))
 
 
 if __name__ == "__main__":

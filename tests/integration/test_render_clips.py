@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tests.control_files import write_control, write_video
 from tests.wan_files import TINY_I2V, scramble, write_whole_model
 from workers.actor import RenderActor
-from workers.assemble import load_model
+from workers.assemble import in_full_precision, load_model
 from workers.checkpoints import fetch
 from workers.config import (
     BackboneConfig,
@@ -108,6 +108,18 @@ def test_clips_become_one_video_and_a_persistent_cache_changes_later_ones(folder
     assert again.frames_sha256 == native.frames_sha256
     dense = render(tmp_path / "dense", config(folder, DenseCacheConfig()), control)
     assert dense.kv_bytes == 18 * 8 * 2 * 4 * LONGVIE.dim * LONGVIE.num_layers  # 18 latent frames of 8 tokens
+
+
+def test_full_precision_takes_the_control_module_along(folder: Path) -> None:
+    backbone = BackboneConfig(name="tiny-longvie", checkpoint=str(folder), dtype="bfloat16")
+    half = load_model(config(folder, NativeCacheConfig()).model_copy(update={"backbone": backbone}))
+    full = in_full_precision(half)
+    assert full.control_branch is not None
+    assert {p.dtype for part in (full.dit, full.control_branch) for p in part.parameters()} == {torch.float32}
+    assert half.control_branch is not None
+    assert {p.dtype for part in (half.dit, half.control_branch) for p in part.parameters()} == {torch.bfloat16}
+    maps = torch.zeros(1, 2, LONGVIE.in_channels, 4, 8)
+    assert full.control_branch.embed_maps(full.dit, maps, maps).dense_BQE.dtype == torch.float32
 
 
 def test_a_task_whose_control_does_not_fit_fails_with_its_clip(folder: Path, tmp_path: Path) -> None:

@@ -21,8 +21,10 @@ class Companion:
     """One of them: where it is published, and what its tensors are called there."""
 
     what: str
+    published: str
+    """Name under which it is published in the original layout."""
     original: re.Pattern[str]
-    """Name of its original file, anywhere in the folder."""
+    """That name with the freedom that is given, anywhere in the folder."""
     folder: str
     """Its folder in the diffusers layout."""
     rename: Callable[[str], str | None]
@@ -48,7 +50,7 @@ def read_companion(folder: WeightFolder, companion: Companion) -> dict[str, Stor
     name = find_companion(folder, companion)
     if name is None:
         raise CheckpointMismatch(
-            f"{folder.url}: no {companion.what}: expected {companion.original.pattern} (original layout) or "
+            f"{folder.url}: no {companion.what}: expected {companion.published} (original layout) or "
             f"safetensors in {companion.folder}/ (diffusers layout); copy it there, it is published with the base model"
         )
     if name.endswith((INDEX_SUFFIX, ".safetensors")) and name.startswith(f"{companion.folder}/"):
@@ -160,9 +162,27 @@ def clip_name(key: str) -> str | None:
     return _CLIP_TOP.get(name, key)
 
 
-UMT5 = Companion("text encoder", re.compile(r"models_t5_.*\.(pth|safetensors)"), "text_encoder", umt5_name)
-VAE = Companion("VAE", re.compile(r"Wan2\.1_VAE\.(pth|safetensors)"), "vae", vae_name)
-CLIP = Companion("image encoder", re.compile(r"models_clip_.*\.(pth|safetensors)"), "image_encoder", clip_name)
+UMT5 = Companion(
+    what="text encoder",
+    published="models_t5_umt5-xxl-enc-bf16.pth",
+    original=re.compile(r"models_t5_.*\.(pth|safetensors)"),
+    folder="text_encoder",
+    rename=umt5_name,
+)
+VAE = Companion(
+    what="VAE",
+    published="Wan2.1_VAE.pth",
+    original=re.compile(r"Wan2\.1_VAE\.(pth|safetensors)"),
+    folder="vae",
+    rename=vae_name,
+)
+CLIP = Companion(
+    what="image encoder",
+    published="models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
+    original=re.compile(r"models_clip_.*\.(pth|safetensors)"),
+    folder="image_encoder",
+    rename=clip_name,
+)
 TOKENIZER_FOLDERS = ("google/umt5-xxl", "tokenizer", "umt5-xxl")
 TOKENIZER_FILE = "tokenizer.json"
 

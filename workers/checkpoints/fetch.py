@@ -32,6 +32,7 @@ CARD = "card.json"
 FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".json")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HF_NOTES = ".cache/huggingface/download"  # NAME.metadata: commit, etag (the SHA-256 of large files), time
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _MAX_FILES = 5000
 """A folder with more is no folder of weights."""
 
@@ -71,7 +72,10 @@ class WeightFolder:
                 if len(found) > _MAX_FILES:
                     raise CheckpointMismatch(f"{self.url}: more than {_MAX_FILES} files; name the folder of weights")
         if not found:
-            raise CheckpointMismatch(f"{self.url}: nothing there; name a file, folder or s3:// prefix of weights")
+            raise CheckpointMismatch(
+                f"{self.url}: nothing there; name a file, folder or s3:// prefix of weights (a name on huggingface.co "
+                "is downloaded first: `longtake models show` prints the command)"
+            )
         return found
 
     @cached_property
@@ -100,6 +104,7 @@ class WeightFolder:
         path = self._download(name) if is_remote else Path(self.store.url) / name
         if not path.exists():
             raise CheckpointMismatch(f"{path}: no such file")
+        _refuse_pointer(path)
         digest = file_sha256(path, self.cache)
         expected = self._expected_of(name)
         if expected is not None and digest != expected:
@@ -191,6 +196,19 @@ def open_folder(url: str | Path, cache: Path | None = None) -> WeightFolder:
     except ValueError as error:
         raise CheckpointMismatch(f"{text}: {error}") from error
     return WeightFolder(store, name if is_file else None, cache or DEFAULT_CACHE)
+
+
+def _refuse_pointer(path: Path) -> None:
+    """A clone without Git LFS has small texts in place of large files."""
+    with path.open("rb") as file:
+        text = file.read(200)
+    if text.startswith(_LFS_POINTER):
+        size = re.search(rb"size (\d+)", text)
+        stands_for = f"a file of {int(size[1]):,} bytes" if size else "a large file"
+        raise CheckpointMismatch(
+            f"{path}: is a Git LFS pointer that stands for {stands_for}; run `git lfs pull` where it was cloned, or "
+            "fetch it with `hf download`"
+        )
 
 
 def file_sha256(path: Path, cache: Path) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -159,13 +160,22 @@ def _load_text_encoder(backbone: Backbone, base: WeightFolder, device: torch.dev
             f"{base.url}: no tokenizer: expected google/umt5-xxl/tokenizer.json (original layout) or "
             "tokenizer/tokenizer.json (diffusers layout); copy the folder there, it is published with the base model"
         )
-    files = [base.fetch(key) for key in base.sizes if key.rpartition("/")[0] == name]
-    tokenizer = open_tokenizer(files[0].parent)
+    tokenizer = fetch_tokenizer(base, name)
     module = build_empty(lambda: make_umt5(backbone))
     kept = None if dtype == torch.float32 else dtype
     fill(module, read_companion(base, UMT5), what="the text encoder umT5", device=torch.device("cpu"), dtype=kept)
     is_resting = device.type != "cpu"
     return Umt5Encoder(module.eval(), tokenizer, backbone.text_tokens, device, is_resting=is_resting)
+
+
+def fetch_tokenizer(base: WeightFolder, name: str) -> Any:
+    """The tokenizer in a folder of the base.
+
+    Raises:
+        CheckpointMismatch: A file of it is damaged.
+    """
+    files = [base.fetch(key) for key in base.sizes if key.rpartition("/")[0] == name]
+    return open_tokenizer(files[0].parent)
 
 
 def _load_image_encoder(

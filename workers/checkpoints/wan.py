@@ -202,13 +202,18 @@ def read_dit(folder: WeightFolder) -> dict[str, Stored]:
     """
     name = find_dit(folder)
     if name is None:
-        there = [n for n in folder.sizes if n.endswith((".safetensors", *TORCH_SUFFIXES))]
-        raise CheckpointMismatch(
-            f"{folder.url}: no transformer there: expected {_STEM}.safetensors or its index, at the root (original "
-            f"layout) or in transformer/ (diffusers layout). Weight files found: {', '.join(there[:6]) or 'none'}; a "
-            "distilled checkpoint is named with backbone.transformer"
-        )
+        raise CheckpointMismatch(f"{folder.url}: {no_transformer(folder)}")
     return our_names(fetch_tensors(folder, name))[0]
+
+
+def no_transformer(folder: WeightFolder) -> str:
+    """Says what was looked for, and what is there instead."""
+    there = [n for n in folder.sizes if n.endswith((".safetensors", *TORCH_SUFFIXES))]
+    return (
+        f"no transformer there: expected {_STEM}.safetensors or its index, at the root (original layout) or in "
+        f"transformer/ (diffusers layout). Weight files found: {', '.join(there[:6]) or 'none'}; a distilled "
+        "checkpoint is named with backbone.finetune"
+    )
 
 
 def build_dit(

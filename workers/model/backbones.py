@@ -134,6 +134,11 @@ class Backbone:
         return self.dim // self.num_heads
 
     @property
+    def renders_alone(self) -> bool:
+        """False for a model that takes a picture beside the noise: it is loaded as the base of others only."""
+        return self.rollout == "clipwise" or self.in_channels == self.latent_channels
+
+    @property
     def clip_stride(self) -> int:
         """Pictures from the start of a clip to that of the next, whose first picture is the last of this one."""
         return self.temporal_stride * (self.chunk_latent_frames - 1)

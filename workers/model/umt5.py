@@ -7,6 +7,7 @@ the CPU and visit the GPU layer by layer, also while a rollout fills it.
 from __future__ import annotations
 
 import html
+import json
 import re
 from collections.abc import Sequence
 from importlib import import_module
@@ -21,6 +22,8 @@ from workers.model.backbones import Backbone
 from workers.model.text_encoder import EncodedText
 
 _SPACE = re.compile(r"\s+")
+REMEMBERED_PROMPTS = 64
+"""Newest prompts whose rows are kept in host memory, at most 4 MB each for the true model in bfloat16."""
 
 
 def clean_prompt(text: str) -> str:
@@ -66,20 +69,27 @@ def make_umt5(backbone: Backbone) -> nn.Module:
 
 
 def open_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a folder; nothing is downloaded.
+    """The `tokenizers.Tokenizer` that a folder's tokenizer.json describes.
+
+    It is read as it is: transformers would build another one by the class that tokenizer_config.json names (T5's), and
+    lose the file's normaliser and its bytes for unknown letters on the way.
 
     Raises:
         CheckpointMismatch: The folder holds none.
     """
+    path = folder / "tokenizer.json"
     try:
-        return import_library("transformers.models.auto.tokenization_auto").AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True
-        )
-    except (OSError, ValueError) as error:
+        text = path.read_text("utf-8")
+        if "model" not in json.loads(text):  # the library tells damage by a bare Exception
+            raise ValueError("it has no model")
+        tokenizer = import_library("tokenizers").Tokenizer.from_str(text)
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointMismatch(
-            f"{folder}: no tokenizer ({str(error).splitlines()[0]}); expected tokenizer.json and tokenizer_config.json "
-            "of google/umt5-xxl, published with the base model"
+            f"{folder}: no tokenizer ({str(error).splitlines()[0]}); expected tokenizer.json of google/umt5-xxl, "
+            "published with the base model"
         ) from error
+    tokenizer.no_padding()
+    return tokenizer
 
 
 class Umt5Encoder:
@@ -98,34 +108,46 @@ class Umt5Encoder:
     ) -> None:
         self.module, self.text_tokens, self.device = module, text_tokens, device
         self._tokenizer = tokenizer
+        tokenizer.enable_truncation(text_tokens)
         encoder = cast(Any, module).encoder
         self._embed: nn.Embedding = encoder.embed_tokens
         self._encoder = encoder
+        self._remembered: dict[str, Tensor] = {}  # the longest unused first
         if is_resting:
             for part in (*encoder.block, encoder.final_layer_norm):
                 _visit(part, device)
 
-    def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Rows of the vocabulary ids_BP, padded to the longest text, and is_token_BP; longer texts are cut."""
-        found = self._tokenizer(
-            [clean_prompt(text) for text in texts],
-            padding="longest",
-            truncation=True,
-            max_length=self.text_tokens,
-            add_special_tokens=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
-        return found["input_ids"], found["attention_mask"].bool()
+    def tokenize(self, text: str) -> Tensor:
+        """Rows of the vocabulary, ids_P, with the end mark; a longer text is cut before it."""
+        return torch.tensor(self._tokenizer.encode(clean_prompt(text)).ids, dtype=torch.int64)
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> EncodedText:
-        """Encode prompts as they are written; rows behind a prompt are zero, and attended as such."""
-        ids_BP, is_token_BP = self.tokenize(texts)
+        """Encode prompts as they are written; rows behind a prompt are zero, and attended as such.
+
+        Each prompt is encoded by itself, so its rows do not depend on others, and only once while it is remembered.
+        """
+        rows = [self._recall(text) for text in texts]
+        num_tokens_B = torch.tensor([len(row_PE) for row_PE in rows], device=self.device)
+        text_BPE = nn.utils.rnn.pad_sequence([row_PE.to(self.device) for row_PE in rows], batch_first=True)
+        return EncodedText(text_BPE, num_tokens_B)
+
+    def _recall(self, text: str) -> Tensor:
+        """Rows of one prompt without padding, [P, E] on the CPU."""
+        rows_PE = self._remembered.pop(text, None)
+        if rows_PE is None:
+            rows_PE = self._encode(text)
+            if len(self._remembered) == REMEMBERED_PROMPTS:
+                self._remembered.pop(next(iter(self._remembered)))
+        self._remembered[text] = rows_PE
+        return rows_PE
+
+    def _encode(self, text: str) -> Tensor:
+        ids_BP = self.tokenize(text)[None]
         embedded = self._embed(ids_BP.to(self._embed.weight.device)).to(self.device)
-        is_token_BP = is_token_BP.to(self.device)
-        rows = self._encoder(inputs_embeds=embedded, attention_mask=is_token_BP.long()).last_hidden_state
-        return EncodedText(rows * is_token_BP[..., None], is_token_BP.sum(-1))
+        mask_BP = torch.ones(ids_BP.shape, dtype=torch.int64, device=self.device)
+        rows: Tensor = self._encoder(inputs_embeds=embedded, attention_mask=mask_BP).last_hidden_state
+        return rows[0].cpu()
 
 
 def _visit(part: nn.Module, device: torch.device) -> None:

@@ -5,7 +5,9 @@ metadata. Latents are [1, T, C, H, W]. Inputs, which must be there:
 
 - chunks (`chunkwise`, `rolling`): `prompt.text` [1, P, E], `prompt.negative` with guidance, `prompt.image` for I2V;
   `noise.initial`, the starting noise of the whole video, or `noise.{chunk}.0` chunk by chunk; and the fresh noise that
-  is added before each later step, `noise.{chunk}.{step}` (in a rolling window the step is the level of that chunk);
+  is added before each later step, `noise.{chunk}.{step}` (in a rolling window the step is the level of that chunk).
+  A chunkwise video that went on from given latents has these as `latents.initial`, whole chunks; chunks are counted
+  with them, `noise.initial` begins behind them;
 - clips (`clipwise`): `clip.{j}.text`, `.negative`, `.image`, `.noise`, `.condition`, and, where there are any,
   `.dense`, `.sparse`, `.history`: as in `ClipInputs`.
 
@@ -194,12 +196,30 @@ def _roll(model: ReplayModel, recording: Recording, attention: RolloutAttention)
     if kind == "clipwise":
         clips = ClipwiseRollout(model.dit, model.branch, attention, model.kernel, stopwatch)
         return clips.run(_clip_plan(model, recording))
-    rollout = Rollout if kind == "chunkwise" else RollingWindowRollout
-    return rollout(model.dit, attention, stopwatch).run(_chunk_plan(model, recording))
+    plan, given = _chunk_plan(model, recording), _given_chunks(model, recording)
+    if kind == "rolling":
+        if given:
+            raise ValueError("latents.initial: a rolling window begins with noise; only chunkwise rollouts go on")
+        return RollingWindowRollout(model.dit, attention, stopwatch).run(plan)
+    rollout = Rollout(model.dit, attention, stopwatch)
+    for index, latents in enumerate(given):
+        rollout.remember(plan, index, latents)
+    return rollout.run(plan, first_chunk=len(given))
+
+
+def _given_chunks(model: ReplayModel, recording: Recording) -> tuple[Tensor, ...]:
+    """Chunks of latents that the video went on from."""
+    given, num_frames = recording.tensors.get("latents.initial"), model.dit.backbone.chunk_latent_frames
+    if given is None:
+        return ()
+    if given.shape[1] % num_frames:
+        raise ValueError(f"latents.initial: {given.shape[1]} latent frames are no whole chunks of {num_frames}")
+    chunks: tuple[Tensor, ...] = given.split(num_frames, dim=1)
+    return chunks
 
 
 def _chunk_plan(model: ReplayModel, recording: Recording) -> RolloutPlan:
-    settings, tensors = recording.settings, recording.tensors
+    settings, tensors, num_given = recording.settings, recording.tensors, len(_given_chunks(model, recording))
     image = tensors.get("prompt.image")
     names = ("prompt.text",) if settings.guidance == 1.0 else ("prompt.text", "prompt.negative")
     prompts = [model.dit.project_prompt(recording.read(name), None, image) for name in names]
@@ -207,7 +227,13 @@ def _chunk_plan(model: ReplayModel, recording: Recording) -> RolloutPlan:
 
     def noise(chunk_index: int, step_index: int) -> Tensor:
         if step_index == 0 and "noise.initial" in tensors:
-            return tensors["noise.initial"][:, chunk_index * num_frames : (chunk_index + 1) * num_frames]
+            start = (chunk_index - num_given) * num_frames
+            initial = tensors["noise.initial"]
+            if initial.shape[1] < start + num_frames:
+                raise ValueError(
+                    f"noise.initial: {initial.shape[1]} latent frames, chunk {chunk_index} begins at {start}"
+                )
+            return initial[:, start : start + num_frames]
         return recording.read(f"noise.{chunk_index}.{step_index}")
 
     return RolloutPlan(

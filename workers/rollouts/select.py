@@ -29,7 +29,7 @@ def check_rollout(backbone: Backbone, config: RenderConfig) -> None:
         raise ConfigUnsupported(
             f"reuse.kind: {config.reuse.kind} goes by the steps of one chunk; {backbone.name} denoises several at once"
         )
-    if backbone.rollout != "clipwise" and backbone.in_channels != backbone.latent_channels:
+    if not backbone.renders_alone:
         raise ConfigUnsupported(
             f"backbone.name: {backbone.name} takes a picture beside the noise; it is loaded as the base of others only"
         )

@@ -22,6 +22,7 @@ def test_list_says_licences_loudly() -> None:
     names = [card["name"] for card in json.loads(run("list", "--json")[1])["models"]]
     assert "wan2.1-t2v-1.3b" in names
     assert not any(name.endswith("-test") for name in names)
+    assert "base only" in next(line for line in out.splitlines() if line.startswith("wan2.1-i2v-14b"))
 
 
 def test_show_says_what_is_needed_and_what_a_take_costs() -> None:
@@ -31,6 +32,9 @@ def test_show_says_what_is_needed_and_what_a_take_costs() -> None:
         assert words in out
     found = json.loads(run("show", "self-forcing-1.3b", "--gpu", "h100", "--json")[1])
     assert found["estimate"]["num_frames"] == 501
+    code, out, _ = run("show", "wan2.1-i2v-14b", "--gpu", "h100")
+    assert (code, "not rendered with by itself" in out, "a take of" in out) == (0, True, False)
+    assert "less than a second of arithmetic" in run("show", "longtake-world", "--gpu", "h100")[1]
     code, _, err = run("show", "wan3")
     assert (code, "unknown model 'wan3'" in err) == (2, True)
     code, _, err = run("show", "wan2.1-t2v-14b", "--width", "500")

@@ -36,6 +36,12 @@ def test_warped_steps_are_the_closed_form_to_the_last_bits_of_float32(steps: tup
     assert warp_steps((1000, 800, 600, 400, 200), 5.0) == make_schedule(5, 5.0)
 
 
+@pytest.mark.parametrize("steps", [(), (1000, 0), (1001, 500), (500, 500), (250, 500), (1000, -1)])
+def test_step_lists_that_are_none_are_refused(steps: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="expected places that fall from at most 1000 to 1"):
+        warp_steps(steps, 5.0)
+
+
 def test_fifty_euler_levels_are_the_published_ones() -> None:
     schedule = make_flow_schedule(50, 5.0)
     expected = [5 * (1 - i / 50) / (1 + 4 * (1 - i / 50)) for i in range(50)]

@@ -1,5 +1,7 @@
 """What models need and cost: counts that are exact, estimates that follow the geometry, weights that are recognised."""
 
+import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from safetensors.torch import save_file
 from tests.wan_files import TINY, TINY_I2V, make_dit, write_forcing, write_single_file, write_whole_model
 from workers import registry
 from workers.checkpoints import fetch
+from workers.checkpoints.modules import BUNDLED_WEIGHTS
 from workers.config import WindowCacheConfig
 from workers.errors import CheckpointMismatch, ConfigUnsupported
 from workers.geometry import (
@@ -171,7 +174,7 @@ def test_what_is_missing_is_named_part_by_part(tmp_path: Path) -> None:
     found, parts = look(folder)
     assert not found["is_complete"]
     assert "1 of 96 tensors missing (blocks.1.ffn.2.bias)" in parts["transformer"]["detail"]
-    assert "not there: Wan2" in parts["VAE"]["detail"]
+    assert "not there: Wan2.1_VAE.pth or vae/" in parts["VAE"]["detail"]
     assert parts["text encoder"]["is_good"]
     (folder / "models_t5_umt5-xxl-enc-bf16.pth").write_bytes(b"PK not a zip")
     assert "cut off" in look(folder)[1]["text encoder"]["detail"]
@@ -208,3 +211,107 @@ def test_a_distilled_model_is_known_by_its_file(tmp_path: Path, monkeypatch: pyt
     found, parts = look(folder)
     assert found["model"] == "tiny-forcing"
     assert found["licences"] == ["a/b: ", "c/d: no use at all"]
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4665a0d2c5ae8d0c\nsize 5676070424\n"
+
+
+@pytest.mark.parametrize(("layout", "tokenizer"), [("original", "google/umt5-xxl"), ("diffusers", "tokenizer")])
+def test_pointers_of_git_lfs_are_told_from_files(tmp_path: Path, layout: str, tokenizer: str) -> None:
+    folder = write_whole_model(tmp_path / "w", layout=layout)
+    (folder / tokenizer / "tokenizer.json").write_text(POINTER)
+    found, parts = look(folder)
+    assert [name for name, part in parts.items() if not part["is_good"]] == ["tokenizer"]
+    for path in [*folder.rglob("*.safetensors"), *folder.rglob("*.pth")]:
+        path.write_text(POINTER)
+    found, parts = look(folder)
+    assert (found["model"], found["is_complete"], len(parts)) == (None, False, 4)
+    for part in parts.values():
+        assert "is a Git LFS pointer that stands for a file of 5,676,070,424 bytes; run `git" in part["detail"]
+
+
+def test_damage_is_named_although_the_model_is_not_known(tmp_path: Path) -> None:
+    folder = write_whole_model(tmp_path / "w")
+    for name in ("diffusion_pytorch_model.safetensors", "Wan2.1_VAE.pth", "google/umt5-xxl/tokenizer.json"):
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: len(data) * 2 // 3])
+    found, parts = look(folder)
+    assert found["model"] is None
+    assert "diffusion_pytorch_model.safetensors: cut off" in parts["transformer"]["detail"]
+    assert "Wan2.1_VAE.pth: cut off" in parts["VAE"]["detail"]
+    assert "no tokenizer (Expecting" in parts["tokenizer"]["detail"]
+    assert parts["text encoder"]["is_good"]
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    detail = look(folder)[1]["transformer"]["detail"]
+    assert "no transformer there: expected diffusion_pytorch_model.safetensors" in detail
+    assert "models_t5_umt5-xxl-enc-bf16.pth" in detail
+
+
+def test_a_folder_of_another_model_is_called_by_its_sizes(tmp_path: Path) -> None:
+    folder = write_whole_model(tmp_path / "w")
+    detail = look(folder, "wan2.1-t2v-1.3b")[1]["transformer"]["detail"]
+    assert "of another shape" in detail
+    assert "By its shapes it has the sizes of tiny-wan-test (width 80, 3 layers" in detail
+    strange = replace(TINY, num_layers=2)
+    save_file(make_dit(strange).state_dict(), str(folder / "diffusion_pytorch_model.safetensors"))
+    detail = look(folder)[1]["transformer"]["detail"]
+    assert "sizes of no model known here (width 80, 2 layers" in detail
+    save_file({"unet.weight": torch.ones(2)}, str(folder / "diffusion_pytorch_model.safetensors"))
+    assert "1 tensors of no Wan transformer (first: weight)" in look(folder)[1]["transformer"]["detail"]
+
+
+def test_a_tokenizer_with_more_words_than_the_text_encoder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_whole_model(tmp_path / "w")
+    small = replace(TINY, name="few-words", umt5=replace(TINY.umt5, num_words=9))
+    monkeypatch.setitem(BACKBONES, small.name, small)
+    part = look(folder, small.name)[1]["tokenizer"]
+    assert (part["is_good"], part["detail"]) == (False, "google/umt5-xxl: 16 words, the text encoder knows 9")
+
+
+def test_the_bundled_weights_are_checked_part_by_part(tmp_path: Path) -> None:
+    found, parts = look(BUNDLED_WEIGHTS)
+    assert (found["model"], found["is_complete"]) == ("longtake-world", True)
+    assert set(parts) == {"transformer", "text encoder", "VAE"}
+    copy = Path(shutil.copytree(BUNDLED_WEIGHTS, tmp_path / "copy"))
+    (copy / "weights-1.safetensors").write_bytes(b"")
+    found, parts = look(copy)
+    assert not found["is_complete"]
+    assert "weights-1.safetensors: altered or cut off" in parts["weights"]["detail"]
+
+
+@pytest.mark.parametrize("name", list(RELEASES))
+def test_the_client_understands_the_commands_that_download(name: str) -> None:
+    """A word behind the first pattern would be taken for a file name, and that file alone downloaded."""
+    import click
+    import typer
+    from huggingface_hub.cli.download import download
+
+    app = typer.Typer()
+    app.command("download")(download)
+    command = typer.main.get_command(app)
+    for line, published in zip(registry.show_model(name)["download"], RELEASES[name].parts, strict=True):
+        program, verb, *words = shlex.split(line)
+        assert (program, verb) == ("hf", "download")
+        with click.Context(command):
+            given = command.make_context("download", words).params
+        assert given["repo_id"] == published.repository
+        assert not given["filenames"]
+        assert given["include"] == [f"{file}*" if file.endswith("/") else file for file in published.files]
+
+
+@pytest.mark.parametrize(
+    ("page", "name"),
+    [
+        ("wan.md", "wan2.1-t2v-1.3b"),
+        ("self-forcing.md", "self-forcing-1.3b"),
+        ("rolling-forcing.md", "rolling-forcing-1.3b"),
+        ("longvie2.md", "longvie2-14b"),
+    ],
+)
+def test_the_pages_show_the_commands_that_download(page: str, name: str) -> None:
+    text = (Path(__file__).parents[3] / "docs" / "backbones" / page).read_text()
+    words = " ".join(text.replace("\\\n", " ").split())
+    for command in registry.show_model(name)["download"]:
+        assert command in words

@@ -83,6 +83,18 @@ def test_names_of_the_true_files() -> None:
         assert ours in vae.state_dict()
 
 
+def test_latents_are_normalised_by_the_published_numbers() -> None:
+    config = make_wan_vae(TINY).config
+    assert config.latents_mean == [
+        *[-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508],
+        *[0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921],
+    ]
+    assert config.latents_std == [
+        *[2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743],
+        *[3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160],
+    ]
+
+
 def test_names_that_nobody_knows_stay_and_are_reported() -> None:
     assert vae_name("surplus.weight") == "surplus.weight"
     assert vae_name("decoder.surplus.weight") == "decoder.surplus.weight"

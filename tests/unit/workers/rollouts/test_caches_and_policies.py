@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tests.plain_rollouts import COLUMNS, FRAMES, ROWS, TINY, TOKENS, make_model
 from workers.assemble_policies import make_policy
+from workers.attention.ann_cross import AnnPromptAttention
 from workers.attention.dense import DenseAttention
 from workers.cache.dense import DenseCache
 from workers.cache.temporal_merge import MergeSettings, TemporalCache
@@ -27,6 +28,7 @@ from workers.metrics import Stopwatch
 from workers.model.attend import RolloutAttention
 from workers.model.backbones import Backbone, ControlBranchSizes
 from workers.model.control_branch import ControlBranch
+from workers.model.dit import AttendPrompt, attend_prompt_dense
 from workers.rollout import CleanChunk, Rollout, RolloutPlan
 from workers.rollouts.clip_inputs import ClipInputs, condition_of, control_of, project_clip_prompt
 from workers.rollouts.clipwise import ClipPlan, ClipwiseRollout
@@ -65,9 +67,11 @@ def chunk_roll(rolling: bool) -> Roll:
         control=lambda index: None,
     )
 
-    def roll(cache: KVCache, policy: AttentionPolicy | None = None) -> list[CleanChunk]:
-        kind = RollingWindowRollout if rolling else Rollout
-        return list(kind(model, attention_over(cache, TINY, policy), Stopwatch(CPU)).run(plan))
+    def roll(
+        cache: KVCache, policy: AttentionPolicy | None = None, attend_prompt: AttendPrompt = attend_prompt_dense
+    ) -> list[CleanChunk]:
+        kind, attention = RollingWindowRollout if rolling else Rollout, attention_over(cache, TINY, policy)
+        return list(kind(model, attention, Stopwatch(CPU), attend_prompt=attend_prompt).run(plan))
 
     return roll
 
@@ -93,9 +97,12 @@ def clip_roll() -> Roll:
     ]
     plan = ClipPlan(5, make_flow_schedule(3, 5.0), 1.0, lambda index, before: clips[index], remembers=True)
 
-    def roll(cache: KVCache, policy: AttentionPolicy | None = None) -> list[CleanChunk]:
+    def roll(
+        cache: KVCache, policy: AttentionPolicy | None = None, attend_prompt: AttendPrompt = attend_prompt_dense
+    ) -> list[CleanChunk]:
         attention = attention_over(cache, LONGVIE, policy)
-        return list(ClipwiseRollout(model, branch, attention, SdpaKernel(), Stopwatch(CPU)).run(plan))
+        rollout = ClipwiseRollout(model, branch, attention, SdpaKernel(), Stopwatch(CPU), attend_prompt)
+        return list(rollout.run(plan))
 
     return roll
 
@@ -156,4 +163,11 @@ def test_sparse_policies_see_less_and_stay_finite(roll: Roll, config: AttentionC
     assert all(bool(torch.isfinite(c.latents_BTCHW).all()) for c in sparse)
     assert sparse[-1].density < full[-1].density
     assert sparse[-1].kv_bytes == full[-1].kv_bytes
+    assert 1e-6 < worst(sparse, full) < 5
+
+
+def test_sparse_prompt_attention_goes_with_every_rollout(roll: Roll) -> None:
+    full = roll(DenseCache(TINY.num_layers))
+    sparse = roll(DenseCache(TINY.num_layers), None, AnnPromptAttention(make_search("exact"), num_buckets=3))
+    assert all(bool(torch.isfinite(c.latents_BTCHW).all()) for c in sparse)
     assert 1e-6 < worst(sparse, full) < 5
