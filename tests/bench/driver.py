@@ -159,9 +159,7 @@ def makespan(args: argparse.Namespace, folder: Path) -> None:
                     "taken over at the tail": spans.num_taken_back,
                 }
             )
-    report(
-        "driver_makespan", rows, "Simulated time; the driver knows neither the +-10% of single takes nor who is slow."
-    )
+    report("driver_makespan", rows, "Simulated; the driver knows neither the +-10% of single takes nor who is slow.")
 
 
 if __name__ == "__main__":
