@@ -20,7 +20,7 @@ from cluster.start import AUTH_HINT
 
 T = TypeVar("T")
 
-AGENT_TIMEOUT_S = 30.0
+AGENT_TIMEOUT_S = 90.0
 """A head that has just come up answers 500 "No available agent" until its agent has."""
 
 ClusterJobStatus = Literal["pending", "running", "stopped", "succeeded", "failed"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,15 @@ class SharesFlushes(Protocol):
         ...
 
 
+@runtime_checkable
+class MakesFolders(Protocol):
+    """A store that has to make folders for its objects."""
+
+    def remove_empty_folders(self) -> None:
+        """Remove those below the root that hold nothing, and the root, as far as nobody has put anything there."""
+        ...
+
+
 def put_in_order(store: ObjectStore, items: Sequence[tuple[str, bytes]]) -> int:
     """put_if_absent for each item in turn, ending before the first whose key exists; returns how many were written.
 
@@ -103,6 +113,11 @@ def put_in_order(store: ObjectStore, items: Sequence[tuple[str, bytes]]) -> int:
         if not store.put_if_absent(key, data):
             return count
     return len(items)
+
+
+def retries_of(store: ObjectStore) -> Counter[str]:
+    """Requests of this store that failed and were repeated so far, by code; none where that never happens."""
+    return Counter(getattr(store, "retries", {}))
 
 
 def open_store(url: str | Path) -> ObjectStore:
@@ -180,6 +195,8 @@ def probe_conditional_writes(store: ObjectStore) -> None:
         kept = store.get(key)
     finally:
         store.delete([key])
+        if isinstance(store, MakesFolders):
+            store.remove_empty_folders()
     if outcomes != (True, False) or kept != first:
         raise StoreUnsuitable(
             f"{store.url} ignores PUT If-None-Match:* (two conditional writes of one key gave {outcomes}). Nothing "

@@ -7,6 +7,7 @@ Payloads are opaque. The actor class is a plain class with this shape (checked b
         def load(self) -> Any: ...                 # slow; its value comes back as ActorReady.info
         def run(self, payload) -> Any: ...         # up to `max_in_flight` calls at once, in their own threads
         def progress(self) -> Any: ...             # answered while run() works; comes back as Heartbeat.progress
+        def withdraw(self, payload) -> None: ...   # give back what has not begun; its run() returns early
         def drain(self) -> None: ...               # finish the chunk in hand, take nothing new
         def close(self) -> None: ...               # release everything
 """
@@ -106,6 +107,10 @@ class Pool(Protocol):
 
     def poll(self, timeout_s: float) -> list[PoolEvent]:
         """Everything that has happened since the last poll; waits up to `timeout_s` for the first event."""
+        ...
+
+    def withdraw(self, actor_id: str, payload: Any) -> None:
+        """Call withdraw(payload) on it without waiting."""
         ...
 
     def drain(self, actor_id: str) -> None:

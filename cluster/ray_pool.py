@@ -36,7 +36,7 @@ from cluster.worker_host import Loaded, ProcessIdentity, WorkerHost
 
 log = logging.getLogger(__name__)
 
-Errand = Literal["identify", "load", "run", "progress", "drain", "close"]
+Errand = Literal["identify", "load", "run", "progress", "withdraw", "drain", "close"]
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,10 @@ class ActorPool:
                 self._events.clear()
                 return events
 
+    def withdraw(self, actor_id: str, payload: Any) -> None:
+        if actor_id in self._actors:
+            self._send(actor_id, "withdraw", "control", payload)
+
     def drain(self, actor_id: str) -> None:
         if actor_id in self._actors:
             self._send(actor_id, "drain", "control")
@@ -191,9 +195,9 @@ class ActorPool:
             options["label_selector"] = labels
         return options
 
-    def _send(self, actor_id: str, errand: Errand, group: str) -> None:
+    def _send(self, actor_id: str, errand: Errand, group: str, *arguments: Any) -> None:
         method = getattr(self._actors[actor_id].handle, errand)
-        self._watched[method.options(concurrency_group=group).remote()] = _Watch(actor_id, errand)
+        self._watched[method.options(concurrency_group=group).remote(*arguments)] = _Watch(actor_id, errand)
 
     def _ready(self) -> list[_Actor]:
         return [actor for actor in self._actors.values() if actor.is_ready]

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import secrets
+import signal
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -54,6 +55,10 @@ class LocalSize:
     num_cpus: float | None = None
     num_gpus: float | None = None
     object_store_bytes: int = 128 << 20  # rows and ids pass through it, never frames
+
+
+class _StartTimedOut(ClusterUnreachable):
+    pass
 
 
 class RayCluster:
@@ -176,6 +181,15 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def _start_local(size: LocalSize, with_dashboard: bool) -> RayCluster:
+    """Twice, because Ray gives its own processes 30 s to come up, which a busy machine may not keep."""
+    try:
+        return _start_once(size, with_dashboard)
+    except _StartTimedOut as error:
+        log.warning("%s; once more", error)
+        return _start_once(size, with_dashboard)
+
+
+def _start_once(size: LocalSize, with_dashboard: bool) -> RayCluster:
     start = time.monotonic()
     folder = OwnedFolder(FOLDER_PREFIX, SHORT_TMP if SHORT_TMP.is_dir() else None)
     try:
@@ -194,7 +208,8 @@ def _start_local(size: LocalSize, with_dashboard: bool) -> RayCluster:
             )
             log.info("local Ray cluster started in %.1f s; its logs are in %s", time.monotonic() - start, folder.path)
             return RayCluster(address, folder, undo.pop_all())
-    except ClusterUnreachable:
+    except BaseException:  # a signal, too, may end the wait
+        ray.shutdown()
         folder.remove()
         raise
 
@@ -204,8 +219,14 @@ def _init(what: str, **options: Any) -> str:
     try:
         ray.init(log_to_driver=False, configure_logging=False, **options)
     except (ConnectionError, RayError, RuntimeError, ValueError, OSError, SystemExit) as error:
+        if isinstance(error, SystemExit) and error.code == signal.SIGTERM:  # Ray has put its own handler before ours
+            raise KeyboardInterrupt from error
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ClusterUnreachable(f"cannot connect to {what}: {first_line}. {AUTH_HINT}") from error
+    except Exception as error:
+        if type(error) is not Exception:  # Ray has no type of its own for "timed out during startup"
+            raise
+        raise _StartTimedOut(f"cannot start {what}: {error}") from error
     return str(ray.get_runtime_context().gcs_address)
 
 

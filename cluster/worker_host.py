@@ -84,6 +84,9 @@ class WorkerHost:
     def progress(self) -> Any:
         return self._worker.progress()
 
+    def withdraw(self, payload: Any) -> None:
+        self._worker.withdraw(payload)
+
     def drain(self) -> None:
         self._worker.drain()
 

@@ -63,6 +63,11 @@ class GpuAccount:
     def spent(self, actor_id: str, cause: Cause, seconds: float) -> None:
         self._open[actor_id].spent[cause] += seconds
 
+    def finished(self, actor_id: str, gpu_s: float, upload_wait_s: float) -> None:
+        """A take is complete; it held the GPU for `gpu_s`, some of which it waited for encoder or store."""
+        self.spent(actor_id, "useful", max(0.0, gpu_s - upload_wait_s))
+        self.spent(actor_id, "upload_wait", min(gpu_s, upload_wait_s))
+
     def gone(self, actor_id: str, now: float, lost_as: Cause = "redone") -> float:
         """The actor is lost or stopped; returns the seconds of work lost with it, counted as `lost_as`."""
         meter = self._open.pop(actor_id)

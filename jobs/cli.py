@@ -1,7 +1,7 @@
 """The `longtake` command: one verb, one function called. Read verbs have `--json` and need the store alone.
 
 Exit codes: 0 all good, 1 our fault or a timeout, 2 usage (nothing was started), 3 some items failed, 4 stopped and
-resumable, 5 stopped by a budget, 75 infrastructure (try again).
+resumable, 75 infrastructure (try again).
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from jobs.errors import JobError, SpecError
 from jobs.export import export as export_job
 from jobs.flags import with_spec_flags
 from jobs.models import models
-from jobs.plan import JobPlan, make_plan
-from jobs.progress import duration_text
+from jobs.plan import JobPlan
+from jobs.preflight import plan_job
+from jobs.progress import duration_text, size_text
 from jobs.render import RunOptions
 from jobs.render import render as render_job
 from jobs.report import make_report, report_text
@@ -109,7 +110,7 @@ def _plan(
 ) -> None:
     """Check a job and say what it needs: videos, GPU hours, bytes, money. Starts nothing."""
     spec = build_spec(file=config, assignments=assignments or (), flags=values)
-    plan = make_plan(spec, gpu_s_per_frame=gpu_s_per_frame, like=like)
+    plan = plan_job(spec, gpu_s_per_frame=gpu_s_per_frame, like=like)
     if as_json:
         _print(plan.as_dict() | {"spec": spec.model_dump(mode="json")})
     else:
@@ -238,10 +239,11 @@ def export(
 @_explained
 def doctor(
     url: Annotated[str | None, typer.Argument(metavar="OUT", help="Where you want to write; is probed.")] = None,
+    address: Annotated[str | None, typer.Option("--address", help="Ray address of a cluster to look at.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Examine this machine and, if named, a store: is everything there that a render needs?"""
-    findings = examine(url)
+    """Examine this machine and, if named, a store and a cluster: is everything there that a render needs?"""
+    findings = examine(url, address)
     if as_json:
         _print({"good": all(f.is_good for f in findings), "findings": [f.as_dict() for f in findings]})
     else:
@@ -275,7 +277,7 @@ def _plan_text(plan: JobPlan) -> str:
         f"  {plan.num_frames} frames, {duration_text(plan.video_s)} of video, longest {plan.longest_frames} frames",
         f"  GPU hours left: {hours} (speed: {plan.rate_source}); wall time: {wall}",
         f"  cost: {'unknown' if plan.usd is None else f'${plan.usd:.2f}'}; "
-        f"storage: {'unknown' if plan.num_bytes is None else f'{plan.num_bytes / 1e9:.2f} GB'}",
+        f"storage: {'unknown' if plan.num_bytes is None else size_text(plan.num_bytes)}",
     ]
     return "\n".join(lines + [f"  note: {note}" for note in plan.notes])
 
@@ -292,7 +294,8 @@ def _status_text(found: JobStatus) -> str:
         lines.append("  failures: " + ", ".join(f"{count} {kind}" for kind, count in found.failures.items()))
     if found.driver is not None and not found.driver["released"]:
         driver = found.driver
-        lines.append(f"  driver: process {driver['pid']} on {driver['host']}, epoch {driver['epoch']}")
+        gone = ", gone" if found.state == "interrupted" else ""
+        lines.append(f"  driver: process {driver['pid']} on {driver['host']}, epoch {driver['epoch']}{gone}")
     if found.state in {"interrupted", "stopped"} and found.resume_command:
         lines.append(f"  go on with: {found.resume_command}")
     return "\n".join(lines)
@@ -305,7 +308,7 @@ def _verify_text(found: VerifyReport) -> str:
         f"{len(found.problems)} problems"
     )
     lines.append(
-        f"{found.num_orphans} files ({found.orphan_bytes / 1e6:.1f} MB) that nobody names, {found.num_swept} removed, "
+        f"{found.num_orphans} files ({size_text(found.orphan_bytes)}) that nobody names, {found.num_swept} removed, "
         f"{found.num_in_progress} still being made"
     )
     return "\n".join(lines)

@@ -6,6 +6,7 @@ Evolution: columns are only ever added, and all are nullable; a golden file of e
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import get_args
 
@@ -116,8 +117,37 @@ COLUMNS: tuple[Column, ...] = tuple(
     )
 )  # fmt: skip
 
+CHUNK_COLUMNS: tuple[Column, ...] = tuple(
+    Column("chunk", *row)
+    for row in (
+        ("task_id", _S, "", "The take: item_id, a dash, sample_index."),
+        ("attempt", _S, "", "Lease epoch and number of the attempt, as in the name of its video."),
+        ("node_id", _S, "", "Machine in the cluster."),
+        ("chunk_index", _I32, "", "Which chunk of the take, from 0."),
+        ("seconds", _F64, "s", "From the end of the chunk before to the end of this one, pictures included."),
+        ("kv_bytes", _I64, "bytes", "Size of the KV cache after the chunk."),
+        ("density", _F32, "", "Attended pairs / dense pairs; null if not measured."),
+        ("recall", _F32, "", "Estimated dense softmax mass on what was kept; null if not measured."),
+        ("guard", _S, "", "What the quality guard did after it: tightened, relaxed, dense (made again); or null."),
+        ("finished_at", TIMESTAMP, "UTC", "When the take was complete."),
+    )
+)  # fmt: skip
+"""One row per chunk of a finished take."""
+
+CHUNK_SCHEMA = pa.schema([pa.field(column.name, column.type) for column in CHUNK_COLUMNS])
 COLUMN_NAMES = frozenset(column.name for column in COLUMNS)
 SCHEMA = pa.schema([pa.field(column.name, column.type) for column in COLUMNS])
+
+
+CLOSING_RECORDS = """# Closing records
+
+JSON at the job's root. `_SUCCESS` exists while every item is succeeded or finally given up, and holds `job_id`,
+`succeeded`, `failed`, `rejected`, `failures` (count by error_type), `num_parts` and `finished_at`.
+
+`_result.json` is the outcome of the last run, whatever it was: `exit_code`, `status` (succeeded, items_failed, stopped,
+broken), `reason`, `is_resumable`, `counts` (as in `_SUCCESS`), `gpu_seconds` by cause (useful, load, redone, failed,
+idle, upload_wait; they add up to `held_s`), `run_succeeded` (videos of this run), `elapsed_s`, `epoch`, `started_at`,
+`finished_at`, `job_id`, `manifest` (the glob to read), `code_version` and `render_fingerprint`."""
 
 
 def reference_page() -> str:
@@ -137,13 +167,18 @@ def reference_page() -> str:
         "that it covers) and `longtake.epoch` (of the driver that wrote it).",
     ]
     for group in dict.fromkeys(column.group for column in COLUMNS):
-        lines += ["", f"## {group.capitalize()}", "", "| column | type | unit | meaning |", "|---|---|---|---|"]
-        lines += [
-            f"| `{column.name}` | {column.type} | {column.unit or '-'} | {column.meaning} |"
-            for column in COLUMNS
-            if column.group == group
-        ]
+        lines += ["", f"## {group.capitalize()}", "", *_table(column for column in COLUMNS if column.group == group)]
+    lines += ["", "# Chunk metrics", ""]
+    lines += [
+        "`metrics/part-*.parquet` holds one row per chunk of every finished take; it decides nothing and may be lost."
+    ]
+    lines += ["", *_table(CHUNK_COLUMNS), "", CLOSING_RECORDS]
     return "\n".join(lines) + "\n"
+
+
+def _table(columns: Iterable[Column]) -> list[str]:
+    head = ["| column | type | unit | meaning |", "|---|---|---|---|"]
+    return head + [f"| `{c.name}` | {c.type} | {c.unit or '-'} | {c.meaning} |" for c in columns]
 
 
 if __name__ == "__main__":

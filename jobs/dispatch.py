@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
-from jobs.fleet import Actor
+from jobs.fleet import Actor, Call
 from jobs.limits import Limits
 from jobs.scheduling import Backlog, CostModel, OpenTask, WaitingRoom, may_queue_behind, next_shard
+
+WORTH_TAKING_BACK_S = 1.0
+"""Predicted work of a call below which the question would take longer than what it saves."""
 
 
 class Dispatcher:
@@ -25,6 +28,11 @@ class Dispatcher:
 
     def __len__(self) -> int:
         return len(self._backlog) + len(self._waiting) + len(self._isolated)
+
+    @property
+    def has_ready(self) -> bool:
+        """Is there a task that could be given out at this moment?"""
+        return bool(self._backlog) or bool(self._isolated)
 
     @property
     def next_try_at(self) -> float | None:
@@ -61,6 +69,26 @@ class Dispatcher:
                 if depth and not self._may_wait_at(actor, now, len(ready) + num_loading):
                     continue
                 yield actor, next_shard(self._backlog, self.model, self._limits, len(ready))
+
+    def calls_to_take_back(self, actors: list[Actor], now: float) -> Iterator[tuple[Actor, Call]]:
+        """At the tail: calls that wait behind a running one while somebody else has nothing to do."""
+        if self.has_ready:
+            return
+        num_idle = sum(1 for actor in actors if actor.can_take() and not actor.calls and not actor.is_reserved)
+        num_idle -= sum(call.is_withdrawn for actor in actors for call in actor.calls.values())
+        if num_idle <= 0:
+            return
+        for actor in sorted(actors, key=lambda actor: -actor.rest_s(now)):
+            call = actor.waiting_call()
+            if call is not None and self._is_worth_taking_back(call):
+                yield actor, call
+                num_idle -= 1
+                if not num_idle:
+                    return
+
+    def _is_worth_taking_back(self, call: Call) -> bool:
+        left_s = sum(self.model.predict(task.planned.num_frames) for task in call.tasks)
+        return not self.model.is_known or left_s >= WORTH_TAKING_BACK_S
 
     def _may_wait_at(self, actor: Actor, now: float, num_actors: int) -> bool:
         rest = actor.rest_s(now) if self.model.is_known else self.model.weigh(actor.num_frames)

@@ -12,6 +12,7 @@ from typing import Any
 
 from cluster.errors import ClusterError
 from cluster.object_store import open_store, probe_conditional_writes
+from cluster.start import connect
 from jobs.plan import BUNDLED_WEIGHTS
 from jobs.weights import WEIGHTS_CARD
 
@@ -31,8 +32,8 @@ class Finding:
         return asdict(self)
 
 
-def examine(url: str | None = None) -> list[Finding]:
-    """Look at this machine and, if named, try the store that a job would write to."""
+def examine(url: str | None = None, address: str | None = None) -> list[Finding]:
+    """Look at this machine and, if named, try the store that a job would write to, and the cluster it would run on."""
     findings = [
         Finding("python", sys.version_info >= (3, 11), f"{platform.python_version()}, needed: 3.11 or newer"),
         *(_package(name) for name in PACKAGES),
@@ -40,7 +41,9 @@ def examine(url: str | None = None) -> list[Finding]:
         _disk(),
     ]
     if url is not None:
-        findings.append(_tried("store", url, lambda: probe_conditional_writes(open_store(url))))
+        findings.append(_tried("store", lambda: _probe(url)))
+    if address is not None:
+        findings.append(_tried("cluster", lambda: _offers(address)))
     return findings
 
 
@@ -61,9 +64,19 @@ def _disk() -> Finding:
     return Finding("temporary disk", free > MIN_FREE_GB, f"{free:.1f} GB free, wanted: {MIN_FREE_GB}")
 
 
-def _tried(name: str, url: str, act: Callable[[], None]) -> Finding:
+def _probe(url: str) -> str:
+    probe_conditional_writes(open_store(url))
+    return f"{url} honours conditional writes"
+
+
+def _offers(address: str) -> str:
+    with connect(address) as cluster:
+        found = cluster.resources()
+    return f"{address} offers {found.get('CPU', 0):g} CPUs and {found.get('GPU', 0):g} GPUs now"
+
+
+def _tried(name: str, act: Callable[[], str]) -> Finding:
     try:
-        act()
+        return Finding(name, True, act())
     except (ClusterError, ValueError, OSError) as error:
         return Finding(name, False, str(error))
-    return Finding(name, True, f"{url} honours conditional writes")

@@ -42,6 +42,7 @@ class Driver:
     Args:
         open_pool: Called at the first task that has to be rendered, never if there is none.
         takeover: Take the job from a living driver.
+        stop: Asked whether to stop; signals count there while it runs.
         on_progress: Called from the loop about every `progress_interval_s`.
     """
 
@@ -54,10 +55,11 @@ class Driver:
         *,
         clock: Clock | None = None,
         takeover: bool = False,
+        stop: StopSwitch | None = None,
         on_progress: Callable[[JobView], None] | None = None,
         progress_interval_s: float = 1.0,
     ) -> None:
-        self.stop = StopSwitch()
+        self.stop = stop or StopSwitch()
         self.epoch: int | None = None
         """Of the lease, once `run` has it; other threads may look."""
         self._inputs = inputs

@@ -6,6 +6,7 @@ JobError                      exit code
 ├── SpecChanged          2    the job was begun with other pixels; carries the diff
 ├── LeaseHeld           75    another driver holds the job
 ├── LeaseLost           75    another driver has taken the job over: stop writing
+├── StoppedBeforeStart   4    a signal came before the first take was given out; the same command goes on
 └── JournalBroken        1    the store's record contradicts itself: a defect of ours, never repaired silently
 """
 
@@ -34,6 +35,10 @@ class LeaseHeld(JobError):
 
 class LeaseLost(JobError):
     exit_code = 75
+
+
+class StoppedBeforeStart(JobError):
+    exit_code = 4
 
 
 class JournalBroken(JobError):

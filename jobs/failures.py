@@ -1,15 +1,16 @@
-"""What follows a failure: another try, when and how, or none; and when a node or the whole job should stop. Pure."""
+"""What follows a failure: another try, when and how, or none; and when the whole job should stop. Pure."""
 
 from __future__ import annotations
 
 import random
-from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from jobs.limits import Limits
 from workers.task import FailureKind, RenderFailure
 
 INFRASTRUCTURE: frozenset[FailureKind] = frozenset({"upload", "actor_died", "preempted_exhausted"})
+PREEMPTED = ("preempted", "node_lost", "unavailable", "killed")
+"""Causes of a loss for which no task can be to blame."""
 MAX_NAN_TRIES = 2  # once more in float32; the numbers of a third try would be the same
 EXIT_BROKEN, EXIT_TEMPFAIL = 1, 75
 
@@ -131,31 +132,3 @@ class CircuitBreaker:
         if self.limits.max_failures is not None and self.num_failed >= self.limits.max_failures:
             return EXIT_BROKEN, f"{self.num_failed} items failed, as many as limits.max_failures allows"
         return None
-
-
-@dataclass
-class NodeBlocklist:
-    """A node at which different items fail, with no success between, gets no more work: if another node is known."""
-
-    num_items: int
-    blocked: set[str] = field(default_factory=set)
-    _known: set[str] = field(default_factory=set)
-    _failed: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
-
-    def knows(self, node_id: str) -> None:
-        """An actor came up there."""
-        self._known.add(node_id)
-
-    def succeeded(self, node_id: str) -> None:
-        self._failed.pop(node_id, None)
-
-    def failed(self, node_id: str, item_id: str, kind: FailureKind) -> bool:
-        """Count a failure; True if the node is blocked by it. What the prompt or the picture is to blame for is not."""
-        if kind in ("invalid_input", "quality"):
-            return False
-        self._failed[node_id].add(item_id)
-        others = self._known - self.blocked - {node_id}
-        if len(self._failed[node_id]) < self.num_items or not others or node_id in self.blocked:
-            return False
-        self.blocked.add(node_id)
-        return True

@@ -8,15 +8,16 @@ besides.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 import yaml
 
 from jobs.spec import JobSpec
-from jobs.spec_text import FieldPath, models_in
+from jobs.spec_text import FieldPath, build_spec, models_in
 
 SHORT_NAMES: dict[FieldPath, str] = {
     ("render", "video", "width"): "--width",
@@ -30,6 +31,7 @@ SHORT_NAMES: dict[FieldPath, str] = {
     ("actors", "count"): "--actors",
     ("cluster", "address"): "--address",
 }
+DEPENDS = " Default: depends on the kind."
 ARGUMENT: FieldPath = ("prompts", "url")
 """The one field that is a positional argument of the command."""
 
@@ -48,7 +50,7 @@ class SpecFlag:
     is_mixed: bool = False
 
     def read(self, value: Any) -> Any:
-        """The given value; a field that takes a number or a word (`auto`) is read as YAML."""
+        """The given value; a field that takes a number or a word (`auto`), or a list, is read as YAML."""
         return yaml.safe_load(value) if self.is_mixed and isinstance(value, str) else value
 
 
@@ -82,13 +84,20 @@ def _flag(path: FieldPath, annotation: Any, text: str, default: Any) -> SpecFlag
     if path in SHORT_NAMES:
         names.insert(0, SHORT_NAMES[path])
     kind, choices = _kind(annotation)
-    mixed = kind is str and not choices and int in get_args(annotation)
+    mixed = kind is str and not choices and not _is_text(annotation)
     return SpecFlag(path, "_".join(path), tuple(names), kind, choices, text or "Which variant.", default, mixed)
 
 
 def _merged(a: SpecFlag, b: SpecFlag) -> SpecFlag:
     choices = tuple(dict.fromkeys(a.choices + b.choices))
-    return SpecFlag(a.path, a.parameter, a.names, a.kind, choices, a.help, a.default)
+    if choices or a.default == b.default:
+        return replace(a, choices=choices)
+    return replace(a, help=a.help.removesuffix(DEPENDS) + DEPENDS, default=None)
+
+
+def _is_text(annotation: Any) -> bool:
+    """Can nothing but text stand there?"""
+    return all(part in (str, type(None)) for part in get_args(annotation) or (annotation,))
 
 
 def _kind(annotation: Any) -> tuple[Any, tuple[str, ...]]:
@@ -130,20 +139,33 @@ def with_spec_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def arguments_of(spec: JobSpec) -> list[str]:
-    """The shortest command line that gives this spec: PROMPTS, then a flag for each value that is not the default."""
+    """A short command line that gives this spec: PROMPTS, a flag for each value that is not the default.
+
+    What flags cannot say, such as a null where a policy has set a value, stands behind `--set`.
+    """
     dumped = spec.model_dump(mode="json")
     arguments = [spec.prompts.url]
+    given: dict[FieldPath, Any] = {ARGUMENT: spec.prompts.url}
     for flag in spec_flags():
-        value: Any = dumped
-        for name in flag.path:
-            value = value.get(name) if isinstance(value, dict) else None
+        value = _at(dumped, flag.path)
         if flag.path == ARGUMENT or value is None or value == flag.default:
             continue
+        given[flag.path] = value
         if flag.kind is bool:
             arguments.append(flag.names[0] if value else f"--no-{flag.names[0][2:]}")
         else:
-            arguments += [flag.names[0], str(value)]
+            arguments += [flag.names[0], json.dumps(value) if isinstance(value, list) else str(value)]
+    rebuilt = build_spec(flags=given).model_dump(mode="json")
+    for flag in spec_flags():
+        if flag.path not in given and _at(rebuilt, flag.path) != _at(dumped, flag.path):
+            arguments += ["--set", f"{'.'.join(flag.path)}={json.dumps(_at(dumped, flag.path))}"]
     return arguments
+
+
+def _at(dumped: Any, path: FieldPath) -> Any:
+    for name in path:
+        dumped = dumped.get(name) if isinstance(dumped, dict) else None
+    return dumped
 
 
 def _annotation(flag: SpecFlag) -> Any:

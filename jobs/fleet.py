@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jobs.limits import Limits
+from jobs.places import Place
 from jobs.scheduling import OpenTask
 from workers.task import ActorInfo, Progress
 
@@ -21,6 +22,12 @@ class Call:
     tasks: list[OpenTask]
     submitted_at: float
     predicted_s: float
+    is_withdrawn: bool = False
+    """It was asked back; what had begun by then is finished nevertheless."""
+
+    def attempts(self, epoch: int) -> tuple[tuple[str, str], ...]:
+        """Its tasks as the actor knows them."""
+        return tuple((task.task_id, task.attempt(epoch).attempt) for task in self.tasks)
 
 
 @dataclass(slots=True)
@@ -35,6 +42,8 @@ class Actor:
     is_draining: bool = False
     is_reserved: bool = False
     """It takes nothing more until it is empty; then a task runs alone on it."""
+    is_parked: bool = False
+    """It keeps its GPU, at which too much has failed, from everybody else, and gets no work itself."""
     doom: Doom | None = None
     culprit: str | None = None
     calls: dict[str, Call] = field(default_factory=dict)
@@ -50,7 +59,11 @@ class Actor:
 
     def can_take(self) -> bool:
         """Is it up, and will it stay?"""
-        return self.is_ready and not self.is_draining and self.doom is None
+        return self.is_ready and not self.is_draining and not self.is_parked and self.doom is None
+
+    @property
+    def place(self) -> Place:
+        return Place(self.node_id, "" if self.info is None else self.info.gpu_id)
 
     def tasks(self) -> Iterator[OpenTask]:
         for call in self.calls.values():
@@ -68,7 +81,8 @@ class Actor:
 
     def end(self, call_id: str, now: float) -> Call | None:
         """Take a finished call out; None if it is not ours (its actor was lost before)."""
-        self.moved_at = self.task_since = now
+        if (oldest := self.oldest) is not None and oldest.call_id == call_id:  # else the one in hand goes on
+            self.moved_at = self.task_since = now
         return self.calls.pop(call_id, None)
 
     def heard(self, progress: Any, now: float) -> None:
@@ -87,6 +101,14 @@ class Actor:
             return 0.0
         first_s = max(oldest.predicted_s - (now - oldest.submitted_at), 0.1 * oldest.predicted_s)
         return first_s + sum(call.predicted_s for call in self.calls.values() if call is not oldest)
+
+    def waiting_call(self) -> Call | None:
+        """The newest call that is not known to have begun and was not asked back yet."""
+        running = self.running_task()
+        for call in reversed(self.calls.values()):
+            if call is not self.oldest and not call.is_withdrawn and all(t.task_id != running for t in call.tasks):
+                return call
+        return None
 
     def suspects(self) -> list[OpenTask]:
         """Tasks that may have been running: those of the oldest call, and of the call that it last spoke of."""
@@ -118,3 +140,10 @@ class Actor:
         if now - self.task_since > limits.task_timeout_s:
             return f"a task runs longer than {limits.task_timeout_s:g} s"
         return None
+
+
+def num_missing(actors: Iterable[Actor], num_wanted: int, num_queued: int) -> int:
+    """How many more actors there is work for, at most `num_wanted` in all; a parked one holds its place."""
+    staying = [actor for actor in actors if not actor.is_draining and actor.doom is None]
+    num_taken = sum(1 for actor in staying if actor.calls or actor.is_parked)
+    return min(num_wanted, num_taken + num_queued) - len(staying)

@@ -25,6 +25,7 @@ from jobs.messages import (
     StopRequested,
     Submit,
     TaskOffered,
+    Withdraw,
 )
 from jobs.outcome import EXIT_STOPPED, JobInputs, SourceRow, id_of
 from jobs.prompt_row import Rejected
@@ -142,13 +143,16 @@ class Loop:
             commands = self.state.handle(spawned, self._clock.monotonic()) if spawned else []
         return None
 
-    def _command_pool(self, command: Spawn | Submit | Drain | Kill) -> list[OwnEvent]:
+    def _command_pool(self, command: Spawn | Submit | Withdraw | Drain | Kill) -> list[OwnEvent]:
         if self.pool is None:
             self.pool = self._open_pool()
         if isinstance(command, Submit):
             self.pool.submit(command.actor_id, command.call_id, list(command.tasks))
         elif isinstance(command, Spawn):
             return [ActorSpawned(self.pool.spawn(avoid_nodes=command.avoid_nodes))]
+        elif isinstance(command, Withdraw):
+            logger.info("taking back what has not begun", extra={"actor": command.actor_id, "tasks": command.attempts})
+            self.pool.withdraw(command.actor_id, command.attempts)
         elif isinstance(command, Kill):
             logger.warning("ending actor", extra={"actor": command.actor_id, "why": command.reason})
             self.pool.kill(command.actor_id)
@@ -167,11 +171,17 @@ class Loop:
                 self._inputs.on_result(result, command.attempt.shard)
             self._committer.submit(success_row(facts, command.task, result, command.attempt, now))
             return
-        logger.warning("task given up", extra={"task": command.task.task_id, "kind": command.kind})
+        logger.warning("task given up", extra=_facts(command) | {"kind": command.kind, "why": command.message})
         self._committer.submit(failure_row(facts, command.task, command.kind, command.message, command.attempt, now))
 
     def _now(self) -> str:
         return self._clock.utc_now().isoformat()
+
+    def _note(self, now: float) -> str:
+        left_s = self.state.stops_in_s(now)
+        if left_s is None:
+            return ""
+        return f"stopping, at most {left_s:.0f} s for what is in hand; once more ends it now"
 
     def view(self) -> JobView:
         """How it stands."""
@@ -192,4 +202,12 @@ class Loop:
             run_video_s=self._video_s,
             gpu_seconds=state.account.seconds(now),
             actors=tuple(actor_view(actor) for actor in state.actors.values()),
+            note=self._note(now),
         )
+
+
+def _facts(command: CommitSuccess | CommitFailure) -> dict[str, object]:
+    """What every log line about a task says."""
+    task, attempt = command.task, command.attempt
+    name = f"e{attempt.epoch}a{attempt.number}"
+    return {"item": task.item_id, "task": task.task_id, "shard": attempt.shard, "attempt": name}

@@ -68,6 +68,15 @@ class Submit:
 
 
 @dataclass(frozen=True, slots=True)
+class Withdraw:
+    """Take a call back, as far as it has not begun."""
+
+    actor_id: str
+    attempts: tuple[tuple[str, str], ...]
+    """Task id and attempt of each."""
+
+
+@dataclass(frozen=True, slots=True)
 class Drain:
     actor_id: str
 
@@ -101,4 +110,4 @@ class Finish:
     reason: str
 
 
-Command = Spawn | Submit | Drain | Kill | CommitSuccess | CommitFailure | Finish
+Command = Spawn | Submit | Withdraw | Drain | Kill | CommitSuccess | CommitFailure | Finish

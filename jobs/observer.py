@@ -8,6 +8,8 @@ from __future__ import annotations
 import io
 import logging
 import threading
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -16,30 +18,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.errors import StoreError
-from cluster.object_store import ObjectStore
+from cluster.object_store import ObjectStore, retries_of
 from cluster.telemetry import Telemetry
 from jobs.accounting import CAUSES
-from jobs.columns import TIMESTAMP
+from jobs.columns import CHUNK_SCHEMA
 from jobs.view import JobView
 from workers.task import RenderResult
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "metrics/"
-CHUNK_SCHEMA = pa.schema(
-    [
-        ("task_id", pa.string()),
-        ("attempt", pa.string()),
-        ("node_id", pa.string()),
-        ("chunk_index", pa.int32()),
-        ("seconds", pa.float64()),
-        ("kv_bytes", pa.int64()),
-        ("density", pa.float32()),
-        ("recall", pa.float32()),
-        ("finished_at", TIMESTAMP),
-    ]
-)
-"""One row per chunk of a finished take; `finished_at` is that of the take."""
 
 
 class ChunkMetricsWriter:
@@ -93,8 +81,12 @@ class _Shown:
 class TelemetryFeed:
     """Turns results and views into the metrics of cluster/telemetry.py."""
 
-    def __init__(self, telemetry: Telemetry, usd_per_gpu_hour: float | None = None) -> None:
+    def __init__(
+        self, telemetry: Telemetry, usd_per_gpu_hour: float | None = None, store: ObjectStore | None = None
+    ) -> None:
         self.telemetry = telemetry
+        self._store = store
+        self._retries: Counter[str] = Counter()
         self._rate = usd_per_gpu_hour
         self._base: JobView | None = None
         self._shown = _Shown()
@@ -115,6 +107,7 @@ class TelemetryFeed:
             out.gauge("longtake_attention_density", result.attn_density_mean)
         if result.attn_recall_probe is not None:
             out.gauge("longtake_attention_recall", result.attn_recall_probe)
+        self._count_retries(result.store_retries)
         for action, num in (("tightened", result.guard_tightened), ("dense", result.guard_dense_chunks)):
             if num is not None:
                 out.count("longtake_guard_chunks_total", num, action=action)
@@ -140,7 +133,15 @@ class TelemetryFeed:
             out.gauge("longtake_eta_seconds", eta_s)
         if view.elapsed_s > 0:
             out.gauge("longtake_realtime_factor", view.run_video_s / view.elapsed_s)
+        if self._store is not None:
+            now = retries_of(self._store)
+            self._count_retries(now - self._retries)
+            self._retries = now
         if self._rate is not None:
             usd = sum(view.gpu_seconds.values()) * self._rate / 3600
             out.count("longtake_usd_total", max(0.0, usd - shown.usd))
             shown.usd = max(usd, shown.usd)
+
+    def _count_retries(self, retries: Mapping[str, int]) -> None:
+        for code, number in retries.items():
+            self.telemetry.count("longtake_s3_retries_total", number, code=code)

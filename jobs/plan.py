@@ -65,20 +65,25 @@ class JobPlan:
 
 
 def make_plan(
-    spec: JobSpec, *, gpu_s_per_frame: float | None = None, like: str | None = None, num_actors: int | None = None
+    spec: JobSpec,
+    scan: PromptScan | None = None,
+    *,
+    gpu_s_per_frame: float | None = None,
+    like: str | None = None,
+    num_actors: int | None = None,
 ) -> JobPlan:
-    """Read the whole list and work out what it asks for.
+    """Work out what a list asks for.
 
     Args:
         spec: The job.
+        scan: What was found in its list; it is read if that is not known yet.
         gpu_s_per_frame: Speed, if the user knows it.
         like: Root of an earlier job to measure the speed on.
         num_actors: For the wall time; else what the spec says.
     Raises:
         PromptsError: The list cannot be used.
     """
-    check_model(spec)
-    scan = scan_prompts(spec.source, spec.task_defaults)
+    scan = scan or scan_prompts(spec.source, spec.task_defaults)
     notes = [*spec.warnings(), *_bad_rows(scan)]
     rate = _find_rate(spec, gpu_s_per_frame, like, notes)
     num_done = _num_done(open_store(spec.job_url))

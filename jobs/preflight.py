@@ -12,7 +12,7 @@ from cluster.object_store import ObjectStore, open_store, probe_conditional_writ
 from jobs.commit import read_json
 from jobs.errors import SpecError
 from jobs.job_record import JOB_KEY, check_same_pixels
-from jobs.plan import check_model
+from jobs.plan import JobPlan, check_model, make_plan
 from jobs.prompts import PromptScan, scan_prompts
 from jobs.replay import Replay
 from jobs.spec import JobSpec
@@ -55,6 +55,16 @@ def check_before_start(spec: JobSpec, *, is_ray_job: bool) -> Preflight:
     scan = scan_prompts(spec.source, spec.task_defaults, is_settled=replay.ledger.is_settled)
     _usable("out", lambda: probe_conditional_writes(store))
     return Preflight(store, scan, replay, weights)
+
+
+def plan_job(spec: JobSpec, *, gpu_s_per_frame: float | None = None, like: str | None = None) -> JobPlan:
+    """Everything that `render` would refuse is refused, the rest is sized; nothing is started, nothing stays written.
+
+    Raises:
+        As `check_before_start`.
+    """
+    found = check_before_start(spec, is_ray_job=False)
+    return make_plan(spec, found.scan, gpu_s_per_frame=gpu_s_per_frame, like=like)
 
 
 def _refuse_relative(field: str, url: str) -> None:

@@ -98,6 +98,13 @@ def duration_text(seconds: float | None) -> str:
     return f"{seconds // 60} min {seconds % 60:02d} s" if seconds >= 60 else f"{seconds} s"
 
 
+def size_text(num_bytes: float) -> str:
+    """`1.25 GB`, `3.4 MB`, `12 kB`."""
+    if num_bytes >= 1e9:
+        return f"{num_bytes / 1e9:.2f} GB"
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.0f} kB"
+
+
 def progress_line(progress: JobProgress, rate: FrameRate) -> str:
     """All of it in one line, for logs."""
     total = "?" if progress.num_tasks is None else str(progress.num_tasks)
@@ -131,11 +138,13 @@ class LineDisplay:
         self._rate = FrameRate(clock)
         self._last_s: float | None = None
         self._pending: JobProgress | None = None
+        self._noted = False
 
     def update(self, progress: JobProgress) -> None:
         self._rate.add(progress.frames_done)
-        self._pending = progress
-        if self._last_s is None or self._clock() - self._last_s >= self._interval_s:
+        is_news = bool(progress.note) and not self._noted
+        self._pending, self._noted = progress, bool(progress.note)
+        if is_news or self._last_s is None or self._clock() - self._last_s >= self._interval_s:
             self._write()
 
     def close(self) -> None:

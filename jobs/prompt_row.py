@@ -17,7 +17,7 @@ from decimal import Decimal
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from workers.task import PromptSegment
+from workers.task import PromptSegment, prompt_text
 
 RejectKind = Literal[
     "duplicate_id",
@@ -41,7 +41,6 @@ MAX_EXTRA_CHARS = 65_536
 # Dots would split a sample's name in webdataset, slashes move an object, a leading "_" hides it from readers.
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\Z")
 _RESERVED_IDS = frozenset({"con", "prn", "aux", "nul"} | {f"{d}{n}" for d in ("com", "lpt") for n in range(1, 10)})
-_SEGMENTS_BEGIN = '[{"frame":'
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 
 
@@ -62,18 +61,8 @@ class Prompt:
 
     @property
     def text(self) -> str:
-        """What stands in the manifest: the prompt, or the segments as JSON; `segments_of` is the way back."""
-        first = self.segments[0].prompt
-        if len(self.segments) == 1 and not first.startswith(_SEGMENTS_BEGIN):
-            return first
-        return json.dumps([s.model_dump() for s in self.segments], ensure_ascii=False, separators=(",", ":"))
-
-
-def segments_of(text: str) -> tuple[PromptSegment, ...]:
-    """The segments behind a manifest's prompt column."""
-    if not text.startswith(_SEGMENTS_BEGIN):
-        return (PromptSegment(frame=0, prompt=text),)
-    return tuple(PromptSegment.model_validate(part) for part in json.loads(text))
+        """What stands in the manifest; `segments_of` is the way back."""
+        return prompt_text(self.segments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +115,10 @@ def read_row(line: int, row: Mapping[str, Any], limits: RowLimits) -> Prompt | R
 
 
 def _checked(line: int, row: Mapping[str, Any], limits: RowLimits) -> Prompt:
-    segments = _segments(row.get("prompt"), limits)
+    if row.get("prompt") is None:
+        found = ", ".join(ascii(name)[1:-1] for name in itertools.islice(row, 5)) or "nothing"
+        raise RowError("empty_prompt", f"prompt is missing (found: {found[:200]})")
+    segments = _segments(row["prompt"], limits)
     negative = row.get("negative_prompt")
     negative = "" if negative is None else _text(negative, "negative_prompt", limits)
     seed = _integer(row.get("seed"), "seed", 0, 2**63 - 1)
@@ -182,8 +174,6 @@ def _control(value: Any) -> str | None:
 
 
 def _segments(value: Any, limits: RowLimits) -> tuple[PromptSegment, ...]:
-    if value is None:
-        raise RowError("empty_prompt", "prompt is missing")
     if isinstance(value, str):
         return (PromptSegment(frame=0, prompt=_prompt_text(value, limits)),)
     if not isinstance(value, list):

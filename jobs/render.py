@@ -21,7 +21,7 @@ from cluster.log_lines import set_up_logging
 from cluster.object_store import ObjectStore
 from cluster.start import ray_job_id
 from cluster.telemetry import Telemetry
-from jobs.commit import MANIFEST, PartSeries
+from jobs.commit import MANIFEST, QUARANTINE, PartSeries
 from jobs.driver import Driver
 from jobs.errors import JobError
 from jobs.flags import arguments_of
@@ -39,6 +39,7 @@ from jobs.rows import JobFacts
 from jobs.shards import PlannedTask, plan_tasks
 from jobs.spec import JobSpec
 from jobs.stop_request import is_stop_requested
+from jobs.stopping import StopSwitch, stopped_at_once
 from jobs.view import JobView
 from workers.task import RenderResult
 
@@ -71,17 +72,22 @@ def render(spec: JobSpec, options: RunOptions | None = None) -> int:
     set_up_logging(json_lines=options.json_logs, verbose=options.verbose, facts={"job": spec.job_id})
     for warning in spec.warnings():
         print(f"warning: {warning}", file=sys.stderr)
-    found = check_before_start(spec, is_ray_job=ray_job_id() is not None)
-    spec = spec.with_absolute_paths()
-    print(_found_text(spec, found))
-    if options.dry_run:
-        return 0
-    resume = resume_command(spec)
-    begin_record(found.store, spec, found.scan, found.weights)
-    note_run(found.store, spec, found.scan, resume)
-    print(f"to go on after a stop or a crash: {resume}", flush=True)
-    outcome = _run(spec, found, options)
-    print(_end_text(found.store, outcome, with_sheet=options.with_sheet))
+    stop = StopSwitch()
+    with stop.on_signals():
+        with stopped_at_once():
+            found = check_before_start(spec, is_ray_job=ray_job_id() is not None)
+            spec = spec.with_absolute_paths()
+            print(_found_text(spec, found), flush=True)
+            if options.dry_run:
+                return 0
+            resume = resume_command(spec)
+            begin_record(found.store, spec, found.scan, found.weights)
+            note_run(found.store, spec, found.scan, resume)
+            print(f"to go on after a stop or a crash: {resume}", flush=True)
+            if found.scan.num_open:
+                print(f"{found.scan.num_open} left to do; waiting for Ray and its actors ...", flush=True)
+        outcome = _run(spec, found, options, stop)
+        print(_end_text(found.store, outcome, with_sheet=options.with_sheet))
     if not outcome.is_complete:
         print(f"{outcome.reason}; go on with: {resume}")
     if outcome.exit_code == EXIT_ITEMS_FAILED and spec.exit_zero_on_item_failures:
@@ -95,18 +101,19 @@ def resume_command(spec: JobSpec) -> str:
     return shlex.join([*program, *arguments_of(spec)])
 
 
-def _run(spec: JobSpec, found: Preflight, options: RunOptions) -> Outcome:
+def _run(spec: JobSpec, found: Preflight, options: RunOptions, stop: StopSwitch) -> Outcome:
     if not found.scan.num_open and is_closed(found.store, found.replay):
         ledger = found.replay.ledger
         return Outcome(exit_code(ledger, spec.allowed_failures), "nothing is left to do", ledger.summary())
     frames_before = _committed_frames(found.store, found.replay)
     with ExitStack() as stack:
-        ground = stack.enter_context(
-            open_ground(spec, found.store.url, num_tasks=found.scan.num_tasks, start_now=found.scan.num_open > 0)
-        )
+        with stopped_at_once():  # a cluster takes its time to come up
+            ground = stack.enter_context(
+                open_ground(spec, found.store.url, num_tasks=found.scan.num_tasks, start_now=found.scan.num_open > 0)
+            )
         display = stack.enter_context(closing(make_display(json_logs=options.json_logs)))
         telemetry = stack.enter_context(closing(Telemetry(job=spec.job_id, model=spec.render.backbone.name)))
-        feed, rate = TelemetryFeed(telemetry, spec.pricing.usd_per_gpu_hour), FrameRate()
+        feed, rate = TelemetryFeed(telemetry, spec.pricing.usd_per_gpu_hour, found.store), FrameRate()
 
         def show(view: JobView) -> None:
             progress = _progress(view, spec, found, frames_before)
@@ -126,6 +133,7 @@ def _run(spec: JobSpec, found: Preflight, options: RunOptions) -> Outcome:
             ground.open_pool,
             ground.limits,
             takeover=options.takeover,
+            stop=stop,
             on_progress=show,
         )
         stack.enter_context(_stop_requests(found.store, driver))
@@ -180,6 +188,7 @@ def _progress(view: JobView, spec: JobSpec, found: Preflight, frames_before: int
         num_frames=found.scan.num_frames,
         usd=None if price is None else sum(view.gpu_seconds.values()) * price / 3600,
         actors=view.actors,
+        note=view.note,
     )
 
 
@@ -224,6 +233,8 @@ def _end_text(store: ObjectStore, outcome: Outcome, *, with_sheet: bool) -> str:
     if report.num_videos:
         lines.append(f"  videos: {store.url}/videos/")
         lines.append(f"  manifest: {store.url}/{MANIFEST}part-*.parquet")
+    if report.status.num_failed + report.status.num_rejected:
+        lines.append(f"  what was given up or refused: {store.url}/{QUARANTINE}part-*.parquet")
     return "\n".join(lines)
 
 

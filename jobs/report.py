@@ -16,11 +16,11 @@ import pyarrow.compute as pc
 
 from cluster.object_store import ObjectStore, open_store
 from jobs.consume import committed_tables
-from jobs.progress import duration_text
-from jobs.prompt_row import segments_of
+from jobs.progress import duration_text, size_text
 from jobs.quarantine import read_quarantine
 from jobs.replay import Replay
 from jobs.status import JobStatus, read_status
+from workers.task import segments_of
 from workers.video.contact_sheet import make_contact_sheet
 
 SHEET_KEY = "report/contact-sheet.png"
@@ -105,7 +105,7 @@ def report_text(report: JobReport) -> str:
         f"job {status.job_id}: {status.state}",
         f"  {report.num_videos} of {status.num_tasks} videos, {status.num_failed} failed, "
         f"{status.num_rejected} rows rejected",
-        f"  {report.num_frames} frames, {duration_text(report.video_s)} of video, {report.num_bytes / 1e6:.1f} MB",
+        f"  {report.num_frames} frames, {duration_text(report.video_s)} of video, {size_text(report.num_bytes)}",
     ]
     if report.frames_per_gpu_s:
         lines.append(

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 from jobs.failures import Tries
 from jobs.limits import Limits
+from jobs.rows import AttemptFacts
 from jobs.shards import PlannedTask
-from workers.task import RenderTask
+from workers.task import ActorInfo, FailureKind, RenderFailure, RenderTask
 
 FORGETTING = 0.2  # weight of the newest take in the running mean of seconds per frame
 PIECES_PER_ACTOR = 4  # a shard is at most a fourth of an actor's share of what is left, so shards shrink to the end
@@ -38,7 +39,33 @@ class OpenTask:
         """What an actor is given for the try that `tries.number` counts."""
         tries = self.tries
         name = f"e{epoch}a{tries.number}"
-        return self.planned.attempt(name, ladder_rung=tries.rung, full_precision=tries.full_precision)
+        return self.planned.attempt(name, shard=self.shard, ladder_rung=tries.rung, full_precision=tries.full_precision)
+
+    def no_outcome(self, why: str, *, kind: FailureKind = "unknown", fresh_process: bool = False) -> RenderFailure:
+        """The failure of a task whose actor could not describe it."""
+        return RenderFailure(
+            task_id=self.task_id,
+            attempt=f"e0a{self.tries.number}",
+            kind=kind,
+            message=why[:2048],
+            retryable=True,
+            fresh_process=fresh_process,
+        )
+
+    def facts(self, epoch: int, node_id: str, actor: ActorInfo | None) -> AttemptFacts:
+        """What the row says of the attempt that decided it."""
+        tries = self.tries
+        return AttemptFacts(
+            epoch=epoch,
+            number=tries.number,
+            shard=self.shard,
+            preemptions=tries.preemptions,
+            generation=self.generation,
+            wasted_gpu_s=tries.wasted_s,
+            queue_s=self.started_at - self.offered_at,
+            node_id=node_id,
+            actor=actor,
+        )
 
 
 class CostModel:

@@ -34,7 +34,7 @@ class PlannedTask:
         """Hash of the prompt column, so that equal prompts can be joined without carrying the text."""
         return hashlib.sha256(self.prompt.encode()).hexdigest()
 
-    def attempt(self, name: str, *, ladder_rung: int = 0, full_precision: bool = False) -> RenderTask:
+    def attempt(self, name: str, *, shard: int = 0, ladder_rung: int = 0, full_precision: bool = False) -> RenderTask:
         """This task in one attempt; `name` is `e<epoch>a<number>`."""
         return RenderTask(
             task_id=self.task_id,
@@ -46,6 +46,7 @@ class PlannedTask:
             seed=self.seed,
             num_frames=self.num_frames,
             control=self.control,
+            shard=shard,
             ladder_rung=ladder_rung,
             full_precision=full_precision,
         )

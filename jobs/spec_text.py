@@ -119,6 +119,9 @@ def _explain(fault: Any, origins: Mapping[FieldPath, str]) -> str:
         return f"{where}{field}: unknown field{hint}"
     if fault["type"] == "missing":
         return f"{where}{field}: missing; give it in the file or as a flag"
+    if fault["type"] == "union_tag_not_found":
+        given = ", ".join(".".join(known) for known in origins if known[: len(path)] == path)
+        return f"{field}.kind: missing beside {given}; say which: {', '.join(_kinds_at(path))}"
     message = fault["msg"].removeprefix("Value error, ")
     given = fault.get("input")
     shown = "" if isinstance(given, dict) else f" (given: {json.dumps(given, default=str, ensure_ascii=False)[:80]})"
@@ -142,6 +145,18 @@ def _field_path(model: type[BaseModel], loc: tuple[str, ...]) -> tuple[FieldPath
         path.append(part)
         models = models_in(known[part].annotation) if part in known else []
     return tuple(path), names
+
+
+def _kinds_at(path: FieldPath) -> list[str]:
+    """Kinds that the part at a path comes in."""
+    models: list[type[BaseModel]] = [JobSpec]
+    for name in path:
+        models = [inner for one in models if name in one.model_fields for inner in _inner(one, name)]
+    return [str(tag) for one in models for tag in _tags(one)]
+
+
+def _inner(model: type[BaseModel], name: str) -> list[type[BaseModel]]:
+    return models_in(model.model_fields[name].annotation)
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:

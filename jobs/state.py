@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 from cluster.pool import (
     ActorGone,
@@ -22,8 +22,8 @@ from cluster.pool import (
 )
 from jobs.accounting import GpuAccount
 from jobs.dispatch import Dispatcher
-from jobs.failures import EXIT_BROKEN, CircuitBreaker, NodeBlocklist, RetryPolicy, TryAgain, Verdict
-from jobs.fleet import Actor, Call, Doom
+from jobs.failures import EXIT_BROKEN, PREEMPTED, CircuitBreaker, RetryPolicy, TryAgain, Verdict
+from jobs.fleet import Actor, Call, Doom, num_missing
 from jobs.limits import Limits
 from jobs.messages import (
     ActorSpawned,
@@ -41,8 +41,9 @@ from jobs.messages import (
     StopRequested,
     Submit,
     TaskOffered,
+    Withdraw,
 )
-from jobs.rows import AttemptFacts
+from jobs.places import Place, PlaceBlocklist
 from jobs.scheduling import OpenTask
 from workers.errors import RenderError
 from workers.task import ActorInfo, Progress, RenderFailure, RenderResult
@@ -50,7 +51,6 @@ from workers.task import ActorInfo, Progress, RenderFailure, RenderResult
 logger = logging.getLogger(__name__)
 
 EXIT_USAGE = 2
-PREEMPTED = ("preempted", "node_lost", "unavailable", "killed")
 
 
 class JobState:
@@ -71,7 +71,7 @@ class JobState:
         self.breaker = CircuitBreaker(limits)
         self.is_finished = False
         self._policy = RetryPolicy(limits, seed)
-        self._nodes = NodeBlocklist(limits.node_failures)
+        self._places = PlaceBlocklist(limits.node_failures)
         self._epoch = epoch
         self._num_spawning = 0
         self._num_shards = 0
@@ -124,6 +124,10 @@ class JobState:
         """Tasks in hand at actors."""
         return len(self.open) - len(self.queue)
 
+    def stops_in_s(self, now: float) -> float | None:
+        """Seconds that takes in hand have left; None while nobody wants to stop."""
+        return None if self._stop is None else max(0.0, self._stop_at - now)
+
     # -- tasks -----------------------------------------------------------------------------------------------------
 
     def _on_offered(self, event: TaskOffered, now: float) -> None:
@@ -146,6 +150,8 @@ class JobState:
     def _on_stop(self, event: StopRequested, now: float) -> None:
         if self._stop is None or now + event.grace_s < self._stop_at:
             self._stop, self._stop_at = event, now + event.grace_s
+        for actor in self.actors.values():  # only what has begun may finish
+            self._take_back_all(actor)
 
     def _settle(self, task: OpenTask, command: CommitSuccess | CommitFailure) -> None:
         del self.open[task.task_id]
@@ -155,32 +161,19 @@ class JobState:
     def _succeed(self, task: OpenTask, result: RenderResult, actor: Actor) -> None:
         self.num_succeeded += 1
         self.breaker.succeeded()
-        self._nodes.succeeded(actor.node_id)
-        self._settle(task, CommitSuccess(task.planned, result, self._facts(task, actor)))
+        self._places.succeeded(actor.place)
+        self._settle(task, CommitSuccess(task.planned, result, task.facts(self._epoch, actor.node_id, actor.info)))
 
     def _follow(self, task: OpenTask, verdict: Verdict, actor: Actor, now: float) -> None:
         """Carry out what failures.py has decided for a task that is out of its call."""
         if isinstance(verdict, TryAgain):
             self.queue.add(task, now=now, delay_s=verdict.delay_s)
             return
-        self._settle(task, CommitFailure(task.planned, verdict.kind, verdict.message, self._facts(task, actor)))
+        facts = task.facts(self._epoch, actor.node_id, actor.info)
+        self._settle(task, CommitFailure(task.planned, verdict.kind, verdict.message, facts))
         broken = self.breaker.gave_up(verdict.kind, verdict.message)
         if broken is not None:
             self._on_stop(StopRequested(broken[1], broken[0], grace_s=0.0), now)
-
-    def _facts(self, task: OpenTask, actor: Actor) -> AttemptFacts:
-        tries = task.tries
-        return AttemptFacts(
-            epoch=self._epoch,
-            number=tries.number,
-            shard=task.shard,
-            preemptions=tries.preemptions,
-            generation=task.generation,
-            wasted_gpu_s=tries.wasted_s,
-            queue_s=task.started_at - task.offered_at,
-            node_id=actor.node_id,
-            actor=actor.info,
-        )
 
     # -- actors ----------------------------------------------------------------------------------------------------
 
@@ -195,9 +188,10 @@ class JobState:
             return
         actor.is_ready, actor.node_id = True, event.node_id
         actor.info = event.info if isinstance(event.info, ActorInfo) else None
-        self._nodes.knows(event.node_id)
+        self._places.knows(actor.place)
         self.account.ready(event.actor_id, now)
-        if event.node_id in self._nodes.blocked:
+        actor.is_parked = actor.place in self._places.gpus
+        if event.node_id in self._places.nodes:
             self._end(actor, "bad_node", "came up on a node that is avoided")
             self._count_load_failure(f"node {event.node_id} is avoided, and there is no other", now)
         else:
@@ -251,7 +245,8 @@ class JobState:
         call = actor.end(call_id, now) if actor is not None else None
         if actor is None or call is None:
             return None
-        self.account.call_ended(actor_id, now, has_more=bool(actor.calls))
+        if not (call.is_withdrawn and actor.calls):  # else the one in hand goes on
+            self.account.call_ended(actor_id, now, has_more=bool(actor.calls))
         return actor, call
 
     def _on_done(self, event: CallDone, now: float) -> None:
@@ -263,13 +258,13 @@ class JobState:
         for task in call.tasks:
             outcome = outcomes.get(task.task_id)
             if isinstance(outcome, RenderResult):
-                waited_s = outcome.upload_wait_s
-                self.account.spent(actor.actor_id, "useful", max(0.0, outcome.gpu_s - waited_s))
-                self.account.spent(actor.actor_id, "upload_wait", min(outcome.gpu_s, waited_s))
+                self.account.finished(actor.actor_id, outcome.gpu_s, outcome.upload_wait_s)
                 self.queue.model.learn(task.planned.num_frames, outcome.gpu_s)
                 self._succeed(task, outcome, actor)
+            elif call.is_withdrawn and outcome is not None and outcome.kind == "preempted_exhausted":
+                self.queue.add(task, now=now)  # it was asked back, and had not begun
             else:
-                self._fail(task, outcome or _no_outcome(task, "the actor returned nothing for it"), actor, now)
+                self._fail(task, outcome or task.no_outcome("the actor returned nothing for it"), actor, now)
         self._after_call(actor)
 
     def _on_call_failed(self, event: CallFailed, now: float) -> None:
@@ -279,7 +274,7 @@ class JobState:
         actor, call = taken
         for task in call.tasks:
             why = f"{type(event.error).__name__}: {event.error}"
-            self._fail(task, _no_outcome(task, why, fresh_process=True), actor, now)
+            self._fail(task, task.no_outcome(why, fresh_process=True), actor, now)
         self._after_call(actor)
 
     def _fail(self, task: OpenTask, failure: RenderFailure, actor: Actor, now: float) -> None:
@@ -287,11 +282,17 @@ class JobState:
         self._follow(task, self._policy.after_failure(task.task_id, task.tries, failure), actor, now)
         if failure.fresh_process:
             self._end(actor, "fresh_process", f"after {failure.kind}: {failure.message}")
-        if self._nodes.failed(actor.node_id, task.planned.item_id, failure.kind):
-            logger.warning("node avoided from now on", extra={"node": actor.node_id})
-            for other in self.actors.values():
-                if other.node_id == actor.node_id:
-                    self._end(other, "bad_node", "different items failed at its node")
+        if (what := self._places.failed(actor.place, task.planned.item_id, failure.kind)) is not None:
+            self._avoid(actor.place, what)
+
+    def _avoid(self, place: Place, what: Literal["node", "gpu"]) -> None:
+        logger.warning("%s avoided", what, extra=place._asdict())
+        for other in self.actors.values():
+            if what == "node" and other.node_id == place.node_id:
+                self._end(other, "bad_node", "different items failed at its node")
+            elif other.place == place:
+                other.is_parked = True
+                self._take_back_all(other)
 
     def _after_call(self, actor: Actor) -> None:
         if not actor.calls:
@@ -306,7 +307,7 @@ class JobState:
         tasks = list(actor.tasks())
         self.num_preemptions += actor.doom is None and event.cause in PREEMPTED
         lost_s = self.account.gone(event.actor_id, now, "failed" if actor.doom == "timeout" else "redone")
-        waited_for_room = actor.doom == "load_timeout" and any(other.is_ready for other in self.actors.values())
+        waited_for_room = actor.doom == "load_timeout" and any(other.can_take() for other in self.actors.values())
         came_to_nothing = actor.doom == "load_timeout" or event.cause not in PREEMPTED
         if (not actor.is_ready or not tasks) and came_to_nothing and not waited_for_room:
             self._count_load_failure(event.detail, now)
@@ -321,7 +322,7 @@ class JobState:
         if actor.doom == "timeout":
             if task.task_id != actor.culprit:
                 return TryAgain(0.0)
-            failure = _no_outcome(task, f"ended: {event.detail}").model_copy(update={"kind": "timeout"})
+            failure = task.no_outcome(f"ended: {event.detail}", kind="timeout")
             return self._policy.after_failure(task.task_id, task.tries, failure)
         if actor.doom is not None:  # we ended it for another reason
             return TryAgain(0.0)
@@ -345,14 +346,13 @@ class JobState:
         num_loading = self._num_spawning + sum(1 for a in self.actors.values() if not a.is_ready and a.doom is None)
         for actor, tasks in self.queue.assignments(ready, now, num_loading=num_loading):
             self._submit(actor, tasks, now)
+        for actor, call in list(self.queue.calls_to_take_back(list(self.actors.values()), now)):
+            self._take_back(actor, call)
 
     def _spawn_missing(self) -> None:
-        staying = [a for a in self.actors.values() if not a.is_draining and a.doom is None]
-        num_busy = sum(1 for actor in staying if actor.calls)
-        wanted = min(self.limits.num_actors, num_busy + len(self.queue))
-        for _ in range(wanted - len(staying) - self._num_spawning):
+        for _ in range(num_missing(self.actors.values(), self.limits.num_actors, len(self.queue)) - self._num_spawning):
             self._num_spawning += 1
-            self._out.append(Spawn(frozenset(self._nodes.blocked)))
+            self._out.append(Spawn(frozenset(self._places.nodes)))
 
     def _submit(self, actor: Actor, tasks: list[OpenTask], now: float) -> None:
         self._num_shards += 1
@@ -364,6 +364,14 @@ class JobState:
         actor.add(Call(call_id, tasks, now, predicted_s), now)
         self.account.call_started(actor.actor_id, now)
         self._out.append(Submit(actor.actor_id, call_id, tuple(task.attempt(self._epoch) for task in tasks)))
+
+    def _take_back_all(self, actor: Actor) -> None:
+        while call := actor.waiting_call():
+            self._take_back(actor, call)
+
+    def _take_back(self, actor: Actor, call: Call) -> None:
+        call.is_withdrawn = True
+        self._out.append(Withdraw(actor.actor_id, call.attempts(self._epoch)))
 
     def _finish_if_over(self, now: float) -> None:
         if self._num_uncommitted:
@@ -380,15 +388,3 @@ class JobState:
             self.account.gone(actor_id, now)
         self.actors.clear()
         self._out.append(Finish(exit_code, reason))
-
-
-def _no_outcome(task: OpenTask, why: str, *, fresh_process: bool = False) -> RenderFailure:
-    """The failure of a task whose actor could not describe it."""
-    return RenderFailure(
-        task_id=task.task_id,
-        attempt=f"e0a{task.tries.number}",
-        kind="unknown",
-        message=why[:2048],
-        retryable=True,
-        fresh_process=fresh_process,
-    )

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 from cluster.errors import StoreError
-from jobs.errors import LeaseLost
+from jobs.errors import LeaseLost, StoppedBeforeStart
 from jobs.lease import Lease
 
 logger = logging.getLogger(__name__)
@@ -32,21 +31,48 @@ class StopSwitch:
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Within, SIGINT and SIGTERM only count; only the main thread can ask for that, elsewhere nothing changes."""
-        if threading.current_thread() is not threading.main_thread():
+        """Within, SIGINT and SIGTERM only count."""
+        with _handled_by(self._on_signal):
             yield
-            return
-        before: dict[signal.Signals, Any] = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, self._on_signal)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.request(signal.Signals(number).name)
+
+
+@contextmanager
+def stopped_at_once() -> Iterator[None]:
+    """Within, SIGINT and SIGTERM end in StoppedBeforeStart: for the time in which there is nothing to bring home.
+
+    What is raised meanwhile is KeyboardInterrupt, because libraries catch every Exception; should one of them catch
+    that too, the stop comes at the end of the block.
+    """
+    asked: list[str] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        asked.append(signal.Signals(number).name)
+        raise KeyboardInterrupt
+
+    with _handled_by(stop):
+        try:
+            yield
+        except KeyboardInterrupt:
+            asked.append("a signal")  # one that a library has put its own handler before
+    if asked:
+        raise StoppedBeforeStart(f"stopped by {asked[0]} before the first take was given out")
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM go there; only the main thread can ask for that, elsewhere nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 class Heartbeat:

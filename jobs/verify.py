@@ -20,10 +20,9 @@ from jobs.consume import committed_rows
 from jobs.id_set import IdSet
 from jobs.job_record import read_spec
 from jobs.lease import Owner, read_holder
-from jobs.prompt_row import segments_of
 from workers.actor import RenderActor
 from workers.errors import EncodeFailed
-from workers.task import FULL_PRECISION, RenderFailure, RenderSetup, RenderTask
+from workers.task import FULL_PRECISION, RenderFailure, RenderSetup, RenderTask, segments_of
 from workers.video.decode import probe, sha256_of_file
 
 logger = logging.getLogger(__name__)

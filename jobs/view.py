@@ -42,12 +42,16 @@ class JobView:
     run_video_s: float
     gpu_seconds: dict[Cause, float]
     actors: tuple[ActorView, ...]
+    note: str = ""
+    """What else there is to say, such as that it is stopping."""
 
 
 def actor_view(actor: Actor) -> ActorView:
     """How an actor is doing."""
     if actor.doom is not None:
         state = f"ending ({actor.doom})"
+    elif actor.is_parked:
+        state = "parked (bad GPU)"
     elif not actor.is_ready:
         state = "loading"
     elif actor.is_draining:

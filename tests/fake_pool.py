@@ -33,15 +33,18 @@ class Fate:
 class World:
     """The rules of a simulated cluster; a test replaces what it needs."""
 
-    fate: Callable[[RenderTask, str], Fate] = lambda task, node_id: Fate()
+    fate: Callable[[RenderTask, str], Fate] = lambda task, place: Fate()
+    """`place` is the node, and `node/gpu` where GPUs have names."""
     load: Callable[[int], float | BaseException] = lambda index: 1.0
     node: Callable[[int], str] = lambda index: f"node-{index}"
+    gpu: Callable[[int], str] = lambda index: ""
 
 
 @dataclass
 class _FakeActor:
     actor_id: str
     node_id: str
+    place: str
     calls: list[tuple[str, list[RenderTask]]] = field(default_factory=list)
     ticks: int = 0
 
@@ -57,6 +60,7 @@ class FakePool:
         self._events: list[PoolEvent] = []
         self._order = itertools.count()
         self._num_spawned = 0
+        self.num_taken_back = 0
         self.is_stopped = False
         self.runs: list[tuple[str, str]] = []
         """(task_id, attempt) in the order in which they began to render."""
@@ -71,13 +75,14 @@ class FakePool:
         index = self._num_spawned
         self._num_spawned += 1
         node_id = next(n for n in (self._world.node(index + skip) for skip in range(100)) if n not in avoid_nodes)
-        actor = _FakeActor(f"actor-{index}", node_id)
+        gpu_id = self._world.gpu(index)
+        actor = _FakeActor(f"actor-{index}", node_id, f"{node_id}/{gpu_id}" if gpu_id else node_id)
         self._actors[actor.actor_id] = actor
         load = self._world.load(index)
         if isinstance(load, BaseException):
             self._at(0.5, actor.actor_id, lambda: self._load_failed(actor, load))
         else:
-            info = ACTOR.model_copy(update={"node_id": node_id})
+            info = ACTOR.model_copy(update={"node_id": node_id, "gpu_id": gpu_id})
             ready = ActorReady(actor.actor_id, info, node_id, load)
             self._at(load, actor.actor_id, lambda: self._events.append(ready))
         return actor.actor_id
@@ -102,6 +107,16 @@ class FakePool:
             self._clock.advance(until - self._clock.monotonic())
         events, self._events = self._events, []
         return events
+
+    def withdraw(self, actor_id: str, payload: Sequence[tuple[str, str]]) -> None:
+        actor = self._actors.get(actor_id)
+        for call_id, tasks in [] if actor is None else actor.calls[1:]:
+            if {(task.task_id, task.attempt) for task in tasks} <= set(payload):
+                assert actor is not None
+                actor.calls = [call for call in actor.calls if call[0] != call_id]
+                back = [failure_of(task, kind="preempted_exhausted", message="taken back") for task in tasks]
+                self._events.append(CallDone(actor_id, call_id, back))
+                self.num_taken_back += 1
 
     def drain(self, actor_id: str) -> None:
         pass
@@ -134,7 +149,7 @@ class FakePool:
         actor.ticks += 1
         progress = Progress(running_task_id=task.task_id, attempt=task.attempt, ticks=actor.ticks)
         self._events.append(Heartbeat(actor.actor_id, progress))
-        fate = self._world.fate(task, actor.node_id)
+        fate = self._world.fate(task, actor.place)
         if fate.end == "hang":
             return
         self._at(fate.seconds, actor.actor_id, lambda: self._end_task(actor, call_id, tasks, index, done, fate))

@@ -70,7 +70,7 @@ class KilledJob:
 
     def finish(self, driver: subprocess.Popen[bytes], code: int = 0) -> None:
         """Wait for its end: a driver that nobody has killed never fails because others were."""
-        found = driver.wait(120)
+        found = driver.wait(300)
         assert found == code, f"exit {found}\n{self._log.read_text(errors='replace')[-6000:]}"
 
     def keys_of_epoch(self, epoch: int) -> set[str]:
@@ -243,7 +243,7 @@ def end(processes: Iterable[psutil.Process]) -> None:
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while any(is_alive(process) for process in alive):
         assert time.monotonic() < deadline, "a killed process lives"
         time.sleep(0.02)

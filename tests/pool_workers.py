@@ -35,6 +35,12 @@ class ObedientWorker:
         time.sleep(seconds)
         return "slept"
 
+    def wait_for(self, name: str) -> str:
+        """Until somebody makes a file of that name."""
+        while not (self.folder / name).exists():
+            time.sleep(0.02)
+        return name
+
     def exit(self, code: int) -> None:
         os._exit(code)
 
@@ -62,6 +68,9 @@ class ObedientWorker:
 
     def progress(self) -> int:
         return self.tick
+
+    def withdraw(self, name: str) -> None:
+        (self.folder / name).touch()  # what `wait_for` waits for
 
     def drain(self) -> None:
         self.is_draining = True

@@ -22,6 +22,7 @@ from jobs.messages import (
     StopRequested,
     Submit,
     TaskOffered,
+    Withdraw,
 )
 from jobs.shards import PlannedTask
 from jobs.state import JobState
@@ -49,7 +50,13 @@ class Simulation:
 
 
 def simulate(
-    tasks: Iterable[PlannedTask], world: World, limits: Limits, *, seed: int = 1, stop_at_s: float | None = None
+    tasks: Iterable[PlannedTask],
+    world: World,
+    limits: Limits,
+    *,
+    seed: int = 1,
+    stop_at_s: float | None = None,
+    grace_s: float = 2.0,
 ) -> tuple[Simulation, JobState, FakePool]:
     """Run a job to its end and check on the way what must hold at every moment."""
     clock = ManualClock()
@@ -65,7 +72,7 @@ def simulate(
             has_ended = task is None
             own.append(SourceEnded() if task is None else TaskOffered(task))
         if stop_at_s is not None and clock.monotonic() - begun >= stop_at_s:
-            own.append(StopRequested("stopped by test", 4, grace_s=2.0))
+            own.append(StopRequested("stopped by test", 4, grace_s))
             stop_at_s = None
         pending = state.handle([*pool.poll(0.0 if own else 1.0), *own], clock.monotonic())
         own = []
@@ -85,6 +92,8 @@ def _carry_out(command: Command, pool: FakePool, out: Simulation) -> list[OwnEve
             return [ActorSpawned(pool.spawn(avoid_nodes=avoid_nodes))]
         case Submit(actor_id, call_id, tasks):
             pool.submit(actor_id, call_id, list(tasks))
+        case Withdraw(actor_id, attempts):
+            pool.withdraw(actor_id, attempts)
         case Kill(actor_id, _):
             out.num_killed += 1
             pool.kill(actor_id)

@@ -12,12 +12,13 @@ import os
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING
 
 from cluster.log_lines import log_facts
-from cluster.object_store import ObjectStore, open_store
+from cluster.object_store import ObjectStore, open_store, retries_of
 from workers.errors import Preempted, RenderError
 from workers.task import ActorInfo, Progress, RenderFailure, RenderOutcome, RenderResult, RenderSetup, RenderTask
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MAX_MESSAGE = 2048  # of RenderFailure.message
+AttemptName = tuple[str, str]
+"""Task id and attempt."""
 
 
 class RenderActor:
@@ -42,6 +45,8 @@ class RenderActor:
         self._pipeline: ModuleType | None = None
         self._model: LoadedModel | None = None
         self._store: ObjectStore | None = None
+        self._telling = threading.Lock()
+        self._told_retries: Counter[str] = Counter()
 
     def load(self) -> ActorInfo:
         """Import torch, load weights, open the store, pay for what only a first take would pay; slow.
@@ -65,6 +70,7 @@ class RenderActor:
             hostname=socket.gethostname(),
             device=str(model.device),
             gpu_name=torch.cuda.get_device_name(model.device) if on_gpu else "",
+            gpu_id=str(getattr(torch.cuda.get_device_properties(model.device), "uuid", "")) if on_gpu else "",
             backend=model.kernel.version,
             model_id=model.backbone.name,
             model_revision=model.revision,
@@ -82,7 +88,7 @@ class RenderActor:
         self.desk.take_in(tasks)
         outcomes = []
         for task in tasks:
-            with log_facts(task=task.task_id, attempt=task.attempt):
+            with log_facts(item=task.item_id, task=task.task_id, shard=task.shard, attempt=task.attempt):
                 outcomes.append(self._render(task))
             self.desk.put_away(task)
         return outcomes
@@ -92,15 +98,19 @@ class RenderActor:
         rss_bytes = 0 if self._pipeline is None else int(self._pipeline.rss_bytes())
         return self.desk.progress(rss_bytes)
 
+    def withdraw(self, attempts: Sequence[AttemptName]) -> None:
+        """Give these back if they have not begun: they fail as preempted, at once. Others can make them sooner."""
+        self.desk.withdraw(attempts)
+
     def drain(self) -> None:
         """Finish the chunk in hand and the videos that are already generated; take nothing new."""
-        self.desk.stop_reason = self.desk.stop_reason or "this actor was told to end"
+        self.desk.stop("this actor was told to end")
 
     def close(self) -> None:
         """Let go of the model, after the take that holds the GPU has reached the end of its chunk."""
         self.drain()
-        with self.desk.gpu:
-            self._model = self._store = None
+        self.desk.wait_until_free()
+        self._model = self._store = None
 
     def _render(self, task: RenderTask) -> RenderOutcome:
         """One task to its end, whatever that is."""
@@ -111,8 +121,8 @@ class RenderActor:
             outcome: RenderResult = self._pipeline.render_take(task, self._model, self._store, turn, turn.on_chunk)
         except Exception as error:  # the outermost call: whatever happened becomes a row
             meaning: RenderError = self._pipeline.as_render_error(error)
-            if meaning.fresh_process and self.desk.stop_reason is None:
-                self.desk.stop_reason = f"this process is unfit after an error in {task.task_id}"
+            if meaning.fresh_process:
+                self.desk.stop(f"this process is unfit after an error in {task.task_id}")
             if not isinstance(meaning, Preempted):
                 logger.exception("take failed", extra={"kind": meaning.kind})
             return RenderFailure(
@@ -127,16 +137,26 @@ class RenderActor:
                 finished_at=self._pipeline.utc_now(),
             )
         logger.info("video finished", extra={"frames": outcome.num_frames, "wall_s": outcome.wall_s})
-        return outcome
+        return outcome.model_copy(update={"store_retries": self._new_retries()})
+
+    def _new_retries(self) -> dict[str, int]:
+        """Since the last take that told of them; two takes may be uploading at once."""
+        assert self._store is not None
+        with self._telling:
+            now = retries_of(self._store)
+            new, self._told_retries = now - self._told_retries, now
+        return dict(new)
 
 
 class _Desk:
     """What lies on the actor's desk: the GPU, tasks in hand, counters. Shared by the threads of `run`, `progress`."""
 
     def __init__(self) -> None:
-        self.gpu = threading.Lock()
-        self.stop_reason: str | None = None
-        self._guard = threading.Lock()
+        self._guard = threading.Condition()
+        self._stop_reason: str | None = None
+        self._withdrawn: set[AttemptName] = set()
+        self._waiting: list[_Turn] = []
+        self._holder: _Turn | None = None
         self._tasks: list[RenderTask] = []
         self._turn: _Turn | None = None
         self._ticks = 0
@@ -149,10 +169,46 @@ class _Desk:
     def put_away(self, task: RenderTask) -> None:
         with self._guard:
             self._tasks = [t for t in self._tasks if t is not task]
+            self._withdrawn.discard((task.task_id, task.attempt))
+
+    def stop(self, reason: str) -> None:
+        """Nothing new is begun from now on; the first reason stands."""
+        with self._guard:
+            self._stop_reason = self._stop_reason or reason
+            self._guard.notify_all()
+
+    def withdraw(self, attempts: Sequence[AttemptName]) -> None:
+        with self._guard:
+            in_hand = {(task.task_id, task.attempt) for task in self._tasks}
+            self._withdrawn |= in_hand.intersection(attempts)
+            self._guard.notify_all()
+
+    def refuse(self, task: RenderTask, *, has_begun: bool) -> None:
+        """Raises Preempted if the take must not begin, or not go on."""
+        if self._stop_reason is not None:
+            raise Preempted(self._stop_reason)
+        if not has_begun and (task.task_id, task.attempt) in self._withdrawn:
+            raise Preempted("taken back before it had begun")
 
     def begin(self, turn: _Turn) -> None:
+        """Wait for the GPU, in order of arrival; raises Preempted as soon as the take shall not begin."""
         with self._guard:
-            self._turn = turn
+            self._waiting.append(turn)
+            try:
+                while True:
+                    self.refuse(turn.task, has_begun=False)
+                    if self._holder is None and self._waiting[0] is turn:
+                        self._holder = self._turn = turn
+                        return
+                    self._guard.wait()
+            finally:
+                self._waiting.remove(turn)
+                self._guard.notify_all()
+
+    def wait_until_free(self) -> None:
+        """Until nobody holds the GPU."""
+        with self._guard:
+            self._guard.wait_for(lambda: self._holder is None)
 
     def tick(self) -> None:
         with self._guard:
@@ -160,9 +216,10 @@ class _Desk:
 
     def end(self, turn: _Turn) -> None:
         with self._guard:
-            self._turn = None
+            self._holder = self._turn = None
             self._busy_s += turn.held_s
             self._upload_wait_s += turn.upload_wait_s
+            self._guard.notify_all()
 
     def progress(self, rss_bytes: int) -> Progress:
         with self._guard:
@@ -203,27 +260,16 @@ class _Turn:
         self.frames_done, self.upload_wait_s = frames_done, upload_wait_s
         self._desk.tick()
         if frames_done < self.task.num_frames:
-            self._stop_if_asked()
+            self._desk.refuse(self.task, has_begun=True)
 
     def __enter__(self) -> None:
-        self._desk.gpu.acquire()
-        try:
-            self._stop_if_asked()
-        except Preempted:
-            self._desk.gpu.release()
-            raise
-        self._entered = time.perf_counter()
         self._desk.begin(self)
+        self._entered = time.perf_counter()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._held_s, self._entered = self.held_s, None
         self._desk.end(self)
-        self._desk.gpu.release()
         # Says when whose GPU was busy: the line is written as it is given away, held_s after it was taken.
         logger.info("take left the GPU", extra={"held_s": round(self._held_s, 6)})
-
-    def _stop_if_asked(self) -> None:
-        if self._desk.stop_reason is not None:
-            raise Preempted(self._desk.stop_reason)

@@ -84,7 +84,7 @@ class TemporalCacheConfig(Part):
     sink_latent_frames: int = Field(3, ge=0, description="First latent frames, kept as they are.")
     recent_latent_frames: int = Field(6, ge=1, description="Newest latent frames, kept as they are.")
     budget_latent_frames: int = Field(
-        60, ge=2, description="Hard limit: the bytes that so many latent frames take uncompressed in bfloat16."
+        112, ge=2, description="Hard limit: the bytes that so many latent frames take uncompressed in bfloat16."
     )
     min_cosine: float = Field(
         0.995,
@@ -93,7 +93,7 @@ class TemporalCacheConfig(Part):
     mass_decay: float = Field(
         16.0, ge=0.0, description="How fast unlike members of a group lose their mass; 0 is the paper's log m."
     )
-    storage: Literal["model", "int8", "int4"] = Field("int8", description="How old keys and values are stored.")
+    storage: Literal["model", "int8", "int4"] = Field("int4", description="How old keys and values are stored.")
     search: SearchName = Field("exact", description="Who finds the nearest key.")
 
     @field_validator("min_cosine")

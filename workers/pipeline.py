@@ -33,7 +33,15 @@ from workers.quality.guard import RecallGuard
 from workers.rollout import CleanChunk, RolloutPlan
 from workers.rollouts.beside import work_beside
 from workers.rollouts.select import make_rollout
-from workers.task import FULL_PRECISION, ChunkMetrics, QualityScores, RenderResult, RenderTask, StageSeconds
+from workers.task import (
+    FULL_PRECISION,
+    ChunkMetrics,
+    QualityScores,
+    RenderResult,
+    RenderTask,
+    StageSeconds,
+    prompt_text,
+)
 from workers.video.encode import Frames
 from workers.video.writer import VideoFile, VideoWriter
 from workers.worlds.camera import RANGE, plan_camera, read_move, trace
@@ -252,12 +260,11 @@ def open_writer(task: RenderTask, model: LoadedModel, store: ObjectStore) -> Vid
     """The writer of this attempt, under keys that no other attempt uses."""
     folder = hashlib.sha256(task.task_id.encode()).hexdigest()[:2]
     name = f"{task.task_id}-{model.config.fingerprint[:8]}-{task.attempt}"
-    prompts = "\n".join(segment.prompt for segment in task.segments)
     metadata = {
         "item_id": task.item_id,
         "sample_index": str(task.sample_index),
         "seed": str(task.seed),
-        "prompt_sha256": hashlib.sha256(prompts.encode("utf-8", "surrogatepass")).hexdigest(),
+        "prompt_sha256": hashlib.sha256(prompt_text(task.segments).encode()).hexdigest(),
         "model_id": model.backbone.name,
         "model_revision": model.revision,
         "render_fingerprint": model.config.fingerprint,

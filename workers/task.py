@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -25,6 +27,24 @@ class PromptSegment(Record):
     prompt: str
 
 
+_SEGMENTS_BEGIN = '[{"frame":'
+
+
+def prompt_text(segments: Sequence[PromptSegment]) -> str:
+    """What stands for a take's prompt in manifest and file: the prompt, or the segments as JSON."""
+    first = segments[0].prompt
+    if len(segments) == 1 and not first.startswith(_SEGMENTS_BEGIN):
+        return first
+    return json.dumps([s.model_dump() for s in segments], ensure_ascii=False, separators=(",", ":"))
+
+
+def segments_of(text: str) -> tuple[PromptSegment, ...]:
+    """The way back from `prompt_text`."""
+    if not text.startswith(_SEGMENTS_BEGIN):
+        return (PromptSegment(frame=0, prompt=text),)
+    return tuple(PromptSegment.model_validate(part) for part in json.loads(text))
+
+
 class RenderTask(Record):
     """One video to make: one item with one sample index, in one attempt."""
 
@@ -37,6 +57,7 @@ class RenderTask(Record):
     seed: int = Field(ge=0, lt=2**63)
     num_frames: int = Field(ge=1)
     control: str | None = Field(None, description="Folder of control videos, for models that take them.")
+    shard: int = Field(0, ge=0, description="Number of the shard it was given out in, for the log.")
     ladder_rung: int = Field(0, ge=0, description="How many out-of-memory steps down this attempt starts from.")
     full_precision: bool = Field(False, description="Compute in float32: an attempt before was not finite.")
 
@@ -122,6 +143,7 @@ class RenderResult(Record):
     quality: QualityScores
     ladder: tuple[str, ...] = ()
     chunks: tuple[ChunkMetrics, ...] = ()
+    store_retries: dict[str, int] = Field({}, description="Requests to the store that its actor repeated, by code.")
     started_at: str = Field(description="UTC, ISO 8601.")
     finished_at: str
 
@@ -166,6 +188,7 @@ class ActorInfo(Record):
     hostname: str
     device: str
     gpu_name: str
+    gpu_id: str = Field("", description="UUID of the GPU; empty on a CPU.")
     backend: str
     model_id: str
     model_revision: str

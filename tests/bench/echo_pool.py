@@ -33,6 +33,9 @@ class EchoPool:
         events, self._events = self._events, []
         return events
 
+    def withdraw(self, actor_id: str, payload: object) -> None:
+        pass
+
     def drain(self, actor_id: str) -> None:
         pass
 

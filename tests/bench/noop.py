@@ -62,6 +62,9 @@ class NoOpActor:
     def progress(self) -> Progress:
         return Progress(ticks=self._num_done)
 
+    def withdraw(self, payload: object) -> None:
+        pass
+
     def drain(self) -> None:
         pass
 

@@ -85,13 +85,14 @@ def open_lab(options: argparse.Namespace) -> QualityLab:
     return lab
 
 
-def gather(folder: Path, lab: QualityLab) -> tuple[list[dict[str, Any]], str]:
-    """Rows of all pieces in the folder, and the notes."""
+def gather(folder: Path, lab: QualityLab, measured_on: str | None) -> tuple[list[dict[str, Any]], str]:
+    """Rows of all pieces in the folder, and the notes, which name the machine of the pieces."""
     pieces = read_pieces(folder, lab.revision)
     rows = list(make_rows(pieces, lab))
     dtypes = sorted({found.record["dtype"] for found in pieces.values()})
     failed = failures(folder)
-    notes = f"weights {lab.revision[:16]}; {', '.join(dtypes)}. {_NOTES}"
+    devices = sorted({found.record.get("device", measured_on or "unknown") for found in pieces.values()})
+    notes = f"weights {lab.revision[:16]}; {', '.join(dtypes)}. Pieces measured on {'; '.join(devices)}. {_NOTES}"
     return rows, notes + (f" Failed: {'; '.join(failed)}" if failed else "")
 
 
@@ -125,6 +126,8 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=600.0, help="stop then, with what there is")
     parser.add_argument("--folder", type=Path, help="where pieces are kept; a run goes on from what it finds there")
     parser.add_argument("--name", default="quality", help="name of the result file")
+    parser.add_argument("--gather", action="store_true", help="rows of what the folder holds; measures nothing")
+    parser.add_argument("--measured-on", help="with --gather: machine of pieces that do not name theirs")
     parser.add_argument("--merge", nargs="*", default=[], help="put these result files together; measures nothing")
     parser.add_argument("--work-until", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--takes-heavy", action="store_true", help=argparse.SUPPRESS)
@@ -143,9 +146,10 @@ def main() -> None:
         items: list[Item] = list_items(options.parts, options.policies, options.worlds, options.batch, options.frames)
         work(items, open_lab(options), folder, takes_heavy=options.takes_heavy, until=options.work_until)
         return
-    run_workers(options, folder)
+    if not options.gather:
+        run_workers(options, folder)
     options.dtype = "float32"
-    report(options.name, *gather(folder, open_lab(options)))
+    report(options.name, *gather(folder, open_lab(options), options.measured_on))
 
 
 def _device(index: int) -> str:

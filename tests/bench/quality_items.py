@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from tests.bench.quality_lab import QualityLab, Runner, Walked
 from tests.bench.quality_places import CHUNK_FRAMES, CHUNK_LATENTS, GROUPS, Walks
 from tests.bench.quality_policies import ADAPTIVE, ALL, BY_GROUP, CANDIDATES, POLICIES, VARIANTS, is_heavy, slow_first
+from tests.bench.record import hardware
 
 Part = Literal["walk", "groups", "rollout", "adaptive", "tune"]
 PARTS: tuple[Part, ...] = ("walk", "adaptive", "rollout", "groups")
@@ -111,7 +112,7 @@ def measure(item: Item, lab: QualityLab, folder: Path) -> None:
             measure(half, lab, folder)
         return
     save_file({name: x.float().cpu().contiguous() for name, x in latents.items()}, folder / f"{item.name}.safetensors")
-    record = asdict(item) | {"revision": lab.revision, "dtype": lab.dtype} | figures
+    record = asdict(item) | {"revision": lab.revision, "dtype": lab.dtype, "device": hardware()} | figures
     unfinished = folder / f"{item.name}.unfinished"
     unfinished.write_text(json.dumps(record))
     unfinished.rename(folder / f"{item.name}.json")

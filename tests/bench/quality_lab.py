@@ -274,9 +274,9 @@ def full_bytes(model: LoadedModel, num_tokens: int) -> int:
     return 2 * num_tokens * model.backbone.dim * model.backbone.num_layers * 2
 
 
-def stored_bytes(model: LoadedModel, num_bytes: float) -> float:
-    """Bytes of a cache as a bfloat16 render keeps it: uncompressed keys are float32 in a float32 one."""
-    is_wide = model.dit.dtype == torch.float32 and model.config.cache.kind != "temporal"
+def stored_bytes(model: LoadedModel, num_bytes: float, dtype: str) -> float:
+    """Bytes of a cache as a bfloat16 render keeps it: uncompressed keys were float32 where it was measured so."""
+    is_wide = dtype == "float32" and model.config.cache.kind != "temporal"
     return num_bytes / 2 if is_wide else num_bytes
 
 

@@ -33,7 +33,7 @@ POLICIES: dict[str, Record] = {
 GUARDED = "fastar-quant, guarded"
 VARIANTS: dict[str, Record] = {
     "tempcache, full log m": {"policy": "tempcache", "cache": {"mass_decay": 0.0}},
-    "tempcache, int4": {"policy": "tempcache", "cache": {"storage": "int4"}},
+    "tempcache, int8": {"policy": "tempcache", "cache": {"storage": "int8"}},
     "tempcache, 60 latent frames": {"policy": "tempcache", "cache": {"budget_latent_frames": 60}},
     "tempcache, 120 latent frames": {"policy": "tempcache", "cache": {"budget_latent_frames": 120}},
     "fastar-quant, 60 latent frames": {"policy": "fastar-quant", "cache": {"budget_latent_frames": 60}},

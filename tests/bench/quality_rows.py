@@ -44,7 +44,7 @@ Key = tuple[str, str, str, int]
 
 
 def read_pieces(folder: Path, revision: str) -> dict[Key, Found]:
-    """Everything in the folder that was measured with these weights."""
+    """All in the folder that was measured with these weights; most rows need the records alone, without latents."""
     found: dict[Key, Found] = {}
     records = [(path, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
     for path, record in sorted(records, key=lambda pair: pair[1]["first"]):
@@ -53,7 +53,8 @@ def read_pieces(folder: Path, revision: str) -> dict[Key, Found]:
         key = record["part"], record["policy"], record["group"], record["frames"]
         one = found.setdefault(key, Found(record))
         if record["first"] not in one.worlds:
-            _add(one, record, load_file(path.with_suffix(".safetensors")))
+            latents = path.with_suffix(".safetensors")
+            _add(one, record, load_file(latents) if latents.exists() else {})
     return found
 
 
@@ -104,7 +105,8 @@ def walk_rows(key: Key, one: Found, dense: Found | None, lab: QualityLab) -> Ite
         row |= {
             "density": float(np.mean([made["density"] for made in all_made])),
             "kv_bytes": int(kv_bytes),
-            "kv_share_of_full": stored_bytes(model, kv_bytes) / full_bytes(model, 3 * mark * tokens),
+            "kv_share_of_full": stored_bytes(model, kv_bytes, one.record["dtype"])
+            / full_bytes(model, 3 * mark * tokens),
         }
         if back:
             row |= _named("revisit_psnr_db", psnr)
@@ -179,7 +181,7 @@ def _losses(one: Found, dense: Found | None, mark: int, back: Sequence[int]) -> 
 
 def _compared(one: Found, dense: Found | None, mark: int, lab: QualityLab) -> Row:
     """The chunk that goes on with the walk, and one single step, against dense attention on the same history."""
-    if dense is None or dense is one:
+    if dense is None or dense is one or not one.latents or not dense.latents:
         return {"psnr_db": None, "ssim": None, "one_step_error": None}
     psnr, similarity = _compare(one, dense, f"made.{mark}.next", f"before.{mark}", lab)
     row = _named("psnr_db", psnr, "psnr_ci95") | {"ssim": float(np.mean(similarity))}

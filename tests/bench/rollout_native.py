@@ -78,7 +78,7 @@ def native_row(backbone: str | None, compiled: bool, settings: Settings, hardwar
 
 for _name, _backbone in (("self-forcing", "self-forcing-1.3b"), ("rolling-forcing", "rolling-forcing-1.3b")):
     row(f"{_name} native")(partial(native_row, _backbone, True))
-    row(f"{_name} native, eager")(partial(native_row, _backbone, False))
+    row(f"{_name} native eager")(partial(native_row, _backbone, False))
 
 
 @row("wan2.1-14b bounded")

@@ -38,6 +38,7 @@ from tests.killed_jobs import (
 )
 from tests.ray_cluster import add_node, ray_cluster
 
+pytestmark = pytest.mark.timeout(900)
 RAY_SLOTS = 2  # CPUs of a node
 ONE_A_NODE = ("--actors-cpus-per-actor", "1.5")
 Target = Literal["actor", "driver"]
@@ -63,7 +64,7 @@ class Ground:
 
     def wait_for_quiet(self) -> None:
         """Actors of dead drivers are ended by Ray; until then they go on writing."""
-        until(lambda: not actors_of(self.raylets), 30)
+        until(lambda: not actors_of(self.raylets))
 
 
 def raylet_of(node: Any) -> int:
@@ -96,7 +97,7 @@ def watcher(tmp_path: Path) -> Iterator[Watcher]:
         yield watcher
 
 
-def until(is_true: Callable[[], bool], timeout_s: float = 90) -> None:
+def until(is_true: Callable[[], bool], timeout_s: float = 200) -> None:
     deadline = time.monotonic() + timeout_s
     while not is_true():
         assert time.monotonic() < deadline, f"not within {timeout_s} s"
@@ -163,7 +164,7 @@ def test_a_killed_driver_is_followed_by_the_same_command(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(14))
 def test_killed_actors_and_drivers_lose_and_double_nothing(
     seed: int, job: KilledJob, ground: Ground, watcher: Watcher, expected: dict[str, str]
 ) -> None:
@@ -186,7 +187,7 @@ def test_a_killed_raylet_leaves_a_zombie_that_changes_nothing(
     with KilledJob(tmp_path, "--address", ground.cluster.address, *ONE_A_NODE) as job:
         driver = job.start()
         until_videos(watcher, driver, rng.randint(0, 3))
-        until(lambda: bool(actors_of(ground.raylets, doing=".run")))
+        until(lambda: bool(actors_of(ground.raylets, doing=".run")) or driver.poll() is not None)
         time.sleep(rng.uniform(0, 0.4))
         busy = [node for node in ground.nodes if actors_of([raylet_of(node)], doing=".run")]
         node = rng.choice(busy or ground.nodes)
@@ -211,18 +212,20 @@ def test_a_killed_raylet_leaves_a_zombie_that_changes_nothing(
 def test_a_driver_that_is_taken_over_ends_with_75_and_writes_no_more(
     seed: int, job: KilledJob, ground: Ground, watcher: Watcher, expected: dict[str, str]
 ) -> None:
-    """With odd seeds the first one stands still meanwhile, as a frozen machine does, and wakes up too late."""
+    """It stands still while the second one comes up, as a frozen machine does. With even seeds it wakes up when the
+    second one has the lease but may not have begun, with odd ones later.
+    """
     rng = random.Random(seed)
     store = open_store(job.root)
     first = job.start("--actors", "1")
     until(lambda: last_epoch(store) == 1)
-    time.sleep(rng.uniform(0, 1.5))
-    if seed % 2:
-        until_videos(watcher, first, 1)
-        first.send_signal(signal.SIGSTOP)
+    until_videos(watcher, first, rng.randint(0, 2))
+    first.send_signal(signal.SIGSTOP)
     second = job.start("--takeover")
-    until(lambda: any(entry.epoch == 2 for entry in read_entries(store, 0)) or second.poll() is not None)
-    time.sleep(rng.uniform(0, 1))
+    until(lambda: last_epoch(store) == 2 or second.poll() is not None)
+    if seed % 2:
+        until(lambda: any(entry.epoch == 2 for entry in read_entries(store, 0)) or second.poll() is not None)
+        time.sleep(rng.uniform(0, 1))
     first.send_signal(signal.SIGCONT)
     job.finish(first, 75)
     written = job.keys_of_epoch(1)
@@ -248,7 +251,7 @@ def test_actors_do_not_outlive_a_driver_that_is_killed_with_a_ray_of_its_own(
         try:
             driver.kill()
             job.finish(driver, -signal.SIGKILL)
-            until(lambda: not any(is_alive(actor) for actor in actors), 30)
+            until(lambda: not any(is_alive(actor) for actor in actors))
             job.finish(job.start())
         finally:
             end(processes)  # Ray's agents go on for about a minute

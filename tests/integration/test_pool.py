@@ -36,6 +36,8 @@ from tests.ray_cluster import add_node, ray_cluster
 
 ONE_GPU = ActorResources(num_gpus=1, num_cpus=0.5)
 HALF_GPU = ActorResources(num_gpus=0.5, num_cpus=0.5)
+PATIENCE_S = 120.0
+"""How long a machine with other things to do may take; no claim is about speed."""
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ class Listener:
         self.pool = pool
         self.events: list[PoolEvent] = []
 
-    def until(self, is_true: Callable[[list[PoolEvent]], bool], timeout_s: float = 20) -> list[PoolEvent]:
+    def until(self, is_true: Callable[[list[PoolEvent]], bool], timeout_s: float = PATIENCE_S) -> list[PoolEvent]:
         deadline = time.monotonic() + timeout_s
         while not is_true(self.events):
             assert time.monotonic() < deadline, f"not within {timeout_s} s; events: {self.events}"
@@ -67,8 +69,8 @@ class Listener:
     def pid(self, actor_id: str) -> int:
         return int(next(event.info["pid"] for event in self.of(ActorReady) if event.actor_id == actor_id))
 
-    def gone(self, actor_id: str, timeout_s: float = 20) -> ActorGone:
-        self.until(lambda _: any(event.actor_id == actor_id for event in self.of(ActorGone)), timeout_s)
+    def gone(self, actor_id: str) -> ActorGone:
+        self.until(lambda _: any(event.actor_id == actor_id for event in self.of(ActorGone)))
         found = [event for event in self.of(ActorGone) if event.actor_id == actor_id]
         assert len(found) == 1
         return found[0]
@@ -96,17 +98,27 @@ def listen(two_nodes: Cluster, tmp_path: Path) -> Iterator[Callable[..., Listene
 Start = Callable[..., Listener]
 
 
-def test_calls_run_side_by_side_and_heartbeats_come_meanwhile(listen: Start) -> None:
+def test_calls_run_side_by_side_and_heartbeats_come_meanwhile(listen: Start, tmp_path: Path) -> None:
     ear = listen()
     actor = ear.pool.spawn()
     ear.ready(actor)
-    start = time.monotonic()
-    ear.pool.submit(actor, "a", ("sleep", 1.0))
-    ear.pool.submit(actor, "b", ("sleep", 1.0))
+    ear.pool.submit(actor, "a", ("wait_for", "bell"))
+    ear.pool.submit(actor, "b", ("wait_for", "bell"))
+    ear.until(lambda _: [beat.progress for beat in ear.of(Heartbeat)].count(2) >= 2)  # both have begun, neither is done
+    assert not ear.of(CallDone)
+    (tmp_path / "bell").touch()
     ear.until(lambda _: len(ear.of(CallDone)) == 2)
-    assert time.monotonic() - start < 1.9
-    assert [beat.progress for beat in ear.of(Heartbeat)].count(2) >= 2
     assert ear.ends_of_calls() == {"a": 1, "b": 1}
+
+
+def test_a_call_can_be_asked_back_while_it_waits(listen: Start) -> None:
+    ear = listen()
+    actor = ear.pool.spawn()
+    ear.ready(actor)
+    ear.pool.submit(actor, "a", ("wait_for", "asked-back"))
+    ear.pool.withdraw(actor, "asked-back")
+    ear.until(lambda _: bool(ear.of(CallDone)))
+    assert ear.ends_of_calls() == {"a": 1}
 
 
 def test_actors_log_json_lines_with_the_pools_facts(listen: Start) -> None:
@@ -143,9 +155,10 @@ def test_kill_9_ends_all_open_calls_and_finished_ones_stay_finished(listen: Star
     actor, other = ear.pool.spawn(), ear.pool.spawn()
     ear.ready(actor, other)
     ear.pool.submit(actor, "done", ("echo", 1))
-    time.sleep(0.5)  # its result has arrived, but nobody has polled
-    ear.pool.submit(actor, "open-1", ("sleep", 60))
-    ear.pool.submit(actor, "open-2", ("sleep", 60))
+    arrived, _ = ray.wait([ear.pool._actors[actor].calls["done"]], timeout=PATIENCE_S)
+    assert arrived  # its result is here, but nobody has polled
+    ear.pool.submit(actor, "open-1", ("sleep", 600))
+    ear.pool.submit(actor, "open-2", ("sleep", 600))
     ear.pool.submit(other, "other", ("sleep", 1))
     os.kill(ear.pid(actor), signal.SIGKILL)
     gone = ear.gone(actor)
@@ -174,17 +187,17 @@ def test_an_idle_actor_that_dies_is_noticed(listen: Start) -> None:
 
 
 def test_a_hanging_run_shows_as_heartbeats_with_the_same_tick(listen: Start) -> None:
-    ear = listen(unresponsive_s=1.0)
+    ear = listen(unresponsive_s=5.0)
     actor = ear.pool.spawn()
     ear.ready(actor)
-    ear.pool.submit(actor, "a", ("sleep", 60))
-    ear.until(lambda _: len(ear.of(Heartbeat)) >= 8)
-    assert {beat.progress for beat in ear.of(Heartbeat)[-6:]} == {1}
+    ear.pool.submit(actor, "a", ("sleep", 600))
+    ear.until(lambda _: len([beat for beat in ear.of(Heartbeat) if beat.progress == 1]) >= 30)  # 6 s at the least
+    assert {beat.progress for beat in ear.of(Heartbeat)[-29:]} == {1}
     assert not ear.of(ActorGone)
 
 
 def test_a_stopped_process_is_killed_when_it_does_not_answer(listen: Start) -> None:
-    ear = listen(unresponsive_s=1.0)
+    ear = listen(unresponsive_s=5.0)
     actor = ear.pool.spawn()
     ear.ready(actor)
     ear.pool.submit(actor, "a", ("stop_process", None))
@@ -213,7 +226,7 @@ def test_load_failures_carry_the_reason(listen: Start) -> None:
         (DyingWorker, ActorLost, "died"),
         (EndlessLoader, ActorLoadFailed, "took over"),
     ):
-        ear = listen(worker, load_timeout_s=1.0 if worker is EndlessLoader else 60.0)
+        ear = listen(worker, load_timeout_s=1.0 if worker is EndlessLoader else PATIENCE_S)
         actor = ear.pool.spawn()
         ear.until(lambda _, ear=ear: bool(ear.of(ActorLoadFailure)))
         failure = ear.of(ActorLoadFailure)[0]
@@ -227,13 +240,11 @@ def test_drain_reaches_a_working_actor_and_stop_closes_it(listen: Start, tmp_pat
     ear = listen()
     actor = ear.pool.spawn()
     ear.ready(actor)
-    ear.pool.submit(actor, "a", ("was_drained", 10))
+    ear.pool.submit(actor, "a", ("was_drained", PATIENCE_S))
     ear.pool.drain(actor)
     ear.until(lambda _: bool(ear.of(CallDone)))
     assert ear.of(CallDone)[0].value is True
-    start = time.monotonic()
-    ear.pool.stop(5)
-    assert time.monotonic() - start < 6
+    ear.pool.stop(PATIENCE_S)
     assert (tmp_path / f"closed-{ear.pid(actor)}").exists()
     wait_until_dead(ear.pid(actor))
 
@@ -243,10 +254,8 @@ def test_stop_does_not_wait_for_a_hanging_worker(listen: Start) -> None:
     actor = ear.pool.spawn()
     ear.ready(actor)
     ear.pool.submit(actor, "a", ("stop_process", None))
-    time.sleep(0.3)
-    start = time.monotonic()
-    ear.pool.stop(1)
-    assert time.monotonic() - start < 2
+    wait_until(lambda: state_of(ear.pid(actor)) == "T", "nobody stopped it")
+    ear.pool.stop(1)  # which would never return if it waited for an answer
     wait_until_dead(ear.pid(actor))
 
 
@@ -255,7 +264,7 @@ def test_whole_gpus_are_given_to_one_actor_each(listen: Start) -> None:
     ear.ready(ear.pool.spawn(), ear.pool.spawn())
     assert len({event.node_id for event in ear.of(ActorReady)}) == 2
     assert [event.info["gpus"] for event in ear.of(ActorReady)] == ["0", "0"]
-    assert all(0 < event.load_s < 60 for event in ear.of(ActorReady))
+    assert all(0 < event.load_s < PATIENCE_S for event in ear.of(ActorReady))
 
 
 def test_avoided_nodes_get_no_actor(listen: Start) -> None:
@@ -282,7 +291,7 @@ def test_a_removed_node_takes_its_actors_and_their_calls(two_nodes: Cluster, lis
     node = add_node(two_nodes, gpus_per_node=2)
     actor = ear.pool.spawn()
     ear.ready(actor)
-    ear.pool.submit(actor, "a", ("sleep", 60))
+    ear.pool.submit(actor, "a", ("sleep", 600))
     two_nodes.remove_node(node, allow_graceful=False)
     gone = ear.gone(actor)
     assert gone.cause in ("node_lost", "unavailable")
@@ -298,12 +307,12 @@ def test_a_draining_node_is_announced_once(two_nodes: Cluster, listen: Start) ->
     ear.ready(actor)
     ear.pool.submit(actor, "a", ("sleep", 3))
     node_id = ear.of(ActorReady)[0].node_id
-    drain_node(two_nodes.address, node_id, deadline_s=60)
+    drain_node(two_nodes.address, node_id, deadline_s=600)
     ear.until(lambda _: bool(ear.of(NodeDraining)))
     ear.until(lambda _: bool(ear.of(CallDone) or ear.of(ActorGone)))
     notice = ear.of(NodeDraining)
     assert [(event.node_id, event.actor_ids) for event in notice] == [(node_id, (actor,))]
-    assert notice[0].deadline_s == pytest.approx(60, abs=30)
+    assert notice[0].deadline_s == pytest.approx(600, abs=PATIENCE_S)
     ear.pool.stop(0)
     two_nodes.remove_node(node, allow_graceful=False)
 
@@ -317,7 +326,7 @@ def test_the_zombie_of_a_killed_raylet_is_ended(two_nodes: Cluster, listen: Star
     ear.ready(actor)
     ear.pool.submit(actor, "a", ("write_for_ever", "trace"))
     os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
-    gone = ear.gone(actor, timeout_s=60)
+    gone = ear.gone(actor)
     assert gone.cause in ("node_lost", "unavailable", "crashed")
     assert gone.call_ids == ("a",)
     wait_until_dead(ear.pid(actor))
@@ -332,7 +341,7 @@ def test_an_actor_killed_for_memory_is_told_apart(two_nodes: Cluster, listen: St
     )
     ear = listen(resources=ActorResources(num_gpus=3, num_cpus=0.1))
     actor = ear.pool.spawn()
-    ear.until(lambda _: bool(ear.of(ActorGone) + ear.of(ActorLoadFailure)), timeout_s=60)
+    ear.until(lambda _: bool(ear.of(ActorGone) + ear.of(ActorLoadFailure)))
     failures = [event.error for event in ear.of(ActorLoadFailure)]
     causes = [event.cause for event in ear.of(ActorGone)]
     assert causes == ["out_of_memory"] or isinstance(failures[0], ActorOutOfMemory), (actor, causes, failures)
@@ -345,18 +354,23 @@ def drain_node(address: str, node_id: str, deadline_s: int) -> None:
         "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test",
         "--deadline-remaining-seconds", str(deadline_s),
     ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE_S)
 
 
-def wait_until_dead(pid: int, timeout_s: float = 10) -> None:
-    deadline = time.monotonic() + timeout_s
-    while is_running(pid):
-        assert time.monotonic() < deadline, f"{pid} is still running"
+def wait_until_dead(pid: int) -> None:
+    wait_until(lambda: state_of(pid) in ("", "Z"), f"{pid} is still running")
+
+
+def wait_until(is_true: Callable[[], bool], complaint: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not is_true():
+        assert time.monotonic() < deadline, complaint
         time.sleep(0.05)
 
 
-def is_running(pid: int) -> bool:
+def state_of(pid: int) -> str:
+    """The kernel's letter for a process, "" when it is gone."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""

@@ -9,12 +9,13 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.outputs import make_output
-from tests.servers import shared_moto, use_endpoint
+from tests.servers import CEPH_MARKS, S3Server, shared_ceph, shared_moto, use_endpoint
 
 NUM_ROWS = 4
 PYARROW = """
@@ -128,19 +129,29 @@ def test_reader_sees_every_row_once_on_local_files(reader: str, job_root: str, t
 
 @pytest.mark.slow
 def test_ray_data_sees_every_row_once(job_root: str) -> None:
+    assert run_ray_data(job_root) == (NUM_ROWS, sum(range(NUM_ROWS)))
+
+
+def run_ray_data(root: str) -> tuple[int, int]:
     folder = Path(f"/tmp/lt-rd-{os.getpid()}")  # Ray's socket paths must be short
     try:
-        assert run_reader(RAY_DATA, job_root, folder) == (NUM_ROWS, sum(range(NUM_ROWS)))
+        return run_reader(RAY_DATA, root, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.parametrize("reader", OVER_S3)
-def test_reader_sees_every_row_once_over_s3(reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = shared_moto()
+@pytest.mark.parametrize("start", [shared_moto, pytest.param(shared_ceph, marks=CEPH_MARKS)])
+@pytest.mark.parametrize("reader", [*OVER_S3, pytest.param("ray data", marks=pytest.mark.slow)])
+def test_reader_sees_every_row_once_over_s3(
+    reader: str, start: Callable[[], S3Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start()
     use_endpoint(monkeypatch, server)
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
     monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
     root = f"s3://{server.new_bucket()}/out/night"
     make_output(root, NUM_ROWS, with_videos=False, num_parts=2)
-    assert run_reader(OVER_S3[reader], root, tmp_path / "cache") == (NUM_ROWS, sum(range(NUM_ROWS)))
+    if reader == "ray data":
+        assert run_ray_data(root) == (NUM_ROWS, sum(range(NUM_ROWS)))
+    else:
+        assert run_reader(OVER_S3[reader], root, tmp_path / "cache") == (NUM_ROWS, sum(range(NUM_ROWS)))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import av
 import duckdb
 import pytest
 
@@ -18,7 +21,7 @@ import longtake
 from cluster.object_store import ObjectStore, open_store
 from jobs.stop_request import request_stop
 from tests.bench.first_video import wait_for_first_video
-from tests.servers import shared_moto, use_endpoint
+from tests.servers import CEPH_MARKS, S3Server, shared_ceph, shared_moto, use_endpoint
 
 ROOT = Path(__file__).parents[2]
 LONGTAKE = [str(Path(sys.executable).parent / "longtake")]
@@ -33,7 +36,7 @@ PROMPTS: list[dict[str, Any]] = [
 
 def longtake_command(*arguments: str, code: int = 0) -> str:
     done = subprocess.run(
-        [*LONGTAKE, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False, env=environment()
+        [*LONGTAKE, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=250, check=False, env=environment()
     )
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr[-4000:]}"
     return done.stdout
@@ -43,8 +46,11 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def test_prompts_on_s3_become_videos_and_a_manifest_on_s3(monkeypatch: pytest.MonkeyPatch) -> None:
-    server = shared_moto()
+@pytest.mark.parametrize("start", [shared_moto, pytest.param(shared_ceph, marks=CEPH_MARKS)])
+def test_prompts_on_s3_become_videos_and_a_manifest_on_s3(
+    start: Callable[[], S3Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start()
     use_endpoint(monkeypatch, server)
     root = f"s3://{server.new_bucket()}/nights"
     store = open_store(root)
@@ -64,11 +70,21 @@ def test_prompts_on_s3_become_videos_and_a_manifest_on_s3(monkeypatch: pytest.Mo
     assert table["seed"].to_pylist()[1] == 7
     assert all(store.size(f"night/{key}") for key in table["file_name"].to_pylist())
 
+    assert [prompt_hash_in(store, f"night/{key}") for key in table["file_name"].to_pylist()] == table[
+        "prompt_sha256"
+    ].to_pylist()
+
     again = longtake_command(*arguments, code=3)
     assert "4 of 4 videos" in again
     assert json.loads(longtake_command("status", f"{root}/night", "--json"))["driver"]["epoch"] == 1  # no new lease
     verified = json.loads(longtake_command("verify", f"{root}/night", "--rerender", "100%", "--json"))
     assert (verified["num_decoded"], verified["num_rerendered"], verified["num_orphans"]) == (4, 4, 0)
+
+
+def prompt_hash_in(store: ObjectStore, key: str) -> str:
+    """What the video says of itself: a file that lost its manifest can be matched."""
+    with av.open(io.BytesIO(store.get(key))) as container:
+        return str(container.metadata["prompt_sha256"])
 
 
 @pytest.mark.slow
@@ -81,16 +97,16 @@ def test_a_job_that_was_ended_halfway_is_finished_by_the_same_command(how: str, 
     store = open_store(tmp_path / "night")
     with (tmp_path / "log").open("w") as log:
         driver = subprocess.Popen([*LONGTAKE, *arguments], cwd=ROOT, stdout=log, stderr=log, env=environment())
-        wait_for_videos(store, driver, 4)
+        wait_for_videos(store, driver, 1)
         if how == "cancel":
             request_stop(store)
         else:
             driver.send_signal(getattr(signal, how))
-        code = driver.wait(60)
+        code = driver.wait(200)
     assert code == (-signal.SIGKILL if how == "SIGKILL" else 4), (tmp_path / "log").read_text()[-3000:]
     status = longtake.read_status(tmp_path / "night")
     assert status.state == ("interrupted" if how == "SIGKILL" else "stopped")
-    assert 4 <= status.num_succeeded < 24
+    assert 1 <= status.num_succeeded < 24
 
     longtake_command(*arguments)
     glob = f"{tmp_path}/night/manifest/part-*.parquet"
@@ -102,7 +118,7 @@ def test_a_job_that_was_ended_halfway_is_finished_by_the_same_command(how: str, 
 
 
 def wait_for_videos(store: ObjectStore, driver: subprocess.Popen[bytes], count: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 250
     seen = 0
     cursor = None
     while seen < count:

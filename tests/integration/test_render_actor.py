@@ -171,6 +171,30 @@ def test_progress_tells_of_the_take_in_hand(actor: RenderActor) -> None:
     assert actor.progress().rss_bytes > 0
 
 
+def test_what_has_not_begun_can_be_taken_back_and_the_take_in_hand_goes_on(
+    actor: RenderActor, two: dict[str, RenderResult]
+) -> None:
+    outcomes: list[RenderOutcome] = []
+    red, blue = make_task("red", attempt="e8a1"), make_task("blue", attempt="e8a1")
+    first = threading.Thread(target=lambda: outcomes.extend(actor.run([red])))
+    first.start()
+    while actor.progress().running_task_id is None:
+        pass
+    second = threading.Thread(target=lambda: outcomes.extend(actor.run([blue])))
+    second.start()
+    while len(actor.progress().task_ids) < 2:
+        pass
+    actor.withdraw([(red.task_id, red.attempt), (blue.task_id, blue.attempt), ("nobody", "e8a1")])
+    second.join()
+    (back,) = outcomes  # at once: the other one still has the GPU
+    assert isinstance(back, RenderFailure)
+    assert (back.task_id, back.kind, back.retryable) == (blue.task_id, "preempted_exhausted", True)
+    first.join()
+    assert must_succeed(outcomes[1]).frames_sha256 == two["red-0"].frames_sha256
+    again = actor.run([make_task("blue", attempt="e8a2")])[0]
+    assert must_succeed(again).frames_sha256 == two["blue-0"].frames_sha256
+
+
 def test_drain_ends_the_take_in_hand_after_its_chunk_and_refuses_the_rest(tmp_path: Path) -> None:
     actor = load_actor(tmp_path)
     outcomes: list[RenderOutcome] = []

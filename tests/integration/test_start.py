@@ -87,7 +87,7 @@ def check_metrics_are_exported() -> None:
     telemetry.observe("longtake_chunk_seconds", 0.2)
     port = next(node["MetricsExportPort"] for node in ray.nodes())
     address = next(node["NodeManagerAddress"] for node in ray.nodes())
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while True:
         with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{address}:{port}/metrics") as answer:
             lines = [line for line in answer.read().decode().splitlines() if line.startswith("ray_longtake_")]
@@ -107,7 +107,7 @@ def test_an_address_without_a_cluster_is_refused_in_seconds(home: Path) -> None:
     for address in (f"127.0.0.1:{free_port()}", "no address", "ray://127.0.0.1:10001", "http://127.0.0.1:8265"):
         with pytest.raises(ClusterUnreachable):
             connect(address)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60  # Ray itself would try for 122 s, for each
 
 
 def test_ray_address_is_taken_when_none_is_given(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,6 +140,8 @@ def ray_head() -> Iterator[tuple[str, str]]:
         str(Path(sys.executable).with_name("ray")), "start", "--head", "--port", str(port),
         "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard_port), "--num-cpus", "2",
         "--disable-usage-stats", "--temp-dir", str(folder), "--object-store-memory", str(80 << 20),
+        # The default is one port for the whole machine: beside another head, this one would come up without job API.
+        "--dashboard-agent-listen-port", str(free_port()),
     ]  # fmt: skip
     try:
         subprocess.run(command, env=env, check=True, capture_output=True, timeout=120)
@@ -152,7 +154,6 @@ def ray_head() -> Iterator[tuple[str, str]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_users_head_takes_jobs_and_drivers_with_its_token_only(home: Path) -> None:
     with private_token(home), ray_head() as (address, api):
@@ -177,7 +178,7 @@ def check_jobs(api: str) -> None:
     wait_until_over(client, first)
     assert client.status(first).status == "succeeded"
     assert f"'job_submission_id': '{first}'" in client.logs(first)
-    second = client.submit(Submission("sleep 60", submission_id="longtake-chosen"))
+    second = client.submit(Submission("sleep 600", submission_id="longtake-chosen"))
     assert second == "longtake-chosen"
     assert client.stop(second)
     wait_until_over(client, second)
@@ -187,7 +188,7 @@ def check_jobs(api: str) -> None:
 
 
 def wait_until_over(client: JobClient, submission_id: str) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not client.status(submission_id).is_over:
         assert time.monotonic() < deadline
         time.sleep(0.3)

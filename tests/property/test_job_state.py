@@ -39,6 +39,7 @@ def troubled_world(chance: random.Random, trouble: float) -> World:
         fate=decide,
         load=lambda index: RuntimeError("no") if chance.random() < trouble / 4 else chance.uniform(0.1, 20),
         node=lambda index: f"node-{index % 3}",
+        gpu=lambda index: f"gpu-{index % 2}" if seed < 0.5 else "",
     )
 
 

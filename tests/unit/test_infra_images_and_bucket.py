@@ -5,11 +5,18 @@ import json
 import re
 import shlex
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from cluster.object_store import probe_conditional_writes
+from jobs.driver import Driver, JobInputs, Limits
+from tests.fake_pool import FakePool, World
+from tests.fakes import ManualClock, MemoryStore
+from tests.render_rows import FACTS, planned
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
@@ -88,12 +95,40 @@ def test_workers_may_do_what_they_must_and_can_never_remove_what_a_reader_relies
         assert allowed("s3:GetObject", f"{job}/{key}")
     assert allowed("s3:DeleteObject", f"{job}/_state/segments/x/00000.mp4")
     assert allowed("s3:DeleteObject", f"{job}/videos/ab/litter.mp4")
-    for key in ("manifest/part-00000.parquet", "job.json", "_SUCCESS", "quarantine/part-00000.parquet"):
+    for key in ("manifest/part-00000.parquet", "job.json", "_result.json", "quarantine/part-00000.parquet"):
         assert not allowed("s3:DeleteObject", f"{job}/{key}")
     assert not allowed("s3:PutObject", "prompts/night.jsonl")
     text = (INFRA / "s3/iam-policy.json").read_text()
     assert "s3:*" not in text
     assert '"*"' not in text
+
+
+class GuardedStore(MemoryStore):
+    """A bucket under the policy: whatever is asked of it must be allowed."""
+
+    def put(self, key: str, data: bytes) -> None:
+        assert allowed("s3:PutObject", f"renders/night/{key}"), key
+        super().put(key, data)
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        assert allowed("s3:PutObject", f"renders/night/{key}"), key
+        return super().put_if_absent(key, data)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        keys = list(keys)
+        assert all(allowed("s3:DeleteObject", f"renders/night/{key}") for key in keys), keys
+        super().delete(keys)
+
+
+def test_driver_needs_no_more_than_the_policy_allows():
+    store, clock = GuardedStore(), ManualClock()
+    probe_conditional_writes(store)
+    for names in ("a", "ab"):
+        inputs = JobInputs(FACTS, [planned(name) for name in names])
+        pool = FakePool(clock, World())
+        limits = Limits(num_actors=1, lease_ttl_s=1.0)
+        outcome = Driver(inputs, store, lambda pool=pool: pool, limits, clock=clock).run()
+        assert outcome.exit_code == 0
 
 
 def test_conditional_writes_are_enforced_for_decisions_and_for_nothing_that_is_overwritten():

@@ -102,7 +102,7 @@ def test_rows_come_in_the_order_in_which_they_are_missed_most() -> None:
     rollout.load_rows()
     names = rollout.in_order(list(ROWS))
     assert names[: len(rollout.FIRST)] == list(rollout.FIRST)
-    assert names.index("wan2.1-14b bounded") < names.index("radial") < names.index("self-forcing native, eager")
+    assert names.index("wan2.1-14b bounded") < names.index("radial") < names.index("self-forcing native eager")
 
 
 def test_a_process_writes_the_record_after_each_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, results: Path):

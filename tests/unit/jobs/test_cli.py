@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +138,31 @@ def test_render_dry_run_checks_everything_and_leaves_no_trace(tmp_path: Path) ->
     assert code == 0
     assert "1 prompts, 1 videos" in out
     assert "line 2: bad_utf8" in out
-    assert not (tmp_path / "out" / "p").exists()
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_take_exits_4_and_says_so(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.render.check_before_start", lambda *_, **__: os.kill(os.getpid(), number))
+    code, _, err = run("render", "p.txt", "--out", str(tmp_path / "out"), *TINY)
+    assert code == 4
+    assert f"stopped by {number.name} before the first take" in err
+
+
+def test_plan_refuses_what_render_would_refuse_and_leaves_no_trace(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a meadow\n")
+    (tmp_path / "file").write_text("")
+    base = ["plan", str(tmp_path / "p.txt"), "--job-id", "night", "--set", "render.video.num_frames=8"]
+    base += ["--set", "render.backbone.name=tiny-test", "--width", "32", "--height", "32", "--fps", "8"]
+    code, _, err = run(*base, "--out", str(tmp_path / "file"))
+    assert (code, "out: " in err) == (2, True)
+    assert run(*base, "--out", str(tmp_path / "new"))[0] == 0
+    assert not list((tmp_path / "new").iterdir())
+    begin_record(open_store(tmp_path / "night"), output_spec(tmp_path), PromptScan(1, 1, 1, 8, {}, ()), {})
+    code, _, err = run(*base, "--out", str(tmp_path))
+    assert (code, "begun with another look" in err) == (2, True)
 
 
 def test_plan_prints_what_is_known_and_what_is_not(tmp_path: Path) -> None:

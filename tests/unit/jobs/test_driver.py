@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from cluster.pool import Pool
+from jobs.columns import CLOSING_RECORDS
 from jobs.commit import MANIFEST, QUARANTINE, PartSeries
 from jobs.committer import StoreGone
 from jobs.driver import Driver, JobInputs, Limits, Outcome
@@ -72,6 +73,7 @@ def test_a_job_is_rendered_published_and_closed() -> None:
     assert bench.json("_SUCCESS")["succeeded"] == 3
     result = bench.json("_result.json")
     assert (result["status"], result["exit_code"], result["is_resumable"]) == ("succeeded", 0, False)
+    assert all(f"`{name}`" in CLOSING_RECORDS for name in (*result, *bench.json("_SUCCESS"))), "docs/manifest.md"
     assert b"manifest/part-*.parquet" in bench.store.get("README.md")
     assert bench.pools[0].is_stopped
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,8 +11,10 @@ import pytest
 
 from cluster.errors import StoreUnavailable
 from cluster.telemetry import Telemetry
+from jobs.accounting import CAUSES
+from jobs.columns import CHUNK_SCHEMA
 from jobs.driver import Driver, JobInputs, Limits
-from jobs.observer import CHUNK_SCHEMA, ChunkMetricsWriter, TelemetryFeed
+from jobs.observer import ChunkMetricsWriter, TelemetryFeed
 from jobs.view import JobView
 from tests.fake_pool import FakePool, World
 from tests.fakes import ManualClock, MemoryStore
@@ -21,6 +24,24 @@ from workers.task import ChunkMetrics, RenderResult
 CHUNKS = (
     ChunkMetrics(chunk_index=0, seconds=0.5, kv_bytes=100, density=1.0),
     ChunkMetrics(chunk_index=1, seconds=0.7, kv_bytes=200),
+)
+
+
+NOTHING_YET = JobView(
+    elapsed_s=0.0,
+    num_succeeded=0,
+    num_failed=0,
+    num_rejected=0,
+    num_running=0,
+    num_queued=0,
+    has_read_all=False,
+    num_uncommitted=0,
+    num_preemptions=0,
+    run_succeeded=0,
+    run_frames=0,
+    run_video_s=0.0,
+    gpu_seconds=dict.fromkeys(CAUSES, 0.0),
+    actors=(),
 )
 
 
@@ -60,6 +81,20 @@ def test_a_store_that_refuses_metrics_stops_nothing(caplog: pytest.LogCaptureFix
     writer.add(a_result(), "node")
     writer.publish()
     assert "chunk metrics dropped" in caplog.text
+
+
+def test_repeated_requests_of_driver_and_actors_are_counted_by_code() -> None:
+    store = MemoryStore()
+    store.retries = Counter({"SlowDown": 2})  # type: ignore[attr-defined]
+    telemetry = Telemetry(job="night", model="m")
+    feed = TelemetryFeed(telemetry, store=store)
+    for _ in range(2):
+        feed.show(NOTHING_YET, 5, None)
+        store.retries["Reset"] += 1  # type: ignore[attr-defined]
+    feed.finished(result_of(planned("a").attempt("e1a1"), store_retries={"SlowDown": 3}))
+    values = telemetry.values()
+    assert values["longtake_s3_retries_total", (("code", "SlowDown"),)] == 5
+    assert values["longtake_s3_retries_total", (("code", "Reset"),)] == 1
 
 
 def test_a_run_leaves_chunk_metrics_and_counters_behind() -> None:

@@ -60,6 +60,15 @@ def test_one_line_per_interval_and_the_last_state_at_the_end() -> None:
     assert lines[-1].startswith("2/10 done, 2 running, 1 failed, 0 rejected, 1.1 frames/s, ETA")
 
 
+def test_a_note_is_told_at_once_and_not_repeated_before_its_time() -> None:
+    clock, out = ManualClock(), io.StringIO()
+    display = LineDisplay(out, interval_s=30, clock=clock.monotonic)
+    for note in ("", "", "stopping", "stopping"):
+        display.update(progress(10, note=note))
+        clock.advance(1)
+    assert [line.endswith("(stopping)") for line in out.getvalue().splitlines()] == [False, True]
+
+
 def test_an_unknown_total_is_not_guessed() -> None:
     out = io.StringIO()
     LineDisplay(out).update(progress(0, num_tasks=None, num_frames=None))

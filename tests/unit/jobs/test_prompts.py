@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.errors import PromptsError
-from jobs.prompt_row import Prompt, Rejected, segments_of
+from jobs.prompt_row import Prompt, Rejected
 from jobs.prompts import PromptSource, read_prompts, scan_prompts
 from jobs.shards import TaskDefaults, tasks_of
+from workers.task import segments_of
 
 DEFAULTS = TaskDefaults(seed=1, samples=2, num_frames=96)
 
@@ -207,6 +208,7 @@ def test_parquet_struct_prompts_and_integer_ids(tmp_path: Path) -> None:
         ("p.txt", "x".encode("utf-16"), "UTF-16"),
         ("p.txt", b"", "no usable prompt"),
         ("p.jsonl", b'{"prompt": ""}\n', "line 1: prompt is empty"),
+        ("p.jsonl", b'{"text": "a", "id": "b"}\n', "line 1: prompt is missing (found: text, id)"),
         ("p.csv", b"id,promt\na,b\n", "rename 'promt'"),
         ("p.csv", b"prompt,prompt\na,b\n", "stands twice"),
         ("p.csv", b"id;prompt\na;b\n", "separated by commas"),

@@ -4,17 +4,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobs.dispatch import Dispatcher
 from jobs.limits import Limits
 from jobs.scheduling import Backlog, CostModel, OpenTask, may_queue_behind, next_shard
 from tests.makespan import measure
 from tests.render_rows import planned
 
 
-@pytest.mark.parametrize("num_actors", [2, 8, 16])
-def test_a_mixed_job_of_a_thousand_items_ends_within_five_percent_of_the_bound(num_actors: int) -> None:
-    spans = measure(1000, num_actors, seed=num_actors)
+@pytest.mark.parametrize(("num_actors", "num_slow"), [(2, 0), (8, 0), (16, 0), (8, 2), (16, 3)])
+def test_a_mixed_job_of_a_thousand_items_ends_within_five_percent_of_the_bound(num_actors: int, num_slow: int) -> None:
+    spans = measure(1000, num_actors, seed=num_actors, num_slow=num_slow)
     assert spans.ours_s <= 1.05 * spans.bound_s
     assert spans.ours_s < spans.fifo_s
+
+
+def test_at_the_tail_an_idle_actor_takes_over_what_waits_at_a_slow_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    stealing = measure(300, 8, seed=1, num_slow=2)
+    assert stealing.num_taken_back > 0
+    monkeypatch.setattr(Dispatcher, "calls_to_take_back", lambda *_: iter(()))
+    waiting = measure(300, 8, seed=1, num_slow=2)
+    assert waiting.num_taken_back == 0
+    assert stealing.ours_s < 0.95 * waiting.ours_s
 
 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=60), st.integers(1, 8), st.floats(1e-4, 10))

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jsonschema
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from jobs.cli import Assignments
 from jobs.errors import SpecError
 from jobs.flags import arguments_of, spec_flags, with_spec_flags
 from jobs.spec import JobSpec, changed_fields
 from jobs.spec_schema import SCHEMA_FILE, schema_text
 from jobs.spec_text import build_spec, models_in
 from workers.config import RenderConfig
+from workers.named_policies import PolicyName
 
 BASE = {("prompts", "url"): "lists/My prompts.txt", ("out",): "out"}
 
@@ -51,6 +54,10 @@ def test_unknown_fields_name_file_line_and_nearest_field(tmp_path: Path) -> None
         ("prompts: {url: a}\nout: o\njob_id: A/b\n", "job.yaml:3: job_id: must be"),
         ("prompts: {url: a}\nout: [o\n", "not YAML"),
         ("- a\n", "a spec is a mapping"),
+        (
+            "prompts: {url: a}\nout: o\nrender: {cache: {recent_latent_frames: 4}}\n",
+            "render.cache.kind: missing beside render.cache, render.cache.recent_latent_frames; say which: dense, ",
+        ),
         ("prompts: {url: a}\nout: o\nwhen: 2026-01-01\n", "not a spec"),
         ("a: !!python/object:os.system {}\n", "not YAML"),
         ("prompts: {url: a}\nout: o\nrender: {video: {width: 100}}\n", "job.yaml:3: render.video.width"),
@@ -155,6 +162,36 @@ def test_a_flag_fills_its_field() -> None:
     assert (spec.prompts.url, spec.out, spec.render.video.width, spec.actors.count) == ("p.txt", "x", 64, 2)
     assert (spec.render.cache.kind, spec.seed) == ("window", 5)
     assert build_spec(flags=parsed(["p.txt", "--out", "x", "--actors", "auto"])).actors.count == "auto"
+
+
+def specs_of_all_kinds() -> Iterator[JobSpec]:
+    """Every policy, every kind of every part, and for each field of a kind what is the default of another kind."""
+    for policy in get_args(PolicyName):
+        yield build_spec(flags=BASE | {("render", "policy"): policy})
+    for part, kind in every_kind():
+        chosen: dict[tuple[str, ...], Any] = {("render", part, "kind"): kind}
+        for path, value in leaves(build_spec(flags=BASE | chosen).model_dump(mode="json")).items():
+            if path[:2] == ("render", part) and isinstance(value, int | float):
+                for other in {3, 6, 21, 0.25, 0.3, 0.85} - {value}:
+                    with contextlib.suppress(SpecError):
+                        yield build_spec(flags=BASE | chosen | {path: other})
+    yield build_spec(flags=BASE | {("render", "policy"): "annsa", ("render", "attention", "layers"): [0, 2]})
+    yield build_spec(flags=BASE | {("render", "policy"): "svg"}, assignments=["render.attention.tile=null"])
+
+
+def test_the_command_line_of_any_spec_gives_the_spec_again() -> None:
+    app, seen = typer.Typer(), {}
+
+    def command(values: dict[tuple[str, ...], Any], assignments: Assignments = None) -> None:
+        seen["spec"] = build_spec(assignments=assignments or (), flags=values)
+
+    app.command()(with_spec_flags(command))
+    specs = list(specs_of_all_kinds())
+    assert len(specs) > 100
+    for spec in specs:
+        result = CliRunner().invoke(app, arguments_of(spec))
+        assert result.exit_code == 0, (arguments_of(spec), result.output)
+        assert seen["spec"] == spec, arguments_of(spec)
 
 
 def test_the_command_line_of_a_spec_gives_the_spec_again() -> None:

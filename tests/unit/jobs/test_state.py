@@ -212,6 +212,30 @@ def test_a_bad_node_is_avoided_and_its_items_succeed_elsewhere() -> None:
     assert len(out.succeeded) == 30
 
 
+@pytest.mark.parametrize("fresh_process", [False, True])
+def test_a_bad_gpu_is_parked_and_its_machine_goes_on(fresh_process: bool) -> None:
+    """With a fresh process after each failure, Ray gives the same GPU to the next actor."""
+    num_bad = 0
+
+    def decide(task: RenderTask, place: str) -> Fate:
+        nonlocal num_bad
+        num_bad += place == "big/gpu-1"
+        failure = {"fresh_process": fresh_process}
+        return Fate(0.1, "fail", failure=failure) if place == "big/gpu-1" else Fate(10.0)
+
+    world = World(fate=decide, node=lambda index: "big", gpu=lambda index: f"gpu-{index if index < 4 else 1}")
+    limits = Limits(num_actors=4, backoff_s=1)
+    out = run(world, 60, limits)
+    assert len(out.succeeded) == 60
+    assert limits.node_failures <= num_bad <= limits.node_failures * limits.in_flight  # else dozens
+
+
+def test_one_bad_gpu_of_all_there_are_is_not_avoided() -> None:
+    world = on("i003", Fate(1.0, "fail"), times=2)
+    world.node, world.gpu = (lambda index: "only"), (lambda index: "gpu-0")
+    assert len(run(world).succeeded) == 20
+
+
 def test_a_lone_node_is_never_avoided() -> None:
     world = on("i003", Fate(1.0, "fail"), times=2)
     world.node = lambda index: "only"
@@ -248,6 +272,18 @@ def test_a_stop_gives_nothing_more_out_and_ends_in_time() -> None:
     assert out.finish.exit_code == 4
     assert out.makespan_s < 45
     assert len(out.settled) < 20
+
+
+def test_a_stop_takes_back_what_waits_behind_a_running_take() -> None:
+    """A lone actor may have a second take in hand; only the one that has begun is brought home."""
+    limits = Limits(num_actors=1)
+    world = World(fate=lambda task, node: Fate(30.0))
+    out, _, pool = simulate(items(20), world, limits, stop_at_s=45.0, grace_s=100.0)
+    assert pool.num_taken_back == 1
+    assert [task_id for task_id, _ in pool.runs] == ["i000-0", "i001-0"]
+    assert len(out.succeeded) == 2
+    assert out.finish is not None
+    assert out.finish.exit_code == 4
 
 
 def test_a_stop_lets_a_take_that_is_nearly_done_finish() -> None:
