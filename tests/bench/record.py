@@ -77,7 +77,7 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def keep(name: str, rows: Sequence[dict[str, Any]], notes: str = "", folder: Path | None = None) -> dict[str, Any]:
-    """Write `<folder>/<name>.json` (device, date, command, commit, rows) and return it; the folder is RESULTS if not given.
+    """Write `<folder>/<name>.json` (device, date, command, commit, rows) and return it; without a folder into RESULTS.
 
     A long bench calls it after every row, so that what is measured survives whatever ends the bench.
     """
