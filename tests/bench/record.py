@@ -76,8 +76,8 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def keep(name: str, rows: Sequence[dict[str, Any]], notes: str = "", folder: Path = RESULTS) -> dict[str, Any]:
-    """Write `<folder>/<name>.json` (device, date, command, commit, rows) and return what is in it.
+def keep(name: str, rows: Sequence[dict[str, Any]], notes: str = "", folder: Path | None = None) -> dict[str, Any]:
+    """Write `<folder>/<name>.json` (device, date, command, commit, rows) and return it; without a folder into RESULTS.
 
     A long bench calls it after every row, so that what is measured survives whatever ends the bench.
     """
@@ -95,8 +95,9 @@ def keep(name: str, rows: Sequence[dict[str, Any]], notes: str = "", folder: Pat
     return record
 
 
-def write_record(record: dict[str, Any], folder: Path = RESULTS) -> Path:
+def write_record(record: dict[str, Any], folder: Path | None = None) -> Path:
     """Write a record as `<folder>/<its name>.json`, whole or not at all."""
+    folder = folder or RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{record['name']}.json"
     part = path.with_suffix(".part")
@@ -105,14 +106,14 @@ def write_record(record: dict[str, Any], folder: Path = RESULTS) -> Path:
     return path
 
 
-def report(name: str, rows: Sequence[dict[str, Any]], notes: str = "", folder: Path = RESULTS) -> Path:
+def report(name: str, rows: Sequence[dict[str, Any]], notes: str = "", folder: Path | None = None) -> Path:
     """Print the table and write `<folder>/<name>.json`."""
     record = keep(name, rows, notes, folder)
     print(f"\n{name}: {record['device']}; {record['command']}; commit {record['commit']}")
     print(format_table(rows))
     if notes:
         print(notes)
-    return folder / f"{name}.json"
+    return (folder or RESULTS) / f"{name}.json"
 
 
 def _module() -> str:
