@@ -55,9 +55,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrices_BRC: Tensor) -> Tensor:
-    """Bring all singular values of each matrix near 1, by Newton-Schulz rounds in bfloat16."""
+    """Bring all singular values of each matrix near 1, by Newton-Schulz rounds; in bfloat16 on a GPU."""
     wide = matrices_BRC.shape[1] <= matrices_BRC.shape[2]
-    x = matrices_BRC.bfloat16() if wide else matrices_BRC.bfloat16().transpose(1, 2)
+    x = matrices_BRC.to(torch.bfloat16 if matrices_BRC.is_cuda else torch.float32)
+    x = x if wide else x.transpose(1, 2)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     a, b, c = _QUINTIC
     for _ in range(_ROUNDS):
