@@ -25,7 +25,7 @@ actor = RenderActor(RenderSetup(job_id="job", config=config, store_url=sys.argv[
 actor.load()
 loaded = rss_bytes()
 peaks = []
-for name, num_frames in (("warm", 48), ("short", 96), ("long", 480)):
+for name, num_frames in (("warm", 48), ("short", 96), ("long", 960)):
     segments = (PromptSegment(frame=0, prompt="a valley"),)
     names = {"task_id": f"{name}-0", "item_id": name, "sample_index": 0, "attempt": "e1a1"}
     task = RenderTask(**names, segments=segments, seed=1, num_frames=num_frames)
@@ -45,5 +45,6 @@ def test_host_memory_of_an_actor_does_not_grow_with_the_length_of_a_take(tmp_pat
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     _, short, long = found["peaks"]
-    assert long - short < 25 * MB, found  # 384 more frames of 256x128 are 38 MB as pictures
+    # 864 more frames of 256x128 are 85 MB as pictures; threads' heaps alone move by 25 MB from run to run.
+    assert long - short < 55 * MB, found
     assert long - found["loaded"] < 300 * MB, found
