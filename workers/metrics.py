@@ -51,7 +51,11 @@ def peak_gpu_bytes(device: torch.device) -> int:
 
 def peak_rss_bytes() -> int:
     """Highest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    try:  # ru_maxrss would begin at what the parent process once held
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def rss_bytes() -> int:
