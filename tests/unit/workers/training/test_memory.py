@@ -188,6 +188,7 @@ def test_the_turns_begin_at_noise_and_end_clean_once_with_each_context() -> None
     assert FLIGHTS > 1
 
 
+@pytest.mark.slow
 def test_a_run_leaves_weights_log_and_verdict_and_goes_on_where_it_stopped(
     model: WorldModel, vae: VideoVAE, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -199,6 +199,7 @@ def test_muon_makes_singular_values_alike() -> None:
         assert values.max() < 1.5
 
 
+@pytest.mark.slow
 def test_a_few_steps_lower_the_vae_loss() -> None:
     recipe = VaeRecipe(batch=1, pool=1, fresh=1, warmup_steps=1, latent_noise=0.0)
     trainer, feed = VaeTrainer(recipe, CPU), ClipFeed(recipe, CPU)
