@@ -111,7 +111,6 @@ def test_in_bfloat16_every_key_counts_once_and_partners_are_as_near() -> None:
         assert float(same.float().mean()) > 0.9
 
 
-
 @pytest.mark.parametrize("estimate", ["exact", "quant"])
 @pytest.mark.parametrize(("num_queries", "tiles"), [(100, 9), (40, 21)])
 def test_kernels_choose_the_tiles_that_the_plain_way_chooses(estimate: Estimate, num_queries: int, tiles: int) -> None:

@@ -313,7 +313,14 @@ class TileTable:
         if self._kernels is not None:
             records = (layer.v_NLD, layer.m_NC[:, :stop], layer.weight_NC[:, :stop], layer.partner_NC[:, :stop])
             self._kernels.merge(
-                used, records, self._turn_back, self._rate, s.kept_tokens, merges, heads_at_once=s.num_heads, tile=s.tile
+                used,
+                records,
+                self._turn_back,
+                self._rate,
+                s.kept_tokens,
+                merges,
+                heads_at_once=s.num_heads,
+                tile=s.tile,
             )
             return
         found = shrink(
