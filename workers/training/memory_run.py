@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 BUNDLED = Path(__file__).parent / "weights"
 SAVE_EVERY_S = 100.0
 LOG_EVERY = 4  # cycles
-NEW_LAND_CUTS = (0, 0, 1, 2, 4, 7, 11, 16)
-"""Context chunks that questions about new land see."""
+NEW_LAND_SHARES = (0.0, 0.0, 0.03, 0.1, 0.25, 0.5, 1.0, 1.0)
+"""Of the context, what each of many questions about new land sees."""
 EXAMS = (("cut", 159), ("rollout", 39))
 """Form and distance of the returns by which the result is judged, the most important one first."""
 
@@ -200,7 +200,8 @@ def recipes_of(options: argparse.Namespace) -> tuple[MemoryRecipe, MemoryFeedRec
         seed=usual_feed.seed + options.seed - usual.seed,
     )
     if options.new_land:
-        feed = replace(feed, runs=4, early_cuts=NEW_LAND_CUTS)
+        cuts = tuple(round(share * options.chunks) for share in NEW_LAND_SHARES)
+        feed = replace(feed, runs=4, early_cuts=cuts)
     recipe = MemoryRecipe(
         muon_lr=options.rate * usual.muon_lr,
         adam_lr=options.rate * usual.adam_lr,

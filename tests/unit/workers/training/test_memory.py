@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from workers.training.fast_rollout import FastRollout
 from workers.training.feed import batches_ahead
 from workers.training.memory import FLIGHTS, TURNS, Flight, MemoryRecipe, MemoryTrainer, picture_metric
 from workers.training.memory_feed import RUN, MemoryBatch, MemoryFeed, MemoryFeedRecipe, plan_memory_batch
-from workers.training.memory_run import MemoryRun
+from workers.training.memory_run import MemoryRun, recipes_of
 from workers.training.new_land import CriticRecipe
 from workers.training.sequence import ParallelAttention, WorldModel
 from workers.worlds.clips import PATH_BOX
@@ -244,3 +245,13 @@ def test_a_run_leaves_weights_log_and_verdict_and_goes_on_where_it_stopped(
     lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert any("latents" in line for line in lines)
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["better"] is False
+
+
+def test_the_command_line_decides_what_a_run_asks() -> None:
+    usual = {"batch": 6, "chunks": 36, "shifted": 0.35, "seed": 1, "rate": 1.0, "own": 8, "keep": 10.0, "critic": 0.0}
+    plain = recipes_of(argparse.Namespace(**usual, fade=0.0, new_land=False))
+    assert plain == (MemoryRecipe(), MemoryFeedRecipe())
+    recipe, feed = recipes_of(argparse.Namespace(**usual | {"seed": 3, "critic": 6.0}, fade=0.2, new_land=True))
+    assert (recipe.critic_weight, recipe.fade_share, recipe.seed, feed.seed) == (6.0, 0.2, 3, 6)
+    assert feed.cuts == 16 * (36,) + (0, 0, 1, 4, 9, 18, 36, 36)
+    assert len(feed.cuts) == len(MemoryFeedRecipe().cuts)
