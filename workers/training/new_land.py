@@ -31,8 +31,8 @@ class CriticRecipe:
         certain: Loss below guessing at which its blame counts in full.
     """
 
-    width: int = 160
-    lr: float = 4e-4
+    width: int = 128
+    lr: float = 1e-4
     noise: float = 0.4
     smooth: float = 2.0
     nudge: float = 0.05
@@ -83,7 +83,7 @@ class LandJudge:
         self.recipe, self.chunk, self.device = recipe, chunk, device
         self.critic = LandCritic(chunk * channels, text_dim, recipe.width).to(device)
         self.optimiser = torch.optim.AdamW(
-            self.critic.parameters(), recipe.lr, betas=(0.0, 0.99), fused=device.type == "cuda"
+            self.critic.parameters(), recipe.lr, betas=(0.5, 0.99), fused=device.type == "cuda"
         )
         self.skill = torch.zeros((), device=device)
         """0 while the critic only guesses, 1 when it knows: it has a say only as far as it can tell."""
@@ -113,6 +113,7 @@ class LandJudge:
         change = (self._ask(nudged, levels, captions) - answers).square().mean()
         self.optimiser.zero_grad(set_to_none=True)
         (loss + self.recipe.smooth * change).backward()
+        nn.utils.clip_grad_norm_(self.critic.parameters(), 1.0)
         self.optimiser.step()
         self.skill = self.skill.lerp(((GUESSING - loss.detach()) / self.recipe.certain).clamp(0, 1), 0.05)
         return loss.detach()
