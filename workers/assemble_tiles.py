@@ -135,11 +135,11 @@ class TableSeat:
         self._rollout: CapturedRollout | None = None
 
     def begin_take(self) -> CapturedRollout:
-        """The rollout, its table empty."""
+        """The rollout, its table empty; in inference mode, as all that uses it."""
         if self._rollout is None:
             self._rollout = self._make()
         else:
-            self._table().clear()
+            self.table.clear()
         return self._rollout
 
     def release(self) -> None:
@@ -148,6 +148,7 @@ class TableSeat:
         if self._dit.head.modulation.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    @torch.inference_mode()
     def rehearse(self) -> None:
         """Run what a take runs between chunks until every layer has merged: compiles what is compiled."""
         s, device = self.settings, self._dit.head.modulation.device
@@ -157,10 +158,12 @@ class TableSeat:
         for index in range(s.sink_chunks + s.recent_chunks + s.kept_chunks + s.spare_chunks + 1):
             time = torch.arange(index * num, (index + 1) * num, device=device)
             rollout.remember(grid_positions(time, rows, columns, None))
-        self._table().clear()
+        self.table.clear()
 
-    def _table(self) -> TileTable:
-        assert self._rollout is not None
+    @property
+    def table(self) -> TileTable:
+        """What a take has filled so far: what a snapshot is made of, and what one fills after `begin_take`."""
+        assert self._rollout is not None, "begin_take comes first"
         table = self._rollout.table
         assert isinstance(table, TileTable)
         return table
