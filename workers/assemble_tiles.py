@@ -175,7 +175,15 @@ class TableSeat:
         runs = tile_runs(s, self._attention)
         chooser = TileChoice(choice_settings(self._attention, s, runs), runs, s.chunk_tokens, s.head_dim, device)
         if ways.compiled:
+            _prepare_compiler()
             for part in (table, layers, chooser):
                 part.compile()
         settings = CapturedSettings(self._attention.choose_at, ways.graphs, PROMPT_ROWS)
         return CapturedRollout(dit, layers, table, (chooser, ways.listed.attend), self._latent_size, settings)
+
+
+def _prepare_compiler() -> None:
+    """It may not choose by timing where its choice shows in the numbers; see `model/compiled.py`."""
+    if "deterministic" in torch._inductor.list_options():
+        torch._inductor.config.deterministic = True
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # one piece, many strides
