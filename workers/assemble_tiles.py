@@ -7,6 +7,7 @@ always. What was chosen is said in one line. The numbers are those of the same d
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import torch
 
 from workers.attention.tile_choice import ChoiceSettings, TileChoice, TileRuns
 from workers.cache.table_layout import TableSettings
-from workers.cache.tile_table import TileTable
+from workers.cache.tile_table import TableWork, TileTable
 from workers.config import RenderConfig
 from workers.config_tiles import TileAttentionConfig, TileCacheConfig
 from workers.errors import ConfigUnsupported
@@ -29,6 +30,8 @@ from workers.search.nearest_rows import NearestRows, make_triton_nearest_rows, n
 
 logger = logging.getLogger(__name__)
 
+KERNELS_FROM = (8, 0)
+"""Compute capability from which a table's own kernels (Triton) take over chunks and choose tiles."""
 PROMPT_ROWS = 128
 """Prompts are filled up to a multiple of so many rows, so that nearly all share what is compiled and captured."""
 
@@ -39,6 +42,8 @@ class TileWays:
 
     listed: ListedChoice
     nearest: NearestRows
+    kernels: bool
+    """Chunks are taken over and tiles chosen by kernels of our own, in place of torch."""
     graphs: bool
     compiled: bool
 
@@ -83,8 +88,10 @@ def tile_runs(s: TableSettings, config: TileAttentionConfig) -> TileRuns:
     return TileRuns(candidates, (*(run for run, is_always in runs if is_always), (own, stop)), stop)
 
 
-def choice_settings(config: TileAttentionConfig, s: TableSettings, runs: TileRuns) -> ChoiceSettings:
-    """How many tiles are chosen, and by how close a look."""
+def choice_settings(
+    config: TileAttentionConfig, s: TableSettings, runs: TileRuns, *, fused: bool = False
+) -> ChoiceSettings:
+    """How many tiles are chosen, and by how close a look; `fused` by kernels of our own."""
     num_candidates = sum(stop - first for first, stop in runs.candidates)
     return ChoiceSettings(
         num_chosen=max(1, round(config.density * num_candidates)),
@@ -92,6 +99,7 @@ def choice_settings(config: TileAttentionConfig, s: TableSettings, runs: TileRun
         queries_per_tile=min(config.queries_per_tile, s.tile),
         estimate=config.estimate,
         tile=s.tile,
+        fused=fused,
     )
 
 
@@ -101,18 +109,36 @@ def choose_ways(config: RenderConfig, hardware: Hardware, need: KernelNeed, tile
     Raises:
         KernelUnavailable: The kernel that is named cannot run here.
     """
+    attention = config.attention
+    assert isinstance(attention, TileAttentionConfig)
+    is_cuda = hardware.device_type == "cuda"
     listed = choose_listed(config.kernel.name, hardware, need, tile)
-    nearest: NearestRows = nearest_rows
-    line = "nearest keys by plain torch"
-    if listed.name != "reference" and hardware.device_type == "cuda":
-        try:
-            nearest, line = make_triton_nearest_rows(), "nearest keys by Triton"
-        except ImportError as error:
-            line += f" (Triton cannot be imported: {error})"
-    ways = TileWays(listed, nearest, graphs=hardware.device_type == "cuda", compiled=config.backbone.compiled)
-    mode = "captured as CUDA graphs" if ways.graphs else f"call by call: {hardware.device_type} has no CUDA graphs"
-    logger.info("tile table: %s; %s; %s", listed.line, line, mode)
+    why_plain = _why_no_kernels(attention, hardware, need, listed)
+    nearest: NearestRows = nearest_rows if why_plain else make_triton_nearest_rows()
+    ways = TileWays(listed, nearest, not why_plain, graphs=is_cuda, compiled=config.backbone.compiled)
+    logger.info(
+        "tile table: %s; chunks taken over by %s; %s",
+        listed.line,
+        f"plain torch: {why_plain}" if why_plain else "kernels of its own",
+        "captured as CUDA graphs" if is_cuda else f"call by call: {hardware.device_type} has no CUDA graphs",
+    )
     return ways
+
+
+def _why_no_kernels(attention: TileAttentionConfig, hardware: Hardware, need: KernelNeed, listed: ListedChoice) -> str:
+    """Empty where a table's own kernels can run."""
+    if hardware.device_type != "cuda":
+        return f"they are for cuda, not for {hardware.device_type}"
+    if listed.name == "reference":
+        return "as attention is"
+    if hardware.compute is not None and hardware.compute < KERNELS_FROM:
+        return "they need compute capability {}.{}".format(*KERNELS_FROM)
+    sizes = need.head_dim, attention.keys_per_tile, attention.queries_per_tile
+    if any(size & (size - 1) for size in sizes):
+        return f"they take a head dimension and samples of a tile that are powers of two, not {sizes}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return ""
 
 
 class TableSeat:
@@ -171,9 +197,11 @@ class TableSeat:
     def _make(self) -> CapturedRollout:
         s, dit, ways = self.settings, self._dit, self.ways
         device = dit.head.modulation.device
-        table, layers = TileTable(s, dit.dtype, device, ways.nearest), StaticLayers(dit)
+        work: TableWork = "kernels" if ways.kernels else "groups"
+        table, layers = TileTable(s, dit.dtype, device, ways.nearest, work), StaticLayers(dit)
         runs = tile_runs(s, self._attention)
-        chooser = TileChoice(choice_settings(self._attention, s, runs), runs, s.chunk_tokens, s.head_dim, device)
+        choice = choice_settings(self._attention, s, runs, fused=ways.kernels)
+        chooser = TileChoice(choice, runs, s.chunk_tokens, s.head_dim, device)
         if ways.compiled:
             _prepare_compiler()
             for part in (table, layers, chooser):

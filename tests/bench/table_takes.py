@@ -25,6 +25,7 @@ import torch
 
 from tests.bench.random_wan import write_random_wan
 from tests.bench.record import report
+from workers import assemble_tiles
 from workers.actor import RenderActor
 from workers.assemble import LoadedModel, load_model
 from workers.config import RenderConfig
@@ -116,8 +117,9 @@ def resume_elsewhere(name: str, record: Record, num_frames: int, root: Path) -> 
             seconds = time.perf_counter() - began
     model.seat.release()
     asked = json.dumps({"record": record, "frames": num_frames, "snapshot": str(path)})
+    plain = ["--no-table-kernels"] if assemble_tiles.KERNELS_FROM == (99, 0) else []
     done = subprocess.run(
-        [sys.executable, "-m", "tests.bench.table_takes", "--resume", asked],
+        [sys.executable, "-m", "tests.bench.table_takes", *plain, "--resume", asked],
         capture_output=True,
         text=True,
         check=False,
@@ -191,9 +193,12 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="tiny models")
     parser.add_argument("--name", default="table-takes", help="of the result file")
+    parser.add_argument("--no-table-kernels", action="store_true", help="as on a GPU that the table's kernels lack")
     parser.add_argument("--resume", default=None, help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)  # on a CPU the last bits depend on it
+    if asked.no_table_kernels:
+        assemble_tiles.KERNELS_FROM = (99, 0)
     if asked.resume is not None:
         resume(asked.resume)
         return

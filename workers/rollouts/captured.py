@@ -48,7 +48,7 @@ class Table(Protocol):
 
     def own(self, layer_index: int) -> tuple[Tensor, Tensor]: ...
 
-    def remember(self, layer_index: int, position_T3: Tensor) -> None: ...
+    def remember_chunk(self, position_T3: Tensor) -> None: ...
 
 
 class Chooser(Protocol):
@@ -72,6 +72,21 @@ class CapturedSettings:
     """Capture the calls; needs a GPU."""
     prompt_rows: int = 16
     """Prompts are filled up to a multiple of so many rows; where that changes, calls are captured anew."""
+
+
+def to_host(flag: Tensor) -> Callable[[], bool]:
+    """The value of a flag as it is now; asking for it waits for that, and for nothing queued since."""
+    if flag.device.type != "cuda":
+        return lambda: bool(flag)
+    value = torch.empty((), dtype=torch.bool, pin_memory=True)
+    value.copy_(flag, non_blocking=True)
+    arrived = torch.cuda.current_stream().record_event()
+
+    def ask() -> bool:
+        arrived.synchronize()
+        return bool(value)
+
+    return ask
 
 
 class CapturedRollout:
@@ -138,13 +153,14 @@ class CapturedRollout:
             with stage("denoise"):
                 position = self.begin(plan, index)
                 latents = self._denoise(plan, noise)
-                if index + 1 < plan.num_chunks:  # drawn now, while the GPU is busy
-                    noise = self._draw(plan, index + 1)
-                if not bool(torch.isfinite(latents).all()):
-                    raise NonFiniteLatents(f"chunk {index} holds NaN or infinity after its last denoising step")
-            if index + 1 < plan.num_chunks:
-                with stage("cache"):
+                is_finite = to_host(torch.isfinite(latents).all())
+            with stage("cache"):
+                if index + 1 < plan.num_chunks:
                     self.call(latents, 0.0, choose=False)
+                    noise = self._draw(plan, index + 1)  # now, while the GPU is busy
+                if not is_finite():  # waits for the denoising steps, not for the clean pass
+                    raise NonFiniteLatents(f"chunk {index} holds NaN or infinity after its last denoising step")
+                if index + 1 < plan.num_chunks:
                     self.remember(position)
             density = min(1.0, self.chooser.num_slots_seen / ((index + 1) * len(position)))
             yield CleanChunk(index, latents, self.table.num_bytes, density)
@@ -191,8 +207,7 @@ class CapturedRollout:
 
     def remember(self, position_Q3: Tensor) -> None:
         """The last call was a clean pass: its keys become history."""
-        for index in range(len(self._lists)):
-            self.table.remember(index, position_Q3)
+        self.table.remember_chunk(position_Q3)
 
     def begin(self, plan: RolloutPlan, index: int) -> Tensor:
         """Fill the buffers for a chunk; its positions."""

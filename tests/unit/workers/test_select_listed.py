@@ -72,7 +72,7 @@ def test_what_runs_is_said_in_one_line(hardware: Hardware, mode: str, caplog: py
         ways = choose_ways(RenderConfig(policy="fastar-tiles"), hardware, WAN, 128)
     (line,) = [record.getMessage() for record in caplog.records]
     assert mode in line
-    assert "nearest keys by plain torch" in line
+    assert "chunks taken over by plain torch: " in line
     assert "not flash-attn-4: " in line
     assert "not triton: " in line
     assert ways.graphs == (hardware.device_type == "cuda")
