@@ -7,7 +7,7 @@ from typing import Any
 
 from workers.attention.tile_choice import ChoiceSettings, Estimate, TileChoice, TileRuns
 from workers.cache.table_layout import TableSettings
-from workers.cache.tile_table import TileTable
+from workers.cache.tile_table import TableWork, TileTable
 from workers.kernels.listed_tiles import AttendTable, make_attend
 from workers.model.backbones import Backbone
 from workers.model.dit import CausalDiT
@@ -54,12 +54,13 @@ def make_captured(
     fp8: Fp8Linears = "none",
     backend: str | Callable[..., Any] | None = None,
     compiled: tuple[str, ...] = ("layers", "chooser", "table"),
+    work: TableWork = "groups",
     settings: CapturedSettings | None = None,
     **choice: Any,
 ) -> CapturedRollout:
     """Everything of one rollout; None compiles nothing."""
     device = model.head.modulation.device
-    table = TileTable(sizes, model.dtype, device, nearest)
+    table = TileTable(sizes, model.dtype, device, nearest, work)
     layers = StaticLayers(model, fp8)
     runs = tile_runs(sizes, always_sink=always_sink, always_recent=always_recent)
     chosen = ChoiceSettings(num_chosen, estimate=estimate, tile=sizes.tile, **choice)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -53,6 +54,8 @@ class Variant:
     choose_at: tuple[int, ...] = (0,)
     keys_per_tile: int = 16
     queries_per_tile: int = 8
+    kernels: bool = True
+    """Chunks are taken over and tiles chosen by kernels of our own; else by plain torch, layer by layer."""
     whole: bool = True
     """Rolled out over all frames."""
     with_pictures: bool = False
@@ -107,6 +110,10 @@ class Engine:
         mark("sampler")
 
 
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 _MODELS: dict[Any, CausalDiT] = {}
 
 
@@ -145,6 +152,7 @@ def make_engine(
         candidate_tiles=variant.candidate_tiles,
         tile=128 if settings.frame_tokens >= 128 else 16,
     )
+    use_kernels = variant.kernels and device.type == "cuda" and _has_triton()
     runs = tile_runs(sizes, always_sink=variant.always_sink, always_recent=variant.always_recent)
     num_candidates = sum(stop - first for first, stop in runs.candidates)
     rollout = make_captured(
@@ -160,6 +168,8 @@ def make_engine(
         fp8=variant.fp8,
         backend=backend,
         compiled=compiled,
+        work="kernels" if use_kernels else "layers",
+        fused=use_kernels,
         settings=CapturedSettings(variant.choose_at, graphs=graphs and device.type == "cuda"),
         keys_per_tile=min(sizes.tile, variant.keys_per_tile),
         queries_per_tile=min(sizes.tile, variant.queries_per_tile),

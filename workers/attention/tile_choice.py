@@ -46,6 +46,8 @@ class ChoiceSettings:
     bits: int = 128
     """Random projections of `lsh`."""
     tile: int = 128
+    fused: bool = False
+    """By two kernels of our own, on a GPU; head, samples and tile are then powers of two, and `lsh` is not among them."""
 
 
 class TileChoice:
@@ -74,6 +76,13 @@ class TileChoice:
         projection = torch.randn(head_dim, s.bits, generator=generator).to(device)
         self._similarity = _make_similarity(s.estimate, head_dim, projection)
         self._estimate: Callable[..., Tensor] = _estimate
+        self._is_fused = s.fused and s.estimate != "lsh"
+        if self._is_fused:
+            sizes = (head_dim, s.keys_per_tile, s.queries_per_tile)
+            assert all(size & (size - 1) == 0 for size in sizes), f"kernels take powers of two, not {sizes}"
+            self._is_candidate_J = torch.zeros(runs.num_tiles, dtype=torch.int32, device=device)
+            self._is_candidate_J[self._candidate_J] = 1
+            self._head_dim = head_dim
 
     @property
     def num_slots_seen(self) -> int:
@@ -100,9 +109,21 @@ class TileChoice:
             k_NLW: All keys of the layer, those of the chunk in hand included.
             index_NIJ: From `new_list`.
         """
+        if self._is_fused:
+            self._choose_by_kernels(q_QNW, k_NLW, index_NIJ)
+            return
         mass_NIJ = self.mass(q_QNW, k_NLW).index_select(2, self._candidate_J)
         chosen = mass_NIJ.topk(self.num_chosen, dim=-1, sorted=False).indices
         index_NIJ[..., : self.num_chosen] = self._candidate_J[chosen]
+
+    def _choose_by_kernels(self, q_QNW: Tensor, k_NLW: Tensor, index_NIJ: Tensor) -> None:
+        from workers.attention.triton_choice import tile_lse, write_heaviest
+
+        shape = (k_NLW.shape[0], len(self._query_S), len(self._is_candidate_J))
+        lse_NSJ = torch.empty(shape, dtype=torch.float32, device=k_NLW.device)
+        is_quant = self.settings.estimate == "quant"
+        tile_lse(q_QNW, k_NLW, (self._query_S, self._key_R), lse_NSJ, self._head_dim, quant=is_quant)
+        write_heaviest(lse_NSJ, self._is_candidate_J, self.num_chosen, index_NIJ)
 
     def mass(self, q_QNW: Tensor, k_NLW: Tensor) -> Tensor:
         """Estimated share of the softmax in each tile of the table, mean over the queries of a tile, [N, I, J]."""

@@ -55,7 +55,7 @@ def find_partners(history: History, turn_back: TurnBack, new: slice, look: Look)
     """Partners of the keys in the slots `new`, which are the newest.
 
     Args:
-        history: Means are those of before the new keys.
+        history: Its means know the new keys.
         turn_back: RoPE of the model.
         new: Slots, a whole number of latent frames in the order of time.
         look: Where to look, and how.
@@ -91,21 +91,21 @@ def _in_frame_before(unit_NKD: Tensor, m_NK: Tensor, first: int, start: int, loo
 
 
 def _in_near_tiles(history: History, turn_back: TurnBack, unit_NTD: Tensor, start: int, look: Look) -> Found:
-    """In the tiles whose mean key is nearest to that of each tile of new keys."""
+    """In the tiles whose mean key is nearest to that of the tile in which the new key is."""
     assert look.num_tiles is not None
     (heads, num, dim), tile = unit_NTD.shape, look.tile
-    pad = -num % tile
-    queries = torch.nn.functional.pad(unit_NTD, (0, 0, 0, pad)).view(heads, -1, tile, dim)
-    score_NIJ = queries.mean(2) @ history.mean_NJD.mT
-    score_NIJ = score_NIJ[..., : max(look.num_tiles, start // tile)]  # whole tiles of older keys
+    first, skip = start // tile, start % tile
+    queries = torch.nn.functional.pad(unit_NTD, (0, 0, skip, -(skip + num) % tile)).view(heads, -1, tile, dim)
+    score_NIJ = history.mean_NJD[:, first : first + queries.shape[1]] @ history.mean_NJD.mT
+    score_NIJ = score_NIJ[..., : max(look.num_tiles, first)]  # whole tiles of older keys
     chosen_NIn = score_NIJ.topk(min(look.num_tiles, score_NIJ.shape[-1]), -1).indices
     slot = (chosen_NIn[..., None] * tile + torch.arange(tile, device=unit_NTD.device)).flatten(1)
     keys = turn_back.unit(take_rows(history.k_NLW, slot, history.start), take_rows(history.position_NC3, slot))
     there = (history.m_NC.gather(1, slot) > 0) & (slot < start)
     sets = heads * queries.shape[1]
     index, best = look.nearest(queries.flatten(0, 1), keys.view(sets, -1, dim), there.view(sets, -1))
-    found = slot.view(sets, -1).gather(1, index)
-    return found.view(heads, -1)[:, :num], best.view(heads, -1)[:, :num]
+    found = slot.view(sets, -1).gather(1, index).view(heads, -1)
+    return found[:, skip : skip + num], best.view(heads, -1)[:, skip : skip + num]
 
 
 def _among_all(history: History, turn_back: TurnBack, new: slice, frame_tokens: int) -> Found:

@@ -4,14 +4,16 @@ The same method as `temporal_merge.py` and `groups.py` with another order of wor
 times, in whole tiles, log m beside them, so nothing is assembled, rotated or sorted for a chunk. Every key that leaves
 the newest chunks opens a slot and remembers its partner; a full history merges the nearest pairs (`shrink.py`). There
 is no threshold: pairs merge as far as the size asks. All shapes are fixed and nothing waits for the device, so the
-calls of a chunk can be replayed as CUDA graphs. One video at a time.
+calls of a chunk can be replayed as CUDA graphs. Layers that become full together lie side by side and are worked on
+together, as if their heads were those of one layer. One video at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -24,10 +26,25 @@ from workers.contracts import KeyValues
 from workers.model.rope import make_rotation, rotate
 from workers.search.nearest_rows import NearestRows, nearest_rows
 
+TableWork = Literal["layers", "groups", "kernels"]
+"""How chunks are taken over: layer by layer; in one go for all layers that become full together; or that by kernels of
+our own, on a GPU and for sizes that are powers of two."""
+
+
+class TableKernels(Protocol):
+    """See `triton_match.py` and `triton_merge.py`."""
+
+    def match(self, history: History, partner_NC: Tensor, turn_back: TurnBack, new: slice, look: Look) -> None: ...
+
+    def merge(
+        self, history: History, records: Sequence[Tensor], turn_back: TurnBack, rate: float, num_keep: int,
+        num_merges: int, heads_at_once: int, tile: int,
+    ) -> None: ...  # fmt: skip
+
 
 @dataclass(eq=False)
 class LayerTable:
-    """Keys of one layer. Tensors keep their addresses for the life of the table."""
+    """Keys of one layer, or of some that go together: N is then the heads of all. Tensors keep their addresses."""
 
     k_NLW: Tensor
     v_NLD: Tensor
@@ -50,18 +67,33 @@ class TileTable:
         settings: Sizes.
         dtype: Of keys and values.
         device: Where they lie.
-        nearest: Finds the nearest of some keys.
+        nearest: Finds the nearest of some keys; kernels do it themselves.
+        work: How `remember_chunk` works.
+
+    Raises:
+        ImportError: Kernels are asked for, and Triton is not installed.
     """
 
     def __init__(
-        self, settings: TableSettings, dtype: torch.dtype, device: torch.device, nearest: NearestRows = nearest_rows
+        self,
+        settings: TableSettings,
+        dtype: torch.dtype,
+        device: torch.device,
+        nearest: NearestRows = nearest_rows,
+        work: TableWork = "layers",
     ) -> None:
         self.settings, self.dtype, self.device = settings, dtype, device
         self._turn_back = TurnBack(settings.head_dim, settings.theta, device)
         self._look = Look(settings.frame_tokens, settings.candidate_tiles, settings.tile, nearest)
         self._fuse = Fuse()
         self._rate = settings.decay / (2 * math.sqrt(settings.head_dim))
-        self.layers = [self._new_layer(index) for index in range(settings.num_layers)]
+        self._work = work
+        self._groups = [range(first, settings.num_layers, settings.spare_chunks) for first in self._first_layers]
+        self._together = [self._new_layers(len(group)) for group in self._groups]
+        self.layers = [self._layer(index) for index in range(settings.num_layers)]
+        for index, layer in enumerate(self.layers):
+            self._reset(layer, index)
+        self._kernels = load_kernels(settings) if work == "kernels" else None
         self._views: dict[int, KeyValues] = {}
         self.before_change: Callable[[int], None] | None = None
         """Told the layer that is about to take over a chunk."""
@@ -81,9 +113,35 @@ class TileTable:
 
     def remember(self, layer_index: int, position_T3: Tensor) -> None:
         """The chunk in hand is clean: it becomes the newest of the past."""
-        s, layer = self.settings, self.layers[layer_index]
         if self.before_change is not None:
             self.before_change(layer_index)
+        self._take_over(self.layers[layer_index], position_T3)
+        self._views.pop(layer_index, None)
+
+    def remember_chunk(self, position_T3: Tensor) -> None:
+        """`remember` for all layers, which must stand at the same chunk."""
+        if self._work == "layers":
+            for index in range(len(self.layers)):
+                self.remember(index, position_T3)
+            return
+        self._views.clear()
+        for group, together in zip(self._groups, self._together, strict=True):
+            if self.before_change is not None:
+                for index in group:
+                    self.before_change(index)
+            first = self.layers[group[0]]
+            together = replace(
+                together, pointer=first.pointer, num_chunks=first.num_chunks, position_of=dict(first.position_of)
+            )
+            assert all(self.layers[index].num_chunks == first.num_chunks for index in group)
+            self._take_over(together, position_T3)
+            for index in group:
+                layer = self.layers[index]
+                layer.pointer, layer.num_chunks = together.pointer, together.num_chunks
+                layer.position_of = dict(together.position_of)
+
+    def _take_over(self, layer: LayerTable, position_T3: Tensor) -> None:
+        s = self.settings
         index, layer.num_chunks = layer.num_chunks, layer.num_chunks + 1
         if index < s.sink_chunks:
             start = index * s.chunk_slots
@@ -94,7 +152,6 @@ class TileTable:
         self._copy(layer, s.own_start, start)
         self._mark("moving chunks")
         layer.position_of[start] = position_T3
-        self._views.pop(layer_index, None)
 
     def append(self, layer_index: int, chunk: KeyValues) -> None:
         assert chunk.log_mass_BNK is None
@@ -158,14 +215,20 @@ class TileTable:
         for index, layer in enumerate(self.layers):
             self._reset(layer, index)
 
-    def _new_layer(self, index: int) -> LayerTable:
+    @property
+    def _first_layers(self) -> range:
+        """Of the groups: layers whose history is full at the same time."""
+        return range(min(self.settings.spare_chunks, self.settings.num_layers))
+
+    def _new_layers(self, num: int) -> LayerTable:
+        """Layers side by side."""
         s = self.settings
         history = s.recent_start - s.history_start
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(s.num_heads, *shape, dtype=dtype, device=self.device)
+            return torch.zeros(num * s.num_heads, *shape, dtype=dtype, device=self.device)
 
-        layer = LayerTable(
+        return LayerTable(
             zeros(s.num_slots, s.width, dtype=self.dtype),
             zeros(s.num_slots, s.head_dim, dtype=self.dtype),
             zeros(history, 3, dtype=torch.float32),
@@ -175,8 +238,13 @@ class TileTable:
             zeros(history // s.tile, s.head_dim, dtype=self.dtype),
             pointer=0,
         )
-        self._reset(layer, index)
-        return layer
+
+    def _layer(self, index: int) -> LayerTable:
+        """A view of one layer in its group."""
+        num_groups, heads = len(self._groups), self.settings.num_heads
+        together, first = self._together[index % num_groups], index // num_groups * heads
+        views = {name: getattr(together, name)[first : first + heads] for name in _TENSORS}
+        return LayerTable(**views, pointer=0)
 
     def _reset(self, layer: LayerTable, index: int) -> None:
         s = self.settings
@@ -187,7 +255,7 @@ class TileTable:
         # The chunk in hand exists from its first step on.
         write_log_mass(layer.k_NLW[:, s.own_start : s.own_start + s.chunk_tokens], s.head_dim, 0.0)
         # Layers become full one after another, so that every chunk shrinks as many as the next.
-        layer.pointer = index % s.spare_chunks * s.chunk_tokens
+        layer.pointer = index % len(self._groups) * s.chunk_tokens
         layer.num_chunks = 0
         layer.position_of.clear()
 
@@ -209,11 +277,14 @@ class TileTable:
         layer.m_NC[:, new] = 1
         layer.weight_NC[:, new] = 1.0
         self._mark("moving chunks")
-        slot, cosine = find_partners(self._history(layer), self._turn_back, new, self._look)
-        layer.partner_NC[:, new] = torch.where(cosine.isneginf(), -1, slot).to(torch.int32)
         layer.pointer = new.stop
-        if s.candidate_tiles:
-            self._average(layer, new.start // s.tile, -(-s.chunk_tokens // s.tile) + 1)
+        if self._kernels is not None:
+            self._kernels.match(self._history(layer), layer.partner_NC, self._turn_back, new, self._look)
+        else:
+            if s.candidate_tiles:
+                self._average(layer, new.start // s.tile, -(-s.chunk_tokens // s.tile) + 1)
+            slot, cosine = find_partners(self._history(layer), self._turn_back, new, self._look)
+            layer.partner_NC[:, new] = torch.where(cosine.isneginf(), -1, slot).to(torch.int32)
         self._mark("matching")
 
     def _mark(self, part: str) -> None:
@@ -237,13 +308,26 @@ class TileTable:
         s = self.settings
         live = min(s.history_tokens, (layer.num_chunks - 1 - s.sink_chunks - s.recent_chunks) * s.chunk_tokens)
         merges = min(s.spare_tokens, max(0, live - s.kept_tokens))
-        used = self._used(layer)
+        stop, used = s.history_tokens, self._used(layer)
+        layer.pointer = s.kept_tokens
+        if self._kernels is not None:
+            records = (layer.v_NLD, layer.m_NC[:, :stop], layer.weight_NC[:, :stop], layer.partner_NC[:, :stop])
+            self._kernels.merge(
+                used,
+                records,
+                self._turn_back,
+                self._rate,
+                s.kept_tokens,
+                merges,
+                heads_at_once=s.num_heads,
+                tile=s.tile,
+            )
+            return
         found = shrink(
-            used, layer.v_NLD, layer.weight_NC[:, : s.history_tokens], layer.partner_NC[:, : s.history_tokens],
+            used, layer.v_NLD, layer.weight_NC[:, :stop], layer.partner_NC[:, :stop],
             self._turn_back, self._rate, s.kept_tokens, merges, self._fuse,
         )  # fmt: skip
         self._rewrite(layer, found)
-        layer.pointer = s.kept_tokens
         if s.candidate_tiles:
             self._average(layer, 0, layer.mean_NJD.shape[1])
 
@@ -292,6 +376,17 @@ class TileTable:
         return KeyValues(
             before.transpose(0, 1)[None], v.transpose(0, 1)[None], position.transpose(0, 1)[None], mass[None]
         )
+
+
+def load_kernels(settings: TableSettings) -> TableKernels:
+    """The module of the kernels, Triton with it."""
+    for size in (settings.head_dim, settings.tile):
+        assert size >= 16
+        assert size & (size - 1) == 0, f"kernels take powers of two, not {size}"
+    assert settings.candidate_tiles is not None
+    from workers.cache import table_kernels
+
+    return table_kernels
 
 
 _TENSORS = ("k_NLW", "v_NLD", "position_NC3", "m_NC", "weight_NC", "partner_NC", "mean_NJD")

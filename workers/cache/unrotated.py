@@ -32,6 +32,7 @@ class TurnBack:
             axis.append(torch.full_like(exponent, number, dtype=torch.int64))
         self.axis_D = torch.cat(axis).to(device)
         """Of each pair of channels: 0 turns by time, 1 by row, 2 by column."""
+        self.axis_int32_D = self.axis_D.int()
         self.frequency_D = torch.cat(frequency).float().to(device)
         self._unit: Callable[..., Tensor] = unit_turned_back
         self._products: Callable[..., tuple[Tensor, Tensor, Tensor]] = pair_products

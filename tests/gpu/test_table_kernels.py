@@ -1,0 +1,135 @@
+"""Kernels of a tile table and of its choice against the plain ways; `TRITON_INTERPRET=1` runs them on a CPU."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from workers.attention.tile_choice import ChoiceSettings, Estimate, TileChoice, TileRuns
+from workers.cache.table_layout import TableSettings, read_log_mass
+from workers.cache.tile_table import LayerTable, TableWork, TileTable
+from workers.contracts import KeyValues
+from workers.model.rope import grid_positions, make_rotation, rotate
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not (torch.cuda.is_available() or INTERPRETED), reason="needs a CUDA device"),
+]
+HEADS, DIM, ROWS, COLUMNS = 2, 32, 2, 7
+SIZES = TableSettings(
+    num_layers=2,
+    num_heads=HEADS,
+    head_dim=DIM,
+    chunk_tokens=3 * ROWS * COLUMNS,
+    frame_tokens=ROWS * COLUMNS,
+    kept_chunks=1,
+    spare_chunks=1,
+    candidate_tiles=2,
+    tile=16,
+    decay=0.3,
+)
+
+
+def append_together(table: TileTable, chunks: list[KeyValues]) -> None:
+    """Chunks of all layers, as a clean pass leaves them."""
+    for index, chunk in enumerate(chunks):
+        k_NTD, v_NTD = table.own(index)
+        rotation = make_rotation(chunk.position_K3, DIM, table.settings.theta)
+        k_NTD.copy_(rotate(chunk.k_BKND, rotation)[0].transpose(0, 1))
+        v_NTD.copy_(chunk.v_BKND[0].transpose(0, 1))
+    table.remember_chunk(chunks[0].position_K3)
+
+
+def fill(sizes: TableSettings, num_chunks: int, work: TableWork, dtype: torch.dtype = torch.float32) -> TileTable:
+    """Each chunk is the last one with noise, so that near keys exist."""
+    pytest.importorskip("triton")
+    table = TileTable(sizes, dtype, DEVICE, work=work)
+    generator = torch.Generator().manual_seed(7)
+    shape = (2, sizes.num_layers, 1, sizes.chunk_tokens, HEADS, DIM)
+    kv = torch.randn(shape, generator=generator)
+    for index in range(num_chunks):
+        kv = 0.8 * kv + 0.6 * torch.randn(shape, generator=generator)
+        position = grid_positions(torch.arange(3) + 3 * index, ROWS, COLUMNS).to(DEVICE)
+        append_together(table, [KeyValues(*layer.to(DEVICE, dtype), position) for layer in kv.unbind(1)])
+    return table
+
+
+def assert_same_layer(found: LayerTable, expected: LayerTable, sizes: TableSettings) -> None:
+    assert (found.pointer, found.num_chunks) == (expected.pointer, expected.num_chunks)
+    live = expected.m_NC > 0
+    for name in ("m_NC", "partner_NC"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    assert torch.equal(found.position_NC3[live], expected.position_NC3[live])
+    near = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(found.weight_NC, expected.weight_NC, **near)
+    torch.testing.assert_close(found.mean_NJD, expected.mean_NJD, **near)
+    mass = (read_log_mass(x.k_NLW, DIM) for x in (found, expected))
+    torch.testing.assert_close(*mass, **near)
+    run = slice(sizes.history_start, sizes.history_start + live.shape[1])
+    for name in ("k_NLW", "v_NLD"):
+        a, b = (getattr(x, name)[:, run][live] for x in (found, expected))
+        torch.testing.assert_close(a, b, **near)
+
+
+@pytest.mark.parametrize("num_chunks", [3, 5, 7])
+@pytest.mark.parametrize("candidate_tiles", [0, 3])
+def test_kernels_take_over_chunks_as_the_plain_way_does(num_chunks: int, candidate_tiles: int) -> None:
+    sizes = replace(SIZES, candidate_tiles=candidate_tiles)
+    found, expected = (fill(sizes, num_chunks, work) for work in ("kernels", "groups"))
+    for a, b in zip(found.layers, expected.layers, strict=True):
+        if not candidate_tiles:  # only kernels make means that nobody asks for
+            a.mean_NJD.zero_()
+        assert_same_layer(a, b, sizes)
+
+
+def test_equal_keys_merge_into_large_groups_whose_sums_are_those_of_the_plain_way() -> None:
+    sizes = replace(SIZES, num_layers=1, spare_chunks=1, decay=0.0)
+    pytest.importorskip("triton")
+    tables = [TileTable(sizes, torch.float32, DEVICE, work=work) for work in ("kernels", "groups")]
+    generator = torch.Generator().manual_seed(1)
+    kind = torch.randn(1, 1, HEADS, DIM, generator=generator)
+    for index in range(8):
+        k = kind + 0.01 * torch.randn(1, sizes.chunk_tokens, HEADS, DIM, generator=generator)
+        v = torch.randn(1, sizes.chunk_tokens, HEADS, DIM, generator=generator)
+        position = grid_positions(torch.arange(3) + 3 * index, ROWS, COLUMNS)
+        for table in tables:
+            append_together(table, [KeyValues(k.to(DEVICE), v.to(DEVICE), position.to(DEVICE))])
+    assert int(tables[0].layers[0].m_NC.max()) > 3
+    assert_same_layer(tables[0].layers[0], tables[1].layers[0], sizes)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter has no bfloat16")
+def test_in_bfloat16_every_key_counts_once_and_partners_are_as_near() -> None:
+    found, expected = (fill(SIZES, 9, work, torch.bfloat16) for work in ("kernels", "groups"))
+    for a, b in zip(found.layers, expected.layers, strict=True):
+        assert torch.equal(a.m_NC.sum(1), b.m_NC.sum(1))
+        assert float((a.partner_NC == b.partner_NC).float().mean()) > 0.9
+        same = (a.position_NC3 == b.position_NC3).all(-1)
+        assert float(same.float().mean()) > 0.9
+
+
+@pytest.mark.parametrize("estimate", ["exact", "quant"])
+@pytest.mark.parametrize(("num_queries", "tiles"), [(100, 9), (40, 21)])
+def test_kernels_choose_the_tiles_that_the_plain_way_chooses(estimate: Estimate, num_queries: int, tiles: int) -> None:
+    pytest.importorskip("triton")
+    generator = torch.Generator().manual_seed(3)
+    q = torch.randn(num_queries, HEADS, DIM + 16, generator=generator)
+    k = torch.randn(HEADS, tiles * 16, DIM + 16, generator=generator)
+    q[..., DIM:], k[..., DIM:] = 0, 0
+    q[..., DIM : DIM + 2] = 1
+    k[..., DIM] = torch.rand(HEADS, tiles * 16, generator=generator) * 4
+    k[:, 16:48, DIM] = -1e5  # two tiles without a key
+    q, k = q.to(DEVICE), k.to(DEVICE)
+    runs = TileRuns(candidates=((0, 3), (4, tiles - 1)), always=((tiles - 1, tiles),), num_tiles=tiles)
+    chosen = []
+    for fused in (True, False):
+        settings = ChoiceSettings(4, keys_per_tile=8, queries_per_tile=4, estimate=estimate, tile=16, fused=fused)
+        chooser = TileChoice(settings, runs, num_queries, DIM, DEVICE)
+        index = chooser.new_list(HEADS)
+        chooser.choose(q, k, index)
+        assert bool((index[..., 4:] == tiles - 1).all())
+        chosen.append(index[..., :4].sort(-1).values)
+    assert float((chosen[0] == chosen[1]).float().mean()) > 0.99  # what is equally heavy but for rounding may differ

@@ -1,0 +1,6 @@
+"""The kernels of a tile table, by the names its caller knows; importing this imports Triton."""
+
+from workers.cache.triton_match import match
+from workers.cache.triton_merge import merge
+
+__all__ = ["match", "merge"]

@@ -1,0 +1,350 @@
+"""Kernels that make room in a full history: what `shrink.py` does, for all rows of keys of some layers at once.
+
+Pairs are compared where they lie, chains of merged pairs are followed by pointers, and a group sums its members itself,
+in whole numbers, so that their order does not matter. What survives goes through a buffer of one layer, from which the
+layer is written again together with the means of its tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from workers.cache.partners import History
+from workers.cache.table_layout import NO_KEY
+from workers.cache.triton_match import ROWS, load_halves, turn_by, unit_halves
+from workers.cache.unrotated import TurnBack
+
+_WEIGHT_UNITS = tl.constexpr(float(2**24))
+_VALUE_UNITS = tl.constexpr(float(2**20))
+"""As in `shrink.py`."""
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _compare(  # type: ignore[no-untyped-def]
+    k, at_a, at_b, position, at_pa, at_pb, there, axis, frequency, P: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Of pairs of keys before RoPE: inner product and squared lengths. Only the difference of two rotations counts."""
+    even_a, odd_a = load_halves(k, at_a, there, P, M)
+    even_b, odd_b = load_halves(k, at_b, there, P, M)
+    angle = turn_by(position, at_pa, there, axis, frequency, P) - turn_by(position, at_pb, there, axis, frequency, P)
+    inner = (even_a * even_b + odd_a * odd_b) * tl.cos(angle) + (odd_a * even_b - even_a * odd_b) * tl.sin(angle)
+    squares_a, squares_b = even_a * even_a + odd_a * odd_a, even_b * even_b + odd_b * odd_b
+    return tl.sum(inner, 1), tl.sum(squares_a, 1), tl.sum(squares_b, 1)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _pair_cosine(  # type: ignore[no-untyped-def]
+    k, position, m, partner, cosine, axis, frequency,
+    stride_kn, stride_kl, stride_pn, stride_mn, stride_rn, start_k, num_slots, P: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Cosine of each key with its partner as both are now."""
+    slot = tl.program_id(0) * M + tl.arange(0, M)
+    row = tl.program_id(1).to(tl.int64)
+    inside = slot < num_slots
+    other = tl.load(partner + row * stride_rn + slot, mask=inside, other=-1)
+    live = (tl.load(m + row * stride_mn + slot, mask=inside, other=0) > 0) & (other >= 0)
+    at_a, at_b = (start_k + slot).to(tl.int64) * stride_kl, (start_k + other).to(tl.int64) * stride_kl
+    at_k, at_p = row * stride_kn, row * stride_pn
+    inner, a, b = _compare(
+        k, at_k + at_a, at_k + at_b, position, at_p + slot * 3, at_p + other * 3, live, axis, frequency, P, M
+    )
+    value = tl.where(live, inner / tl.sqrt(tl.maximum(a * b, 1e-30)), float("-inf"))
+    tl.store(cosine + row * num_slots + slot, value, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _find_roots(link, root, head, num_slots, M: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where the chain of merged pairs of each slot ends, and the newest slot of each such end."""
+    slot = tl.program_id(0) * M + tl.arange(0, M)
+    base = tl.program_id(1).to(tl.int64) * num_slots
+    inside = slot < num_slots
+    here = tl.load(link + base + slot, mask=inside, other=0)
+    beyond = tl.load(link + base + here, mask=inside, other=0)
+    while tl.max((beyond != here).to(tl.int32), 0) > 0:
+        here = beyond
+        beyond = tl.load(link + base + here, mask=inside, other=0)
+    tl.store(root + base + slot, here, mask=inside)
+    tl.atomic_max(head + base + here, slot, mask=inside & (here != slot))
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _find_survivors(root, head, m, head_of, survives, stride_mn, num_slots, M: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The newest of each group survives."""
+    slot = tl.program_id(0) * M + tl.arange(0, M)
+    row = tl.program_id(1).to(tl.int64)
+    inside = slot < num_slots
+    end = tl.load(root + row * num_slots + slot, mask=inside, other=0)
+    newest = tl.load(head + row * num_slots + end, mask=inside, other=0)
+    live = tl.load(m + row * stride_mn + slot, mask=inside, other=0) > 0
+    tl.store(head_of + row * num_slots + slot, newest, mask=inside)
+    tl.store(survives + row * num_slots + slot, (live & (newest == slot)).to(tl.int32), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _weigh(  # type: ignore[no-untyped-def]
+    k, position, m, weight, head_of, survives, rank, share, order, count, source, axis, frequency,
+    stride_kn, stride_kl, stride_pn, stride_mn, stride_wn, start_k, num_slots, num_keep, rate,
+    P: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Weight of each key that is given up, and its number in its group; of each that survives, where it goes."""
+    slot = tl.program_id(0) * M + tl.arange(0, M)
+    row = tl.program_id(1).to(tl.int64)
+    inside, at = slot < num_slots, row * num_slots + slot
+    keeps = tl.load(survives + at, mask=inside, other=0) > 0
+    total = tl.load(rank + row * num_slots + num_slots - 1)
+    target = tl.load(rank + at, mask=inside, other=0) - 1 + num_keep - total
+    tl.store(source + row * num_keep + target, slot, mask=inside & keeps & (target >= 0))
+    given_up = (tl.load(m + row * stride_mn + slot, mask=inside, other=0) > 0) & (keeps == 0)
+    newest = tl.load(head_of + at, mask=given_up, other=0)
+    at_k, at_p = row * stride_kn, row * stride_pn
+    at_a, at_b = (start_k + slot).to(tl.int64) * stride_kl, (start_k + newest).to(tl.int64) * stride_kl
+    inner, a, b = _compare(
+        k, at_k + at_a, at_k + at_b, position, at_p + slot * 3, at_p + newest * 3, given_up, axis, frequency, P, M
+    )
+    likeness = tl.exp(-rate * tl.maximum(a + b - 2 * inner, 0.0))
+    own = tl.load(weight + row * stride_wn + slot, mask=given_up, other=0.0)
+    tl.store(share + at, own * likeness, mask=inside)
+    number = tl.atomic_add(count + row * num_slots + newest, 1, mask=given_up)
+    tl.store(order + at, tl.where(given_up, number, -1), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _list_members(head_of, order, stop, count, members, num_slots, num_members, M: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Keys that are given up, group by group."""
+    slot = tl.program_id(0) * M + tl.arange(0, M)
+    row = tl.program_id(1).to(tl.int64)
+    inside, at = slot < num_slots, row * num_slots + slot
+    number = tl.load(order + at, mask=inside, other=-1)
+    listed = number >= 0
+    newest = tl.load(head_of + at, mask=listed, other=0)
+    group = row * num_slots + newest
+    first = tl.load(stop + group, mask=listed, other=0) - tl.load(count + group, mask=listed, other=0)
+    place = first + number
+    tl.store(members + row * num_members + place, slot, mask=listed & (place < num_members))
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _collect(  # type: ignore[no-untyped-def]
+    k, v, position, m, weight, partner, source, share, count, stop, members, root, head_of, rank,
+    new_k, new_v, new_position, new_m, new_weight, new_partner,
+    stride_kn, stride_kl, stride_vn, stride_vl, stride_pn, stride_mn, stride_wn, stride_rn,
+    start_k, first_row, num_slots, num_keep, num_members, root_dim, no_key,
+    D: tl.constexpr, EXTRA: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """One program: M slots as they will be, into the buffers of a layer."""
+    place = tl.program_id(0) * M + tl.arange(0, M)
+    local = tl.program_id(1).to(tl.int64)
+    row = first_row + local
+    inside = place < num_keep
+    slot = tl.load(source + row * num_keep + place, mask=inside, other=-1)
+    is_key = slot >= 0
+    at = row * num_slots + slot
+    number = tl.load(count + at, mask=is_key, other=0)
+    first = tl.load(stop + at, mask=is_key, other=0) - number
+    mine = members + row * num_members
+    most = tl.max(number, 0)
+    added, mass = tl.zeros([M], tl.int64), tl.load(m + row * stride_mn + slot, mask=is_key, other=0)
+    for step in range(most):
+        has = step < number
+        member = tl.load(mine + first + step, mask=has, other=0)
+        w = tl.load(share + row * num_slots + member, mask=has, other=0.0)
+        added += tl.floor(w * _WEIGHT_UNITS + 0.5).to(tl.int64)
+        mass += tl.load(m + row * stride_mn + member, mask=has, other=0)
+    own = tl.load(weight + row * stride_wn + slot, mask=is_key, other=0.0)
+    total = own + added.to(tl.float32) / _WEIGHT_UNITS
+    below = tl.maximum(total, 1e-30)
+    channel = tl.arange(0, D)[None, :]
+    base_v = v + row * stride_vn + channel
+    summed = tl.zeros([M, D], tl.int32)
+    for step in range(most):
+        has = step < number
+        member = tl.load(mine + first + step, mask=has, other=0)
+        part = tl.load(share + row * num_slots + member, mask=has, other=0.0) / below
+        value = tl.load(base_v + (start_k + member).to(tl.int64)[:, None] * stride_vl, mask=has[:, None], other=0.0).to(
+            tl.float32
+        )
+        summed += tl.floor(value * (part * _VALUE_UNITS)[:, None] + 0.5).to(tl.int32)
+    value = tl.load(base_v + (start_k + slot).to(tl.int64)[:, None] * stride_vl, mask=is_key[:, None], other=0.0).to(
+        tl.float32
+    )
+    value = value * (own / below)[:, None] + summed.to(tl.float32) / _VALUE_UNITS
+    out = local * num_keep + place
+    tl.store(new_v + out[:, None] * D + channel, value.to(new_v.dtype.element_ty), mask=inside[:, None])
+    at_k = row * stride_kn + (start_k + slot).to(tl.int64) * stride_kl
+    key = tl.load(k + at_k[:, None] + channel, mask=is_key[:, None], other=0.0)
+    tl.store(new_k + out[:, None] * (D + EXTRA) + channel, key, mask=inside[:, None])
+    log_mass = tl.where(is_key & (total > 0), tl.maximum(tl.log(below) * root_dim, no_key), no_key)
+    high = log_mass.to(new_k.dtype.element_ty)
+    low = (log_mass - high.to(tl.float32)).to(new_k.dtype.element_ty)
+    extra = tl.arange(0, EXTRA)[None, :]
+    parts = tl.where(extra == 0, high[:, None], tl.where(extra == 1, low[:, None], 0.0))
+    at_extra = out[:, None] * (D + EXTRA) + D + extra
+    tl.store(new_k + at_extra, parts.to(new_k.dtype.element_ty), mask=inside[:, None])
+    for axis in tl.static_range(3):
+        at_p = tl.load(position + row * stride_pn + slot * 3 + axis, mask=is_key, other=0.0)
+        tl.store(new_position + out * 3 + axis, at_p, mask=inside)
+    tl.store(new_m + out, mass, mask=inside)
+    tl.store(new_weight + out, tl.where(is_key, total, 0.0), mask=inside)
+    end = tl.load(root + at, mask=is_key, other=0)
+    old = tl.load(partner + row * stride_rn + end, mask=is_key, other=-1)
+    has = is_key & (old >= 0)
+    newest = tl.load(head_of + row * num_slots + old, mask=has, other=0)
+    shift = num_keep - tl.load(rank + row * num_slots + num_slots - 1) - 1
+    joined = tl.load(rank + row * num_slots + newest, mask=has, other=0) + shift
+    tl.store(new_partner + out, tl.where(has, joined, -1), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _write_again(  # type: ignore[no-untyped-def]
+    k, v, position, m, weight, partner, mean, new_k, new_v, new_position, new_m, new_weight, new_partner,
+    axis, frequency, stride_kn, stride_kl, stride_vn, stride_vl, stride_pn, stride_mn, stride_wn, stride_rn, stride_jn,
+    start_k, first_row, num_slots, num_keep, no_key, no_key_low,
+    TILE: tl.constexpr, D: tl.constexpr, EXTRA: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile of the history, from the buffers of a layer, and its mean."""
+    local = tl.program_id(1).to(tl.int64)
+    row = first_row + local
+    P: tl.constexpr = D // 2
+    channel, extra, pair = tl.arange(0, D)[None, :], tl.arange(0, EXTRA)[None, :], tl.arange(0, P)
+    sum_even, sum_odd = tl.zeros([P], tl.float32), tl.zeros([P], tl.float32)
+    kind = k.dtype.element_ty
+    for step in range(TILE // M):
+        slot = tl.program_id(0) * TILE + step * M + tl.arange(0, M)
+        kept, used = slot < num_keep, slot < num_slots
+        here = local * num_keep + slot
+        at_k = (row * stride_kn + (start_k + slot).to(tl.int64) * stride_kl)[:, None]
+        at_v = (row * stride_vn + (start_k + slot).to(tl.int64) * stride_vl)[:, None]
+        x = tl.load(new_k + here[:, None] * (D + EXTRA) + channel, mask=kept[:, None], other=0.0)
+        tl.store(k + at_k + channel, x, mask=kept[:, None])
+        nothing = tl.where(extra == 0, no_key, tl.where(extra == 1, no_key_low, 0.0)).to(kind)
+        parts = tl.load(new_k + here[:, None] * (D + EXTRA) + D + extra, mask=kept[:, None], other=0.0)
+        tl.store(k + at_k + D + extra, tl.where(kept[:, None], parts, nothing), mask=used[:, None])
+        x = tl.load(new_v + here[:, None] * D + channel, mask=kept[:, None], other=0.0)
+        tl.store(v + at_v + channel, x, mask=kept[:, None])
+        for which in tl.static_range(3):
+            at = tl.load(new_position + here * 3 + which, mask=kept, other=0.0)
+            tl.store(position + row * stride_pn + slot * 3 + which, at, mask=kept)
+        mass = tl.load(new_m + here, mask=kept, other=0)
+        tl.store(m + row * stride_mn + slot, mass, mask=used)
+        tl.store(weight + row * stride_wn + slot, tl.load(new_weight + here, mask=kept, other=0.0), mask=used)
+        tl.store(partner + row * stride_rn + slot, tl.load(new_partner + here, mask=kept, other=-1), mask=used)
+        live = mass > 0
+        even, odd = unit_halves(new_k, here * (D + EXTRA), new_position, here * 3, live, axis, frequency, P, M)
+        sum_even += tl.sum(tl.where(live[:, None], even.to(kind).to(tl.float32), 0.0), 0)
+        sum_odd += tl.sum(tl.where(live[:, None], odd.to(kind).to(tl.float32), 0.0), 0)
+    at = mean + row * stride_jn + tl.program_id(0) * D + 2 * pair
+    tl.store(at, (sum_even / TILE).to(mean.dtype.element_ty))
+    tl.store(at + 1, (sum_odd / TILE).to(mean.dtype.element_ty))
+
+
+class _Families(NamedTuple):
+    """See `shrink.py`; int32 [N, C]."""
+
+    root: Tensor
+    head_of: Tensor
+    survives: Tensor
+    rank: Tensor
+
+
+def merge(
+    history: History, records: Sequence[Tensor], turn_back: TurnBack, rate: float, num_keep: int, num_merges: int,
+    heads_at_once: int, tile: int,
+) -> None:  # fmt: skip
+    """Merge the nearest pairs and move what survives to the end of the room that is kept; all of it is written.
+
+    Args:
+        history: Full, of as many heads as one likes.
+        records: v_NLD in the slots of the keys; m_NC, weight_NC, partner_NC of each slot of the history.
+        turn_back: RoPE of the model.
+        rate: Of the falling weight, per squared distance.
+        num_keep: Slots that are kept.
+        num_merges: Pairs that merge in each head.
+        heads_at_once: Heads that are written again together, through a buffer.
+        tile: Of the means.
+    """
+    k, position = history.k_NLW, history.position_NC3
+    _, m, weight, partner = records
+    (heads, num), pairs = m.shape, turn_back.head_dim // 2
+    tables = turn_back.axis_int32_D, turn_back.frequency_D
+    cosine = torch.empty((heads, num), dtype=torch.float32, device=k.device)
+    grid = (triton.cdiv(num, ROWS), heads)
+    _pair_cosine[grid](
+        k, position, m, partner, cosine, *tables, *k.stride()[:2], position.stride(0), m.stride(0),
+        partner.stride(0), history.start, num, P=pairs, M=ROWS, num_warps=4,
+    )  # fmt: skip
+    families = _join_nearest(cosine, partner, m, num_merges)
+    share = cosine  # not looked at again
+    order, count = torch.empty_like(families.root), torch.zeros_like(families.root)
+    source = torch.full((heads, num_keep), -1, dtype=torch.int32, device=k.device)
+    _weigh[grid](
+        k, position, m, weight, families.head_of, families.survives, families.rank, share, order, count,
+        source, *tables, *k.stride()[:2], position.stride(0), m.stride(0), weight.stride(0),
+        history.start, num, num_keep, rate, P=pairs, M=ROWS, num_warps=4,
+    )  # fmt: skip
+    stop = count.cumsum(-1, dtype=torch.int32)
+    members = torch.empty((heads, max(1, num - 1)), dtype=torch.int32, device=k.device)
+    _list_members[(triton.cdiv(num, 1024), heads)](
+        families.head_of, order, stop, count, members, num, members.shape[1], M=1024, num_warps=4
+    )
+    lists = share, count, stop, members
+    buffers = _buffers(history, records, heads_at_once, num_keep)
+    for first in range(0, heads, heads_at_once):
+        _move(history, records, turn_back, (source, lists, families), buffers, first, tile)
+
+
+def _join_nearest(cosine: Tensor, partner: Tensor, m: Tensor, num_merges: int) -> _Families:
+    heads, num = cosine.shape
+    own = torch.arange(num, dtype=torch.int32, device=cosine.device).expand(heads, num)
+    if num_merges:
+        least = cosine.kthvalue(num - num_merges + 1, dim=-1, keepdim=True).values
+        above, equal = cosine > least, cosine == least
+        room = num_merges - above.sum(-1, keepdim=True, dtype=torch.int32)
+        merged = (above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))) & ~cosine.isneginf()
+        link = torch.where(merged, partner, own)
+    else:
+        link = own.contiguous()
+    root, head, head_of, survives = (torch.empty_like(link) for _ in range(4))
+    head.copy_(own)
+    grid = (triton.cdiv(num, 1024), heads)
+    _find_roots[grid](link, root, head, num, M=1024, num_warps=4)
+    _find_survivors[grid](root, head, m, head_of, survives, m.stride(0), num, M=1024, num_warps=4)
+    return _Families(root, head_of, survives, survives.cumsum(-1, dtype=torch.int32))
+
+
+def _buffers(history: History, records: Sequence[Tensor], heads: int, num_keep: int) -> tuple[Tensor, ...]:
+    device = history.k_NLW.device
+    v, m, weight, partner = records
+    likes = history.k_NLW, v, history.position_NC3, m, weight, partner
+    return tuple(torch.empty((heads, num_keep, *x.shape[2:]), dtype=x.dtype, device=device) for x in likes)
+
+
+def _move(
+    history: History, records: Sequence[Tensor], turn_back: TurnBack,
+    found: tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor], _Families], buffers: tuple[Tensor, ...],
+    first: int, tile: int,
+) -> None:  # fmt: skip
+    """Heads from `first` on, as many as the buffers hold."""
+    source, (share, count, stop, members), families = found
+    k, position, mean = history.k_NLW, history.position_NC3, history.mean_NJD
+    v, m, weight, partner = records
+    heads, num_keep = buffers[2].shape[:2]
+    dim, num = turn_back.head_dim, m.shape[1]
+    extra = k.shape[-1] - dim
+    strides = (*k.stride()[:2], *v.stride()[:2], *(x.stride(0) for x in (position, m, weight, partner)))
+    _collect[(triton.cdiv(num_keep, 16), heads)](
+        k, v, position, m, weight, partner, source, share, count, stop, members, families.root, families.head_of,
+        families.rank, *buffers, *strides, history.start, first, num, num_keep, members.shape[1], dim**0.5, NO_KEY,
+        D=dim, EXTRA=extra, M=16, num_warps=4,
+    )  # fmt: skip
+    high = float(torch.tensor(NO_KEY).to(k.dtype))
+    _write_again[(mean.shape[1], heads)](
+        k, v, position, m, weight, partner, mean, *buffers, turn_back.axis_int32_D, turn_back.frequency_D, *strides,
+        mean.stride(0), history.start, first, num, num_keep, high, NO_KEY - high,
+        TILE=tile, D=dim, EXTRA=extra, M=min(ROWS, tile), num_warps=4,
+    )  # fmt: skip
