@@ -33,7 +33,7 @@ def test_each_geometry_is_measured_and_failures_are_told(name: str, monkeypatch:
     small = {"device": torch.device("cpu"), "dtype": torch.float32, "num_queries": 24, "num_keys": 96, "repeats": 1}
     setting = replace(kernels.GPU[name](), **small, tiles=((8, 8),))
     both = {"broken": _Broken(), "sdpa": SdpaKernel()}
-    monkeypatch.setattr(kernels, "usable_kernels", lambda _: both)
+    monkeypatch.setattr(kernels, "usable_kernels", lambda *_: both)
     rows, failures = kernels.bench(setting)
     assert failures == ["broken: no room"]
     assert {row["kernel"] for row in rows} == {"sdpa"}
