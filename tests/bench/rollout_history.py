@@ -92,6 +92,11 @@ def choices(settings: Settings) -> _Choices:
     return _CHOICES
 
 
+def compression_share(engine: Engine, settings: Settings) -> float:
+    """Of selection, matching, merging and moving in a chunk, once the table is full."""
+    return parts_of_chunk(engine, settings)[1]
+
+
 def engine_for(variant: Variant, settings: Settings) -> Engine:
     check(settings)
     return make_engine(variant, settings, _CHOICES.attend, "inductor", _CHOICES.nearest, _CHOICES.compiled)

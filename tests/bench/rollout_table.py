@@ -6,8 +6,12 @@ made, beyond a few hundred frames those of one layer at full length, which every
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,15 +20,13 @@ from tests.bench.history_engine import Engine, Variant, make_engine, make_model,
 from tests.bench.rollout_growing import Curve
 from tests.bench.rollout_history import (
     VARIANTS,
-    ChunkClock,
     choices,
+    compression_share,
     engine_for,
     fps_with_pictures,
     make_row,
-    parts_of_chunk,
     peak_gb,
     roll,
-    timed_parts,
 )
 from tests.bench.rollout_models import make_vae, seconds_with_pictures
 from tests.bench.rollout_rows import RowResult, Settings, release_memory, row
@@ -32,6 +34,7 @@ from workers.attention.tile_choice import ChoiceSettings, Estimate, TileChoice, 
 from workers.cache.table_layout import EXTRA_CHANNELS, write_log_mass
 from workers.kernels.select import Hardware
 from workers.model.static_layers import StaticLayers
+from workers.rollout import CleanChunk
 from workers.rollouts.captured import CapturedRollout, CapturedSettings
 
 _LAST_CHUNKS, _WARM_CHUNKS, _PICTURE_CHUNKS = 9, 2, 4
@@ -61,7 +64,7 @@ def short_row(variant: Variant, settings: Settings, hardware: Hardware) -> RowRe
     peak = peak_gb(settings.device)
     around = seconds[backbone.chunk_of_frame(300) : backbone.chunk_of_frame(400)]
     total = sum(seconds) + sum(last) / len(last) * (settings.num_chunks - num)
-    share = parts_of_chunk(engine, settings)[1]
+    share = compression_share(engine, settings)
     with_vae = fps_with_pictures(engine, settings)
     num_seen = engine.chooser.num_slots_seen
     notes = (
@@ -87,14 +90,35 @@ def short_row(variant: Variant, settings: Settings, hardware: Hardware) -> RowRe
 def last_seconds(engine: Engine, settings: Settings) -> list[float]:
     """Of the last chunks of the video, with the table as it is."""
     first = max(0, settings.num_chunks - _LAST_CHUNKS - _WARM_CHUNKS)
-    clock = ChunkClock(settings.device)
-    rollout = engine.rollout.run(make_plan(engine, settings, settings.num_chunks + 1), first)
-    for chunk in rollout:
-        clock.tick()
-        if chunk.index + 1 == settings.num_chunks:
-            break
-    rollout.close()
-    return clock.seconds()[-_LAST_CHUNKS:]
+    plan = make_plan(engine, settings, settings.num_chunks + 1)
+    return chunk_seconds(engine.rollout.run(plan, first), settings.num_chunks - first, settings.device)[-_LAST_CHUNKS:]
+
+
+def chunk_seconds(chunks: Iterator[CleanChunk], num: int, device: torch.device) -> list[float]:
+    """Of each of so many chunks, which are not the last of their plan."""
+    ticks = [_tick(device)]
+    for _ in islice(chunks, num):
+        ticks.append(_tick(device))
+    closing = getattr(chunks, "close", None)
+    if closing is not None:
+        closing()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return [between(a, b) for a, b in pairwise(ticks)]
+
+
+def _tick(device: torch.device) -> Any:
+    """A mark on the stream, so that nothing waits; the clock where there is none."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(a: Any, b: Any) -> float:
+    """Seconds."""
+    return float(b - a) if isinstance(a, float) else float(a.elapsed_time(b)) / 1e3
 
 
 @dataclass(eq=False)
@@ -135,6 +159,11 @@ class ReplayedTable:
         layer, run = self.layers[0], slice(0, self.chunk_tokens)
         return layer.k_NLW[:, run, : self._head_dim], layer.v_NLD[:, run]
 
+    def remember_chunk(self, position_T3: Tensor) -> None:
+        """A chunk becomes history in every layer."""
+        for index in range(self._num_layers):
+            self.remember(index, position_T3)
+
     def remember(self, layer_index: int, position_T3: Tensor) -> None:
         """A chunk is laid down, as often as it would be; always at the same place."""
         num = self.chunk_tokens
@@ -150,7 +179,8 @@ def annsa_row(estimate: Estimate, settings: Settings, hardware: Hardware) -> Row
     taken, share, seen, with_vae = dict[int, float](), 0.0, 0, None
     for num in lengths:
         rollout = _replayed_rollout(estimate, settings, table, layers, num)
-        taken[num] = _chunk_seconds(rollout, lent, settings, num)
+        chunks = rollout.run(make_plan(lent, settings, num + 3), num)
+        taken[num] = chunk_seconds(chunks, 2, settings.device)[-1]
         if num == lengths[0]:
             vae, _ = make_vae(settings)
             chunks = rollout.run(make_plan(lent, settings, num + _PICTURE_CHUNKS + 8), num)
@@ -158,8 +188,7 @@ def annsa_row(estimate: Estimate, settings: Settings, hardware: Hardware) -> Row
         seen = rollout.chooser.num_slots_seen
         rollout.begin(make_plan(lent, settings, num + 1), num)
         rollout.load(lent.latents, 500.0)
-        parts = timed_parts(settings.device, lambda mark, r=rollout: r.compute(True, mark))
-        share = parts["selection"] / 1e3 / taken[num]
+        share = _selection_seconds(rollout, settings.device) / taken[num]
         release_memory(settings.device)
     curve, frames = Curve(tuple(taken), tuple(taken.values())), settings.chunk_frames
     around = range(backbone.chunk_of_frame(300), backbone.chunk_of_frame(400))
@@ -216,15 +245,15 @@ def _replayed_rollout(
     return CapturedRollout(model, layers, table, (chooser, attend), settings.latent_size, once)
 
 
-def _chunk_seconds(rollout: CapturedRollout, lent: Engine, settings: Settings, num: int) -> float:
-    """Of the second of two chunks after so many."""
-    clock = ChunkClock(settings.device)
-    chunks = rollout.run(make_plan(lent, settings, num + 3), num)
+def _selection_seconds(rollout: CapturedRollout, device: torch.device) -> float:
+    """What choosing takes of one call, launches included."""
     for _ in range(2):
-        next(chunks)
-        clock.tick()
-    chunks.close()
-    return clock.seconds()[-1]
+        marks = [("", _tick(device))]
+        with torch.no_grad():
+            rollout.compute(True, lambda name, marks=marks: marks.append((name, _tick(device))))  # type: ignore[misc]
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return sum(between(a, b) for (_, a), (name, b) in pairwise(marks) if name == "selection")
 
 
 row("fastar-quant")(partial(whole_row, VARIANTS["fastar-quant"]))
