@@ -71,7 +71,7 @@ class RenderActor:
             device=str(model.device),
             gpu_name=torch.cuda.get_device_name(model.device) if on_gpu else "",
             gpu_id=str(getattr(torch.cuda.get_device_properties(model.device), "uuid", "")) if on_gpu else "",
-            backend=model.kernel.version,
+            backend=model.backend,
             model_id=model.backbone.name,
             model_revision=model.revision,
             torch_version=torch.__version__,

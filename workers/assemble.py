@@ -20,6 +20,7 @@ import torch
 
 from workers.assemble_cache import make_temporal_cache, temporal_settings
 from workers.assemble_policies import make_policy, make_prompt_attention, make_reindex, make_reuse, resolve_calibration
+from workers.assemble_tiles import TableSeat, choose_ways, table_settings
 from workers.cache.dense import DenseCache
 from workers.cache.flow import FlowCache, FlowSettings
 from workers.cache.temporal_merge import MergeSettings
@@ -34,9 +35,10 @@ from workers.config import (
     TemporalCacheConfig,
     WindowCacheConfig,
 )
+from workers.config_tiles import TileCacheConfig
 from workers.contracts import AttentionPolicy, Kernel, KVCache, PromptAttention, StepReuse
 from workers.denoise import Schedule, make_schedule
-from workers.kernels.select import KernelNeed, select_kernel
+from workers.kernels.select import Hardware, KernelNeed, select_kernel
 from workers.model.attend import Reindex
 from workers.model.backbones import Backbone, find_backbone
 from workers.model.compiled import compile_around_attention
@@ -70,6 +72,13 @@ class LoadedModel:
     revision: str
     image_encoder: ImageEncoder | None = None
     control_branch: ControlBranch | None = None
+    seat: TableSeat | None = None
+    """Of a render over a tile table: shared by all takes, as it is large and its calls are captured once."""
+
+    @property
+    def backend(self) -> str:
+        """What computes attention, with its version, as it stands in the manifest."""
+        return self.kernel.version if self.seat is None else self.seat.ways.version
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -90,6 +99,8 @@ class TakeParts:
     decode_latent_frames: int | None
     """Latent frames decoded at once; None means a whole chunk."""
     ladder: tuple[str, ...]
+    on_table: bool = False
+    """Rolled out over the model's tile table: its loop asks neither cache nor policy, which stay empty."""
 
 
 def load_model(config: RenderConfig) -> LoadedModel:
@@ -108,7 +119,7 @@ def load_model(config: RenderConfig) -> LoadedModel:
     dtype = _DTYPES[config.backbone.dtype]
     kernel = select_kernel(config.kernel.name, device, _kernel_need(config, backbone, dtype))
     modules = load_modules(backbone, config.backbone, device, dtype)
-    if config.backbone.compiled:
+    if config.backbone.compiled and config.cache.kind != "tiles":  # a table's loop has its own pieces
         compile_around_attention(modules.dit)
     model = LoadedModel(
         config=config,
@@ -123,8 +134,10 @@ def load_model(config: RenderConfig) -> LoadedModel:
         image_encoder=modules.image_encoder,
         control_branch=modules.control_branch,
     )
+    if config.cache.kind == "tiles":
+        model = replace(model, seat=make_seat(model))
     prepare_take(model, 0)  # what cannot be built is refused before the first take
-    logger.info("loaded %s revision %s on %s, kernel %s", backbone.name, modules.revision[:12], device, kernel.version)
+    logger.info("loaded %s revision %s on %s, kernel %s", backbone.name, modules.revision[:12], device, model.backend)
     return model
 
 
@@ -140,6 +153,7 @@ def prepare_take(model: LoadedModel, ladder_rung: int) -> TakeParts:
     dtype = torch.bfloat16 if "cache-bfloat16" in ladder else None
     config = _last_resort(model.config.cache) if "cache-window" in ladder else model.config.cache
     reindex = make_reindex(model.config.positions)
+    on_table = isinstance(config, TileCacheConfig)
     if isinstance(config, NativeCacheConfig):
         native = native_parts(model.backbone, model.latent_size, dtype)
         cache, name, policy, reindex = native.cache, "native", native.policy, native.reindex
@@ -156,6 +170,7 @@ def prepare_take(model: LoadedModel, ladder_rung: int) -> TakeParts:
         make_reuse(model.config.reuse),
         1 if "decode-single" in ladder else None,
         ladder,
+        on_table,
     )
 
 
@@ -164,7 +179,7 @@ def _kernel_need(config: RenderConfig, backbone: Backbone, dtype: torch.dtype) -
         dtype,
         backbone.head_dim,
         log_mass=config.cache.kind == "temporal",
-        tiles=config.attention.kind != "dense",
+        tiles=config.attention.kind not in ("dense", "tiles"),  # a table is read by a kernel of its own
     )
 
 
@@ -184,14 +199,34 @@ def in_full_precision(model: LoadedModel) -> LoadedModel:
         model.config.kernel.name, model.device, _kernel_need(model.config, model.backbone, torch.float32)
     )
     branch = None if model.control_branch is None else copy.deepcopy(model.control_branch).float()
-    return replace(model, dit=copy.deepcopy(model.dit).float(), control_branch=branch, kernel=kernel)
+    if model.seat is not None:
+        model.seat.release()  # there may be no room for two tables
+    wide = replace(model, dit=copy.deepcopy(model.dit).float(), control_branch=branch, kernel=kernel, seat=None)
+    return wide if model.seat is None else replace(wide, seat=make_seat(wide))
+
+
+def make_seat(model: LoadedModel) -> TableSeat:
+    """The place of a model's tile table; the table itself is made when a take needs it.
+
+    Raises:
+        ConfigUnsupported: The sizes of the table do not go with this model's chunks.
+        KernelUnavailable: The kernel that was asked for cannot run here.
+    """
+    config = model.config.cache
+    assert isinstance(config, TileCacheConfig)
+    settings = table_settings(config, model.backbone, model.latent_size)
+    need = KernelNeed(model.dit.dtype, model.backbone.head_dim)
+    ways = choose_ways(model.config, Hardware.of(model.device), need, settings.tile)
+    return TableSeat(model.dit, model.config, model.latent_size, ways)
 
 
 def _last_resort(config: CacheConfig) -> CacheConfig:
     """A small window in place of anything larger; a model's native window is one already."""
     if isinstance(config, NativeCacheConfig):
         return config
-    is_larger = isinstance(config, DenseCacheConfig) or config.recent_latent_frames > _LAST_RESORT.recent_latent_frames
+    if isinstance(config, DenseCacheConfig | TileCacheConfig):
+        return _LAST_RESORT
+    is_larger = config.recent_latent_frames > _LAST_RESORT.recent_latent_frames
     return _LAST_RESORT if is_larger else config
 
 
@@ -201,6 +236,9 @@ def _make_cache(model: LoadedModel, config: CacheConfig, dtype: torch.dtype | No
     frame_tokens = _frame_tokens(model)
     if isinstance(config, DenseCacheConfig):
         return DenseCache(num_layers, dtype), "dense"
+    if isinstance(config, TileCacheConfig):
+        tile = config.tile_for(frame_tokens)
+        return DenseCache(num_layers, dtype), f"tiles-{config.budget_latent_frames}-{tile}"
     if isinstance(config, TemporalCacheConfig):
         settings = _temporal_settings(model, config, dtype)
         cache_name = f"temporal-{config.budget_latent_frames}-{config.storage}"

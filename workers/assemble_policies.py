@@ -33,6 +33,7 @@ from workers.config import (
     SvgAttentionConfig,
     TeaCacheConfig,
 )
+from workers.config_tiles import TileAttentionConfig
 from workers.contracts import AttentionPolicy, AttentionProbe, Kernel, KVCache, PromptAttention, StepReuse, Tightens
 from workers.errors import ConfigUnsupported
 from workers.model.attend import Reindex, RelativeTime, RolloutAttention
@@ -57,7 +58,9 @@ def make_policy(config: AttentionConfig, frame_tokens: int, num_layers: int) -> 
         ConfigUnsupported: A layer is named that the model does not have.
         KernelUnavailable: The search back end's package is not installed.
     """
-    if isinstance(config, DenseAttentionConfig):
+    if isinstance(
+        config, DenseAttentionConfig | TileAttentionConfig
+    ):  # of tiles: where no table is left to choose from
         return DenseAttention()
     if isinstance(config, StreamingAttentionConfig):
         tokens = config.sink_latent_frames * frame_tokens, config.recent_latent_frames * frame_tokens

@@ -12,15 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from workers import config_tiles
+from workers.config_part import Part
+from workers.config_tiles import TileAttentionConfig, TileCacheConfig
 from workers.named_policies import PolicyName, fill_in
-
-
-class Part(BaseModel):
-    """Base of every configuration part: frozen, strict types, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class BackboneConfig(Part):
@@ -143,7 +140,7 @@ class NativeCacheConfig(Part):
 
 
 CacheConfig = Annotated[
-    DenseCacheConfig | WindowCacheConfig | TemporalCacheConfig | FlowCacheConfig | NativeCacheConfig,
+    DenseCacheConfig | WindowCacheConfig | TemporalCacheConfig | FlowCacheConfig | NativeCacheConfig | TileCacheConfig,
     Field(discriminator="kind"),
 ]
 
@@ -243,7 +240,8 @@ AttentionConfig = Annotated[
     | StreamingAttentionConfig
     | RadialAttentionConfig
     | SvgAttentionConfig
-    | Svg2AttentionConfig,
+    | Svg2AttentionConfig
+    | TileAttentionConfig,
     Field(discriminator="kind"),
 ]
 
@@ -382,6 +380,12 @@ class RenderConfig(Part):
                 raise ValueError(
                     f"cache.kind: native brings its own times; positions.time: {self.positions.time} must be absolute"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _tiles_go_together(self) -> Self:
+        for problem in config_tiles.conflicts(self):
+            raise ValueError(problem)
         return self
 
     @property

@@ -126,17 +126,9 @@ def generate(
     """Roll out, decode chunk by chunk, check and hand over the pictures."""
     reset_peak_gpu_bytes(model.device)
     gate = QualityGate(model.config.quality_gate)
-    attention, guard = make_attention(
-        model.config.guard, model.backbone, parts.cache, parts.policy, model.kernel, parts.reindex
-    )
     num_frames = 0
     chunk_started = time.perf_counter()
-    if model.backbone.rollout == "clipwise":
-        chunks = roll_out_clips(task, model, attention, record.stopwatch, parts.attend_prompt)
-    else:
-        rollout = make_rollout(model.dit, attention, record.stopwatch, parts.reuse, guard, parts.attend_prompt)
-        chunks = with_pictures(rollout.run(plan_rollout(task, model, record)), model, parts, record, guard)
-    for chunk, frames_THWC in chunks:
+    for chunk, frames_THWC in roll_out(task, model, parts, record):
         with record.stopwatch.stage("check"):
             gate.observe(frames_THWC[: task.num_frames - num_frames])
             gate.judge(task.num_frames)
@@ -149,8 +141,27 @@ def generate(
         record.chunks.append(metrics.model_copy(update=record.guard_facts.pop(chunk.index, {})))
         chunk_started = now
         on_chunk(num_frames, writer.blocked_s)
-    record.guard, record.quality = guard, gate.judge()
+    record.quality = gate.judge()
     record.peak_gpu_bytes = peak_gpu_bytes(model.device)
+
+
+def roll_out(
+    task: RenderTask, model: LoadedModel, parts: TakeParts, record: TakeRecord
+) -> Iterator[tuple[CleanChunk, NDArray[np.uint8]]]:
+    """Chunks with their pictures, by the loop that the model, or the cache, brings."""
+    if parts.on_table:
+        assert model.seat is not None, "a model that renders over a table has a seat for it"
+        over_table = model.seat.begin_take().run(plan_rollout(task, model, record), stopwatch=record.stopwatch)
+        return with_pictures(over_table, model, parts, record)
+    if model.seat is not None:
+        model.seat.release()  # this take goes without, because memory ran out
+    attention, record.guard = make_attention(
+        model.config.guard, model.backbone, parts.cache, parts.policy, model.kernel, parts.reindex
+    )
+    if model.backbone.rollout == "clipwise":
+        return roll_out_clips(task, model, attention, record.stopwatch, parts.attend_prompt)
+    rollout = make_rollout(model.dit, attention, record.stopwatch, parts.reuse, record.guard, parts.attend_prompt)
+    return with_pictures(rollout.run(plan_rollout(task, model, record)), model, parts, record)
 
 
 def plan_rollout(task: RenderTask, model: LoadedModel, record: TakeRecord) -> RolloutPlan:
@@ -222,7 +233,6 @@ def with_pictures(
     model: LoadedModel,
     parts: TakeParts,
     record: TakeRecord,
-    guard: RecallGuard | None = None,
 ) -> Iterator[tuple[CleanChunk, NDArray[np.uint8]]]:
     """Chunks of one stream of latents, each with its pictures; a GPU decodes them while it makes the next chunk.
 
@@ -233,8 +243,8 @@ def with_pictures(
 
     def judged() -> Iterator[CleanChunk]:
         for chunk in chunks:
-            if guard is not None:
-                record.guard_facts[chunk.index] = guard.chunk_facts()
+            if record.guard is not None:
+                record.guard_facts[chunk.index] = record.guard.chunk_facts()
             yield chunk
 
     return work_beside(
@@ -288,7 +298,7 @@ def summarise(
     # The last chunk is never cached: nobody looks back at it.
     history_tokens = (len(record.chunks) - 1) * backbone.chunk_latent_frames * frame_tokens
     dense_bytes = 2 * history_tokens * backbone.dim * backbone.num_layers * model.dit.dtype.itemsize
-    kv_bytes = parts.cache.num_bytes
+    kv_bytes = record.chunks[-1].kv_bytes
     return RenderResult(
         task_id=task.task_id,
         attempt=task.attempt,
@@ -305,7 +315,7 @@ def summarise(
         crf=video.crf,
         model_id=backbone.name,
         model_revision=model.revision,
-        backend=model.kernel.version,
+        backend=model.backend if parts.on_table else model.kernel.version,
         kv_policy=parts.cache_name,
         kv_bytes=kv_bytes,
         kv_compression_ratio=dense_bytes / kv_bytes if kv_bytes else None,

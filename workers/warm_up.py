@@ -44,6 +44,8 @@ def warm_up(model: LoadedModel) -> None:
     started = time.perf_counter()
     try:
         generate(_task(model), model, prepare_take(model, 0), _Nowhere(), _record(model), lambda *_: None)
+        if model.seat is not None:
+            model.seat.rehearse()
     except Exception as error:
         meaning = as_render_error(error)
         if meaning.fresh_process:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.bench.record import median_and_spread, report
+from tests.bench.record import keep, median_and_spread, report
 from workers.contracts import Kernel, KeyValues, TiledKeys, Tiles
 from workers.errors import KernelUnavailable
 from workers.kernels.mass import ROUTES
@@ -144,14 +144,14 @@ def bench_mass(setting: Setting, q: Tensor, keys: KeyValues) -> list[dict[str, A
     return rows
 
 
-def usable_kernels(setting: Setting) -> dict[str, Kernel]:
-    """Those that can run here and are worth timing; the others are named with their reasons."""
+def usable_kernels(setting: Setting, only: Collection[str] = ()) -> dict[str, Kernel]:
+    """Those that can run here and are worth timing, of `only` if any; the others are named with their reasons."""
     hardware, need = Hardware.of(setting.device), KernelNeed(setting.dtype, setting.head_dim, tiles=True)
     if setting.device.type == "cpu":
         return {"sdpa": SdpaKernel()}
     kernels: dict[str, Kernel] = {}
     for capability in CAPABILITIES:
-        if capability.name == "reference":
+        if capability.name == "reference" or (only and capability.name not in only):
             continue
         try:
             kernels[capability.name] = choose(capability.name, hardware, need, load_kernel).kernel
@@ -160,8 +160,18 @@ def usable_kernels(setting: Setting) -> dict[str, Kernel]:
     return kernels
 
 
-def bench(setting: Setting) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows, and what could not be measured with its reason: one kernel's failure leaves the others."""
+def bench(
+    setting: Setting,
+    only: Collection[str] = (),
+    on_rows: Callable[[list[dict[str, Any]], list[str]], None] = lambda rows, failures: None,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows, and what could not be measured with its reason: one kernel's failure leaves the others.
+
+    Args:
+        setting: Sizes.
+        only: Kernels; empty means all.
+        on_rows: Told both after each kernel.
+    """
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
@@ -172,7 +182,7 @@ def bench(setting: Setting) -> tuple[list[dict[str, Any]], list[str]]:
         keys = KeyValues(k, v, torch.zeros(setting.num_keys, 3, device=setting.device))
         parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
             name: partial(bench_tiles, name, kernel, setting, q, keys)
-            for name, kernel in usable_kernels(setting).items()
+            for name, kernel in usable_kernels(setting, only).items()
         }
         parts["log m"] = partial(bench_mass, setting, q, keys)
         for name, part in parts.items():
@@ -181,6 +191,7 @@ def bench(setting: Setting) -> tuple[list[dict[str, Any]], list[str]]:
             except (RuntimeError, ValueError, NotImplementedError) as error:
                 failures.append(f"{name}: {(str(error).splitlines() or [type(error).__name__])[0][:200]}")
                 print(f"failed: {failures[-1]}", flush=True)
+            on_rows(rows, failures)
     return rows, failures
 
 
@@ -188,6 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--geometry", choices=list(GPU), default=TUNED_ON, help="on a GPU")
+    parser.add_argument("--kernels", help="names, separated by commas; all without")
     args = parser.parse_args()
     if args.device == "cpu":
         setting, name = CPU, "kernels_cpu"
@@ -195,14 +207,22 @@ def main() -> None:
     else:
         setting = GPU[args.geometry]()
         name = "kernels_cuda" if args.geometry == TUNED_ON else f"kernels_cuda_{args.geometry}"
-    rows, failures = bench(setting)
     sizes = f"{setting.num_queries} queries, {setting.num_keys:,} keys, {setting.heads} heads of {setting.head_dim}"
     notes = (
         f"Geometry of {setting.name}: {sizes}, {str(setting.dtype).removeprefix('torch.')}, torch {torch.__version__}, "
         f"medians of {setting.repeats} with half the distance of the extremes; of_dense is against the same kernel's "
         f"dense call, timed in turn; load average {os.getloadavg()[0]:.1f}"
     )
-    report(name, rows, "; ".join([notes, *(f"not measured: {failure}" for failure in failures)]))
+
+    def all_notes(failures: list[str]) -> str:
+        return "; ".join([notes, *(f"not measured: {failure}" for failure in failures)])
+
+    def keep_so_far(rows: list[dict[str, Any]], failures: list[str]) -> None:
+        keep(name, rows, all_notes(failures))
+
+    only = args.kernels.split(",") if args.kernels else ()
+    rows, failures = bench(setting, only, keep_so_far)
+    report(name, rows, all_notes(failures))
 
 
 if __name__ == "__main__":

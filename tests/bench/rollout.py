@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if asked.list:
         print("\n".join(in_order(list(ROWS))))
         return
-    names = in_order(asked.rows.split(",") if asked.rows else list(ROWS))
+    names = asked.rows.split(",") if asked.rows else in_order(list(ROWS))
     unknown = [name for name in names if name not in ROWS]
     if unknown:
         raise SystemExit(f"no such rows: {', '.join(unknown)}; --list names them")
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.rollout", description=__doc__)
-    parser.add_argument("--rows", help="names, separated by commas; all without")
+    parser.add_argument("--rows", help="names, separated by commas, made in this order; all without")
     parser.add_argument("--list", action="store_true", help="name the rows and end")
     parser.add_argument("--minutes", type=float, default=30.0, help="after these no row is begun")
     parser.add_argument("--row-seconds", type=float, default=240.0, help="a row that takes longer is given up")

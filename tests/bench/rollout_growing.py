@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.bench.rollout_models import Stage, fill_cache, make_config, make_dit
+from tests.bench.rollout_models import Stage, fill_cache, make_config, make_dit, make_vae
+from tests.bench.rollout_native import measure_bounded
 from tests.bench.rollout_rows import BASELINE, RowResult, Settings, is_device_broken, release_memory, row
 from workers.assemble import TakeParts
 from workers.cache.dense import DenseCache
-from workers.config import KernelName
+from workers.config import KernelName, RenderConfig
 from workers.contracts import Kernel, KeyValues
 from workers.errors import KernelUnavailable
 from workers.kernels.select import Hardware, KernelNeed, choose, load_kernel, select_kernel
@@ -30,6 +31,7 @@ from workers.model.rope import grid_positions
 
 DENSE_KERNELS: tuple[KernelName, ...] = ("flash-attn-4", "flash-attn-3", "flashinfer", "sdpa")
 _SHORT_CHUNKS, _LONG_CHUNKS = 7, 125
+_FRAME_OF_PICTURES, _PICTURE_CHUNKS = 400, 4
 
 
 class ReplayedCache:
@@ -139,10 +141,11 @@ class Curve:
 
 
 def measure_growing(stage: Stage, real: Sequence[int], replayed: Sequence[int]) -> tuple[Curve, RowResult, str]:
-    """A chunk's time at every length that can be measured, and the figures that follow."""
+    """A chunk's time at every length that can be measured, and the figures that follow; pictures near frame 400."""
     settings = stage.settings
     taken: dict[int, float] = {}
-    problems = []
+    problems, fps_with_vae = [], None
+    with_pictures = min(real, key=lambda num: abs(num * settings.chunk_frames - _FRAME_OF_PICTURES))
     peak_600, density, num_keys = None, None, 0
     reset_peak_gpu_bytes(settings.device)
     parts = replace(stage.parts(), cache=DenseCache(settings.backbone.num_layers))
@@ -160,6 +163,9 @@ def measure_growing(stage: Stage, real: Sequence[int], replayed: Sequence[int]) 
             num_runs = 2 if num * settings.chunk_frames < 1000 else 1
             taken[num], density = _one_length(stage, parts, num, num_runs)
             num_keys = parts.cache.num_tokens
+            if num == with_pictures:
+                num_timed = min(_PICTURE_CHUNKS, settings.timed_chunks)
+                fps_with_vae = settings.chunk_frames / stage.seconds_with_pictures(parts, num, num_timed)
         except Exception as error:
             if is_device_broken(error):
                 raise
@@ -179,6 +185,7 @@ def measure_growing(stage: Stage, real: Sequence[int], replayed: Sequence[int]) 
         "",
         fps_300_400=settings.chunk_frames / curve.mean(around_300),
         fps_last_100=settings.chunk_frames / curve.mean(last) if reaches else None,
+        fps_with_vae=fps_with_vae,
         peak_gb_600=peak_600,
         seconds_3000_frames=curve.total(settings.num_chunks) if reaches else None,
         cache_keys=num_keys,
@@ -186,7 +193,11 @@ def measure_growing(stage: Stage, real: Sequence[int], replayed: Sequence[int]) 
     )
     each = ", ".join(f"{num} chunks {seconds:.3g} s" for num, seconds in sorted(taken.items()))
     whole = max((num for num in taken if num in real), default=0) * settings.chunk_frames
-    text = f"real cache up to frame {whole}, beyond that layer by layer on a replayed one; a chunk after {each}"
+    text = (
+        f"real cache up to frame {whole}, beyond that layer by layer on a replayed one, which is rotated for RoPE only "
+        f"once; all layers' keys would take {parts.cache.num_bytes / 1e9:.0f} GB after {num} chunks; pictures after "
+        f"{with_pictures} chunks; a chunk after {each}"
+    )
     return curve, result, "; ".join((text, *problems))
 
 
@@ -212,6 +223,7 @@ def dense_row(settings: Settings, hardware: Hardware) -> RowResult:
         make_dit(settings, compiled=settings.compiled),
         make_config(settings, compiled=settings.compiled),
         kernel,
+        make_vae(settings)[0],
     )
     _, result, text = measure_growing(stage, settings.real_chunks, settings.replayed_chunks)
     return replace(result, compression_share=0.0, notes=f"{said}; {text}")
@@ -224,9 +236,18 @@ def baseline_row(policy: str, settings: Settings, hardware: Hardware) -> RowResu
     config = make_config(settings, compiled=settings.compiled, policy=policy, **tile)
     need = KernelNeed(settings.dtype, settings.backbone.head_dim, tiles=True)
     kernel = select_kernel("auto", settings.device, need)
-    stage = Stage.of(settings, make_dit(settings, compiled=settings.compiled), config, kernel)
-    _, result, text = measure_growing(stage, settings.real_chunks, settings.replayed_chunks)
-    return replace(result, notes=f"{kernel.version}; {text}")
+    vae, _ = make_vae(settings)
+    stage = Stage.of(settings, make_dit(settings, compiled=settings.compiled), config, kernel, vae)
+    _, result, text = measure_growing(stage, settings.real_chunks[1:], settings.replayed_chunks)
+    return replace(result, notes=f"{kernel.version}; {_parts_text(config)}; {text}")
+
+
+def _parts_text(config: RenderConfig) -> str:
+    """Settings of the policy's parts that are not what they are without it."""
+    parts = (config.cache, config.attention, config.reuse, config.prompt_attention)
+    shown = [f"{part.kind} {part.model_dump(exclude={'kind'}, exclude_none=True)}" for part in parts]
+    said = ", ".join(text for text in shown if not text.startswith(("dense", "none"))).replace("'", "")
+    return f"{said}; what choosing takes was not timed apart"
 
 
 for _policy in ("radial", "svg"):
@@ -240,9 +261,11 @@ def prompt_row(settings: Settings, hardware: Hardware) -> RowResult:
     config = make_config(settings, compiled=settings.compiled, policy="annca")
     kernel, _ = fastest_dense(settings, hardware)
     release_memory(settings.device)
-    stage = Stage.of(settings, make_dit(settings, compiled=settings.compiled), config, kernel)
-    _, result, text = measure_growing(stage, settings.real_chunks[::2], settings.replayed_chunks[-1:])
-    return replace(result, notes=f"{kernel.version}, the fastest dense one; prompt without padding; {text}")
+    vae, _ = make_vae(settings)
+    stage = Stage.of(settings, make_dit(settings, compiled=settings.compiled), config, kernel, vae)
+    _, result, text = measure_growing(stage, settings.real_chunks[1:], settings.replayed_chunks[-1:])
+    said = f"{kernel.version}, the fastest dense one; {_parts_text(config)}; prompt without padding; {text}"
+    return replace(result, notes=said)
 
 
 def _chunkwise(settings: Settings) -> Settings:
@@ -260,26 +283,15 @@ def flowcache_row(with_radial: bool, settings: Settings, hardware: Hardware) -> 
     config = make_config(settings, compiled=settings.compiled, policy="flowcache", **parts)
     need = KernelNeed(settings.dtype, settings.backbone.head_dim, tiles=with_radial)
     kernel = select_kernel("auto", settings.device, need)
-    stage = Stage.of(settings, make_dit(settings, compiled=settings.compiled), config, kernel)
-    take = stage.parts()
-    place = settings.num_chunks - 9
-    reset_peak_gpu_bytes(settings.device)
+    vae, _ = make_vae(settings)
+    stage = Stage.of(settings, make_dit(settings, compiled=settings.compiled), config, kernel, vae)
     num_fill = settings.flow_latent_frames // settings.backbone.chunk_latent_frames + 2
-    fill_cache(take.cache, settings, [0, *range(max(1, place - num_fill), place)])
-    seconds = stage.seconds(take, place, settings.timed_chunks)
+    result = measure_bounded(stage, with_vae=True, num_fill=num_fill)
     notes = (
-        f"{kernel.version}; budget {settings.flow_latent_frames} latent frames; bounded, so timed with a full cache "
-        f"near frame {settings.num_frames} alone; which steps are reused follows from random weights"
+        f"{kernel.version}; {_parts_text(config)}; bounded: begun at frames 300, 600 and 2900 with a full cache of "
+        f"random keys; which steps are reused follows from random weights; peaks without VAE work, {result.notes}"
     )
-    return RowResult(
-        "",
-        fps_300_400=settings.chunk_frames / seconds,
-        fps_last_100=settings.chunk_frames / seconds,
-        peak_gb_3000=peak_gpu_bytes(settings.device) / 1e9,
-        seconds_3000_frames=settings.num_chunks * seconds,
-        cache_keys=take.cache.num_tokens,
-        notes=notes,
-    )
+    return replace(result, notes=notes)
 
 
 row("flowcache")(partial(flowcache_row, False))

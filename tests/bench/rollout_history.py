@@ -1,4 +1,4 @@
-"""The whole history through a tile table, at Wan2.1-1.3B sizes: rows for `rollout`, and a bench of its own.
+"""The whole history through a tile table, at Wan2.1-1.3B sizes: a bench of its own, whose parts `rollout` uses too.
 
 `python -m tests.bench.rollout_history --quick` checks the kernels at small sizes, says where a chunk's time goes and
 rolls out one policy over 420 frames; without `--quick` all rows, those of the whole policy over all frames. Random
@@ -26,10 +26,9 @@ from tests.bench.history_parts import ChunkClock, parts_of_chunk, top_kernels
 from tests.bench.history_snapshot import snapshot_rows
 from tests.bench.record import report
 from tests.bench.rollout_models import make_vae, seconds_with_pictures
-from tests.bench.rollout_rows import RowResult, Settings, release_memory, row
+from tests.bench.rollout_rows import RowResult, Settings, release_memory
 from tests.tables import tile_runs
 from workers.kernels.listed_tiles import AttendTable
-from workers.kernels.select import Hardware
 from workers.model.backbones import find_backbone
 from workers.search.nearest_rows import NearestRows, nearest_rows
 
@@ -90,6 +89,17 @@ def check(settings: Settings, kernels: str = "auto", *, compiled: bool = True) -
 
 def say(line: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {line}", flush=True)
+
+
+def choices(settings: Settings) -> _Choices:
+    """Those of this process, made now if they were not."""
+    check(settings)
+    return _CHOICES
+
+
+def compression_share(engine: Engine, settings: Settings) -> float:
+    """Of selection, matching, merging and moving in a chunk, once the table is full."""
+    return parts_of_chunk(engine, settings)[1]
 
 
 def engine_for(variant: Variant, settings: Settings) -> Engine:
@@ -173,16 +183,6 @@ def fps_with_pictures(engine: Engine, settings: Settings) -> float:
     first = engine.table.layers[0].num_chunks
     chunks = engine.rollout.run(make_plan(engine, settings, first + settings.timed_chunks + 8), first)
     return settings.chunk_frames / seconds_with_pictures(chunks, vae, settings, settings.timed_chunks)
-
-
-def _register(variant: Variant) -> None:
-    @row(variant.name)
-    def make(settings: Settings, hardware: Hardware) -> RowResult:
-        return make_row(variant, settings)
-
-
-for _variant in VARIANTS.values():
-    _register(_variant)
 
 
 def where_time_goes(variant: Variant, settings: Settings) -> list[dict[str, Any]]:

@@ -21,8 +21,8 @@ def _before(place: int, num_chunks: int) -> list[int]:
     return [0, *range(max(1, place - num_chunks), place)]
 
 
-def measure_bounded(stage: Stage, *, with_vae: bool) -> RowResult:
-    """A cache that is full long before frame 300: three places of the video, each with a cache as it is there."""
+def measure_bounded(stage: Stage, *, with_vae: bool, num_fill: int = 7) -> RowResult:
+    """A cache that is full after so many chunks: three places of the video, each with a cache as it is there."""
     settings, backbone = stage.settings, stage.settings.backbone
     last = settings.num_chunks - 9
     places = backbone.chunk_of_frame(_FRAME_300), backbone.chunk_of_frame(_FRAME_600), last
@@ -31,13 +31,13 @@ def measure_bounded(stage: Stage, *, with_vae: bool) -> RowResult:
     reset_peak_gpu_bytes(settings.device)
     for place, num in zip(places, num_timed, strict=True):
         parts = stage.parts()
-        fill_cache(parts.cache, settings, _before(place, 7))
+        fill_cache(parts.cache, settings, _before(place, num_fill))
         seconds.append(stage.seconds(parts, place, num))
         peaks.append(peak_gpu_bytes(settings.device) / 1e9)
     fps_with_vae, notes = None, ""
     if with_vae:
         fill = stage.parts()
-        fill_cache(fill.cache, settings, _before(last, 7))
+        fill_cache(fill.cache, settings, _before(last, num_fill))
         fps_with_vae = settings.chunk_frames / stage.seconds_with_pictures(fill, last, settings.timed_chunks)
         notes = f"with pictures {peak_gpu_bytes(settings.device) / 1e9:.1f} GB at most"
     # Chunks before the window is full are cheaper; they are counted as full ones.

@@ -36,10 +36,11 @@ class Settings:
     """Chunks of each figure; more for less spread."""
     compiled: bool = True
     """Compile the transformer around its attention, but in rows that say eager."""
-    real_chunks: tuple[int, ...] = (8, 25, 33, 38)
-    """Histories that are kept whole; 38 chunks of Wan2.1-1.3B are 35 GB, and their keys after RoPE 16 GB more."""
-    replayed_chunks: tuple[int, ...] = (83, 166, 249)
-    """Histories of which every layer reads the same keys."""
+    real_chunks: tuple[int, ...] = (8, 35, 51)
+    """Histories that are kept whole; 51 chunks of Wan2.1-1.3B are 44 GB, and their keys after RoPE 22 GB more."""
+    replayed_chunks: tuple[int, ...] = (131, 243)
+    """Histories of which every layer reads the same keys. As 35 and 51, these leave whole tiles of 128 keys between the
+    sink and the newest latent frames, which spares policies that see tiles a copy of everything."""
     flow_latent_frames: int = 40
     """FlowCache's budget."""
     has_flashinfer: bool = False

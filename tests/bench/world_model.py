@@ -68,7 +68,10 @@ def vae_rows(lab: Laboratory, num: int) -> Iterator[Row]:
 
 
 def revisit_rows(lab: Laboratory, num: int, sampling: Sampling, form: str, distance: int) -> Iterator[Row]:
-    """Returned views, full history against the window of sink 3 and 21 latent frames."""
+    """Returned views, full history against the window of sink 3 and 21 latent frames.
+
+    Judged are the pixels whose land was in view before, ``seen_share`` of the view; ``whole_view_db`` is of all of it.
+    """
     result = lab.revisit(distance, num, sampling, form=form, policies=("full", "window"))
     full, window = confidence_95(result.psnr["full"]), confidence_95(result.psnr["window"])
     gain, gain_half = confidence_95(result.psnr["full"] - result.psnr["window"])
@@ -76,6 +79,12 @@ def revisit_rows(lab: Laboratory, num: int, sampling: Sampling, form: str, dista
     row |= {"window_db": window[0], "window_ci95": window[1], "gain_db": gain, "gain_ci95": gain_half, "goal": 27.0}
     below, below_half = confidence_95(result.psnr["vae"] - result.psnr["full"])
     row |= {"vae_db": result.psnr["vae"].mean().item(), "below_vae_db": below, "below_vae_ci95": below_half}
+    if form == "shifted":
+        assert result.seen is not None
+        row |= {"seen_share": result.seen.float().mean().item()}
+        whole = confidence_95(result.whole_psnr["full"])
+        row |= {"whole_view_db": whole[0], "whole_view_ci95": whole[1]}
+        row |= {"whole_view_vae_db": result.whole_psnr["vae"].mean().item()}
     row |= {"ssim": result.ssim["full"].mean().item()}
     row |= {"window_ssim": result.ssim["window"].mean().item()}
     if result.landmarks:

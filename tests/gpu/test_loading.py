@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.bench.load_memory import measure, write_weights
 from tests.wan_files import TINY, make_dit, write_whole_model
 from workers.checkpoints.modules import load_modules
 from workers.config import BackboneConfig
@@ -48,3 +49,12 @@ def test_pictures_equal_those_of_the_cpu(tmp_path: Path) -> None:
         stream = load_modules(TINY, config, device, torch.float32).vae.stream()
         pictures.append(torch.cat([stream.decode(chunk).cpu() for chunk in latents.split(3, 1)], 1))
     torch.testing.assert_close(pictures[1], pictures[0], atol=1e-2, rtol=1e-2)  # convolutions may run in TF32
+
+
+@pytest.mark.parametrize("form", ["safetensors, bfloat16", "distilled .pt, float32"])
+def test_a_model_of_true_size_takes_no_more_host_memory_than_its_bytes(tmp_path: Path, form: str) -> None:
+    found = measure(write_weights(tmp_path, "self-forcing-1.3b", form), "self-forcing-1.3b")
+    print(form, found)
+    assert found["on"] == "cuda"
+    assert found["model_gb"] > 2.8
+    assert found["of_model"] <= 1.3

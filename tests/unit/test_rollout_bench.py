@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from tests.bench import record, rollout, rollout_growing, rollout_native
+from tests.bench import record, rollout, rollout_growing, rollout_native, rollout_table
+from tests.bench.rollout_models import Stage
 from tests.bench.rollout_rows import (
     BASELINE,
     ROWS,
@@ -21,6 +23,8 @@ from tests.bench.rollout_rows import (
     make_row,
     with_ratios,
 )
+from workers.cache.table_layout import EXTRA_CHANNELS
+from workers.kernels.listed_tiles import attend_listed_plain
 from workers.kernels.select import Hardware, KernelNeed
 from workers.model.backbones import Native, find_backbone
 
@@ -49,6 +53,16 @@ def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     folder = tmp_path / "results"
     monkeypatch.setattr(record, "RESULTS", folder)
     return folder
+
+
+@pytest.fixture
+def instant_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The VAE at its true size takes seconds on a CPU; rows of the native windows are tested with it."""
+    for module in (rollout_growing, rollout_table):
+        monkeypatch.setattr(module, "make_vae", lambda settings: (None, ""))
+    monkeypatch.setattr(Stage, "seconds_with_pictures", lambda *_: 1.0)
+    monkeypatch.setattr(rollout_table, "seconds_with_pictures", lambda *_: 1.0)
+    monkeypatch.setattr(rollout_table, "fps_with_pictures", lambda *_: 1.0)
 
 
 def test_no_ratio_without_the_baseline_whatever_a_row_claims() -> None:
@@ -158,6 +172,7 @@ def test_a_curve_is_integrated_over_every_chunk() -> None:
     assert curve.total(41) == pytest.approx(10 * 1.0 + sum(c / 10 for c in range(10, 41)))
 
 
+@pytest.mark.usefixtures("instant_pictures")
 def test_the_dense_row_sees_everything_and_says_how_far_it_was_real() -> None:
     result = make_row(BASELINE, TINY, CPU)
     assert result.density == 1.0
@@ -167,10 +182,60 @@ def test_the_dense_row_sees_everything_and_says_how_far_it_was_real() -> None:
     assert "sdpa" in result.notes
 
 
+@pytest.mark.usefixtures("instant_pictures")
 @pytest.mark.parametrize("policy", ["radial", "svg", "flowcache", "flowcache + radial", "annca"])
 def test_a_baseline_row_is_timed_through_the_product(policy: str) -> None:
     result = make_row(policy, TINY, CPU)
     assert result.seconds_3000_frames, result.notes
+    assert result.fps_with_vae
+    assert "{" in result.notes, "its settings stand in the row"
+
+
+@pytest.mark.usefixtures("instant_pictures")
+@pytest.mark.parametrize(("policy", "seen"), [("fastar-lsh", 0.1), ("tempcache", 1.0)])
+def test_a_row_over_the_table_says_what_is_seen_and_chosen(policy: str, seen: float) -> None:
+    result = make_row(policy, TINY, CPU)
+    assert result.seconds_3000_frames, result.notes
+    assert result.fps_last_100
+    assert result.fps_with_vae
+    assert result.cache_keys == 16 * 12
+    tiles = sum(-(-num // 16) for num in (12, 14 * 12, 12))
+    assert f"{max(1, round(seen * tiles))} cached tiles chosen" in result.notes
+
+
+@pytest.mark.usefixtures("instant_pictures")
+def test_annsa_alone_merges_nothing_and_says_that_its_history_is_replayed() -> None:
+    result = make_row("annsa-lsh", TINY, CPU)
+    assert result.seconds_3000_frames, result.notes
+    assert result.cache_keys == 54 * 12
+    assert result.density == pytest.approx(rollout_table.ANNSA_DENSITY, abs=0.02)
+    assert "replayed throughout" in result.notes
+
+
+def test_a_replayed_table_gives_what_attention_over_its_keys_gives() -> None:
+    table = rollout_table.ReplayedTable(TINY, 3)
+    k_NTD, v_NTD = table.own(0)
+    torch.manual_seed(0)
+    k_NTD.normal_(), v_NTD.normal_()
+    layer = table.layers[0]
+    q = torch.randn(12, *k_NTD.shape[::2])
+    wide = F.pad(q, (0, EXTRA_CHANNELS))
+    wide[..., q.shape[-1] : q.shape[-1] + 2] = 1
+    index = torch.arange(4, dtype=torch.int32).expand(len(k_NTD), 1, 4)
+    found = attend_listed_plain(wide, layer.k_NLW, layer.v_NLD, index, table.tile)
+    places = [16 * chunk + token for chunk in range(4) for token in range(12)]  # the other four of each tile are none
+    k, v = layer.k_NLW[:, places, : q.shape[-1]], layer.v_NLD[:, places]
+    expected = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None])[0].transpose(0, 1)
+    torch.testing.assert_close(found, expected)
+    table.remember(0, torch.zeros(12, 3))
+    assert torch.equal(layer.v_NLD[:, 16:28], v_NTD)
+
+
+def test_rows_come_in_the_order_in_which_they_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(rollout, "supervise", lambda folder, names, asked: seen.extend(names))
+    rollout.main(["--rows", "svg,dense,radial"])
+    assert seen == ["svg", "dense", "radial"]
 
 
 def test_the_large_model_is_timed_with_its_bounded_cache(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,18 @@ _SSIM_WINDOW = 7
 _MAX_PSNR_DB = 100.0
 
 
-def psnr_db(pictures: Tensor, reference: Tensor) -> Tensor:
-    """PSNR of each first index, over all its frames at once; equal pictures give 100."""
-    error = (pictures.float().clamp(-1, 1) - reference.float()).square().flatten(1).mean(1)
+def psnr_db(pictures: Tensor, reference: Tensor, counts: Tensor | None = None) -> Tensor:
+    """PSNR of each first index, over all its frames at once; equal pictures give 100.
+
+    Args:
+        pictures, reference: Of one shape.
+        counts: Which pixels are judged, bool, broadcast over the others; all of them if not given.
+    """
+    error = (pictures.float().clamp(-1, 1) - reference.float()).square()
+    if counts is not None:
+        weight = counts.expand(error.shape).float()
+        error = error * weight / weight.flatten(1).mean(1).view(-1, *[1] * (error.ndim - 1)).clamp(min=1e-9)
+    error = error.flatten(1).mean(1)
     return (-10 * (error / _RANGE**2).log10()).clamp(max=_MAX_PSNR_DB)
 
 

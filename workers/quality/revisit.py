@@ -88,6 +88,27 @@ def plan_revisit(
     return RevisitPath(np.rint(np.concatenate([lead, place, walk, back])).astype(np.float32), distance)
 
 
+def seen_before(positions_F2: NDArray[np.float32], returned: int, view: int) -> NDArray[np.bool_]:
+    """Which pixels of the last views show land that an earlier view of the path has shown.
+
+    A return that is displaced shows a strip that may never have been in view: no memory can know it.
+
+    Args:
+        positions_F2: Whole pixels, one corner a video frame.
+        returned: So many frames at the end are the return.
+        view: Side of a view in pixels.
+    Returns:
+        [returned, view, view].
+    """
+    corners = positions_F2.astype(np.int64)
+    earlier = np.unique(corners[:-returned], axis=0)
+    seen = np.zeros((returned, view, view), dtype=np.bool_)
+    for mask, corner in zip(seen, corners[-returned:], strict=True):
+        for x, y in (earlier - corner)[np.abs(earlier - corner).max(1) < view].tolist():
+            mask[max(0, y) : view + min(0, y), max(0, x) : view + min(0, x)] = True
+    return seen
+
+
 def _to_and_fro(num_frames: int) -> NDArray[np.float64]:
     """How far away the camera is: straight out, then between two marks of which none shows the place."""
     way = np.arange(1, num_frames + 1) * _FAST_PACE

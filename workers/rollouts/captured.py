@@ -8,6 +8,7 @@ clean pass and next chunk the table takes the chunk over; nothing but the check 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from workers.contracts import PromptKeys
 from workers.denoise import step_euler, step_renoise, to_device
 from workers.errors import NonFiniteLatents
+from workers.metrics import Stopwatch
 from workers.model.dit import CausalDiT
 from workers.model.rope import Rotation, make_rotation
 from workers.model.static_layers import PromptTable, StaticLayers, Targets, hold_prompt
@@ -68,6 +70,8 @@ class CapturedSettings:
     """Denoising steps that choose tiles anew; the others, and the clean pass, use those of the step before."""
     graphs: bool = True
     """Capture the calls; needs a GPU."""
+    prompt_rows: int = 16
+    """Prompts are filled up to a multiple of so many rows; where that changes, calls are captured anew."""
 
 
 def to_host(flag: Tensor) -> Callable[[], bool]:
@@ -134,25 +138,32 @@ class CapturedRollout:
         """Told `calls` after each call and `sampler` after what lies between two; for measurements."""
 
     @torch.no_grad()
-    def run(self, plan: RolloutPlan, first_chunk: int = 0) -> Iterator[CleanChunk]:
+    def run(self, plan: RolloutPlan, first_chunk: int = 0, stopwatch: Stopwatch | None = None) -> Iterator[CleanChunk]:
         """Chunks from `first_chunk` on, in order.
 
+        Args:
+            plan: What is rolled out.
+            first_chunk: The table holds the chunks before it.
+            stopwatch: Gets the stages "denoise" and "cache"; then the GPU is waited for once more in each chunk.
         Raises:
             NonFiniteLatents: A chunk holds a NaN or an infinity; it is neither yielded nor remembered.
         """
         assert plan.guidance == 1.0, "a tile table holds one branch"
+        stage = nullcontext if stopwatch is None else stopwatch.stage
         noise = self._draw(plan, first_chunk)
         for index in range(first_chunk, plan.num_chunks):
-            position = self.begin(plan, index)
-            latents = self._denoise(plan, noise)
-            is_finite = to_host(torch.isfinite(latents).all())
-            if index + 1 < plan.num_chunks:
-                self.call(latents, 0.0, choose=False)
-                noise = self._draw(plan, index + 1)  # now, while the GPU is busy
-            if not is_finite():  # waits for the denoising steps, not for the clean pass
-                raise NonFiniteLatents(f"chunk {index} holds NaN or infinity after its last denoising step")
-            if index + 1 < plan.num_chunks:
-                self.remember(position)
+            with stage("denoise"):
+                position = self.begin(plan, index)
+                latents = self._denoise(plan, noise)
+                is_finite = to_host(torch.isfinite(latents).all())
+            with stage("cache"):
+                if index + 1 < plan.num_chunks:
+                    self.call(latents, 0.0, choose=False)
+                    noise = self._draw(plan, index + 1)  # now, while the GPU is busy
+                if not is_finite():  # waits for the denoising steps, not for the clean pass
+                    raise NonFiniteLatents(f"chunk {index} holds NaN or infinity after its last denoising step")
+                if index + 1 < plan.num_chunks:
+                    self.remember(position)
             self._mark("sampler")
             density = min(1.0, self.chooser.num_slots_seen / ((index + 1) * len(position)))
             yield CleanChunk(index, latents, self.table.num_bytes, density)
@@ -228,7 +239,7 @@ class CapturedRollout:
 
     def _hold(self, prompt: Sequence[PromptKeys]) -> None:
         """Another prompt: into the buffers of the last one where they fit, else the calls are captured anew."""
-        tables = hold_prompt(prompt)
+        tables = hold_prompt(prompt, self._settings.prompt_rows)
         self._held = prompt
         if self._prompt and self._prompt[0].k_NPD.shape == tables[0].k_NPD.shape:
             for old, new in zip(self._prompt, tables, strict=True):
@@ -266,6 +277,7 @@ class CapturedRollout:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-        with torch.cuda.graph(graph, pool=pool):
+        # Other threads go on with their own work meanwhile, such as decoding the chunk before.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             self.compute(choose)
         self._graphs[choose] = graph

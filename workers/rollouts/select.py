@@ -35,6 +35,12 @@ def check_rollout(backbone: Backbone, config: RenderConfig) -> None:
         )
     if backbone.rollout == "clipwise" and config.guard.enabled:
         raise ConfigUnsupported(f"guard.enabled: {backbone.name} makes whole clips, which no guard watches yet")
+    if config.cache.kind == "tiles" and (backbone.rollout != "chunkwise" or backbone.image_dim):
+        how = "takes pictures" if backbone.rollout == "chunkwise" else f"renders {backbone.rollout}"
+        raise ConfigUnsupported(
+            f"cache.kind: tiles: its loop denoises one chunk at a time from text alone, and {backbone.name} {how}; "
+            "take policy: fastar-quant"
+        )
     native, asked = backbone.native, config.sampling
     if native is not None and (asked.num_steps, asked.shift) != (native.num_steps, native.shift):
         logger.warning(

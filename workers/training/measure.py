@@ -18,7 +18,7 @@ from workers.model.vae import VideoVAE
 from workers.quality.following import recognise_biome, recognise_direction
 from workers.quality.landmarks import Quiz, make_quizzes
 from workers.quality.reference import psnr_db, sharpness, ssim
-from workers.quality.revisit import plan_revisit
+from workers.quality.revisit import plan_revisit, seen_before
 from workers.training.fast_rollout import FastRollout, Visible, sees_all, sees_none, sees_window
 from workers.training.sequence import WorldModel
 from workers.training.vae_train import HELD_OUT_SEED
@@ -62,6 +62,10 @@ class Revisit:
     """Landmarks of the returned view that are recognised as their own kind and colour, and how many there are."""
     pictures: dict[str, Tensor] = field(default_factory=dict)
     """The middle frame of each returned view, [n, 3, 128, 128]."""
+    seen: Tensor | None = None
+    """Pixels of the returned views that were in view before, bool [n, 12, 1, 128, 128]; PSNR is of these alone."""
+    whole_psnr: dict[str, Tensor] = field(default_factory=dict)
+    """PSNR of whole views, the strips included that a displaced return shows for the first time."""
 
 
 class Laboratory:
@@ -115,8 +119,9 @@ class Laboratory:
             distance: Latent frames away.
             num: Worlds.
             sampling: How the returned chunk (in a rollout: every chunk after the place) is made.
-            form: "cut" (true frames, hard cut back), "shifted" (the same, displaced by up to 16 pixels), "rollout" (out
-                and back, generated after the place) or "generated" (all generated; compared with its own first view).
+            form: "cut" (true frames, hard cut back), "shifted" (the same, displaced by up to 16 pixels, judged where
+                its land was in view before), "rollout" (out and back, generated after the place) or "generated" (all
+                generated; compared with its own first view).
             policies: Which histories to compare.
         """
         specs = [draw_spec(HELD_OUT_SEED + 7000 + index, STILL_AIR) for index in range(num)]
@@ -135,7 +140,8 @@ class Laboratory:
         truth, z = torch.cat(true), torch.cat(latents)
         times = torch.arange(z.shape[1], device=self.device, dtype=torch.float32).expand(num, -1)
         free = {"rollout": paths[0].first_free_latent_frame // self.chunk, "generated": 0}.get(form)
-        result = Revisit()
+        seen = np.stack([seen_before(path.positions_F2, 12, VIEW_SIZE) for path in paths])
+        result = Revisit(seen=torch.from_numpy(seen)[:, :, None])
         self._keep(result, "vae", self.decode(z[:, -3:], z[:, -4]), truth, quizzes)
         keys = self.prompts(captions)
         for name in policies:
@@ -143,7 +149,7 @@ class Laboratory:
             first_free = z.shape[1] // self.chunk - 1 if free is None else free
             made = self.run(rollout, z, first_free, sampling, seed=distance)
             if form == "generated":
-                truth, quizzes = self.decode(made[:, 15:18], made[:, 14]).flip(1), []
+                truth, quizzes = self.decode(made[:, 15:18], made[:, 14]).flip(1), []  # the same land: nothing is new
             self._keep(result, name, self.decode(made[:, -3:], made[:, -4]), truth, quizzes)
             del rollout
         result.pictures["true"] = truth[:, 6].cpu()
@@ -207,7 +213,9 @@ class Laboratory:
         return torch.tensor(biome_right), torch.tensor(direction_right)
 
     def _keep(self, result: Revisit, name: str, frames: Tensor, truth: Tensor, quizzes: list[Quiz]) -> None:
-        result.psnr[name] = psnr_db(frames, truth).cpu()
+        assert result.seen is not None
+        result.psnr[name] = psnr_db(frames, truth, result.seen.to(frames.device)).cpu()
+        result.whole_psnr[name] = psnr_db(frames, truth).cpu()
         result.ssim[name] = ssim(frames.flatten(0, 1), truth.flatten(0, 1)).view(len(frames), -1).mean(1).cpu()
         result.pictures[name] = frames[:, 6].cpu()
         if quizzes:

@@ -8,7 +8,7 @@ the error of the decoded picture; everything else must stay what the model said 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,14 @@ from workers.model.vae import VideoVAE
 from workers.training.distil import CELL_PX, VIEW_PX, shown_cells
 from workers.training.memory_feed import RUN, MemoryBatch, MemoryFeedRecipe
 from workers.training.muon import Muon
+from workers.training.new_land import CriticRecipe, LandJudge, fade
 from workers.training.sequence import ParallelAttention, WorldModel
 
-TURNS = ((0, False), (1, False), (2, False), (3, False), (0, True), (3, True))
-"""What happens to a batch, one step each: (denoising step, whether the end of the context is the model's own)."""
+TURNS = ((0, 0), (1, 0), (2, 0), (3, 0), (0, 1), (1, 1), (2, 1), (3, 1), (0, 2), (3, 2))
+"""What happens to a batch, one step each: (denoising step, generation of the end of the context).
+
+Generation 0 is true; 1 are the model's own answers from there, 2 its answers from generation 1.
+"""
 FLIGHTS = 4
 """Batches between which the steps change, so that neighbouring steps differ in place and noise level."""
 CYCLE = FLIGHTS * len(TURNS)
@@ -36,7 +40,15 @@ _PICTURE_FLOOR = 4e-4  # 40 dB: the logarithm must not chase clips that are near
 
 @dataclass(frozen=True)
 class MemoryRecipe:
-    """What decides stage 3."""
+    """What decides stage 3.
+
+    Attributes:
+        own_chunks: So many chunks at the end of the context become the model's own.
+        keep_weight, keep_every: How strongly, and how often, land that nothing has shown is held to what the model of
+            reference says of it.
+        critic_weight: How strongly the critic of new land pushes; 0 is without one.
+        fade_share: Probability that a context fades; what is asked for, and what is held to, does not.
+    """
 
     muon_lr: float = 5e-4
     adam_lr: float = 2e-4
@@ -55,6 +67,9 @@ class MemoryRecipe:
     plain_share: float = 0.2
     keep_weight: float = 10.0
     keep_every: int = 2
+    critic_weight: float = 0.0
+    critic: CriticRecipe = field(default_factory=CriticRecipe)
+    fade_share: float = 0.0
     ema: float = 0.998
     seed: int = 1
 
@@ -67,21 +82,24 @@ class Flight:
         batch: What was drawn.
         text_BPE, log_mass_BP: Its encoded prompts.
         context_BTCHW, camera_BTS2: The context as it is now.
+        whole_BTCHW: The same where nothing has faded.
         true_T: Which context frames are true.
         turn: The next of `TURNS`.
         estimate_BSCHW: The model's last clean estimate of the questions.
-        first_BSCHW: Its answers from the true context.
+        answers_BSCHW: Its answers of which the end of the context was made.
     """
 
     batch: MemoryBatch
     text_BPE: Tensor
     log_mass_BP: Tensor
     context_BTCHW: Tensor
+    whole_BTCHW: Tensor
     camera_BTS2: Tensor
     true_T: Tensor
     turn: int = 0
     estimate_BSCHW: Tensor | None = None
-    first_BSCHW: Tensor | None = None
+    answers_BSCHW: Tensor | None = None
+    generation: int = 0
 
 
 def picture_metric(vae: VideoVAE, latents_BTCHW: Tensor, generator: torch.Generator, probes: int = 4) -> Tensor:
@@ -114,6 +132,7 @@ class MemoryTrainer:
         vae: Its VAE; stays as it is.
         device: Of everything.
         plain: Compile nothing.
+        before: The model of reference for new land; `start` if not given.
     """
 
     def __init__(
@@ -125,12 +144,13 @@ class MemoryTrainer:
         device: torch.device,
         *,
         plain: bool = False,
+        before: WorldModel | None = None,
     ) -> None:
         torch.manual_seed(recipe.seed)
         self.recipe, self.feed, self.device = recipe, feed, device
         self.backbone, self.chunk = start.backbone, start.backbone.chunk_latent_frames
         self.model = copy.deepcopy(start).to(device)
-        self.before = copy.deepcopy(start).to(device).requires_grad_(False)
+        self.before = copy.deepcopy(before or start).to(device).requires_grad_(False)
         self.ema = copy.deepcopy(start).to(device).eval()
         self.model.text_encoder.requires_grad_(False)
         self.vae = copy.deepcopy(vae).to(device).requires_grad_(False)
@@ -152,7 +172,12 @@ class MemoryTrainer:
         cuts = torch.tensor(feed.cuts, device=device).repeat_interleave(self.chunk)
         self.counts_ST = index[None, :] < cuts[:, None]
         self.metric_CC: Tensor | None = None
-        self.steps, self.seconds = 0, 0.0
+        self.judge: LandJudge | None = None
+        if recipe.critic_weight:
+            channels, text_dim = self.backbone.latent_channels, self.backbone.text_dim
+            self.judge = LandJudge(recipe.critic, self.chunk, channels, text_dim, device)
+        self.early = slice(feed.runs * RUN * self.chunk, len(feed.cuts) * self.chunk)
+        self.steps, self.seconds, self.boarded = 0, 0.0, 0
 
     def set_rate(self, progress: float) -> None:
         """Learning rates at this share of the run: warm-up, flat, then down to nothing."""
@@ -170,17 +195,21 @@ class MemoryTrainer:
             self.metric_CC = self._make_metric(batch.context_BTCHW[:, : 4 * self.chunk])
         encoded = self.model.text_encoder(batch.rows_BPF, batch.num_tokens_B)
         folded = fold_padding(encoded, self.backbone.text_tokens)
-        true = torch.ones(batch.context_BTCHW.shape[1], dtype=torch.bool, device=self.device)
-        return Flight(batch, folded.text_BPE, folded.log_mass_BP, batch.context_BTCHW, batch.camera_BTS2, true)
+        whole = context = batch.context_BTCHW
+        if self.recipe.fade_share:
+            seed = self.recipe.seed * 2_000_003 + FLIGHTS * self.steps + self.boarded
+            context = fade(whole, self.chunk, self.recipe.fade_share, torch.Generator(self.device).manual_seed(seed))
+            self.boarded = (self.boarded + 1) % FLIGHTS
+        true = torch.ones(whole.shape[1], dtype=torch.bool, device=self.device)
+        return Flight(batch, folded.text_BPE, folded.log_mass_BP, context, whole, batch.camera_BTS2, true)
 
     def step(self, flight: Flight) -> dict[str, Tensor]:
         """One optimiser step on the next turn of a flight; returns means to be logged."""
-        index, own = TURNS[flight.turn]
+        index, generation = TURNS[flight.turn]
         generator = torch.Generator(self.device).manual_seed(self.recipe.seed * 1_000_003 + self.steps)
-        if own and flight.first_BSCHW is None:
-            assert flight.estimate_BSCHW is not None
-            flight.first_BSCHW = flight.estimate_BSCHW
-            self._put_own(flight, generator)
+        if generation > flight.generation:
+            flight.answers_BSCHW, flight.generation = _known(flight.estimate_BSCHW), generation
+            self._put_own(flight)
         loss, values = self._loss(flight, index, generator)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -201,6 +230,7 @@ class MemoryTrainer:
             "ema": self.ema.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "metric": self.metric_CC,
+            "judge": None if self.judge is None else self.judge.state(),
             "steps": self.steps,
             "seconds": self.seconds,
         }
@@ -214,6 +244,8 @@ class MemoryTrainer:
         self.ema.load_state_dict(state["ema"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
+        if self.judge is not None:
+            self.judge.restore(state["judge"])
         self.metric_CC, self.steps, self.seconds = state["metric"], state["steps"], state["seconds"]
 
     def _make_metric(self, latents: Tensor) -> Tensor:
@@ -222,29 +254,32 @@ class MemoryTrainer:
         plain = torch.eye(len(metric), device=self.device) * metric.diagonal().mean()
         return torch.lerp(metric, plain, self.recipe.plain_share)
 
-    def _put_own(self, flight: Flight, generator: torch.Generator) -> None:
+    def _put_own(self, flight: Flight) -> None:
         """Replace the end of the context by some of the model's own answers, in the order in which they were asked."""
-        assert flight.first_BSCHW is not None
         runs = -(-self.recipe.own_chunks // RUN)
         first_run = torch.randperm(self.feed.runs - runs + 1, generator=torch.Generator().manual_seed(self.steps))[0]
         begin = int(first_run) * RUN * self.chunk
         frames = self.recipe.own_chunks * self.chunk
         kept = flight.context_BTCHW.shape[1] - frames
         asked = slice(begin, begin + frames)
-        flight.context_BTCHW = torch.cat([flight.context_BTCHW[:, :kept], flight.first_BSCHW[:, asked]], 1)
+        own = _known(flight.answers_BSCHW)[:, asked]
+        flight.context_BTCHW = torch.cat([flight.context_BTCHW[:, :kept], own], 1)
+        flight.whole_BTCHW = torch.cat([flight.whole_BTCHW[:, :kept], own], 1)
         flight.camera_BTS2 = torch.cat([flight.camera_BTS2[:, :kept], flight.batch.question_camera_BSS2[:, asked]], 1)
         flight.true_T = torch.arange(kept + frames, device=self.device) < kept
 
     def _draw(self, like: Tensor, generator: torch.Generator) -> Tensor:
         return torch.randn(like.shape, device=self.device, generator=generator)
 
-    def _noisy_context(self, context: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A little noise on some chunks, and its levels [B, T]."""
+    def _noisy_context(self, flight: Flight, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """The context and what it was before it faded with a little noise on some chunks, and its levels [B, T]."""
+        context = flight.context_BTCHW
         shape = (context.shape[0], context.shape[1] // self.chunk)
         level = torch.rand(shape, device=self.device, generator=generator) * self.recipe.context_noise
         level *= torch.rand(shape, device=self.device, generator=generator) < self.recipe.noisy_share
         level = level.repeat_interleave(self.chunk, 1)
-        return add_noise(context, self._draw(context, generator), level[..., None, None, None]), level
+        noise, sigma = self._draw(context, generator), level[..., None, None, None]
+        return add_noise(context, noise, sigma), add_noise(flight.whole_BTCHW, noise, sigma), level
 
     def _loss(self, flight: Flight, index: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one denoising step of all questions; keeps their clean estimates in the flight."""
@@ -252,7 +287,7 @@ class MemoryTrainer:
         truth = batch.questions_BSCHW
         noise = self._draw(truth, generator)
         x = noise if index == 0 else add_noise(_known(flight.estimate_BSCHW), noise, sigma)
-        context, level = self._noisy_context(flight.context_BTCHW, generator)
+        context, whole, level = self._noisy_context(flight, generator)
         self.attention.place(batch.times_BT, batch.question_times_BS)
         made = clean_estimate(x, self._flow(self.model, flight, context, level, x, sigma), sigma)
         flight.estimate_BSCHW = made.detach()
@@ -262,16 +297,32 @@ class MemoryTrainer:
         if index in self.recipe.picture_steps:
             picture, psnr = self._picture_loss(flight, made, by_true)
             memory = memory + self.recipe.picture_weight * picture
-            values[f"psnr_{'true' if flight.first_BSCHW is None else 'own'}_{index}"] = psnr
-        loss = self.recipe.step_weights[index] * memory
+            values[f"psnr_{flight.generation}_{index}"] = psnr
+        loss, unknown = self.recipe.step_weights[index] * memory, ~by_any
         if self.steps % self.recipe.keep_every == 0:
             with torch.no_grad():
-                kept = clean_estimate(x, self._flow(self.before, flight, context, level, x, sigma), sigma)
-            unknown = ~by_any
+                kept = clean_estimate(x, self._flow(self.before, flight, whole, level, x, sigma), sigma)
             change = ((made - kept).square().mean(2) * unknown).sum() / (unknown.sum() + 1)
             loss = loss + self.recipe.keep_weight * change
             values["changed"] = change.detach()
+        if self.judge is not None:
+            loss = loss + self.recipe.critic_weight * self._land_loss(flight, made, unknown, values, generator)
         return loss, values
+
+    def _land_loss(
+        self, flight: Flight, made: Tensor, unknown: Tensor, values: dict[str, Tensor], generator: torch.Generator
+    ) -> Tensor:
+        """What the critic holds against new land of the early questions; it learns from the same chunks."""
+        judge, early = self.judge, self.early
+        assert judge is not None
+        words = (flight.log_mass_BP == 0)[..., None]
+        text = (flight.text_BPE * words).sum(1) / (words.sum(1) + 1)
+        blame = judge.blame(made[:, early], text, unknown[:, early], generator)
+        cells = unknown[:, early].sum() * made.shape[2]
+        loss: Tensor = (made[:, early] * blame).sum() / (cells + 1)
+        values["critic"] = judge.learn(flight.batch.questions_BSCHW[:, early], made[:, early], text, generator)
+        values["skill"] = judge.skill
+        return loss
 
     def _flow(
         self, model: WorldModel, flight: Flight, context: Tensor, level: Tensor, x: Tensor, sigma: float
@@ -292,7 +343,7 @@ class MemoryTrainer:
         size = flight.context_BTCHW.shape[-1]
         camera = flight.batch.question_camera_BSS2
         by_any = shown_cells(camera, flight.camera_BTS2, self.counts_ST, size)
-        if flight.first_BSCHW is None:
+        if flight.answers_BSCHW is None:
             return by_any, by_any
         return shown_cells(camera, flight.camera_BTS2, self.counts_ST & flight.true_T, size), by_any
 
@@ -304,7 +355,7 @@ class MemoryTrainer:
     def _picture_loss(self, flight: Flight, made: Tensor, shown_BSHW: Tensor) -> tuple[Tensor, Tensor]:
         """Error of the decoded frames of the pictured questions where they are known, and its PSNR."""
         chunk, questions = self.chunk, self.feed.pictured
-        base = flight.batch.questions_BSCHW if flight.first_BSCHW is None else flight.first_BSCHW
+        base = flight.batch.questions_BSCHW if flight.answers_BSCHW is None else flight.answers_BSCHW
         latents, before, shown = [], [], []
         for question in questions:
             part = slice(question * chunk, (question + 1) * chunk)

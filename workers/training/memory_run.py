@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workers.checkpoints.files import open_weights, save_weights
+from workers.checkpoints.files import Weights, open_weights, save_weights
 from workers.model.backbones import Backbone, find_backbone
 from workers.model.vae import VideoVAE
 from workers.training.feed import batches_ahead
@@ -33,8 +33,10 @@ from workers.training.sequence import WorldModel
 logger = logging.getLogger(__name__)
 
 BUNDLED = Path(__file__).parent / "weights"
-SAVE_EVERY_S = 120.0
+SAVE_EVERY_S = 100.0
 LOG_EVERY = 4  # cycles
+NEW_LAND_SHARES = (0.0, 0.0, 0.03, 0.1, 0.25, 0.5, 1.0, 1.0)
+"""Of the context, what each of many questions about new land sees."""
 EXAMS = (("cut", 159), ("rollout", 39))
 """Form and distance of the returns by which the result is judged, the most important one first."""
 
@@ -52,6 +54,7 @@ class MemoryRun:
         backbone: Sizes of the model.
         worlds: Held-out worlds of an examination.
         plain: Compile nothing: three times slower, for when a compiler fails.
+        reference: Weights whose new land the model is held to; `start` if not given.
     """
 
     def __init__(
@@ -65,19 +68,23 @@ class MemoryRun:
         *,
         worlds: int,
         plain: bool = False,
+        reference: Path | None = None,
     ) -> None:
         self.began = time.monotonic()
         out.mkdir(parents=True, exist_ok=True)
         self.out, self.device, self.worlds = out, device, worlds
         weights = open_weights(start)
         self.card, self.revision = dict(weights.card), weights.revision
-        model, self.vae = WorldModel(backbone), VideoVAE().to(device).eval()
-        weights.fill("dit", model.dit)
-        weights.fill("text", model.text_encoder)
+        self.start, self.vae = _open_model(weights, backbone).to(device).eval(), VideoVAE().to(device).eval()
         weights.fill("vae", self.vae)
-        self.start = model.to(device).eval()
-        self.log = Log(out / "log.jsonl", {"start": self.revision, "memory": asdict(recipe), "feed": asdict(feed)})
-        self.trainer = MemoryTrainer(recipe, feed, self.start, self.vae, device, plain=plain)
+        head = {"start": self.revision, "memory": asdict(recipe), "feed": asdict(feed)}
+        before: WorldModel | None = None
+        if reference is not None:
+            held_to = open_weights(reference)
+            before = _open_model(held_to, backbone)
+            head |= {"reference": held_to.revision}
+        self.log = Log(out / "log.jsonl", head)
+        self.trainer = MemoryTrainer(recipe, feed, self.start, self.vae, device, plain=plain, before=before)
         if self.checkpoint.exists():
             self.trainer.load(self.checkpoint)
         self.feed = MemoryFeed(feed, backbone, self.vae, device)
@@ -175,6 +182,38 @@ class MemoryRun:
         return better
 
 
+def _open_model(weights: Weights, backbone: Backbone) -> WorldModel:
+    model = WorldModel(backbone)
+    weights.fill("dit", model.dit)
+    weights.fill("text", model.text_encoder)
+    return model
+
+
+def recipes_of(options: argparse.Namespace) -> tuple[MemoryRecipe, MemoryFeedRecipe]:
+    """What the command line asks for."""
+    usual, usual_feed = MemoryRecipe(), MemoryFeedRecipe()
+    feed = replace(
+        usual_feed,
+        batch=options.batch,
+        chunks=options.chunks,
+        shifted=options.shifted,
+        seed=usual_feed.seed + options.seed - usual.seed,
+    )
+    if options.new_land:
+        cuts = tuple(round(share * options.chunks) for share in NEW_LAND_SHARES)
+        feed = replace(feed, runs=4, early_cuts=cuts)
+    recipe = MemoryRecipe(
+        muon_lr=options.rate * usual.muon_lr,
+        adam_lr=options.rate * usual.adam_lr,
+        own_chunks=options.own,
+        keep_weight=options.keep,
+        critic_weight=options.critic,
+        fade_share=options.fade,
+        seed=options.seed,
+    )
+    return recipe, feed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--start", type=Path, default=BUNDLED, help="weights to begin with")
@@ -184,13 +223,19 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=MemoryFeedRecipe.batch)
     parser.add_argument("--chunks", type=int, default=MemoryFeedRecipe.chunks, help="of a context")
     parser.add_argument("--rate", type=float, default=1.0, help="times the recipe's learning rates")
+    parser.add_argument("--seed", type=int, default=MemoryRecipe.seed)
+    parser.add_argument("--shifted", type=float, default=MemoryFeedRecipe.shifted, help="share of displaced returns")
+    parser.add_argument("--own", type=int, default=MemoryRecipe.own_chunks, help="own chunks at the end of a context")
+    parser.add_argument("--reference", type=Path, help="weights whose new land is kept; those of --start if not given")
+    parser.add_argument("--keep", type=float, default=MemoryRecipe.keep_weight, help="how strongly it is kept")
+    parser.add_argument("--critic", type=float, default=0.0, help="weight of a critic of new land")
+    parser.add_argument("--new-land", action="store_true", help="twice as many questions about new land")
+    parser.add_argument("--fade", type=float, default=0.0, help="share of contexts that lose their looks")
     parser.add_argument("--plain", action="store_true", help="compile nothing")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    feed = MemoryFeedRecipe(batch=options.batch, chunks=options.chunks)
-    usual = MemoryRecipe()
-    recipe = MemoryRecipe(muon_lr=options.rate * usual.muon_lr, adam_lr=options.rate * usual.adam_lr)
+    recipe, feed = recipes_of(options)
     run = MemoryRun(
         options.start,
         options.out,
@@ -200,6 +245,7 @@ def main() -> None:
         find_backbone("longtake-world"),
         worlds=options.worlds,
         plain=options.plain,
+        reference=options.reference,
     )
     run.train(options.minutes)
 

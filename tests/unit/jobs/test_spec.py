@@ -137,7 +137,7 @@ def test_every_field_has_its_flag_and_every_flag_its_field() -> None:
     fields = leaves(build_spec(flags=BASE).model_dump(mode="json"))
     kind_of: dict[tuple[str, ...], dict[tuple[str, ...], str]] = {}
     for part, kind in every_kind():
-        flag: dict[tuple[str, ...], str] = {("render", part, "kind"): kind}
+        flag = flags_of(part, kind)
         of_kind = leaves(build_spec(flags=BASE | flag).model_dump(mode="json"))
         kind_of |= {path: flag for path in of_kind if path[:2] == ("render", part) and path[2] != "kind"}
         fields |= of_kind
@@ -155,6 +155,12 @@ def every_kind() -> Iterator[tuple[str, str]]:
                 yield part, kind.model_fields["kind"].default
 
 
+def flags_of(part: str, kind: str) -> dict[tuple[str, ...], str]:
+    """What chooses a kind: itself, and the other half of a render over a tile table."""
+    both = ("cache", "attention") if kind == "tiles" else (part,)
+    return {("render", name, "kind"): kind for name in both}
+
+
 def test_a_flag_fills_its_field() -> None:
     given = parsed(["p.txt", "--out", "x", "--width", "64", "--actors", "2", "--cache", "window", "--seed", "5"])
     spec = build_spec(flags=given)
@@ -169,7 +175,7 @@ def specs_of_all_kinds() -> Iterator[JobSpec]:
     for policy in get_args(PolicyName):
         yield build_spec(flags=BASE | {("render", "policy"): policy})
     for part, kind in every_kind():
-        chosen: dict[tuple[str, ...], Any] = {("render", part, "kind"): kind}
+        chosen: dict[tuple[str, ...], Any] = {**flags_of(part, kind)}
         for path, value in leaves(build_spec(flags=BASE | chosen).model_dump(mode="json")).items():
             if path[:2] == ("render", part) and isinstance(value, int | float):
                 for other in {3, 6, 21, 0.25, 0.3, 0.85} - {value}:

@@ -12,7 +12,7 @@ from workers.quality.drift import compare_looks, is_stable, measure_look
 from workers.quality.following import recognise_biome, recognise_direction
 from workers.quality.landmarks import make_quizzes
 from workers.quality.reference import confidence_95, psnr_db, sharpness, ssim
-from workers.quality.revisit import Away, plan_revisit
+from workers.quality.revisit import Away, plan_revisit, seen_before
 from workers.worlds.camera import DIRECTIONS
 from workers.worlds.clips import Difficulty, Worlds, build_worlds, draw_spec, landmarks_of, render_views
 
@@ -92,6 +92,22 @@ def test_a_shifted_return_is_displaced_by_at_most_its_shift() -> None:
     displaced = path[-12:] - path[60:72][::-1]
     assert np.abs(displaced).max() <= 16
     assert np.array_equal(displaced, np.broadcast_to(displaced[0], displaced.shape))
+
+
+def test_a_return_is_judged_where_its_land_was_in_view_before() -> None:
+    for shift, cut in ((0, True), (0, False), (16, True)):
+        at = plan_revisit(39, np.random.default_rng(3), 1024, 128, cut=cut, shift=shift).positions_F2
+        seen = seen_before(at, 12, 128)
+        world = np.zeros((1024, 1024), dtype=bool)
+        for x, y in at[:-12].astype(int):
+            world[y : y + 128, x : x + 128] = True
+        assert np.array_equal(seen, np.stack([world[y : y + 128, x : x + 128] for x, y in at[-12:].astype(int)]))
+        assert seen.all() == (shift == 0)
+    truth, off = torch.zeros(2, 12, 3, 128, 128), torch.full((2, 12, 3, 128, 128), 0.02)
+    off[..., :7] = 1.0
+    counts = (torch.arange(128) >= 7).expand(2, 12, 1, 128, 128)
+    assert psnr_db(off, truth, counts).tolist() == pytest.approx([40.0, 40.0], abs=1e-3)
+    assert (psnr_db(off, truth) < 20).all()
 
 
 def test_drift_bands_tell_a_wash_out_from_a_walk(worlds: Worlds) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from workers.training.fast_rollout import FastRollout
 from workers.training.feed import batches_ahead
 from workers.training.memory import FLIGHTS, TURNS, Flight, MemoryRecipe, MemoryTrainer, picture_metric
 from workers.training.memory_feed import RUN, MemoryBatch, MemoryFeed, MemoryFeedRecipe, plan_memory_batch
-from workers.training.memory_run import MemoryRun
+from workers.training.memory_run import MemoryRun, recipes_of
+from workers.training.new_land import CriticRecipe
 from workers.training.sequence import ParallelAttention, WorldModel
 from workers.worlds.clips import PATH_BOX
 
@@ -133,8 +135,9 @@ def test_what_was_seen_is_learnt_and_what_the_model_was_stays(flown: Flown, mode
 
 def test_the_end_of_the_context_becomes_the_models_own(flown: Flown, batch: MemoryBatch) -> None:
     flight, own = flown.flight, 3 * RECIPE.own_chunks
-    assert flight.first_BSCHW is not None
-    assert torch.equal(flight.context_BTCHW[:, -own:], flight.first_BSCHW[:, :own])
+    assert flight.answers_BSCHW is not None
+    assert flight.generation == 2
+    assert torch.equal(flight.context_BTCHW[:, -own:], flight.answers_BSCHW[:, :own])
     assert torch.equal(flight.camera_BTS2[:, -own:], batch.question_camera_BSS2[:, :own])
     assert torch.equal(flight.context_BTCHW[:, :-own], batch.context_BTCHW[:, :-own])
     assert flight.true_T.tolist() == [True] * (9 - own) + [False] * own
@@ -183,9 +186,29 @@ def test_questions_ask_for_places_of_the_context(backbone: Backbone) -> None:
 
 
 def test_the_turns_begin_at_noise_and_end_clean_once_with_each_context() -> None:
-    assert [turn for turn, own in TURNS if not own] == [0, 1, 2, 3]
-    assert [turn for turn, own in TURNS if own] == [0, 3]
+    assert [turn for turn, generation in TURNS if generation < 2] == 2 * [0, 1, 2, 3]
+    assert [turn for turn, generation in TURNS if generation == 2] == [0, 3]
+    assert [generation for _, generation in TURNS] == sorted(generation for _, generation in TURNS)
     assert FLIGHTS > 1
+
+
+def test_a_critic_and_faded_contexts_change_what_is_learnt_and_not_what_is_asked(
+    model: WorldModel, vae: VideoVAE, batch: MemoryBatch, tmp_path: Path
+) -> None:
+    recipe = dataclasses.replace(RECIPE, critic_weight=1.0, critic=CriticRecipe(width=8), fade_share=1.0, keep_every=1)
+    trainer = trainer_of(model, vae, recipe)
+    flight = trainer.board(batch)
+    assert torch.equal(flight.whole_BTCHW, batch.context_BTCHW)
+    assert not torch.equal(flight.context_BTCHW, batch.context_BTCHW)
+    assert torch.equal(flight.context_BTCHW[:, :3], batch.context_BTCHW[:, :3])
+    values = trainer.step(flight)
+    assert {"critic", "skill", "changed", "psnr_0_3"} > values.keys() - {"latents"}
+    trainer.save(tmp_path / "stage3.pt")
+    again = trainer_of(model, vae, recipe)
+    again.load(tmp_path / "stage3.pt")
+    assert trainer.judge is not None
+    assert again.judge is not None
+    assert torch.equal(trainer.judge.skill, again.judge.skill)
 
 
 @pytest.mark.slow
@@ -222,3 +245,13 @@ def test_a_run_leaves_weights_log_and_verdict_and_goes_on_where_it_stopped(
     lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert any("latents" in line for line in lines)
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["better"] is False
+
+
+def test_the_command_line_decides_what_a_run_asks() -> None:
+    usual = {"batch": 6, "chunks": 36, "shifted": 0.35, "seed": 1, "rate": 1.0, "own": 8, "keep": 10.0, "critic": 0.0}
+    plain = recipes_of(argparse.Namespace(**usual, fade=0.0, new_land=False))
+    assert plain == (MemoryRecipe(), MemoryFeedRecipe())
+    recipe, feed = recipes_of(argparse.Namespace(**usual | {"seed": 3, "critic": 6.0}, fade=0.2, new_land=True))
+    assert (recipe.critic_weight, recipe.fade_share, recipe.seed, feed.seed) == (6.0, 0.2, 3, 6)
+    assert feed.cuts == 16 * (36,) + (0, 0, 1, 4, 9, 18, 36, 36)
+    assert len(feed.cuts) == len(MemoryFeedRecipe().cuts)

@@ -1,0 +1,47 @@
+"""Attention over listed tiles in Triton against the plain one. With `TRITON_INTERPRET=1` it runs without a GPU (with a
+NumPy that turns arrays of one element into numbers)."""
+
+import math
+import os
+
+import pytest
+import torch
+
+from workers.kernels.listed_tiles import attend_listed_plain
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not (torch.cuda.is_available() or INTERPRETED), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize(("tile", "dim", "queries"), [(16, 24, 37), (64, 64, 100), (128, 128, 293)])
+@pytest.mark.parametrize(
+    "cut", [(128, 128, 8, 2, False), (128, 64, 8, 3, True), (64, 64, 4, 2, True), (32, 16, 4, 1, False)]
+)
+def test_it_gives_what_the_plain_one_gives(
+    tile: int, dim: int, queries: int, cut: tuple[int, int, int, int, bool]
+) -> None:
+    pytest.importorskip("triton")
+    from workers.kernels.triton_listed import Config, make_triton_listed
+
+    if cut[-1] and torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("tensor descriptors are for compute capability 9.0 and later")
+    heads, tiles, listed = 2, 7, 3
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(queries, heads, dim + 16, generator=generator)
+    k = torch.randn(heads, tiles * tile, dim + 16, generator=generator)
+    v = torch.randn(heads, tiles * tile, dim, generator=generator)
+    q[..., dim:], k[..., dim:] = 0, 0
+    q[..., dim : dim + 2] = 1
+    k[..., dim] = torch.rand(heads, tiles * tile, generator=generator) * 4 * math.sqrt(dim)
+    k[:, tile : tile + 9, dim] = -1e5  # no keys
+    index = torch.rand(heads, -(-queries // tile), tiles, generator=generator).argsort(-1)[..., :listed]
+    index = index.int().contiguous()
+    device, dtype = ("cpu", torch.float32) if INTERPRETED else ("cuda", torch.bfloat16)
+    q, k, v = (x.to(device, dtype) for x in (q, k, v))
+    expected = attend_listed_plain(q.float(), k.float(), v.float(), index.to(device), tile)
+    found = make_triton_listed(tile, Config(*cut))(q, k, v, index.to(device)).float()
+    error = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    assert float(error) < (1e-5 if INTERPRETED else 0.02)

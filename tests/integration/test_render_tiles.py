@@ -1,0 +1,125 @@
+"""Renders over a tile table through the worker: an MP4 that is decoded again, dense attention where all is kept, and
+what is left when memory runs out."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.object_store import open_store
+from workers.actor import RenderActor
+from workers.assemble import LADDER, LoadedModel, load_model, prepare_take
+from workers.config import RenderConfig
+from workers.metrics import Stopwatch
+from workers.pipeline import TakeRecord, render_take, roll_out, utc_now
+from workers.rollout import CleanChunk
+from workers.task import PromptSegment, RenderResult, RenderSetup, RenderTask
+from workers.video.decode import probe
+from workers.warm_up import warm_up
+
+TINY: dict[str, Any] = {
+    "backbone": {"name": "tiny-test"},
+    "video": {"width": 64, "height": 32},
+    "sampling": {"num_steps": 2},
+}
+SMALL = {"budget_latent_frames": 15, "spare_latent_frames": 3}  # a history of three chunks, of which it frees one
+
+
+def make_task(num_frames: int, **fields: Any) -> RenderTask:
+    segments = (
+        PromptSegment(frame=0, prompt="a red valley, the camera pans left"),
+        PromptSegment(frame=num_frames // 2, prompt="a lake in a green valley, the camera pans down"),
+    )
+    return RenderTask(
+        item_id="a", sample_index=0, attempt="e1a1", segments=segments, seed=7, num_frames=num_frames,
+        **{"task_id": "a-0"} | fields,
+    )  # fmt: skip
+
+
+def make_model(policy: str = "fastar-tiles", **fields: Any) -> LoadedModel:
+    return load_model(RenderConfig.model_validate({"policy": policy, **TINY, **fields}))
+
+
+class FreeTurn(contextlib.nullcontext[None]):
+    """A GPU that nobody else wants."""
+
+    held_s = 0.0
+
+
+def render(model: LoadedModel, root: Path, num_frames: int = 84, **task: Any) -> RenderResult:
+    return render_take(make_task(num_frames, **task), model, open_store(str(root)), FreeTurn(), lambda *_: None)
+
+
+@torch.inference_mode()
+def chunks_of(model: LoadedModel, num_frames: int) -> list[tuple[CleanChunk, np.ndarray[Any, Any]]]:
+    record = TakeRecord(utc_now(), time.perf_counter(), Stopwatch(model.device))
+    return list(roll_out(make_task(num_frames), model, prepare_take(model, 0), record))
+
+
+def test_the_bundled_model_through_the_actor_into_an_mp4(tmp_path: Path) -> None:
+    record = {"policy": "fastar-tiles", "sampling": {"num_steps": 1}, "cache": SMALL, "attention": {"density": 0.3}}
+    setup = RenderSetup(job_id="job", config=RenderConfig.model_validate(record), store_url=str(tmp_path))
+    actor = RenderActor(setup)
+    info = actor.load()
+    (result,) = actor.run([make_task(60)])
+    actor.close()
+    assert isinstance(result, RenderResult), result
+    video = probe(tmp_path / result.video_key)
+    assert (video.num_frames, video.width, video.height) == (60, 128, 128)
+    assert result.kv_policy == "tiles-15-8"
+    assert result.backend == info.backend
+    assert result.backend.startswith("listed tiles by plain torch")
+    # Chunks of 192 tokens, tiles of 8; of 120 tiles that can be chosen 36 are.
+    seen = 36 * 8 + 192
+    assert [chunk.density for chunk in result.chunks] == pytest.approx(
+        [min(1.0, seen / (192 * (index + 1))) for index in range(5)]
+    )
+    assert result.stage_s.denoise > 0
+    assert result.stage_s.cache > 0
+    assert result.chunks[-1].kv_bytes == result.kv_bytes > result.chunks[0].kv_bytes
+
+
+def test_keeping_and_seeing_all_gives_the_frames_of_dense_attention() -> None:
+    whole = {"cache": {"budget_latent_frames": 60}, "attention": {"density": 1.0}}
+    found, expected = chunks_of(make_model(**whole), 84), chunks_of(make_model("dense"), 84)
+    assert len(found) == len(expected) == 7
+    for (chunk, frames), (other, other_frames) in zip(found, expected, strict=True):
+        torch.testing.assert_close(chunk.latents_BTCHW, other.latents_BTCHW, rtol=1e-4, atol=1e-4)
+        assert np.abs(frames.astype(int) - other_frames).max() <= 1
+
+
+def test_a_take_after_another_and_after_warming_up_is_as_if_it_came_first(tmp_path: Path) -> None:
+    model, other = make_model(cache=SMALL), make_model(cache=SMALL)
+    warm_up(other)
+    first, again = render(model, tmp_path), render(model, tmp_path, task_id="b-0")
+    third = render(other, tmp_path, task_id="c-0")
+    assert first.frames_sha256 == again.frames_sha256 == third.frames_sha256
+
+
+def test_where_memory_ran_out_the_table_gives_way_to_a_window(tmp_path: Path) -> None:
+    model = make_model(cache=SMALL)
+    assert render(model, tmp_path).kv_policy == "tiles-15-8"
+    last = render(model, tmp_path, task_id="b-0", ladder_rung=len(LADDER))
+    assert (last.kv_policy, last.ladder) == ("window-3+21", LADDER)
+    assert last.backend.startswith("sdpa")
+    assert model.seat is not None
+    with pytest.raises(AssertionError, match="begin_take comes first"):
+        _ = model.seat.table  # given back
+    first_rung = render(model, tmp_path, task_id="c-0", ladder_rung=1)
+    assert first_rung.kv_policy == "tiles-15-8"
+
+
+def test_an_attempt_in_float32_has_a_table_of_its_own(tmp_path: Path) -> None:
+    half = make_model(cache=SMALL, backbone={"name": "tiny-test", "dtype": "bfloat16"})
+    wide = render(half, tmp_path, full_precision=True)
+    assert wide.ladder == ("float32",)
+    assert wide.kv_policy == "tiles-15-8"
+    plain = render(make_model(cache=SMALL), tmp_path, task_id="b-0")
+    assert abs(wide.quality.mean_luma - plain.quality.mean_luma) < 1
+    assert render(half, tmp_path, task_id="c-0").ladder == ()

@@ -1,0 +1,77 @@
+"""What a render over a tile table can be, and what is refused: field, value and what is allowed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from workers.assemble import load_model
+from workers.config import RenderConfig
+from workers.config_tiles import TileAttentionConfig, TileCacheConfig
+from workers.errors import ConfigUnsupported
+
+
+def make(**fields: Any) -> RenderConfig:
+    return RenderConfig.model_validate({"policy": "fastar-tiles", **fields})
+
+
+def test_the_policy_is_a_table_of_fourteen_chunks_of_history_and_a_tenth_of_its_tiles() -> None:
+    config = make()
+    assert isinstance(config.cache, TileCacheConfig)
+    assert isinstance(config.attention, TileAttentionConfig)
+    chunks = config.cache.chunks(3)
+    assert chunks == {"sink_chunks": 1, "recent_chunks": 1, "kept_chunks": 9, "spare_chunks": 5}
+    assert (chunks["kept_chunks"] + chunks["spare_chunks"]) * 4680 == 65_520
+    assert config.attention.density == 0.1
+    assert RenderConfig.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize(("frame_tokens", "tile"), [(8, 8), (64, 8), (256, 32), (1023, 64), (1560, 128), (6240, 128)])
+def test_a_tile_is_at_most_an_eighth_of_a_latent_frame(frame_tokens: int, tile: int) -> None:
+    assert TileCacheConfig().tile_for(frame_tokens) == tile
+    assert TileCacheConfig(tile=64).tile_for(frame_tokens) == 64
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"cache": {"tile": 24}}, r"cache\.tile: 24 is not a power of two in \[8, 128\]"),
+        ({"cache": {"budget_latent_frames": 20}}, r"cache\.budget_latent_frames: 20 is below 22, the sum of"),
+        ({"attention": {"choose_at": [1, 2]}}, r"attention\.choose_at: \[1, 2\] must begin with 0 and rise"),
+        ({"attention": {"choose_at": [0, 4]}}, r"attention\.choose_at: 4 is no denoising step: .* from 0 to 3"),
+        ({"attention": {"density": 0.0}}, r"greater than 0"),
+        ({"prompt_attention": {"kind": "annca"}}, r"prompt_attention\.kind: annca does not go with cache\.kind: tiles"),
+        ({"reuse": {"kind": "teacache"}}, r"reuse\.kind: teacache .* must be none"),
+        ({"positions": {"time": "capped"}}, r"positions\.time: capped: .* must be absolute"),
+        ({"guard": {"enabled": True}}, r"guard\.enabled: true .* no probe sees .* must be false"),
+        ({"sampling": {"guidance": 3.0}}, r"sampling\.guidance: 3: .* one branch; it must be 1"),
+        ({"kernel": {"name": "sdpa"}}, r"kernel\.name: sdpa .* allowed: auto, flash-attn-4, triton, reference"),
+        ({"policy": None, "cache": {"kind": "tiles"}}, r"attention\.kind: dense does not go with cache\.kind: tiles"),
+        ({"policy": None, "attention": {"kind": "tiles"}}, r"attention\.kind: tiles .* not with dense"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        make(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"cache": {"recent_latent_frames": 4}}, r"cache\.recent_latent_frames: 4 is not a multiple of 3"),
+        ({"cache": {"budget_latent_frames": 50}}, r"cache\.budget_latent_frames: 50 is not a multiple of 3"),
+    ],
+)
+def test_lengths_are_whole_chunks_of_the_model(fields: dict[str, Any], message: str) -> None:
+    tiny = {"backbone": {"name": "tiny-test"}, "video": {"width": 64, "height": 32}}
+    with pytest.raises(ConfigUnsupported, match=message):
+        load_model(make(**tiny, **fields))
+
+
+@pytest.mark.parametrize("name", ["rolling-forcing-1.3b", "longvie2-14b"])
+def test_models_with_another_loop_are_refused_before_their_weights_are_looked_for(name: str) -> None:
+    sizes = {"width": 832, "height": 480} if name.startswith("rolling") else {"width": 640, "height": 352}
+    with pytest.raises(ConfigUnsupported, match=rf"cache\.kind: tiles: .* {name} renders .*fastar-quant"):
+        load_model(make(backbone={"name": name}, video=sizes))

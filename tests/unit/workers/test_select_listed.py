@@ -1,0 +1,95 @@
+"""Who reads a tile table on which hardware, and plain torch against the reference."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from workers.assemble_tiles import choose_ways
+from workers.config import KernelName, RenderConfig
+from workers.errors import KernelUnavailable
+from workers.kernels.listed_gather import attend_gathered
+from workers.kernels.listed_tiles import AttendTable, attend_listed_plain
+from workers.kernels.select import Hardware, KernelNeed
+from workers.kernels.select_listed import Load, choose_listed
+
+CPU, TURING, AMPERE, HOPPER, BLACKWELL = (
+    Hardware("cpu"),
+    *(Hardware("cuda", compute) for compute in ((7, 5), (8, 0), (9, 0), (10, 0))),
+)
+WAN, WORLD = KernelNeed(torch.bfloat16, 128), KernelNeed(torch.float32, 64)
+
+
+def with_packages(*missing: str) -> Load:
+    def load(name: KernelName, tile: int) -> AttendTable:
+        if name in missing:
+            raise ImportError(f"No module named {name!r}")
+        return lambda q, k, v, index: q
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("hardware", "need", "tile", "missing", "expected"),
+    [
+        (HOPPER, WAN, 128, (), "flash-attn-4"),
+        (HOPPER, WAN, 128, ("flash-attn-4",), "triton"),
+        (HOPPER, WAN, 64, (), "triton"),
+        (HOPPER, WORLD, 128, (), "triton"),
+        (HOPPER, WAN, 128, ("flash-attn-4", "triton"), "reference"),
+        (BLACKWELL, WAN, 128, (), "triton"),
+        (AMPERE, WAN, 128, (), "triton"),
+        (TURING, WAN, 128, (), "reference"),
+        (CPU, WORLD, 8, (), "reference"),
+    ],
+)
+def test_auto_falls_back_by_capability(
+    hardware: Hardware, need: KernelNeed, tile: int, missing: tuple[str, ...], expected: str
+) -> None:
+    choice = choose_listed("auto", hardware, need, tile, with_packages(*missing))
+    assert choice.name == expected
+    assert all(f"not {name}: " in choice.line for name, _ in choice.refused)
+
+
+@pytest.mark.parametrize(
+    ("name", "hardware", "tile", "reason"),
+    [
+        ("flash-attn-4", AMPERE, 128, r"compute capability 9.0 to 11.9, this GPU has 8.0"),
+        ("flash-attn-4", HOPPER, 32, r"its tiles hold 128 keys, those of cache.tile 32"),
+        ("triton", CPU, 128, r"on cuda, not on cpu"),
+    ],
+)
+def test_a_name_that_cannot_run_is_refused(name: KernelName, hardware: Hardware, tile: int, reason: str) -> None:
+    with pytest.raises(KernelUnavailable, match=rf"kernel.name: '{name}' cannot read a tile table here: .*{reason}"):
+        choose_listed(name, hardware, WAN, tile, with_packages())
+
+
+@pytest.mark.parametrize(("hardware", "mode"), [(CPU, "cpu has no CUDA graphs"), (TURING, "captured as CUDA graphs")])
+def test_what_runs_is_said_in_one_line(hardware: Hardware, mode: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        ways = choose_ways(RenderConfig(policy="fastar-tiles"), hardware, WAN, 128)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert mode in line
+    assert "chunks taken over by plain torch: " in line
+    assert "not flash-attn-4: " in line
+    assert "not triton: " in line
+    assert ways.graphs == (hardware.device_type == "cuda")
+
+
+@pytest.mark.parametrize("num_queries", [48, 37])
+def test_gathering_listed_tiles_is_the_reference(num_queries: int) -> None:
+    tile, heads, dim, tiles, listed = 8, 3, 12, 9, 4
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(num_queries, heads, dim + 16, generator=generator)
+    k = torch.randn(heads, tiles * tile, dim + 16, generator=generator)
+    v = torch.randn(heads, tiles * tile, dim, generator=generator)
+    q[..., dim:], k[..., dim:] = 0, 0
+    q[..., dim : dim + 2] = 1
+    k[..., dim] = torch.rand(heads, tiles * tile, generator=generator) * 5
+    k[:, tile : tile + 5, dim] = -1e5  # no key there
+    num = -(-num_queries // tile)
+    index = torch.rand(heads, num, tiles, generator=generator).argsort(-1)[..., :listed].to(torch.int32)
+    found, expected = attend_gathered(q, k, v, index, tile), attend_listed_plain(q, k, v, index, tile)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,217 @@
+"""RenderConfig -> the rollout over a tile table: sizes, the kernel that reads it, and the one table of an actor.
+
+What a device lacks is made up for by what it has: the calls are captured as CUDA graphs on a GPU and run one by one
+elsewhere, attention and the search for nearest keys come from the fastest package that can run, and plain torch can
+always. What was chosen is said in one line. The numbers are those of the same device and packages every time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from workers.attention.tile_choice import ChoiceSettings, TileChoice, TileRuns
+from workers.cache.table_layout import TableSettings
+from workers.cache.tile_table import TableWork, TileTable
+from workers.config import RenderConfig
+from workers.config_tiles import TileAttentionConfig, TileCacheConfig
+from workers.errors import ConfigUnsupported
+from workers.kernels.select import Hardware, KernelNeed
+from workers.kernels.select_listed import ListedChoice, choose_listed
+from workers.model.backbones import Backbone
+from workers.model.dit import CausalDiT
+from workers.model.rope import grid_positions
+from workers.model.static_layers import StaticLayers
+from workers.rollouts.captured import CapturedRollout, CapturedSettings
+from workers.search.nearest_rows import NearestRows, make_triton_nearest_rows, nearest_rows
+
+logger = logging.getLogger(__name__)
+
+KERNELS_FROM = (8, 0)
+"""Compute capability from which a table's own kernels (Triton) take over chunks and choose tiles."""
+PROMPT_ROWS = 128
+"""Prompts are filled up to a multiple of so many rows, so that nearly all share what is compiled and captured."""
+
+
+@dataclass(frozen=True)
+class TileWays:
+    """How a table is computed with on one device."""
+
+    listed: ListedChoice
+    nearest: NearestRows
+    kernels: bool
+    """Chunks are taken over and tiles chosen by kernels of our own, in place of torch."""
+    graphs: bool
+    compiled: bool
+
+    @property
+    def version(self) -> str:
+        """As it stands in the manifest."""
+        return f"{self.listed.version}, {'CUDA graphs' if self.graphs else 'call by call'}"
+
+
+def table_settings(config: TileCacheConfig, backbone: Backbone, latent_size: tuple[int, int]) -> TableSettings:
+    """Sizes of the table.
+
+    Raises:
+        ConfigUnsupported: A length is no whole number of this model's chunks.
+    """
+    rows, columns = backbone.token_grid(latent_size)
+    try:
+        chunks = config.chunks(backbone.chunk_latent_frames)
+    except ValueError as error:
+        raise ConfigUnsupported(str(error)) from error
+    return TableSettings(
+        num_layers=backbone.num_layers,
+        num_heads=backbone.num_heads,
+        head_dim=backbone.head_dim,
+        chunk_tokens=backbone.chunk_latent_frames * rows * columns,
+        frame_tokens=rows * columns,
+        decay=config.mass_decay,
+        candidate_tiles=config.candidate_tiles,
+        tile=config.tile_for(rows * columns),
+        theta=backbone.rope_theta,
+        **chunks,
+    )
+
+
+def tile_runs(s: TableSettings, config: TileAttentionConfig) -> TileRuns:
+    """Sink and newest chunks compete with the history, or are always seen; the chunk in hand always is."""
+    sink, history, recent, own, stop = (
+        slot // s.tile for slot in (0, s.history_start, s.recent_start, s.own_start, s.num_slots)
+    )
+    runs = (((sink, history), config.always_sink), ((history, recent), False), ((recent, own), config.always_recent))
+    candidates = tuple(run for run, is_always in runs if not is_always)
+    return TileRuns(candidates, (*(run for run, is_always in runs if is_always), (own, stop)), stop)
+
+
+def choice_settings(
+    config: TileAttentionConfig, s: TableSettings, runs: TileRuns, *, fused: bool = False
+) -> ChoiceSettings:
+    """How many tiles are chosen, and by how close a look; `fused` by kernels of our own."""
+    num_candidates = sum(stop - first for first, stop in runs.candidates)
+    return ChoiceSettings(
+        num_chosen=max(1, round(config.density * num_candidates)),
+        keys_per_tile=min(config.keys_per_tile, s.tile),
+        queries_per_tile=min(config.queries_per_tile, s.tile),
+        estimate=config.estimate,
+        tile=s.tile,
+        fused=fused,
+    )
+
+
+def choose_ways(config: RenderConfig, hardware: Hardware, need: KernelNeed, tile: int) -> TileWays:
+    """What computes on this device; logged in one line.
+
+    Raises:
+        KernelUnavailable: The kernel that is named cannot run here.
+    """
+    attention = config.attention
+    assert isinstance(attention, TileAttentionConfig)
+    is_cuda = hardware.device_type == "cuda"
+    listed = choose_listed(config.kernel.name, hardware, need, tile)
+    why_plain = _why_no_kernels(attention, hardware, need, listed)
+    nearest: NearestRows = nearest_rows if why_plain else make_triton_nearest_rows()
+    ways = TileWays(listed, nearest, not why_plain, graphs=is_cuda, compiled=config.backbone.compiled)
+    logger.info(
+        "tile table: %s; chunks taken over by %s; %s",
+        listed.line,
+        f"plain torch: {why_plain}" if why_plain else "kernels of its own",
+        "captured as CUDA graphs" if is_cuda else f"call by call: {hardware.device_type} has no CUDA graphs",
+    )
+    return ways
+
+
+def _why_no_kernels(attention: TileAttentionConfig, hardware: Hardware, need: KernelNeed, listed: ListedChoice) -> str:
+    """Empty where a table's own kernels can run."""
+    if hardware.device_type != "cuda":
+        return f"they are for cuda, not for {hardware.device_type}"
+    if listed.name == "reference":
+        return "as attention is"
+    if hardware.compute is not None and hardware.compute < KERNELS_FROM:
+        return "they need compute capability {}.{}".format(*KERNELS_FROM)
+    sizes = need.head_dim, attention.keys_per_tile, attention.queries_per_tile
+    if any(size & (size - 1) for size in sizes):
+        return f"they take a head dimension and samples of a tile that are powers of two, not {sizes}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return ""
+
+
+class TableSeat:
+    """The one table of an actor, used by one take at a time; made when it is first asked for.
+
+    Args:
+        dit: Model.
+        config: Of the render.
+        latent_size: Height and width.
+        ways: How it is computed with.
+    """
+
+    def __init__(self, dit: CausalDiT, config: RenderConfig, latent_size: tuple[int, int], ways: TileWays) -> None:
+        cache, attention = config.cache, config.attention
+        assert isinstance(cache, TileCacheConfig)
+        assert isinstance(attention, TileAttentionConfig)
+        self.ways, self._attention = ways, attention
+        self._dit, self._latent_size = dit, latent_size
+        self.settings = table_settings(cache, dit.backbone, latent_size)
+        self._rollout: CapturedRollout | None = None
+
+    def begin_take(self) -> CapturedRollout:
+        """The rollout, its table empty; in inference mode, as all that uses it."""
+        if self._rollout is None:
+            self._rollout = self._make()
+        else:
+            self.table.clear()
+        return self._rollout
+
+    def release(self) -> None:
+        """Give the memory back; the next take makes a new one."""
+        self._rollout = None
+        if self._dit.head.modulation.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def rehearse(self) -> None:
+        """Run what a take runs between chunks until every layer has merged: compiles what is compiled."""
+        s, device = self.settings, self._dit.head.modulation.device
+        rollout = self.begin_take()
+        rows, columns = self._dit.backbone.token_grid(self._latent_size)
+        num = self._dit.backbone.chunk_latent_frames
+        for index in range(s.sink_chunks + s.recent_chunks + s.kept_chunks + s.spare_chunks + 1):
+            time = torch.arange(index * num, (index + 1) * num, device=device)
+            rollout.remember(grid_positions(time, rows, columns, None))
+        self.table.clear()
+
+    @property
+    def table(self) -> TileTable:
+        """What a take has filled so far: what a snapshot is made of, and what one fills after `begin_take`."""
+        assert self._rollout is not None, "begin_take comes first"
+        table = self._rollout.table
+        assert isinstance(table, TileTable)
+        return table
+
+    def _make(self) -> CapturedRollout:
+        s, dit, ways = self.settings, self._dit, self.ways
+        device = dit.head.modulation.device
+        work: TableWork = "kernels" if ways.kernels else "groups"
+        table, layers = TileTable(s, dit.dtype, device, ways.nearest, work), StaticLayers(dit)
+        runs = tile_runs(s, self._attention)
+        choice = choice_settings(self._attention, s, runs, fused=ways.kernels)
+        chooser = TileChoice(choice, runs, s.chunk_tokens, s.head_dim, device)
+        if ways.compiled:
+            _prepare_compiler()
+            for part in (table, layers, chooser):
+                part.compile()
+        settings = CapturedSettings(self._attention.choose_at, ways.graphs, PROMPT_ROWS)
+        return CapturedRollout(dit, layers, table, (chooser, ways.listed.attend), self._latent_size, settings)
+
+
+def _prepare_compiler() -> None:
+    """It may not choose by timing where its choice shows in the numbers; see `model/compiled.py`."""
+    if "deterministic" in torch._inductor.list_options():
+        torch._inductor.config.deterministic = True
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # one piece, many strides
