@@ -15,7 +15,11 @@ from torch import Tensor
 
 from tests.bench.history_engine import Compiled, Variant, make_engine, make_plan
 from tests.bench.rollout_rows import Settings
+from workers.attention.tile_choice import ChoiceSettings, TileChoice, TileRuns
+from workers.cache.table_layout import TableSettings
+from workers.cache.tile_table import TileTable
 from workers.kernels.listed_tiles import AttendTable, ListedName, attend_listed_plain, make_attend
+from workers.model.rope import grid_positions, make_rotation, rotate
 from workers.search.nearest_rows import NearestRows, make_triton_nearest_rows, nearest_rows
 
 _ORDER: dict[str, tuple[ListedName, ...]] = {
@@ -94,7 +98,73 @@ def choose_nearest(settings: Settings, kernels: str) -> tuple[NearestRows, str]:
     return make_triton_nearest_rows(), f"Nearest keys by Triton: cosines differ from the plain ones by {error:.1e}."
 
 
-def check_compiled(settings: Settings, attend: AttendTable, nearest: NearestRows, parts: Compiled) -> tuple[bool, str]:
+def choose_kernels(settings: Settings) -> tuple[tuple[str, ...], list[str]]:
+    """Which of our kernels (`table`, `choice`) agree with the plain ways here, and lines that say so."""
+    found, lines = [], []
+    if settings.device.type != "cuda":
+        return (), ["Chunks are taken over and tiles chosen by plain torch."]
+    for name, differs in (("table", _table_differs), ("choice", _choice_differs)):
+        try:
+            error = differs(settings)
+        except Exception as problem:
+            traceback.print_exc()
+            lines.append(f"Kernels of the {name} left out: {type(problem).__name__}: {str(problem)[:200]}.")
+            continue
+        found += [name] if error < 0.01 else []
+        verdict = "used" if error < 0.01 else "left out"
+        lines.append(f"Kernels of the {name} {verdict}: {error:.2%} differ from what the plain way finds.")
+    return tuple(found), lines
+
+
+def _table_differs(settings: Settings) -> float:
+    """Share of slots whose key, partner or m is another one, in float32."""
+    rows, columns, device = 10, 16, settings.device
+    sizes = TableSettings(
+        3, 2, settings.backbone.head_dim, 3 * rows * columns, rows * columns, kept_chunks=2, spare_chunks=2
+    )
+    tables = [TileTable(sizes, torch.float32, device, work=work) for work in ("kernels", "groups")]
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 3, 2, sizes.chunk_tokens, sizes.head_dim)
+    kv = torch.randn(shape, generator=generator)
+    for index in range(9):
+        kv = 0.8 * kv + 0.6 * torch.randn(shape, generator=generator)
+        position = grid_positions(torch.arange(3) + 3 * index, rows, columns).to(device)
+        rotation = make_rotation(position, sizes.head_dim, sizes.theta)
+        for table in tables:
+            for layer in range(3):
+                k_NTD, v_NTD = table.own(layer)
+                k_NTD.copy_(rotate(kv[0, layer].to(device).transpose(0, 1)[None], rotation)[0].transpose(0, 1))
+                v_NTD.copy_(kv[1, layer].to(device))
+            table.remember_chunk(position)
+    worst = 0.0
+    for a, b in zip(tables[0].layers, tables[1].layers, strict=True):
+        other = (a.m_NC != b.m_NC) | (a.partner_NC != b.partner_NC) | (a.position_NC3 != b.position_NC3).any(-1)
+        values = (a.v_NLD - b.v_NLD).abs().amax(-1) > 1e-3
+        worst = max(worst, float(other.float().mean()), float(values.float().mean()))
+    return worst
+
+
+def _choice_differs(settings: Settings) -> float:
+    """Share of the chosen tiles that the plain way does not choose."""
+    dim, heads, tile, tiles, device = settings.backbone.head_dim, 3, 128, 45, settings.device
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(*shape, dim + 16, generator=generator) for shape in ((700, heads), (heads, tiles * tile)))
+    q[..., dim:], k[..., dim:] = 0, 0
+    q[..., dim : dim + 2] = 1
+    q, k = q.to(device), k.to(device)
+    lists = []
+    for fused in (True, False):
+        runs = TileRuns(((0, tiles - 6),), ((tiles - 6, tiles),), tiles)
+        chooser = TileChoice(ChoiceSettings(9, estimate="quant", fused=fused), runs, 700, dim, device)
+        index = chooser.new_list(heads)
+        chooser.choose(q, k, index)
+        lists.append(torch.zeros(*index.shape[:2], tiles, device=device).scatter_(2, index.long(), 1.0))
+    return float((lists[0] - lists[1]).clamp(min=0).sum() / lists[0].sum())
+
+
+def check_compiled(
+    settings: Settings, attend: AttendTable, nearest: NearestRows, parts: Compiled, kernels: tuple[str, ...]
+) -> tuple[bool, str]:
     """Whether a model of two layers gives the same with these parts compiled as without."""
     what = f"Compiling {', '.join(parts)}"
     small = replace(settings, backbone=replace(settings.backbone, num_layers=2))
@@ -102,7 +172,7 @@ def check_compiled(settings: Settings, attend: AttendTable, nearest: NearestRows
     try:
         latents = []
         for backend, compiled in ((None, ()), ("inductor", parts)):
-            engine = make_engine(variant, small, attend, backend, nearest, compiled)
+            engine = make_engine(variant, small, attend, backend, nearest, compiled, kernels=kernels)
             chunks = [
                 chunk.latents_BTCHW for chunk in engine.rollout.run(make_plan(engine, small, engine.chunks_to_fill + 2))
             ]

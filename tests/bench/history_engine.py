@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -110,10 +109,6 @@ class Engine:
         mark("sampler")
 
 
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 _MODELS: dict[Any, CausalDiT] = {}
 
 
@@ -139,6 +134,7 @@ def make_engine(
     nearest: NearestRows = nearest_rows,
     compiled: Compiled = ALL,
     *,
+    kernels: Compiled = ("table", "choice"),
     graphs: bool = True,
 ) -> Engine:
     backbone, device = settings.backbone, settings.device
@@ -152,7 +148,7 @@ def make_engine(
         candidate_tiles=variant.candidate_tiles,
         tile=128 if settings.frame_tokens >= 128 else 16,
     )
-    use_kernels = variant.kernels and device.type == "cuda" and _has_triton()
+    kernels = kernels if variant.kernels and device.type == "cuda" else ()
     runs = tile_runs(sizes, always_sink=variant.always_sink, always_recent=variant.always_recent)
     num_candidates = sum(stop - first for first, stop in runs.candidates)
     rollout = make_captured(
@@ -168,8 +164,8 @@ def make_engine(
         fp8=variant.fp8,
         backend=backend,
         compiled=compiled,
-        work="kernels" if use_kernels else "layers",
-        fused=use_kernels,
+        work="kernels" if "table" in kernels else "layers",
+        fused="choice" in kernels,
         settings=CapturedSettings(variant.choose_at, graphs=graphs and device.type == "cuda"),
         keys_per_tile=min(sizes.tile, variant.keys_per_tile),
         queries_per_tile=min(sizes.tile, variant.queries_per_tile),

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
-from tests.bench.history_checks import check_compiled, choose_attend, choose_nearest
+from tests.bench.history_checks import check_compiled, choose_attend, choose_kernels, choose_nearest
 from tests.bench.history_engine import ALL, Compiled, Engine, Variant, make_engine, make_plan, warm_up
+from tests.bench.history_parts import ChunkClock, parts_of_chunk, top_kernels
 from tests.bench.history_snapshot import snapshot_rows
 from tests.bench.record import report
 from tests.bench.rollout_models import make_vae, seconds_with_pictures
@@ -40,6 +41,7 @@ VARIANTS = {
         Variant("fastar-dense-regions", density=0.05, always_sink=True, always_recent=True),
         Variant("fastar-20%", density=0.2),
         Variant("fastar-fp8", fp8="large"),
+        Variant("fastar-layers", estimate="quant", kernels=False),
         Variant("tempcache", density=1.0, whole=False),
         Variant("annsa", density=0.28, kept_chunks=34, whole=False),
     )
@@ -55,6 +57,7 @@ class _Choices:
     attend_name: str = ""
     nearest: NearestRows = nearest_rows
     compiled: Compiled = ()
+    kernels: tuple[str, ...] = ()
     is_checked: bool = False
 
 
@@ -69,10 +72,12 @@ def check(settings: Settings, kernels: str = "auto", *, compiled: bool = True) -
     _CHOICES.attend, _CHOICES.attend_name, _CHOICES.is_checked = attend, name, True
     _CHOICES.nearest, line = choose_nearest(settings, kernels)
     lines.append(line)
+    _CHOICES.kernels, kernel_lines = choose_kernels(settings)
+    lines += kernel_lines
     if compiled and settings.device.type == "cuda":
         torch._dynamo.config.recompile_limit = 256  # every variant has other strides
         for parts in (ALL, ("layers", "chooser"), ("layers",)):
-            is_equal, line = check_compiled(settings, attend, _CHOICES.nearest, parts)
+            is_equal, line = check_compiled(settings, attend, _CHOICES.nearest, parts, _CHOICES.kernels)
             lines.append(line)
             if is_equal:
                 _CHOICES.compiled = parts
@@ -99,30 +104,9 @@ def compression_share(engine: Engine, settings: Settings) -> float:
 
 def engine_for(variant: Variant, settings: Settings) -> Engine:
     check(settings)
-    return make_engine(variant, settings, _CHOICES.attend, "inductor", _CHOICES.nearest, _CHOICES.compiled)
-
-
-class ChunkClock:
-    """Seconds of each chunk: by CUDA events where there are any, so that nothing waits."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._is_cuda = device.type == "cuda"
-        self._marks: list[Any] = []
-        self.tick()
-
-    def tick(self) -> None:
-        if self._is_cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append(event)
-        else:
-            self._marks.append(time.perf_counter())
-
-    def seconds(self) -> list[float]:
-        if self._is_cuda:
-            torch.cuda.synchronize()
-            return [a.elapsed_time(b) / 1e3 for a, b in zip(self._marks, self._marks[1:], strict=False)]
-        return [b - a for a, b in zip(self._marks, self._marks[1:], strict=False)]
+    return make_engine(
+        variant, settings, _CHOICES.attend, "inductor", _CHOICES.nearest, _CHOICES.compiled, kernels=_CHOICES.kernels
+    )
 
 
 def roll(engine: Engine, settings: Settings, num_chunks: int) -> tuple[list[float], dict[int, float], float]:
@@ -168,7 +152,8 @@ def make_row(variant: Variant, settings: Settings) -> RowResult:
     notes = [
         f"{engine.chooser.num_chosen} of {sum(b - a for a, b in runs.candidates)} cached tiles chosen, "
         f"{engine.chooser.num_slots_seen} slots seen; {_CHOICES.attend_name}; "
-        f"compiled: {', '.join(_CHOICES.compiled) or 'nothing'}; fp8: {variant.fp8}; "
+        f"compiled: {', '.join(_CHOICES.compiled) or 'nothing'}; "
+        f"kernels: {', '.join(_CHOICES.kernels if variant.kernels else ()) or 'none'}; fp8: {variant.fp8}; "
         f"tiles chosen at steps {variant.choose_at}"
     ]
     if not is_whole:
@@ -200,60 +185,6 @@ def fps_with_pictures(engine: Engine, settings: Settings) -> float:
     return settings.chunk_frames / seconds_with_pictures(chunks, vae, settings, settings.timed_chunks)
 
 
-def parts_of_chunk(engine: Engine, settings: Settings) -> tuple[list[dict[str, Any]], float]:
-    """Where a chunk's time goes, once the table is full; and the share of selection, matching, merging and moving."""
-    steps = len(engine.schedule.sigmas)
-    engine.hold(settings)
-    total: dict[str, float] = {}
-    for choose, times in ((True, len(engine.choose_at)), (False, steps + 1 - len(engine.choose_at))):
-        for part, ms in timed_parts(settings.device, lambda mark, c=choose: engine.rollout.compute(c, mark)).items():
-            total[part] = total.get(part, 0.0) + times * ms
-    rounds = engine.sizes.spare_chunks  # after so many, every layer has been merged once
-
-    def absorb(mark: Callable[[str], None]) -> None:
-        engine.table.on_part = mark
-        for _ in range(rounds):
-            engine.rollout.remember(engine.position)
-        engine.table.on_part = None
-
-    for part, ms in timed_parts(settings.device, absorb).items():
-        total[part] = total.get(part, 0.0) + ms / rounds
-    sampler = timed_parts(settings.device, engine.sample)
-    total["sampler"] = steps * sum(sampler.values())
-    everything = sum(total.values())
-    rows = [{"part": part, "ms_per_chunk": round(ms, 3), "share": ms / everything} for part, ms in total.items()]
-    rows.append({"part": "sum of the parts", "ms_per_chunk": round(everything, 3), "share": 1.0})
-    extra = ("selection", "matching", "merging", "moving chunks")
-    return rows, sum(total.get(part, 0.0) for part in extra) / everything
-
-
-def timed_parts(device: torch.device, run: Callable[[Callable[[str], None]], Any]) -> dict[str, float]:
-    """Milliseconds by part, of the second of two runs."""
-    for _ in range(2):
-        clock, names = ChunkClock(device), list[str]()
-
-        def mark(name: str, clock: ChunkClock = clock, names: list[str] = names) -> None:
-            clock.tick()
-            names.append(name)
-
-        with torch.no_grad():
-            run(mark)
-        total: dict[str, float] = {}
-        for name, seconds in zip(names, clock.seconds(), strict=True):
-            total[name] = total.get(name, 0.0) + seconds * 1e3
-    return total
-
-
-def top_kernels(engine: Engine, num: int = 25) -> list[dict[str, Any]]:
-    """GPU time by kernel over one captured call without a choice of tiles."""
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.no_grad(), torch.profiler.profile(activities=activities) as profile:
-        engine.rollout.call(engine.latents, 500.0, choose=False)
-        torch.cuda.synchronize()
-    events = sorted(profile.key_averages(), key=lambda event: -event.device_time_total)[:num]
-    return [{"kernel": e.key[:90], "calls": e.count, "ms": round(e.device_time_total / 1e3, 3)} for e in events]
-
-
 def where_time_goes(variant: Variant, settings: Settings) -> list[dict[str, Any]]:
     """The table of parts beside the time of a whole captured chunk."""
     engine = engine_for(variant, settings)
@@ -261,6 +192,7 @@ def where_time_goes(variant: Variant, settings: Settings) -> list[dict[str, Any]
     num = min(engine.chunks_to_fill + 6, settings.num_chunks)
     seconds, _, _ = roll(engine, settings, num)
     rows, share = parts_of_chunk(engine, settings)
+    engine.hold(settings)
     chunk_ms = sum(seconds[-5:]) / len(seconds[-5:]) * 1e3
     parts_ms = rows[-1]["ms_per_chunk"]
     rows.append({"part": "a chunk, captured", "ms_per_chunk": round(chunk_ms, 3), "share": chunk_ms / parts_ms})

@@ -47,7 +47,7 @@ class ChoiceSettings:
     """Random projections of `lsh`."""
     tile: int = 128
     fused: bool = False
-    """By two kernels of our own, on a GPU; head, samples and tile are then powers of two, and `lsh` is not among them."""
+    """By kernels of our own, on a GPU; channels and samples are then powers of two. `lsh` has none."""
 
 
 class TileChoice:

@@ -66,8 +66,8 @@ def _heaviest(  # type: ignore[no-untyped-def]
     mass = tl.sum(weight / tl.sum(weight, 1)[:, None], 0) / R
     may = tl.load(is_candidate + tile, mask=inside, other=0) > 0
     bits = tl.where(may, mass.to(tl.int32, bitcast=True), -1)
-    limit = 0
-    for step in range(31):
+    limit = tl.full([], 0, tl.int32)
+    for step in tl.static_range(31):
         raised = limit | (1 << (30 - step))
         enough = tl.sum((bits >= raised).to(tl.int32), 0) >= num_chosen
         limit = tl.where(enough, raised, limit)

@@ -53,7 +53,7 @@ def unit_halves(  # type: ignore[no-untyped-def]
     return a * scale[:, None], b * scale[:, None]
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit(do_not_specialize=["first_tile", "before", "stop"])  # type: ignore[untyped-decorator, unused-ignore]
 def _turn_back(  # type: ignore[no-untyped-def]
     k, position, m, unit, mean, axis, frequency,
     stride_kn, stride_kl, stride_pn, stride_mn, stride_jn, start_k, first_tile, before, stop,
@@ -89,7 +89,7 @@ def _best_of_places(highest, place, N: tl.constexpr):  # type: ignore[no-untyped
     return tl.min(key, 1), most
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit(do_not_specialize=["before", "num_rows", "skip"])  # type: ignore[untyped-decorator, unused-ignore]
 def _frame_before(  # type: ignore[no-untyped-def]
     unit, m, found, best, stride_mn, before, num_rows, skip, frame,
     P: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
@@ -120,7 +120,7 @@ def _frame_before(  # type: ignore[no-untyped-def]
     tl.store(best + at, most, mask=own < frame)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit(do_not_specialize=["first_tile", "before", "start", "stop"])  # type: ignore[untyped-decorator, unused-ignore]
 def _near_tiles(  # type: ignore[no-untyped-def]
     unit, k, position, m, chosen, found, best, partner, axis, frequency,
     stride_kn, stride_kl, stride_pn, stride_mn, stride_rn, start_k, first_tile, before, start, stop, num_chosen,

@@ -129,7 +129,7 @@ def _list_members(head_of, order, stop, count, members, num_slots, num_members, 
     tl.store(members + row * num_members + place, slot, mask=listed & (place < num_members))
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit(do_not_specialize=["first_row"])  # type: ignore[untyped-decorator, unused-ignore]
 def _collect(  # type: ignore[no-untyped-def]
     k, v, position, m, weight, partner, source, share, count, stop, members, root, head_of, rank,
     new_k, new_v, new_position, new_m, new_weight, new_partner,
@@ -200,7 +200,7 @@ def _collect(  # type: ignore[no-untyped-def]
     tl.store(new_partner + out, tl.where(has, joined, -1), mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit(do_not_specialize=["first_row"])  # type: ignore[untyped-decorator, unused-ignore]
 def _write_again(  # type: ignore[no-untyped-def]
     k, v, position, m, weight, partner, mean, new_k, new_v, new_position, new_m, new_weight, new_partner,
     axis, frequency, stride_kn, stride_kl, stride_vn, stride_vl, stride_pn, stride_mn, stride_wn, stride_rn, stride_jn,

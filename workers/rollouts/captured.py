@@ -134,6 +134,8 @@ class CapturedRollout:
         self._prompt: list[PromptTable] = []
         self._held: Sequence[PromptKeys] | None = None
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        self.on_part: Mark | None = None
+        """Told `calls` after each call and `sampler` after what lies between two; for measurements."""
 
     @torch.no_grad()
     def run(self, plan: RolloutPlan, first_chunk: int = 0, stopwatch: Stopwatch | None = None) -> Iterator[CleanChunk]:
@@ -162,19 +164,30 @@ class CapturedRollout:
                     raise NonFiniteLatents(f"chunk {index} holds NaN or infinity after its last denoising step")
                 if index + 1 < plan.num_chunks:
                     self.remember(position)
+            self._mark("sampler")
             density = min(1.0, self.chooser.num_slots_seen / ((index + 1) * len(position)))
             yield CleanChunk(index, latents, self.table.num_bytes, density)
 
     def call(self, latents: Tensor, timestep: float, *, choose: bool) -> Tensor:
         """Flow of the chunk in hand, float32; overwritten by the next call."""
+        self._mark("sampler")
         self.load(latents, timestep)
+        self.replay(choose)
+        self._mark("calls")
+        return self._flow
+
+    def replay(self, choose: bool) -> None:
+        """One call on the buffers as they are, by its graph where calls are captured."""
         if not self._settings.graphs:
             self.compute(choose)
-            return self._flow
+            return
         if choose not in self._graphs:
             self._capture(choose)
         self._graphs[choose].replay()
-        return self._flow
+
+    def _mark(self, part: str) -> None:
+        if self.on_part is not None:
+            self.on_part(part)
 
     def load(self, latents: Tensor, timestep: float) -> None:
         """Fill the buffers of a call."""

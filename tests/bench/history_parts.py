@@ -1,0 +1,169 @@
+"""Where the time of a chunk goes, measured in the chunk itself, so that the parts add up to the whole.
+
+Events between the calls of the model and the parts of taking over a chunk lie on the stream of a rollout as it runs;
+what a call consists of is read off a profile of its replay, and what no kernel accounts for is a row of its own. Beside
+the parts of the compression stand the bytes and operations that they cannot do without.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tests.bench.history_engine import Engine, make_plan
+from tests.bench.rollout_rows import Settings
+
+COMPRESSION = ("selection", "moving chunks", "matching", "merging")
+_KINDS = (
+    ("attention", re.compile("flash|attend_rows", re.I)),
+    ("linear layers", re.compile("nvjet|gemm|cutlass|cublas", re.I)),
+)
+_REST = "norms, rotations, gates, cross-attention's softmax"
+
+
+class ChunkClock:
+    """Seconds between ticks: by CUDA events where there are any, so that nothing waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        self._marks: list[Any] = []
+        self.tick()
+
+    def tick(self) -> None:
+        if self._is_cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        if self._is_cuda:
+            torch.cuda.synchronize()
+            return [a.elapsed_time(b) / 1e3 for a, b in zip(self._marks, self._marks[1:], strict=False)]
+        return [b - a for a, b in zip(self._marks, self._marks[1:], strict=False)]
+
+
+def parts_of_chunk(engine: Engine, settings: Settings) -> tuple[list[dict[str, Any]], float]:
+    """Rows, the sum last; and the share of selection, matching, merging and moving. The table must be full."""
+    spans = spans_of_chunk(engine, settings, 2 * engine.sizes.spare_chunks)
+    whole = sum(spans.values())
+    calls = spans.pop("calls") if settings.device.type == "cuda" else 0.0
+    parts = dict(spans)
+    if calls:
+        parts |= kinds_of_calls(engine, calls)
+    work = least_work(engine)
+    rows = []
+    for part, ms in parts.items():
+        row: dict[str, Any] = {"part": part, "ms_per_chunk": round(ms, 3), "share": ms / whole}
+        if part in work and ms > 0:
+            gigabytes, tera = work[part]
+            row |= {"least_gb": gigabytes, "gb_per_s": gigabytes / ms * 1e3}
+            row |= {"least_tflop": tera, "tflop_per_s": tera / ms * 1e3}
+        rows.append(row)
+    rows.append({"part": "sum of the parts", "ms_per_chunk": round(sum(parts.values()), 3), "share": 1.0})
+    return rows, sum(parts.get(part, 0.0) for part in COMPRESSION) / whole
+
+
+def spans_of_chunk(engine: Engine, settings: Settings, num_chunks: int) -> dict[str, float]:
+    """Milliseconds a chunk between events of a rollout as it runs; calls of the model are one part."""
+    first = engine.table.layers[0].num_chunks
+    names: list[str] = []
+    clock = ChunkClock(settings.device)
+
+    def mark(name: str) -> None:
+        clock.tick()
+        names.append(name)
+
+    rollout = engine.rollout.run(make_plan(engine, settings, first + num_chunks + 4), first)
+    for chunk in rollout:
+        if chunk.index == first + 1:
+            clock = ChunkClock(settings.device)
+            engine.table.on_part = engine.rollout.on_part = mark
+        if chunk.index == first + 1 + num_chunks:
+            break
+    engine.table.on_part = engine.rollout.on_part = None
+    rollout.close()
+    total: dict[str, float] = {}
+    for name, seconds in zip(names, clock.seconds(), strict=True):
+        total[name] = total.get(name, 0.0) + seconds * 1e3 / num_chunks
+    return total
+
+
+def kinds_of_calls(engine: Engine, whole_ms: float) -> dict[str, float]:
+    """What the calls of a chunk consist of, by kind of kernel; the rest is idle."""
+    plain, choosing = (kernel_times(lambda c=choose: engine.rollout.replay(c)) for choose in (False, True))
+    num_choosing = len(engine.choose_at)
+    num_calls = len(engine.schedule.sigmas) + 1
+    found: dict[str, float] = {}
+    for name, (ms, _) in plain.items():
+        kind = next((kind for kind, pattern in _KINDS if pattern.search(name)), _REST)
+        found[kind] = found.get(kind, 0.0) + ms * num_calls
+    plain_ms, choosing_ms = (sum(ms for ms, _ in times.values()) for times in (plain, choosing))
+    found["selection"] = (choosing_ms - plain_ms) * num_choosing
+    found["idle between kernels of a call"] = whole_ms - sum(found.values())
+    return found
+
+
+def kernel_times(run: Callable[[], None], times: int = 3) -> dict[str, tuple[float, float]]:
+    """Milliseconds and calls by kernel, of one run on average."""
+    run()
+    torch.cuda.synchronize()
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(times):
+            run()
+        torch.cuda.synchronize()
+    return {
+        event.key: (event.device_time_total / 1e3 / times, event.count / times)
+        for event in profile.key_averages()
+        if event.device_time_total
+    }
+
+
+def top_kernels(engine: Engine, num: int = 20) -> list[dict[str, Any]]:
+    """GPU time by kernel over one captured call with a choice of tiles, and over taking over a chunk."""
+    rows = []
+    for what, run in (
+        ("call", lambda: engine.rollout.replay(True)),
+        ("chunk taken over", lambda: engine.rollout.remember(engine.position)),
+    ):
+        spare = engine.sizes.spare_chunks if what != "call" else 3  # each layer merges once
+        times = sorted(kernel_times(run, spare).items(), key=lambda item: -item[1][0])
+        rows += [
+            {"kernel": f"{what}: {name[:80]}", "calls": calls, "ms": round(ms, 3)} for name, (ms, calls) in times[:num]
+        ]
+    return rows
+
+
+def least_work(engine: Engine) -> dict[str, tuple[float, float]]:
+    """GB that must move and TFLOP that must be done for a chunk, by part of the compression."""
+    s, v, size = engine.sizes, engine.variant, engine.table.dtype.itemsize
+    rows, key, value = s.num_layers * s.num_heads, s.width * size, s.head_dim * size
+    tokens, frame, history, kept = s.chunk_tokens, s.frame_tokens, s.history_tokens, s.kept_tokens
+    tiles, query_tiles = s.num_slots // s.tile, -(-tokens // s.tile)
+    looked_at = query_tiles * (s.candidate_tiles or 0) * s.tile
+    compared = tokens * frame + query_tiles * s.tile * (s.candidate_tiles or 0) * s.tile
+    # Each key with its partner, those given up with that of their group, their values, and all that is kept, both ways.
+    merged = (
+        rows
+        / s.spare_chunks
+        * (history * 2 * key + s.spare_tokens * (2 * key + value) + kept * 2 * (key + value) + history * 4 * 12)
+    )
+    sampled = (tiles * v.keys_per_tile, query_tiles * v.queries_per_tile)
+    choices = len(engine.choose_at)
+    return {
+        "moving chunks": (rows * tokens * (key + value) * 4 / 1e9, 0.0),
+        "matching": (
+            rows * ((tokens + frame) * (key + 2 * value) + tokens * value + looked_at * key) / 1e9,
+            rows * compared * s.head_dim * 2 / 1e12,
+        ),
+        "merging": (merged / 1e9, 0.0),
+        "selection": (
+            choices * rows * (sampled[0] * key + sampled[1] * (key + tiles * 8)) / 1e9,
+            choices * rows * sampled[0] * sampled[1] * s.head_dim * 2 / 1e12,
+        ),
+    }
