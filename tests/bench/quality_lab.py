@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tests.bench.quality_places import CHUNK_LATENTS, DISTANCES, GROUPS, Walks, place_before, take_walks
+from tests.plain_tables import plain_table_parts
 from workers.assemble import LoadedModel, TakeParts, load_model, prepare_take
 from workers.assemble_cache import make_temporal_cache, temporal_settings
 from workers.assemble_policies import make_attention
@@ -175,7 +176,7 @@ class _Run:
 
     def __init__(self, lab: QualityLab, walks: Walks, model: LoadedModel) -> None:
         self._lab, self._walks, self._model = lab, walks, model
-        parts = _measurable(model, prepare_take(model, 0))
+        parts = _measurable(model, _off_table(model, prepare_take(model, 0)))
         self.plan, self._cache = lab.plan(walks, model), parts.cache
         self._meter = RecallMeter(parts.cache, num_queries=_QUERIES, dtype=torch.float32)
         attention, self._judge = make_attention(
@@ -245,7 +246,7 @@ class Runner:
     """Free rollouts of some walks, chunk by chunk, so that several policies can take turns."""
 
     def __init__(self, lab: QualityLab, walks: Walks, model: LoadedModel) -> None:
-        parts = prepare_take(model, 0)
+        parts = _off_table(model, prepare_take(model, 0))
         attention, self.guard = make_attention(
             model.config.guard, model.backbone, parts.cache, parts.policy, model.kernel, parts.reindex
         )
@@ -308,3 +309,11 @@ def _measurable(model: LoadedModel, parts: TakeParts) -> TakeParts:
     settings = temporal_settings(config, model.backbone, model.dit.dtype, tokens, is_guarded=is_guarded)
     tracking = replace(settings, track_owners=True)
     return replace(parts, cache=make_temporal_cache(config, tracking, model.backbone.num_layers, None))
+
+
+def _off_table(model: LoadedModel, parts: TakeParts) -> TakeParts:
+    """The same parts; a tile table by the ordinary loop, which takes several worlds and lets probes look on."""
+    if not parts.on_table:
+        return parts
+    cache, policy = plain_table_parts(model)
+    return replace(parts, cache=cache, policy=policy, on_table=False)

@@ -20,6 +20,7 @@ POLICIES: dict[str, Record] = {
     "fastar-lsh": {"policy": "fastar-lsh"},
     "fastar-quant": {"policy": "fastar-quant"},
     "fastar-adaptive": {"policy": "fastar-adaptive"},
+    "fastar-tiles": {"policy": "fastar-tiles"},
     "streaming": {"policy": "streaming"},
     "radial": {"policy": "radial"},
     "svg": {"policy": "svg"},
@@ -38,6 +39,14 @@ VARIANTS: dict[str, Record] = {
     "tempcache, 120 latent frames": {"policy": "tempcache", "cache": {"budget_latent_frames": 120}},
     "fastar-quant, 60 latent frames": {"policy": "fastar-quant", "cache": {"budget_latent_frames": 60}},
     "fastar-quant, 120 latent frames": {"policy": "fastar-quant", "cache": {"budget_latent_frames": 120}},
+    "fastar-tiles, 20% of the tiles": {"policy": "fastar-tiles", "attention": {"density": 0.2}},
+    "fastar-tiles, all tiles": {"policy": "fastar-tiles", "attention": {"density": 1.0}},
+    "fastar-tiles, 111 latent frames": {"policy": "fastar-tiles", "cache": {"budget_latent_frames": 111}},
+    "fastar-tiles, 120 latent frames, 30%": {
+        "policy": "fastar-tiles",
+        "cache": {"budget_latent_frames": 120},
+        "attention": {"density": 0.3},
+    },
     GUARDED: {"policy": "fastar-quant", "guard": {"enabled": True}},
 }
 
