@@ -62,19 +62,51 @@ ADAPTIVE = _adaptive_table()
 
 
 def _candidates() -> dict[str, Record]:
-    table: dict[str, Record] = {}
-    for budget in (45, 60, 120):
-        for storage in ("int8", "int4"):
-            for decay in (0.0, 2.0, 6.0, 16.0):
-                cache = {"budget_latent_frames": budget, "storage": storage, "mass_decay": decay}
-                name = f"tempcache, {budget} latent frames in {storage}, decay {decay:g}"
-                table[name] = {"policy": "tempcache", "cache": cache}
-        for density in (0.4, 0.5, 0.6, 0.7, 0.8):
-            record = {"cache": {"budget_latent_frames": budget}, "attention": {"density": density}}
-            table[f"fastar-quant, {budget} latent frames, density {density}"] = {"policy": "fastar-quant", **record}
-        for target in (0.9, 0.93, 0.95):
-            record = {"cache": {"budget_latent_frames": budget}, "attention": {"target_recall": target}}
-            table[f"fastar-adaptive, {budget} latent frames, recall {target}"] = {"policy": "fastar-adaptive", **record}
+    base: Record = {
+        "budget_latent_frames": 119,
+        "merge_matching": True,
+        "merge_score": "ward",
+        "free_share": 16,
+        "min_cosine": 1.0,
+        "mass_decay": 1.0,
+    }
+    tree = base | {"merge_matching": False, "merge_score": "cosine", "min_cosine": 0.995, "mass_decay": 16.0}
+    caches: dict[str, Record] = {
+        "trees": tree,
+        "pairs": base,
+        "pairs, values int3": base | {"value_storage": "int3"},
+        "pairs in 60": base | {"budget_latent_frames": 60},
+        "pairs, heaviest": base | {"keeps_heaviest": True},
+        "pairs, heaviest in 60": base | {"keeps_heaviest": True, "budget_latent_frames": 60},
+        "pairs, decay 0.3": base | {"mass_decay": 0.3},
+        "pairs, decay 3": base | {"mass_decay": 3.0},
+        "pairs in 81": base | {"budget_latent_frames": 81},
+        "pairs, int8 and int4": base | {"storage": "int8", "value_storage": "int4"},
+        "pairs, int8 in 92": base | {"budget_latent_frames": 92, "storage": "int8"},
+    }
+    table = {f"tempcache, {name}": {"policy": "tempcache", "cache": cache} for name, cache in caches.items()}
+
+    def add(name: str, budget: int, **attention: float) -> None:
+        cache = base | {"budget_latent_frames": budget}
+        table[f"fastar-quant, {name}"] = {"policy": "fastar-quant", "cache": cache, "attention": attention}
+
+    add("119, density 0.3 in all steps", 119, density=0.3, dense_step_share=0.0)
+    add("119, density 0.3", 119, density=0.3)
+    add("60, density 0.6", 60, density=0.6)
+    add("60, density 0.6 in all steps", 60, density=0.6, dense_step_share=0.0)
+    add("119, recall 0.95 in all steps", 119, target_recall=0.95, dense_step_share=0.0)
+    add("60, recall 0.95 in all steps", 60, target_recall=0.95, dense_step_share=0.0)
+    more: dict[str, Record] = {
+        "pairs, with values": base | {"value_scale": 1.0},
+        "pairs, logit": base | {"merge_score": "logit"},
+        "pairs, mass": base | {"merge_score": "mass"},
+        "ward without pairs": base | {"merge_matching": False},
+        "pairs, 0.999": base | {"min_cosine": 0.999},
+        "pairs, heaviest, with values in 60": base
+        | {"keeps_heaviest": True, "value_scale": 1.0, "budget_latent_frames": 60},
+        "pairs, decay 0": base | {"mass_decay": 0.0},
+    }
+    table |= {f"tempcache, {name}": {"policy": "tempcache", "cache": cache} for name, cache in more.items()}
     return table
 
 
