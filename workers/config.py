@@ -177,15 +177,13 @@ class AnnSelfAttentionConfig(Part):
     sink_latent_frames: int = Field(3, ge=0, description="First latent frames, seen by all.")
     recent_latent_frames: int = Field(6, ge=1, description="Newest latent frames, seen by all.")
     density: float = Field(0.3, gt=0.0, le=1.0, description="Share of the history's keys that a query sees.")
+    seen_latent_frames: int | None = Field(None, ge=1, description="So much of it instead, where its mass is.")
     target_recall: float | None = Field(
         None, gt=0.0, le=1.0, description="Sets the density for each layer, head and noise level; empty keeps it."
     )
     dense_step_share: float = Field(0.3, ge=0.0, le=1.0, description="Share of the first steps that stay dense.")
-    layers: tuple[int, ...] | None = Field(
-        None,
-        strict=False,
-        description="Layers that are sparse; empty means all.",  # a list in files
-    )
+    # a list in files
+    layers: tuple[int, ...] | None = Field(None, strict=False, description="Layers that are sparse; empty means all.")
     calibration: str | None = Field(None, description="File that says which layers are sparse, for these weights.")
 
     @model_validator(mode="after")
