@@ -148,6 +148,7 @@ def _make_ann(config: AnnSelfAttentionConfig, frame_tokens: int) -> AttentionPol
         sink_tokens=config.sink_latent_frames * frame_tokens,
         recent_tokens=config.recent_latent_frames * frame_tokens,
         density=config.density,
+        seen_keys=None if config.seen_latent_frames is None else config.seen_latent_frames * frame_tokens,
         target_recall=config.target_recall,
         query_tile=tile,
         key_tile=tile,

@@ -90,7 +90,15 @@ class TemporalCacheConfig(Part):
     mass_decay: float = Field(
         16.0, ge=0.0, description="How fast unlike members of a group lose their mass; 0 is the paper's log m."
     )
-    storage: Literal["model", "int8", "int4"] = Field("int4", description="How old keys and values are stored.")
+    storage: Literal["model", "int8", "int4", "int3"] = Field("int4", description="How old keys are stored.")
+    value_storage: Literal["model", "int8", "int4", "int3"] | None = Field(
+        None, description="How old values are stored; null is as keys."
+    )
+    merge_score: Literal["cosine", "logit", "ward", "mass"] = Field("cosine", description="What is near when full.")
+    merge_matching: bool = Field(False, description="A full cache merges pairs, not chains.")
+    free_share: int = Field(5, ge=1, description="A full cache gives back one slot in so many.")
+    keeps_heaviest: bool = Field(False, description="The key of most members stands for a merged pair, not the newest.")
+    value_scale: float = Field(0.0, ge=0.0, description="Weight of unlike values beside unlike keys.")
     search: SearchName = Field("exact", description="Who finds the nearest key.")
 
     @field_validator("min_cosine")
@@ -166,15 +174,13 @@ class AnnSelfAttentionConfig(Part):
     sink_latent_frames: int = Field(3, ge=0, description="First latent frames, seen by all.")
     recent_latent_frames: int = Field(6, ge=1, description="Newest latent frames, seen by all.")
     density: float = Field(0.3, gt=0.0, le=1.0, description="Share of the history's keys that a query sees.")
+    seen_latent_frames: int | None = Field(None, ge=1, description="So much of it instead, where its mass is.")
     target_recall: float | None = Field(
         None, gt=0.0, le=1.0, description="Sets the density for each layer, head and noise level; empty keeps it."
     )
     dense_step_share: float = Field(0.3, ge=0.0, le=1.0, description="Share of the first steps that stay dense.")
-    layers: tuple[int, ...] | None = Field(
-        None,
-        strict=False,
-        description="Layers that are sparse; empty means all.",  # a list in files
-    )
+    # a list in files
+    layers: tuple[int, ...] | None = Field(None, strict=False, description="Layers that are sparse; empty means all.")
     calibration: str | None = Field(None, description="File that says which layers are sparse, for these weights.")
 
     @model_validator(mode="after")

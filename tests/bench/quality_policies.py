@@ -71,19 +71,51 @@ ADAPTIVE = _adaptive_table()
 
 
 def _candidates() -> dict[str, Record]:
-    table: dict[str, Record] = {}
-    for budget in (45, 60, 120):
-        for storage in ("int8", "int4"):
-            for decay in (0.0, 2.0, 6.0, 16.0):
-                cache = {"budget_latent_frames": budget, "storage": storage, "mass_decay": decay}
-                name = f"tempcache, {budget} latent frames in {storage}, decay {decay:g}"
-                table[name] = {"policy": "tempcache", "cache": cache}
-        for density in (0.4, 0.5, 0.6, 0.7, 0.8):
-            record = {"cache": {"budget_latent_frames": budget}, "attention": {"density": density}}
-            table[f"fastar-quant, {budget} latent frames, density {density}"] = {"policy": "fastar-quant", **record}
-        for target in (0.9, 0.93, 0.95):
-            record = {"cache": {"budget_latent_frames": budget}, "attention": {"target_recall": target}}
-            table[f"fastar-adaptive, {budget} latent frames, recall {target}"] = {"policy": "fastar-adaptive", **record}
+    base: Record = {
+        "budget_latent_frames": 60,
+        "merge_matching": True,
+        "merge_score": "ward",
+        "keeps_heaviest": True,
+        "free_share": 16,
+        "min_cosine": 1.0,
+        "mass_decay": 0.3,
+    }
+    tree = base | {"merge_matching": False, "merge_score": "cosine", "min_cosine": 0.995, "mass_decay": 16.0}
+    caches: dict[str, Record] = {
+        "trees in 119": tree | {"budget_latent_frames": 119, "keeps_heaviest": False},
+        "pairs in 60": base,
+        "pairs in 119": base | {"budget_latent_frames": 119},
+        "pairs in 45": base | {"budget_latent_frames": 45},
+        "pairs in 81": base | {"budget_latent_frames": 81},
+        "pairs in 60, newest": base | {"keeps_heaviest": False},
+        "pairs in 60, decay 0": base | {"mass_decay": 0.0},
+        "pairs in 60, decay 1": base | {"mass_decay": 1.0},
+        "pairs in 92, int8": base | {"budget_latent_frames": 92, "storage": "int8"},
+        "pairs in 76, int8 and int4": base | {"budget_latent_frames": 76, "storage": "int8", "value_storage": "int4"},
+    }
+    table = {f"tempcache, {name}": {"policy": "tempcache", "cache": cache} for name, cache in caches.items()}
+
+    def add(name: str, budget: int, **attention: float) -> None:
+        cache = base | {"budget_latent_frames": budget}
+        table[f"fastar-quant, {name}"] = {"policy": "fastar-quant", "cache": cache, "attention": attention}
+
+    add("60, seen 48 in all steps", 60, seen_latent_frames=48, dense_step_share=0.0)
+    add("60, seen 72 in all steps", 60, seen_latent_frames=72, dense_step_share=0.0)
+    add("60, seen 48", 60, seen_latent_frames=48)
+    add("119, seen 48 in all steps", 119, seen_latent_frames=48, dense_step_share=0.0)
+    add("60, density 0.6", 60, density=0.6)
+    add("60, recall 0.95 in all steps", 60, target_recall=0.95, dense_step_share=0.0)
+    add("45, seen 48 in all steps", 45, seen_latent_frames=48, dense_step_share=0.0)
+    more: dict[str, Record] = {
+        "pairs in 60, with values": base | {"value_scale": 1.0},
+        "pairs in 60, mass": base | {"merge_score": "mass"},
+        "pairs in 60, logit": base | {"merge_score": "logit"},
+        "ward without pairs in 60": base | {"merge_matching": False},
+        "pairs in 60, 0.999": base | {"min_cosine": 0.999},
+        "pairs in 60, cosine": base | {"merge_score": "cosine"},
+        "pairs in 119, decay 1": base | {"mass_decay": 1.0, "budget_latent_frames": 119},
+    }
+    table |= {f"tempcache, {name}": {"policy": "tempcache", "cache": cache} for name, cache in more.items()}
     return table
 
 

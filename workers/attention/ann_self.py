@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from workers.attention.history import DenseRegion, plan_history
-from workers.attention.tile_mass import Rotate, Shared, TileSample, estimate_mass, keep_mass, keep_share, sample_tiles
+from workers.attention.tile_mass import (
+    Rotate,
+    Shared,
+    TileSample,
+    estimate_mass,
+    keep_mass,
+    keep_most,
+    keep_share,
+    sample_tiles,
+)
 from workers.contracts import AttentionPlan, KeyValues, Moment, Tiles
 from workers.search.protocol import Search
 
@@ -33,6 +42,9 @@ class AnnSettings:
     """Newest keys of the cache, always seen."""
     density: float = 0.3
     """Share of the history's tiles that a query tile sees, in (0, 1]; 1 is dense."""
+    seen_keys: int | None = None
+    """So many keys instead, on average over heads and queries, and where their estimated mass is: the cost of a chunk
+    does not grow with the history."""
     target_recall: float | None = None
     """In (0, 1]: take as many tiles as their estimated mass needs, whatever the density."""
     query_tile: int = 64
@@ -101,7 +113,7 @@ class AnnSelfAttention:
         self, layer_index: int, moment: Moment, q_BQND: Tensor, cached: KeyValues | None, own: KeyValues
     ) -> AttentionPlan:
         span = None if cached is None else self._region.history(cached.num_tokens)
-        if cached is None or span is None or span[0] >= span[1] or self._is_dense:
+        if cached is None or span is None or span[0] >= span[1] or self._is_dense(span[1] - span[0]):
             return plan_history(cached, own, None, None)
         key = layer_index, moment.branch
         kept = self._chosen.get(key)
@@ -109,11 +121,11 @@ class AnnSelfAttention:
             kept = self._chosen[key] = cached, self._choose(layer_index, q_BQND, cached, own, span)
         return plan_history(cached, own, span, kept[1])
 
-    @property
-    def _is_dense(self) -> bool:
-        if self._settings.target_recall is None:
-            return self._settings.density * self._factor >= 1
-        return self._settings.target_recall >= 1
+    def _is_dense(self, num_keys: int) -> bool:
+        s = self._settings
+        if s.target_recall is not None:
+            return s.target_recall >= 1
+        return (s.density if s.seen_keys is None else s.seen_keys / num_keys) * self._factor >= 1
 
     def _choose(
         self, layer_index: int, q_BQND: Tensor, cached: KeyValues, own: KeyValues, span: tuple[int, int]
@@ -134,7 +146,9 @@ class AnnSelfAttention:
             shared=self._shared,
         )
         mass = estimate_mass(self._search, queries, indexed.sample, self._sample_rest(cached, own, span))
-        if s.target_recall is None:
+        if s.seen_keys is not None and s.target_recall is None:
+            visible = keep_most(mass, max(1, round(s.seen_keys * self._factor / s.key_tile)))
+        elif s.target_recall is None:
             visible = keep_share(mass, min(1.0, s.density * self._factor))
         else:
             visible = keep_mass(mass, 1 - (1 - s.target_recall) / self._factor)

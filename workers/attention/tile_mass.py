@@ -150,6 +150,20 @@ def keep_share(mass: TileMass, share: float) -> Tensor:
     return torch.zeros_like(mass.history_BNIJ, dtype=torch.bool).scatter_(-1, top, True)
 
 
+def keep_most(mass: TileMass, num: int) -> Tensor:
+    """So many tiles for each head and query tile on average, the heaviest of a layer; each has a half of them for sure:
+    visible_BNIJ.
+    """
+    rows, num_tiles = mass.rest_BNI.shape[1] * mass.rest_BNI.shape[2], mass.history_BNIJ.shape[-1]
+    num = min(num, num_tiles)
+    due_each = -(-num // 2)
+    due = torch.zeros_like(mass.history_BNIJ).scatter_(-1, mass.history_BNIJ.topk(due_each, dim=-1).indices, 2.0)
+    # A share is at most 1: with 2 on top, those that are due come first.
+    flat_BM = (mass.history_BNIJ + due).flatten(1)
+    kept = torch.zeros_like(flat_BM, dtype=torch.bool).scatter_(-1, flat_BM.topk(num * rows, dim=-1).indices, True)
+    return kept.view(mass.history_BNIJ.shape)
+
+
 def keep_mass(mass: TileMass, target: float) -> Tensor:
     """The fewest tiles of a layer with which its queries see `target` of their mass on average: visible_BNIJ.
 

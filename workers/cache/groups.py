@@ -28,8 +28,17 @@ CELL_UNITS = 8
 """Rows and columns are stored in eighths of a token."""
 SLOT_BYTES = 4 + 4 + 4 + 4 + 4
 """Of a slot besides key and value: time, cell, m, weight, partner."""
-_FREE_SHARE = 5
-"""A full table gives back one slot in so many, so that it is not compacted for every chunk."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which pairs a full table merges."""
+
+    score: str = "cosine"
+    matching: bool = False
+    free_share: int = 5
+    value_scale: float = 0.0
+    keeps_heaviest: bool = False
 
 
 @dataclass
@@ -55,16 +64,20 @@ class KeyGroups:
     def __init__(
         self,
         shape_BNCD: tuple[int, int, int, int],
-        storage: Storage,
+        storage: Storage | tuple[Storage, Storage],
         dtype: torch.dtype,
         device: torch.device,
         nearest: Nearest,
         decay: float,
+        rule: Rule | None = None,
     ) -> None:
+        self._rule = rule or Rule()
         batch, heads, self.num_slots, dim = shape_BNCD
         # The last slot takes writes that are meant for nobody.
         slots = (batch, heads, self.num_slots + 1)
-        self._k, self._v = (VectorStore((*slots, dim), storage, dtype, device) for _ in range(2))
+        keys, values = storage if isinstance(storage, tuple) else (storage, storage)
+        self._k = VectorStore((*slots, dim), keys, dtype, device, centred=True)
+        self._v = VectorStore((*slots, dim), values, dtype, device)
         self.time_BNC = torch.zeros(slots, dtype=torch.int32, device=device)
         self.cell_BNC2 = torch.zeros((*slots, 2), dtype=torch.int16, device=device)
         self.m_BNC = torch.zeros(slots, dtype=torch.int32, device=device)
@@ -131,7 +144,8 @@ class KeyGroups:
         for name in _STATE:
             setattr(self, name, state[name].clone())
         for name, store in (("k", self._k), ("v", self._v)):
-            store.restore({part: state[f"{name}.{part}"] for part in ("code", "scale")})
+            prefix = f"{name}."
+            store.restore({key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)})
         self.num_used = int(self.count_BN.max())
 
     def _match(self, new: Tokens) -> tuple[Tensor, Tensor]:
@@ -139,7 +153,10 @@ class KeyGroups:
             none = self.partner_BNC.new_full(new.k_BNQD.shape[:3], -1, dtype=torch.int64)
             return none, torch.full(none.shape, -math.inf, device=none.device)
         # Vacant slots are zero, so none of them is near anything; where all is far, one may still be found.
-        index, cosine = self._nearest(new.k_BNQD, self._k.read(self.num_used))
+        keys = self._k.read(self.num_used)
+        own = torch.arange(self.num_used, device=keys.device)
+        keys = keys.masked_fill((own >= self.count_BN[..., None])[..., None], 0)
+        index, cosine = self._nearest(new.k_BNQD, keys)
         exists = index < self.count_BN[..., None]
         return torch.where(exists, index, -1), cosine.float().masked_fill(~exists, -math.inf)
 
@@ -200,14 +217,14 @@ class KeyGroups:
         missing = self.count_BN + needed_BN - self.num_slots
         if int(missing.max()) <= 0:
             return None
-        ample = torch.maximum(missing, torch.full_like(missing, self.num_slots // _FREE_SHARE))
+        ample = torch.maximum(missing, torch.full_like(missing, self.num_slots // self._rule.free_share))
         return self._compact(torch.where(missing > 0, ample, 0).minimum((self.count_BN - 1).clamp(min=0)))
 
     def _compact(self, num_BN: Tensor) -> Tensor:
         """Let `num_BN` groups of each head join their partners, the nearest first; where each slot has gone."""
         stop = self.num_used
         k, v = self._k.read(stop), self._v.read(stop)
-        root = self._choose_roots(k, num_BN)
+        root = self._choose_roots(k, v, num_BN)
         own = torch.arange(stop, device=root.device)
         in_use = own < self.count_BN[..., None]
         survives = (root == own) & in_use
@@ -215,8 +232,10 @@ class KeyGroups:
         target = torch.where(in_use, target, self.num_slots)
         # Time, then age in the table, decides which key is the newest of those that meet.
         age = self.time_BNC[:, :, :stop].long() * (stop + 1) + own
+        if self._rule.keeps_heaviest:
+            age = age + (self.m_BNC[:, :, :stop].long().clamp(max=2**20) << 40)
         newest = age.new_zeros((*age.shape[:2], self.num_slots + 1)).scatter_reduce(2, target, age, "amax")
-        source = (newest % (stop + 1)).clamp(max=stop - 1)
+        source = ((newest & (2**40 - 1)) % (stop + 1)).clamp(max=stop - 1)
         partner_root = root.gather(2, self.partner_BNC[:, :, :stop].long().clamp(min=0))
         partner = torch.where(self.partner_BNC[:, :, :stop] >= 0, target.gather(2, partner_root), -1)
         merged = self._sum_by_target(k, v, target, source)
@@ -227,19 +246,52 @@ class KeyGroups:
         self.partner_BNC.scatter_(2, torch.where(survives, target, self.num_slots), partner.to(torch.int32))
         return target
 
-    def _choose_roots(self, k_BNCD: Tensor, num_BN: Tensor) -> Tensor:
+    def _choose_roots(self, k_BNCD: Tensor, v_BNCD: Tensor, num_BN: Tensor) -> Tensor:
         """For each slot the slot that it ends in, after the nearest groups have joined their partners."""
         partner = self.partner_BNC[:, :, : k_BNCD.shape[2]].long()
-        unit = torch.nn.functional.normalize(k_BNCD.float(), dim=-1)
-        other = unit.gather(2, partner.clamp(min=0)[..., None].expand_as(unit))
         own = torch.arange(k_BNCD.shape[2], device=partner.device)
         may = (partner >= 0) & (own < self.count_BN[..., None])
-        cosine = (unit * other).sum(-1).masked_fill(~may, -math.inf)
-        rank = cosine.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1, stable=True)
+        score = self._score(k_BNCD, v_BNCD, partner.clamp(min=0)).masked_fill(~may, -math.inf)
+        order = score.argsort(dim=-1, descending=True, stable=True)
+        if self._rule.matching:
+            first = may & self._is_apart(partner, may)
+            order = order.gather(-1, (~first).gather(-1, order).long().argsort(dim=-1, stable=True))
+        rank = order.argsort(dim=-1, stable=True)
         root = torch.where(may & (rank < num_BN[..., None]), partner, own)
         for _ in range(max(1, k_BNCD.shape[2].bit_length())):  # a chain halves with each look
             root = root.gather(2, root)
         return root
+
+    def _is_apart(self, partner: Tensor, may: Tensor) -> Tensor:
+        """Every other link of each chain of partners: pairs that merge without one another."""
+        depth = (partner >= 0).long()
+        own = torch.arange(partner.shape[-1], device=partner.device).expand_as(partner)
+        jump = torch.where(partner >= 0, partner, own)
+        for _ in range(int(partner.shape[-1]).bit_length()):
+            depth = depth + depth.gather(2, jump)
+            jump = jump.gather(2, jump)
+        is_odd = may & (depth % 2 == 1)
+        is_even = may & (depth % 2 == 0)
+        return torch.where(is_odd.sum(-1, keepdim=True) >= is_even.sum(-1, keepdim=True), is_odd, is_even)
+
+    def _score(self, k: Tensor, v: Tensor, partner: Tensor) -> Tensor:
+        k = k.float()
+        other = k.gather(2, partner[..., None].expand_as(k))
+        if self._rule.score == "cosine":
+            return torch.nn.functional.cosine_similarity(k, other, dim=-1)
+        damage = (k - other).square().sum(-1) / (2 * math.sqrt(k.shape[-1]))
+        if self._rule.value_scale:
+            v = v.float()
+            there = v.gather(2, partner[..., None].expand_as(v))
+            part = (v - there).square().sum(-1) / v.square().sum(-1).mean(-1, keepdim=True)
+            damage = damage + self._rule.value_scale * part
+        if self._rule.score == "ward":
+            m = self.m_BNC[:, :, : k.shape[2]].float()
+            a, b = m, m.gather(2, partner)
+            damage = (damage + 1e-3) * a * b / (a + b)
+        elif self._rule.score == "mass":
+            damage = (damage + 1e-3) * self.m_BNC[:, :, : k.shape[2]].float().gather(2, partner)
+        return -damage
 
     def _sum_by_target(
         self, k_BNCD: Tensor, v_BNCD: Tensor, target_BNC: Tensor, source_BNC: Tensor

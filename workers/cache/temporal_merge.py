@@ -9,13 +9,13 @@ key by the query's top-1; we compare keys before RoPE, because their cosine does
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from workers.cache.audit import AuditSample, OwnerRecord
-from workers.cache.groups import KeyGroups, Nearest, Tokens
+from workers.cache.groups import KeyGroups, Nearest, Rule, Tokens
 from workers.cache.low_bit import Storage
 from workers.contracts import AuditKeys, KeyValues
 
@@ -32,6 +32,9 @@ class MergeSettings:
     min_cosine: float
     """A key joins a group from this cosine on; above 1 no key ever does."""
     storage: Storage = "int8"
+    value_storage: Storage | None = None
+    """None stores values as keys."""
+    rule: Rule = field(default_factory=Rule)
     decay: float = 16.0
     """How fast unlike members lose their mass; 0 is the paper's log m."""
     audit_tokens: int = 0
@@ -168,7 +171,8 @@ class TemporalCache:
         batch, _, heads, dim = like.k_BKND.shape
         shape = (batch, heads, self._settings.num_groups, dim)
         s, k = self._settings, like.k_BKND
-        return KeyGroups(shape, s.storage, k.dtype, k.device, self._nearest, s.decay)
+        storage = s.storage, s.value_storage or s.storage
+        return KeyGroups(shape, storage, k.dtype, k.device, self._nearest, s.decay, s.rule)
 
     def _absorb(self, layer: _Layer, old: KeyValues) -> None:
         if layer.groups is None:
