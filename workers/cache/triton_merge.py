@@ -129,6 +129,19 @@ def _list_members(head_of, order, stop, count, members, num_slots, num_members, 
     tl.store(members + row * num_members + place, slot, mask=listed & (place < num_members))
 
 
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _store_log_mass(at, mass, is_key, inside, root_dim, no_key, EXTRA: tl.constexpr):  # type: ignore[no-untyped-def]
+    """sqrt(D) log m in two parts, as `table_layout.write_log_mass`, and nothing in the channels behind them."""
+    log_mass = tl.maximum(tl.log(tl.maximum(mass, 1e-30)) * root_dim, no_key)
+    log_mass = tl.where(is_key & (mass > 0), log_mass, no_key)
+    kind = at.dtype.element_ty
+    high = log_mass.to(kind)
+    low = (log_mass - high.to(tl.float32)).to(kind)
+    extra = tl.arange(0, EXTRA)[None, :]
+    parts = tl.where(extra == 0, high[:, None], tl.where(extra == 1, low[:, None], 0.0))
+    tl.store(at[:, None] + extra, parts.to(kind), mask=inside[:, None])
+
+
 @triton.jit(do_not_specialize=["first_row"])  # type: ignore[untyped-decorator, unused-ignore]
 def _collect(  # type: ignore[no-untyped-def]
     k, v, position, m, weight, partner, source, share, count, stop, members, root, head_of, rank,
@@ -179,13 +192,7 @@ def _collect(  # type: ignore[no-untyped-def]
     at_k = row * stride_kn + (start_k + slot).to(tl.int64) * stride_kl
     key = tl.load(k + at_k[:, None] + channel, mask=is_key[:, None], other=0.0)
     tl.store(new_k + out[:, None] * (D + EXTRA) + channel, key, mask=inside[:, None])
-    log_mass = tl.where(is_key & (total > 0), tl.maximum(tl.log(below) * root_dim, no_key), no_key)
-    high = log_mass.to(new_k.dtype.element_ty)
-    low = (log_mass - high.to(tl.float32)).to(new_k.dtype.element_ty)
-    extra = tl.arange(0, EXTRA)[None, :]
-    parts = tl.where(extra == 0, high[:, None], tl.where(extra == 1, low[:, None], 0.0))
-    at_extra = out[:, None] * (D + EXTRA) + D + extra
-    tl.store(new_k + at_extra, parts.to(new_k.dtype.element_ty), mask=inside[:, None])
+    _store_log_mass(new_k + out * (D + EXTRA) + D, total, is_key, inside, root_dim, no_key, EXTRA)
     for axis in tl.static_range(3):
         at_p = tl.load(position + row * stride_pn + slot * 3 + axis, mask=is_key, other=0.0)
         tl.store(new_position + out * 3 + axis, at_p, mask=inside)
