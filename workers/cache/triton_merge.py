@@ -129,6 +129,28 @@ def _list_members(head_of, order, stop, count, members, num_slots, num_members, 
     tl.store(members + row * num_members + place, slot, mask=listed & (place < num_members))
 
 
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _store_log_mass(at, mass, is_key, inside, root_dim, no_key, EXTRA: tl.constexpr):  # type: ignore[no-untyped-def]
+    """sqrt(D) log m in two parts, as `table_layout.write_log_mass`, and nothing in the channels behind them."""
+    log_mass = tl.maximum(tl.log(tl.maximum(mass, 1e-30)) * root_dim, no_key)
+    log_mass = tl.where(is_key & (mass > 0), log_mass, no_key)
+    kind = at.dtype.element_ty
+    high = log_mass.to(kind)
+    low = (log_mass - high.to(tl.float32)).to(kind)
+    extra = tl.arange(0, EXTRA)[None, :]
+    parts = tl.where(extra == 0, high[:, None], tl.where(extra == 1, low[:, None], 0.0))
+    tl.store(at[:, None] + extra, parts.to(kind), mask=inside[:, None])
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _partner_of_group(partner, root, head_of, rank, slot, is_key, shift):  # type: ignore[no-untyped-def]
+    """A group keeps the partner of its root, which is outside of it: where that one's group goes, or -1."""
+    old = tl.load(partner + tl.load(root + slot, mask=is_key, other=0), mask=is_key, other=-1)
+    has = is_key & (old >= 0)
+    newest = tl.load(head_of + old, mask=has, other=0)
+    return tl.where(has, tl.load(rank + newest, mask=has, other=0) + shift, -1)
+
+
 @triton.jit(do_not_specialize=["first_row"])  # type: ignore[untyped-decorator, unused-ignore]
 def _collect(  # type: ignore[no-untyped-def]
     k, v, position, m, weight, partner, source, share, count, stop, members, root, head_of, rank,
@@ -147,12 +169,12 @@ def _collect(  # type: ignore[no-untyped-def]
     at = row * num_slots + slot
     number = tl.load(count + at, mask=is_key, other=0)
     first = tl.load(stop + at, mask=is_key, other=0) - number
-    mine = members + row * num_members
+    listed = members + row * num_members
     most = tl.max(number, 0)
     added, mass = tl.zeros([M], tl.int64), tl.load(m + row * stride_mn + slot, mask=is_key, other=0)
     for step in range(most):
         has = step < number
-        member = tl.load(mine + first + step, mask=has, other=0)
+        member = tl.load(listed + first + step, mask=has, other=0)
         w = tl.load(share + row * num_slots + member, mask=has, other=0.0)
         added += tl.floor(w * _WEIGHT_UNITS + 0.5).to(tl.int64)
         mass += tl.load(m + row * stride_mn + member, mask=has, other=0)
@@ -164,7 +186,7 @@ def _collect(  # type: ignore[no-untyped-def]
     summed = tl.zeros([M, D], tl.int32)
     for step in range(most):
         has = step < number
-        member = tl.load(mine + first + step, mask=has, other=0)
+        member = tl.load(listed + first + step, mask=has, other=0)
         part = tl.load(share + row * num_slots + member, mask=has, other=0.0) / below
         value = tl.load(base_v + (start_k + member).to(tl.int64)[:, None] * stride_vl, mask=has[:, None], other=0.0).to(
             tl.float32
@@ -179,25 +201,16 @@ def _collect(  # type: ignore[no-untyped-def]
     at_k = row * stride_kn + (start_k + slot).to(tl.int64) * stride_kl
     key = tl.load(k + at_k[:, None] + channel, mask=is_key[:, None], other=0.0)
     tl.store(new_k + out[:, None] * (D + EXTRA) + channel, key, mask=inside[:, None])
-    log_mass = tl.where(is_key & (total > 0), tl.maximum(tl.log(below) * root_dim, no_key), no_key)
-    high = log_mass.to(new_k.dtype.element_ty)
-    low = (log_mass - high.to(tl.float32)).to(new_k.dtype.element_ty)
-    extra = tl.arange(0, EXTRA)[None, :]
-    parts = tl.where(extra == 0, high[:, None], tl.where(extra == 1, low[:, None], 0.0))
-    at_extra = out[:, None] * (D + EXTRA) + D + extra
-    tl.store(new_k + at_extra, parts.to(new_k.dtype.element_ty), mask=inside[:, None])
+    _store_log_mass(new_k + out * (D + EXTRA) + D, total, is_key, inside, root_dim, no_key, EXTRA)
     for axis in tl.static_range(3):
         at_p = tl.load(position + row * stride_pn + slot * 3 + axis, mask=is_key, other=0.0)
         tl.store(new_position + out * 3 + axis, at_p, mask=inside)
     tl.store(new_m + out, mass, mask=inside)
     tl.store(new_weight + out, tl.where(is_key, total, 0.0), mask=inside)
-    end = tl.load(root + at, mask=is_key, other=0)
-    old = tl.load(partner + row * stride_rn + end, mask=is_key, other=-1)
-    has = is_key & (old >= 0)
-    newest = tl.load(head_of + row * num_slots + old, mask=has, other=0)
     shift = num_keep - tl.load(rank + row * num_slots + num_slots - 1) - 1
-    joined = tl.load(rank + row * num_slots + newest, mask=has, other=0) + shift
-    tl.store(new_partner + out, tl.where(has, joined, -1), mask=inside)
+    mine = row * num_slots
+    joined = _partner_of_group(partner + row * stride_rn, root + mine, head_of + mine, rank + mine, slot, is_key, shift)
+    tl.store(new_partner + out, joined, mask=inside)
 
 
 @triton.jit(do_not_specialize=["first_row"])  # type: ignore[untyped-decorator, unused-ignore]
