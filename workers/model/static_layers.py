@@ -120,14 +120,36 @@ def hold_prompt(prompt: Sequence[PromptKeys], multiple: int = 16) -> list[Prompt
 
 
 def _enter(w: LayerWeights, x_QE: Tensor, time_T6E: Tensor, rotation: Rotation, to: Targets, eps: float) -> None:
-    num_heads, head_dim = to.q_QND.shape[1:]
     m = (w.modulation_6E + time_T6E)[None, :, :, None]
     h = modulate(x_QE[None], m[:, :, 0], m[:, :, 1], eps)[0]
-    q, k, v = apply_linear(w.qkv, h).chunk(3, dim=-1)
-    dim = (q.shape[-1],)
-    q = F.rms_norm(q, dim, None, eps) * w.norm_q_E
-    k = F.rms_norm(k, dim, None, eps) * w.norm_k_E
-    heads = (num_heads, head_dim)
+    norm_rotate_into(apply_linear(w.qkv, h), w.norm_q_E, w.norm_k_E, rotation.cos, rotation.sin, eps, *to)
+
+
+@torch.library.custom_op("longtake::norm_rotate_into", mutates_args=("q_QND", "k_NQD", "v_NQD"))
+def norm_rotate_into(
+    qkv_QF: Tensor, norm_q_E: Tensor, norm_k_E: Tensor, cos: Tensor, sin: Tensor, eps: float,
+    q_QND: Tensor, k_NQD: Tensor, v_NQD: Tensor,
+) -> None:  # fmt: skip
+    """RMSNorm over all heads and RoPE of queries and keys, and values, to where attention reads them.
+
+    On a GPU by a kernel of our own, whose arguments are these; see `fused.norm_rotate`.
+    """
+    if qkv_QF.is_cuda:
+        from workers.model.fused import norm_rotate
+
+        norm_rotate(qkv_QF, (norm_q_E, norm_k_E), (cos, sin), eps, (q_QND, k_NQD, v_NQD))
+        return
+    norm_rotate_plain(qkv_QF, norm_q_E, norm_k_E, Rotation(cos, sin), eps, Targets(q_QND, k_NQD, v_NQD))
+
+
+def norm_rotate_plain(
+    qkv_QF: Tensor, norm_q_E: Tensor, norm_k_E: Tensor, rotation: Rotation, eps: float, to: Targets
+) -> None:
+    """The reference."""
+    q, k, v = qkv_QF.chunk(3, dim=-1)
+    q = F.rms_norm(q, (q.shape[-1],), None, eps) * norm_q_E
+    k = F.rms_norm(k, (k.shape[-1],), None, eps) * norm_k_E
+    heads = to.q_QND.shape[1:]
     to.q_QND.copy_(rotate_in_parts(q.unflatten(-1, heads)[None], rotation)[0])
     to.k_NQD.copy_(rotate_in_parts(k.unflatten(-1, heads)[None], rotation)[0].transpose(0, 1))
     to.v_NQD.copy_(v.unflatten(-1, heads).transpose(0, 1))
