@@ -21,6 +21,7 @@ NAMED_EXCEPTIONS = {
     ("jobs.plan", "workers.model.backbones"),
     ("jobs.render", "workers.model.backbones"),
     ("jobs.weights", "workers.model.backbones"),
+    ("jobs.plan", "workers.geometry"),
     # What models are published, what they need and cost: facts without torch.
     ("jobs.models", "workers.registry"),
 }
