@@ -82,6 +82,7 @@ WORKERS_RANK = {
     "contracts": 5,
     "config": 6,
     "config_part": 6,
+    "config_reuse": 6,
     "config_tiles": 6,
     "named_policies": 6,
     "task": 6,
