@@ -1,4 +1,4 @@
-"""Rollouts over a tile table for tests and benches: from plain numbers what `assemble_tiles` does from a configuration."""
+"""Rollouts over a tile table for tests and benches, from plain numbers: `assemble_tiles` goes by a configuration."""
 
 from __future__ import annotations
 
