@@ -140,7 +140,7 @@ def _leave(w: LayerWeights, prompt: PromptTable, x_QE: Tensor, out_QND: Tensor, 
     q = F.rms_norm(apply_linear(w.cross_q, h), (x_QE.shape[-1],), None, eps) * w.norm_cross_q_E
     x_QE = x_QE + apply_linear(w.cross_out, _attend_prompt(q, prompt))
     h = modulate(x_QE[None], m[:, :, 3], m[:, :, 4], eps)[0]
-    h = apply_linear(w.down, F.gelu(apply_linear(w.up, h), approximate="tanh"))
+    h = apply_linear(w.down, apply_linear_gelu(w.up, h))
     return add_gated(x_QE[None], h[None], m[:, :, 5])[0]
 
 
@@ -164,6 +164,26 @@ def apply_linear(linear: LinearWeights, x_QI: Tensor) -> Tensor:
         use_fast_accum=True,
     )  # fmt: skip
     return product + linear.bias_O
+
+
+def apply_linear_gelu(linear: LinearWeights, x_QI: Tensor) -> Tensor:
+    """`apply_linear` and GELU by tanh, on a GPU at the end of the product, unless it is one of 8-bit floats."""
+    if linear.scale_1O is None:
+        return cast(Tensor, linear_gelu(x_QI, linear.weight_OI, linear.bias_O))
+    return F.gelu(apply_linear(linear, x_QI), approximate="tanh")
+
+
+@torch.library.custom_op("longtake::linear_gelu", mutates_args=())
+def linear_gelu(x_QI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
+    """An operation of its own, so that compiling does not take it apart: the library fuses, the compiler would not."""
+    if x_QI.is_cuda:  # GELU by tanh there, by erf on a CPU
+        return torch._addmm_activation(bias_O, x_QI, weight_OI.t(), use_gelu=True)
+    return F.gelu(F.linear(x_QI, weight_OI, bias_O), approximate="tanh")
+
+
+@linear_gelu.register_fake
+def _(x_QI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
+    return x_QI.new_empty(x_QI.shape[0], weight_OI.shape[0])
 
 
 def _read_layer(layer: Layer, fp8: Fp8Linears) -> LayerWeights:
