@@ -5,8 +5,9 @@
 
 Parts: `walk` (a long walk with the true history in the policy's own cache; at a fifth, a half and the end of it hard
 cuts back to places seen before, recall, one-step error, bytes), `variants` (the same with single settings varied),
-`groups` (the same at half the length, by kind of world), `adaptive` (fixed densities against recall targets), `rollout` (free rollouts, the distance to dense with the
-same noise). `quality_turns.py` has the time per chunk; `--merge` puts result files together.
+`groups` (the same at half the length, by kind of world), `adaptive` (fixed densities against recall targets), `rollout`
+(free rollouts, the distance to dense with the same noise). `quality_turns.py` has the time per chunk; `--merge` puts
+result files together.
 """
 
 from __future__ import annotations
