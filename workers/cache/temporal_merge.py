@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from workers.cache.audit import AuditSample, OwnerRecord
-from workers.cache.groups import KeyGroups, Nearest, Tokens
+from workers.cache.groups import KeyGroups, Tokens
 from workers.cache.low_bit import Storage
+from workers.cache.near_tiles import Nearest
 from workers.contracts import AuditKeys, KeyValues
 
 
