@@ -115,6 +115,17 @@ def _model_text(found: dict[str, Any]) -> list[str]:
     return lines + [f"    {command}" for command in found["download"]]
 
 
+def _table_text(cost: Estimate, gib: Callable[[int], str]) -> list[str]:
+    if cost.tile_table_bytes is None or cost.tile_table_peak_bytes is None:
+        return []
+    is_known = cost.tile_table_seconds is not None and cost.tile_table_seconds >= 1
+    seconds = f", about {cost.tile_table_seconds:.0f} s, as assumed below" if is_known else ""
+    return [
+        f"    policy fastar-tiles: {gib(cost.tile_table_bytes)} for the whole history whatever the length, "
+        f"peak about {gib(cost.tile_table_peak_bytes)}{seconds}"
+    ]
+
+
 def _estimate_text(cost: Estimate, fps: int) -> list[str]:
     def gib(num_bytes: int) -> str:
         return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
@@ -126,6 +137,7 @@ def _estimate_text(cost: Estimate, fps: int) -> list[str]:
         f"    keys and values: {gib(cost.native_cache_bytes)} in its window, "
         f"{gib(cost.whole_history_bytes)} for the whole history",
         f"    peak about {gib(cost.peak_bytes)} with that window",
+        *_table_text(cost, gib),
         f"    denoising {cost.teraflop:,.0f} TFLOP, VAE and encoding not counted",
     ]
     if cost.seconds is None:

@@ -20,6 +20,7 @@ from jobs.prompts import PromptScan, scan_prompts
 from jobs.replay import Replay
 from jobs.spec import JobSpec
 from workers.errors import RenderError
+from workers.geometry import Workload
 from workers.model import backbones
 from workers.model.backbones import find_backbone
 
@@ -84,7 +85,7 @@ def make_plan(
         PromptsError: The list cannot be used.
     """
     scan = scan or scan_prompts(spec.source, spec.task_defaults)
-    notes = [*spec.warnings(), *_bad_rows(scan)]
+    notes = [*spec.warnings(), *_bad_rows(scan), *_table_size(spec)]
     rate = _find_rate(spec, gpu_s_per_frame, like, notes)
     num_done = _num_done(open_store(spec.job_url))
     left = (scan.num_tasks - num_done) / scan.num_tasks if scan.num_tasks else 0.0
@@ -130,7 +131,9 @@ def check_model(spec: JobSpec) -> Path | None:
     try:
         backbone = find_backbone(spec.render.backbone.name)
         backbone.latent_size(spec.render.video.width, spec.render.video.height)
-    except RenderError as error:
+        if spec.render.cache.kind == "tiles":
+            spec.render.cache.chunks(backbone.chunk_latent_frames)
+    except (RenderError, ValueError) as error:
         raise SpecError(f"render.{error}") from error
     if backbone.text is None and spec.render.backbone.checkpoint is None:
         raise SpecError(
@@ -171,6 +174,24 @@ def _find_rate(spec: JobSpec, given: float | None, like: str | None, notes: list
         else f"{like} has no finished video in a manifest part: speed unknown"
     )
     return None
+
+
+def _table_size(spec: JobSpec) -> list[str]:
+    cache, video = spec.render.cache, spec.render.video
+    if cache.kind != "tiles":
+        return []
+    work = Workload(
+        find_backbone(spec.render.backbone.name),
+        video.width,
+        video.height,
+        video.num_frames,
+        spec.render.sampling.num_steps,
+    )
+    wide = 2 if spec.render.backbone.dtype == "float32" else 1
+    return [
+        f"the tile table takes about {wide * work.table_bytes(cache) / 2**30:.1f} GiB of each GPU, whatever the length "
+        "of a take"
+    ]
 
 
 def _num_done(store: ObjectStore) -> int:

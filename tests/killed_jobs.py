@@ -150,12 +150,17 @@ def write_prompts(path: Path) -> Path:
     return path
 
 
-def undisturbed(folder: Path) -> dict[str, str]:
-    """Hash of the frames of each task, rendered by one actor in this process: no Ray, no driver, no journal."""
+def undisturbed(folder: Path, look: dict[tuple[str, ...], Any] | None = None) -> dict[str, str]:
+    """Hash of the frames of each task, rendered by one actor in this process: no Ray, no driver, no journal.
+
+    Args:
+        folder: For videos that nobody needs.
+        look: Further fields of the spec.
+    """
     flags = {("prompts", "url"): str(write_prompts(folder / "p.jsonl")), ("out",): str(folder), ("job_id",): "night"}
     video = {"width": WIDTH, "height": HEIGHT, "num_frames": NUM_FRAMES}
     pixels: dict[tuple[str, ...], Any] = {("render", "video", name): value for name, value in video.items()}
-    spec = build_spec(flags=flags | pixels | {("render", "backbone", "name"): MODEL})
+    spec = build_spec(flags=flags | pixels | {("render", "backbone", "name"): MODEL} | (look or {}))
     tasks = plan_tasks(read_prompts(spec.source), spec.task_defaults)
     setup = RenderSetup(job_id="night", config=spec.render, store_url=str(folder / "reference"), num_threads=1)
     actor = RenderActor(setup)

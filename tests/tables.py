@@ -1,4 +1,4 @@
-"""Rollouts over a tile table for tests and benches: what `assemble` will do, from plain numbers."""
+"""Rollouts over a tile table for tests and benches, from plain numbers: `assemble_tiles` goes by a configuration."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 The out-of-memory ladder lives here too, because it is a choice of parts. Each rung includes those before it:
 
 1. `decode-single`: the VAE decodes one latent frame at a time and cached memory goes back to the device between stages;
-2. `cache-bfloat16`: keys and values are stored in bfloat16 (halves them where the model computes in float32);
+2. `cache-bfloat16`: keys and values are stored in bfloat16 (halves them where the model computes in float32; a tile
+   table stays as it is);
 3. `cache-window`: only the first chunk and the newest 21 latent frames are remembered.
 
 Rung 1 changes pixels by rounding at most, 2 slightly, 3 takes the memory of far history away: all stand in the result.

@@ -22,17 +22,15 @@ from workers.config import (
     DenseAttentionConfig,
     DensePromptConfig,
     GuardConfig,
-    NoReuseConfig,
     PatternConfig,
     PositionsConfig,
     PromptAttentionConfig,
     RadialAttentionConfig,
-    ReuseConfig,
     StreamingAttentionConfig,
     Svg2AttentionConfig,
     SvgAttentionConfig,
-    TeaCacheConfig,
 )
+from workers.config_reuse import NoReuseConfig, ReuseConfig, TeaCacheConfig
 from workers.config_tiles import TileAttentionConfig
 from workers.contracts import AttentionPolicy, AttentionProbe, Kernel, KVCache, PromptAttention, StepReuse, Tightens
 from workers.errors import ConfigUnsupported

@@ -109,11 +109,9 @@ def choose_ways(config: RenderConfig, hardware: Hardware, need: KernelNeed, tile
     Raises:
         KernelUnavailable: The kernel that is named cannot run here.
     """
-    attention = config.attention
-    assert isinstance(attention, TileAttentionConfig)
     is_cuda = hardware.device_type == "cuda"
     listed = choose_listed(config.kernel.name, hardware, need, tile)
-    why_plain = _why_no_kernels(attention, hardware, need, listed)
+    why_plain = _why_no_kernels(config, hardware, (need.head_dim, tile), listed)
     nearest: NearestRows = nearest_rows if why_plain else make_triton_nearest_rows()
     ways = TileWays(listed, nearest, not why_plain, graphs=is_cuda, compiled=config.backbone.compiled)
     logger.info(
@@ -125,20 +123,25 @@ def choose_ways(config: RenderConfig, hardware: Hardware, need: KernelNeed, tile
     return ways
 
 
-def _why_no_kernels(attention: TileAttentionConfig, hardware: Hardware, need: KernelNeed, listed: ListedChoice) -> str:
-    """Empty where a table's own kernels can run."""
+def _why_no_kernels(config: RenderConfig, hardware: Hardware, sizes: tuple[int, int], listed: ListedChoice) -> str:
+    """Empty where a table's own kernels can run; `sizes` are those of a head and of a tile."""
+    cache, attention = config.cache, config.attention
+    assert isinstance(cache, TileCacheConfig)
+    assert isinstance(attention, TileAttentionConfig)
     if hardware.device_type != "cuda":
-        return f"they are for cuda, not for {hardware.device_type}"
+        return f"its kernels are for cuda, not for {hardware.device_type}"
     if listed.name == "reference":
         return "as attention is"
     if hardware.compute is not None and hardware.compute < KERNELS_FROM:
-        return "they need compute capability {}.{}".format(*KERNELS_FROM)
-    sizes = need.head_dim, attention.keys_per_tile, attention.queries_per_tile
-    if any(size & (size - 1) for size in sizes):
-        return f"they take a head dimension and samples of a tile that are powers of two, not {sizes}"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    return ""
+        return "its kernels need compute capability {}.{}".format(*KERNELS_FROM)
+    if any(size & (size - 1) or size < 16 for size in sizes):
+        return "its kernels take a head dimension and a tile of 16, 32, 64 or 128, not {} and {}".format(*sizes)
+    samples = min(attention.keys_per_tile, sizes[1]), min(attention.queries_per_tile, sizes[1])
+    if any(size & (size - 1) for size in samples):
+        return "its kernels take powers of two of keys and queries of a tile, not {} and {}".format(*samples)
+    if cache.candidate_tiles is None:
+        return "its kernels look for the nearest key in some tiles only (cache.candidate_tiles)"
+    return "" if importlib.util.find_spec("triton") else "Triton is not installed"
 
 
 class TableSeat:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from workers.config_tiles import TileAttentionConfig, TileCacheConfig
 from workers.model.backbones import Backbone
 
 BFLOAT16_BYTES = 2
+TABLE_CHANNELS = 16  # of a tile table, behind those of a key; see cache/table_layout.py
+TABLE_RECORD_BYTES = 24  # of a slot of its history: position, m, weight, partner
 DEFAULT_WINDOW_LATENT_FRAMES = 24  # WindowCacheConfig: sink 3 and recent 21
 UTILISATION = 0.4
 """Share of the dense bfloat16 peak that large matrix products and attention reach together; an assumption."""
@@ -125,6 +128,23 @@ class Workload:
     def kv_bytes(self, latent_frames: int) -> int:
         """Keys and values of so many latent frames, uncompressed in bfloat16."""
         return 2 * latent_frames * self.frame_tokens * self.backbone.dim * self.backbone.num_layers * BFLOAT16_BYTES
+
+    def table_bytes(self, cache: TileCacheConfig) -> int:
+        """All that a tile table holds, in bfloat16: the same for every length."""
+        b, tile = self.backbone, cache.tile_for(self.frame_tokens)
+        chunks, tokens = cache.chunks(b.chunk_latent_frames), b.chunk_latent_frames * self.frame_tokens
+        chunk_slots = -(-tokens // tile) * tile
+        history = -(-(chunks["kept_chunks"] + chunks["spare_chunks"]) * tokens // tile) * tile
+        slots = (chunks["sink_chunks"] + chunks["recent_chunks"] + 1) * chunk_slots + history
+        keys = slots * (2 * b.head_dim + TABLE_CHANNELS) * BFLOAT16_BYTES
+        records = history * TABLE_RECORD_BYTES + history // tile * b.head_dim * BFLOAT16_BYTES
+        return b.num_layers * b.num_heads * (keys + records)
+
+    def table_flops(self, cache: TileCacheConfig, attention: TileAttentionConfig) -> float:
+        """All calls of a take over a full tile table; matching and merging are not counted."""
+        own = self.backbone.chunk_latent_frames
+        seen = own + round(attention.density * cache.budget_latent_frames)
+        return self.num_chunks * (self.num_steps + 1) * self.call_flops(own, seen)
 
     @property
     def call_latent_frames(self) -> int:

@@ -10,6 +10,7 @@ import subprocess
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
+from workers.config_tiles import TileAttentionConfig, TileCacheConfig
 from workers.errors import ConfigUnsupported
 from workers.geometry import (
     BFLOAT16_BYTES,
@@ -64,6 +65,8 @@ class Estimate:
     """In host memory: it visits the GPU layer by layer."""
     native_cache_bytes: int
     whole_history_bytes: int
+    tile_table_bytes: int | None
+    """Of the whole history in the table of policy fastar-tiles; None for models that cannot."""
     activation_bytes: int
     vae_decode_bytes: int
     peak_bytes: int
@@ -72,6 +75,8 @@ class Estimate:
     teraflop: float
     seconds: float | None
     frames_per_second: float | None
+    tile_table_peak_bytes: int | None
+    tile_table_seconds: float | None
     utilisation: float = UTILISATION
 
     def as_dict(self) -> dict[str, Any]:
@@ -152,6 +157,9 @@ def estimate(name: str, *, gpu: Gpu | None, width: int | None, height: int | Non
     # Activations of the transformer and of the VAE are never alive together.
     peak = weights + vae + native_cache + max(work.activation_bytes, decode)
     seconds = work.seconds(gpu) if gpu else None
+    has_table = backbone.rollout == "chunkwise" and backbone.renders_alone and not backbone.image_dim
+    table = work.table_bytes(TileCacheConfig()) if has_table else None
+    table_flops = work.table_flops(TileCacheConfig(), TileAttentionConfig())
     return Estimate(
         gpu=gpu.name if gpu else None,
         gpu_bytes=gpu.memory_bytes if gpu else None,
@@ -163,6 +171,7 @@ def estimate(name: str, *, gpu: Gpu | None, width: int | None, height: int | Non
         text_encoder_bytes=text_parameters(backbone) * BFLOAT16_BYTES,
         native_cache_bytes=native_cache,
         whole_history_bytes=work.kv_bytes(work.history_latent_frames),
+        tile_table_bytes=table,
         activation_bytes=work.activation_bytes,
         vae_decode_bytes=decode,
         peak_bytes=peak,
@@ -170,6 +179,8 @@ def estimate(name: str, *, gpu: Gpu | None, width: int | None, height: int | Non
         teraflop=work.take_flops / 1e12,
         seconds=seconds,
         frames_per_second=num_frames / seconds if seconds else None,
+        tile_table_peak_bytes=None if table is None else peak - native_cache + table,
+        tile_table_seconds=None if table is None or gpu is None else table_flops / (gpu.peak_flops * UTILISATION),
     )
 
 

@@ -13,9 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from tests.bench.history_engine import Engine, make_plan
 from tests.bench.rollout_rows import Settings
+from workers.model.static_layers import LinearWeights, apply_linear, apply_linear_gelu
 
 COMPRESSION = ("selection", "moving chunks", "matching", "merging")
 _KINDS = (
@@ -94,6 +96,22 @@ def spans_of_chunk(engine: Engine, settings: Settings, num_chunks: int) -> dict[
     return total
 
 
+def whole_chunk_ms(engine: Engine, settings: Settings, num_chunks: int) -> float:
+    """Milliseconds a chunk of a rollout that goes on, nothing marked in it."""
+    first = engine.table.layers[0].num_chunks
+    clock = ChunkClock(settings.device)
+    rollout = engine.rollout.run(make_plan(engine, settings, first + num_chunks + 4), first)
+    for chunk in rollout:
+        if chunk.index == first + 1:
+            clock = ChunkClock(settings.device)
+        elif chunk.index > first + 1:
+            clock.tick()
+        if chunk.index == first + 1 + num_chunks:
+            break
+    rollout.close()
+    return sum(clock.seconds()) * 1e3 / num_chunks
+
+
 def kinds_of_calls(engine: Engine, whole_ms: float) -> dict[str, float]:
     """What the calls of a chunk consist of, by kind of kernel; the rest is idle."""
     plain, choosing = (kernel_times(lambda c=choose: engine.rollout.replay(c)) for choose in (False, True))
@@ -122,6 +140,28 @@ def kernel_times(run: Callable[[], None], times: int = 3) -> dict[str, tuple[flo
         for event in profile.key_averages()
         if event.device_time_total
     }
+
+
+def feed_forward_rows(settings: Settings, times: int = 20) -> list[dict[str, Any]]:
+    """GELU at the end of the first product of a feed-forward, and as a pass after it: time, and how far they differ."""
+    backbone = settings.backbone
+    tokens = settings.frame_tokens * backbone.chunk_latent_frames
+    shapes = (tokens, backbone.dim), (backbone.ffn_dim, backbone.dim)
+    x, weight = (torch.randn(shape, device=settings.device).to(settings.dtype) for shape in shapes)
+    up = LinearWeights(weight / backbone.dim**0.5, weight[:, 0].clone())
+    after = torch.compile(lambda: F.gelu(apply_linear(up, x), approximate="tanh"))
+    ways: dict[str, Callable[[], torch.Tensor]] = {
+        "GELU in the product": lambda: apply_linear_gelu(up, x),
+        "GELU after the product": after,
+    }
+    found, rows = [], []
+    for name, way in ways.items():
+        ms = sum(ms for ms, _ in kernel_times(lambda way=way: way(), times).values())  # type: ignore[misc]
+        found.append(way().float())
+        rows.append({"kernel": f"one layer: {name}", "calls": 1, "ms": round(ms, 4)})
+    error = float((found[0] - found[1]).square().mean().sqrt() / found[1].square().mean().sqrt())
+    rows[0]["kernel"] += f" (differs by {error:.1e})"
+    return rows
 
 
 def top_kernels(engine: Engine, num: int = 20) -> list[dict[str, Any]]:

@@ -40,6 +40,14 @@ VARIANTS: dict[str, Record] = {
     "fastar-quant, 60 latent frames": {"policy": "fastar-quant", "cache": {"budget_latent_frames": 60}},
     "fastar-quant, 120 latent frames": {"policy": "fastar-quant", "cache": {"budget_latent_frames": 120}},
     "fastar-tiles, 20% of the tiles": {"policy": "fastar-tiles", "attention": {"density": 0.2}},
+    "fastar-tiles, sink and newest always": {
+        "policy": "fastar-tiles",
+        "attention": {"always_sink": True, "always_recent": True},
+    },
+    "fastar-tiles, 2 of 8 keys looked at": {
+        "policy": "fastar-tiles",
+        "attention": {"keys_per_tile": 2, "queries_per_tile": 2},
+    },
     "fastar-tiles, all tiles": {"policy": "fastar-tiles", "attention": {"density": 1.0}},
     "fastar-tiles, 111 latent frames": {"policy": "fastar-tiles", "cache": {"budget_latent_frames": 111}},
     "fastar-tiles, 120 latent frames, 30%": {

@@ -22,7 +22,7 @@ import torch
 
 from tests.bench.history_checks import check_compiled, choose_attend, choose_kernels, choose_nearest
 from tests.bench.history_engine import ALL, Compiled, Engine, Variant, make_engine, make_plan, warm_up
-from tests.bench.history_parts import ChunkClock, parts_of_chunk, top_kernels
+from tests.bench.history_parts import ChunkClock, feed_forward_rows, parts_of_chunk, top_kernels, whole_chunk_ms
 from tests.bench.history_snapshot import snapshot_rows
 from tests.bench.record import report
 from tests.bench.rollout_models import make_vae, seconds_with_pictures
@@ -37,10 +37,10 @@ VARIANTS = {
     for v in (
         Variant("fastar-quant", estimate="quant", with_pictures=True),
         Variant("fastar-lsh", estimate="lsh"),
-        Variant("fastar-exact", estimate="exact"),
+        Variant("fastar-exact", estimate="exact", with_pictures=True),
         Variant("fastar-dense-regions", density=0.05, always_sink=True, always_recent=True),
         Variant("fastar-20%", density=0.2),
-        Variant("fastar-fp8", fp8="large"),
+        Variant("fastar-fp8", fp8="large", with_pictures=True),
         Variant("fastar-layers", estimate="quant", kernels=False),
         Variant("tempcache", density=1.0, whole=False),
         Variant("annsa", density=0.28, kept_chunks=34, whole=False),
@@ -189,11 +189,13 @@ def where_time_goes(variant: Variant, settings: Settings) -> list[dict[str, Any]
     """The table of parts beside the time of a whole captured chunk."""
     engine = engine_for(variant, settings)
     warm_up(engine, settings)
-    num = min(engine.chunks_to_fill + 6, settings.num_chunks)
-    seconds, _, _ = roll(engine, settings, num)
+    roll(engine, settings, min(engine.chunks_to_fill + 6, settings.num_chunks))
+    # Groups grow, and chunks with them a little: so the whole is measured before the parts and after.
+    num = 2 * engine.sizes.spare_chunks
+    before = whole_chunk_ms(engine, settings, num)
     rows, share = parts_of_chunk(engine, settings)
+    chunk_ms = (before + whole_chunk_ms(engine, settings, num)) / 2
     engine.hold(settings)
-    chunk_ms = sum(seconds[-5:]) / len(seconds[-5:]) * 1e3
     parts_ms = rows[-1]["ms_per_chunk"]
     rows.append({"part": "a chunk, captured", "ms_per_chunk": round(chunk_ms, 3), "share": chunk_ms / parts_ms})
     say(
@@ -202,6 +204,7 @@ def where_time_goes(variant: Variant, settings: Settings) -> list[dict[str, Any]
     )
     if settings.device.type == "cuda":
         rows += attempt("kernels", lambda: top_kernels(engine)) or []
+        rows += attempt("feed-forward", lambda: feed_forward_rows(settings)) or []
     return rows
 
 
@@ -296,7 +299,7 @@ def main(arguments: Sequence[str]) -> None:
             report(f"{asked.name}-parts-{part_name}", table, notes)
     if asked.snapshot and time.monotonic() - began <= asked.seconds:
         release_memory(device)
-        variant = replace(VARIANTS["fastar-quant"], **read_changes(asked.set))
+        variant = replace(VARIANTS["fastar-exact"], **read_changes(asked.set))
         made = attempt("snapshot", lambda: snapshots(variant, settings))
         if made is not None:
             report(f"{asked.name}-snapshot", made, " ".join(lines))

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from workers.model.rope import grid_positions, make_rotation, rotate_in_parts
+from workers.model.static_layers import Targets, norm_rotate_plain
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -79,3 +80,29 @@ def test_a_causal_convolution_as_one_product(
     exact = exact if beside is None else exact + beside.double()
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(out.double(), exact, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "head_dim"), [(3, 40), (12, 128)])
+def test_norm_and_rope_of_queries_and_keys_in_one_pass(dtype: torch.dtype, heads: int, head_dim: int) -> None:
+    pytest.importorskip("triton")
+    from workers.model.fused import norm_rotate
+
+    torch.manual_seed(2)
+    dim, tokens = heads * head_dim, 30
+    rotation = make_rotation(grid_positions(torch.arange(2, device=DEVICE) + 40, 3, 5)[None], head_dim, 10_000.0)
+    qkv = torch.randn(tokens, 3 * dim, device=DEVICE).to(dtype) * 3
+    norms = (torch.rand(dim, device=DEVICE).to(dtype), torch.rand(dim, device=DEVICE).to(dtype))
+    rooms = []
+    for way in (norm_rotate, None):
+        q = torch.zeros(tokens, heads, head_dim + 16, device=DEVICE, dtype=dtype)
+        k, v = (torch.zeros(heads, tokens + 9, head_dim + extra, device=DEVICE, dtype=dtype) for extra in (16, 0))
+        to = Targets(q[..., :head_dim], k[:, 4 : 4 + tokens, :head_dim], v[:, 4 : 4 + tokens])
+        if way is None:
+            norm_rotate_plain(qkv, *norms, rotation, 1e-6, to)
+        else:
+            way(qkv, norms, rotation, 1e-6, to)
+        rooms.append((q, k, v))
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2  # a rounding of bfloat16 may fall otherwise
+    for found, expected in zip(*rooms, strict=True):
+        torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)

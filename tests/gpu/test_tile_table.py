@@ -19,6 +19,8 @@ def make_settings() -> Settings:
     return Settings(backbone, 208, 160, torch.device("cuda"), torch.bfloat16, 120)
 
 
+@pytest.mark.filterwarnings("ignore:cutlass:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Argument aux_data:UserWarning")
 @pytest.mark.parametrize("kernels", ["flash-attn-4", "triton"])
 def test_attention_over_listed_tiles_agrees_with_the_reference(kernels: str) -> None:
     name, _, lines = choose_attend(make_settings(), kernels)

@@ -21,10 +21,10 @@ from workers.config import (
     NativeCacheConfig,
     RenderConfig,
     SamplingConfig,
-    TeaCacheConfig,
     VideoConfig,
     WindowCacheConfig,
 )
+from workers.config_reuse import TeaCacheConfig
 from workers.errors import ConfigUnsupported
 from workers.model.backbones import BACKBONES, Native
 from workers.task import PromptSegment, RenderResult, RenderSetup, RenderTask

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from cluster.object_store import open_store
+from longtake import open_manifest
+from tests.killed_jobs import KilledJob, undisturbed
 from workers.actor import RenderActor
 from workers.assemble import LADDER, LoadedModel, load_model, prepare_take
 from workers.config import RenderConfig
@@ -123,3 +125,20 @@ def test_an_attempt_in_float32_has_a_table_of_its_own(tmp_path: Path) -> None:
     plain = render(make_model(cache=SMALL), tmp_path, task_id="b-0")
     assert abs(wide.quality.mean_luma - plain.quality.mean_luma) < 1
     assert render(half, tmp_path, task_id="c-0").ladder == ()
+
+
+@pytest.mark.slow
+def test_a_job_whose_driver_is_killed_ends_with_the_frames_of_an_undisturbed_actor(tmp_path: Path) -> None:
+    (tmp_path / "alone").mkdir()
+    look = {("render", "policy"): "fastar-tiles", ("render", "cache", "budget_latent_frames"): 24}
+    with KilledJob(tmp_path, "--policy", "fastar-tiles", "--cache-budget-latent-frames", "24") as job:
+        driver, store = job.start(), open_store(job.root)
+        while not any(True for _ in store.list("videos/")):  # in the middle of things
+            assert driver.poll() is None
+            time.sleep(0.05)
+        driver.kill()
+        driver.wait()
+        job.finish(job.start("--takeover"))
+        rows = open_manifest(job.root).to_table(columns=["item_id", "frames_sha256", "kv_policy"]).to_pylist()
+    assert {row["kv_policy"] for row in rows} == {"tiles-24-8"}
+    assert {f"{row['item_id']}-0": row["frames_sha256"] for row in rows} == undisturbed(tmp_path / "alone", look)

@@ -21,6 +21,7 @@ NAMED_EXCEPTIONS = {
     ("jobs.plan", "workers.model.backbones"),
     ("jobs.render", "workers.model.backbones"),
     ("jobs.weights", "workers.model.backbones"),
+    ("jobs.plan", "workers.geometry"),
     # What models are published, what they need and cost: facts without torch.
     ("jobs.models", "workers.registry"),
 }
@@ -81,6 +82,7 @@ WORKERS_RANK = {
     "contracts": 5,
     "config": 6,
     "config_part": 6,
+    "config_reuse": 6,
     "config_tiles": 6,
     "named_policies": 6,
     "task": 6,

@@ -28,7 +28,7 @@ def _tile_lse(  # type: ignore[no-untyped-def]
     step_q = tl.full([M], 1.0, tl.float32)
     if QUANT:
         step_q = tl.maximum(tl.max(tl.abs(queries.to(tl.float32)), 1), 1e-20) / 127
-        queries = tl.floor(queries.to(tl.float32) / step_q[:, None] + 0.5).to(queries.dtype)
+        queries = tl.floor(queries.to(tl.float32) * (1.0 / step_q)[:, None] + 0.5).to(queries.dtype)
     first = tl.program_id(2) * tiles_at_once
     for start in range(first, tl.minimum(first + tiles_at_once, num_tiles), T):
         sample = start * S + tl.arange(0, T * S)
@@ -39,7 +39,7 @@ def _tile_lse(  # type: ignore[no-untyped-def]
         mass += tl.load(k + at_k + D + 1, mask=there, other=0.0).to(tl.float32)
         if QUANT:
             step_k = tl.maximum(tl.max(tl.abs(keys.to(tl.float32)), 1), 1e-20) / 127
-            keys = tl.floor(keys.to(tl.float32) / step_k[:, None] + 0.5).to(keys.dtype)
+            keys = tl.floor(keys.to(tl.float32) * (1.0 / step_k)[:, None] + 0.5).to(keys.dtype)
             product = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * step_q[:, None] * step_k[None, :]
         else:
             product = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)

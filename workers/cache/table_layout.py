@@ -85,6 +85,15 @@ class TableSettings:
         return self.own_start + self.chunk_slots
 
     @property
+    def kernels_lack(self) -> str:
+        """Why kernels of our own cannot work on such a table; empty where they can."""
+        for name in ("head_dim", "tile"):
+            size = getattr(self, name)
+            if size < 16 or size & (size - 1):
+                return f"kernels of the table take powers of two from 16 on, not {name} {size}"
+        return "" if self.candidate_tiles is not None else "kernels of the table do not look among all keys"
+
+    @property
     def width(self) -> int:
         """Channels of a stored key."""
         return self.head_dim + EXTRA_CHANNELS

@@ -10,6 +10,7 @@ together, as if their heads were those of one layer. One video at a time.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ from workers.contracts import KeyValues
 from workers.model.rope import make_rotation, rotate
 from workers.search.nearest_rows import NearestRows, nearest_rows
 
+_LOG = logging.getLogger(__name__)
 TableWork = Literal["layers", "groups", "kernels"]
 """How chunks are taken over: layer by layer; in one go for all layers that become full together; or that by kernels of
 our own, on a GPU and for sizes that are powers of two."""
@@ -68,7 +70,7 @@ class TileTable:
         dtype: Of keys and values.
         device: Where they lie.
         nearest: Finds the nearest of some keys; kernels do it themselves.
-        work: How `remember_chunk` works.
+        work: How `remember_chunk` works; "groups", and a line in the log, where kernels cannot do the sizes.
 
     Raises:
         ImportError: Kernels are asked for, and Triton is not installed.
@@ -82,6 +84,9 @@ class TileTable:
         nearest: NearestRows = nearest_rows,
         work: TableWork = "layers",
     ) -> None:
+        if work == "kernels" and settings.kernels_lack:
+            _LOG.warning("Chunks are taken over by plain torch: %s.", settings.kernels_lack)
+            work = "groups"
         self.settings, self.dtype, self.device = settings, dtype, device
         self._turn_back = TurnBack(settings.head_dim, settings.theta, device)
         self._look = Look(settings.frame_tokens, settings.candidate_tiles, settings.tile, nearest)
@@ -380,10 +385,7 @@ class TileTable:
 
 def load_kernels(settings: TableSettings) -> TableKernels:
     """The module of the kernels, Triton with it."""
-    for size in (settings.head_dim, settings.tile):
-        assert size >= 16
-        assert size & (size - 1) == 0, f"kernels take powers of two, not {size}"
-    assert settings.candidate_tiles is not None
+    assert not settings.kernels_lack, settings.kernels_lack
     from workers.cache import table_kernels
 
     return table_kernels

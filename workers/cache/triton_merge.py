@@ -1,8 +1,9 @@
 """Kernels that make room in a full history: what `shrink.py` does, for all rows of keys of some layers at once.
 
-Pairs are compared where they lie, chains of merged pairs are followed by pointers, and a group sums its members itself,
-in whole numbers, so that their order does not matter. What survives goes through a buffer of one layer, from which the
-layer is written again together with the means of its tiles.
+Pairs are compared where they lie, chains of merged pairs are followed by pointers, and each key that is given up adds
+itself to its group by atomic sums of whole numbers: their order does not matter, and a large group takes no longer than
+many small ones. What survives goes through a buffer of one layer, from which the layer is written again together with
+the means of its tiles.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from workers.cache.partners import History
 from workers.cache.table_layout import NO_KEY
-from workers.cache.triton_match import ROWS, load_halves, turn_by, unit_halves
+from workers.cache.triton_match import ROWS, load_halves, sin_cos, turn_by, unit_halves
 from workers.cache.unrotated import TurnBack
 
 _WEIGHT_UNITS = tl.constexpr(float(2**24))
@@ -33,7 +34,8 @@ def _compare(  # type: ignore[no-untyped-def]
     even_a, odd_a = load_halves(k, at_a, there, P, M)
     even_b, odd_b = load_halves(k, at_b, there, P, M)
     angle = turn_by(position, at_pa, there, axis, frequency, P) - turn_by(position, at_pb, there, axis, frequency, P)
-    inner = (even_a * even_b + odd_a * odd_b) * tl.cos(angle) + (odd_a * even_b - even_a * odd_b) * tl.sin(angle)
+    sin, cos = sin_cos(angle)
+    inner = (even_a * even_b + odd_a * odd_b) * cos + (odd_a * even_b - even_a * odd_b) * sin
     squares_a, squares_b = even_a * even_a + odd_a * odd_a, even_b * even_b + odd_b * odd_b
     return tl.sum(inner, 1), tl.sum(squares_a, 1), tl.sum(squares_b, 1)
 
@@ -70,7 +72,7 @@ def _find_roots(link, root, head, num_slots, M: tl.constexpr):  # type: ignore[n
         here = beyond
         beyond = tl.load(link + base + here, mask=inside, other=0)
     tl.store(root + base + slot, here, mask=inside)
-    tl.atomic_max(head + base + here, slot, mask=inside & (here != slot))
+    tl.atomic_max(head + base + here, slot, mask=inside & (here != slot), sem="relaxed")
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -88,11 +90,11 @@ def _find_survivors(root, head, m, head_of, survives, stride_mn, num_slots, M: t
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _weigh(  # type: ignore[no-untyped-def]
-    k, position, m, weight, head_of, survives, rank, share, order, count, source, axis, frequency,
+    k, position, m, weight, head_of, survives, rank, share, added, joined, source, axis, frequency,
     stride_kn, stride_kl, stride_pn, stride_mn, stride_wn, start_k, num_slots, num_keep, rate,
     P: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """Weight of each key that is given up, and its number in its group; of each that survives, where it goes."""
+    """Weight of each key that is given up (-1 for others), added to its group; where each other key goes."""
     slot = tl.program_id(0) * M + tl.arange(0, M)
     row = tl.program_id(1).to(tl.int64)
     inside, at = slot < num_slots, row * num_slots + slot
@@ -100,7 +102,8 @@ def _weigh(  # type: ignore[no-untyped-def]
     total = tl.load(rank + row * num_slots + num_slots - 1)
     target = tl.load(rank + at, mask=inside, other=0) - 1 + num_keep - total
     tl.store(source + row * num_keep + target, slot, mask=inside & keeps & (target >= 0))
-    given_up = (tl.load(m + row * stride_mn + slot, mask=inside, other=0) > 0) & (keeps == 0)
+    own_m = tl.load(m + row * stride_mn + slot, mask=inside, other=0)
+    given_up = (own_m > 0) & (keeps == 0)
     newest = tl.load(head_of + at, mask=given_up, other=0)
     at_k, at_p = row * stride_kn, row * stride_pn
     at_a, at_b = (start_k + slot).to(tl.int64) * stride_kl, (start_k + newest).to(tl.int64) * stride_kl
@@ -108,25 +111,42 @@ def _weigh(  # type: ignore[no-untyped-def]
         k, at_k + at_a, at_k + at_b, position, at_p + slot * 3, at_p + newest * 3, given_up, axis, frequency, P, M
     )
     likeness = tl.exp(-rate * tl.maximum(a + b - 2 * inner, 0.0))
-    own = tl.load(weight + row * stride_wn + slot, mask=given_up, other=0.0)
-    tl.store(share + at, own * likeness, mask=inside)
-    number = tl.atomic_add(count + row * num_slots + newest, 1, mask=given_up)
-    tl.store(order + at, tl.where(given_up, number, -1), mask=inside)
+    w = tl.load(weight + row * stride_wn + slot, mask=given_up, other=0.0) * likeness
+    tl.store(share + at, tl.where(given_up, w, -1.0), mask=inside)
+    group = row * num_slots + newest
+    tl.atomic_add(added + group, tl.floor(w * _WEIGHT_UNITS + 0.5).to(tl.int64), mask=given_up, sem="relaxed")
+    tl.atomic_add(joined + group, own_m, mask=given_up, sem="relaxed")
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _list_members(head_of, order, stop, count, members, num_slots, num_members, M: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Keys that are given up, group by group."""
+def _total_weight(weight, added, slot, there):  # type: ignore[no-untyped-def]
+    """Own weight of a survivor, and that of its group; pointers are those of its row."""
+    own = tl.load(weight + slot, mask=there, other=0.0)
+    return own, own + tl.load(added + slot, mask=there, other=0).to(tl.float32) / _WEIGHT_UNITS
+
+
+@triton.jit(do_not_specialize=["first_row"])  # type: ignore[untyped-decorator, unused-ignore]
+def _add_values(  # type: ignore[no-untyped-def]
+    v, weight, share, added, head_of, number, summed, stride_vn, stride_vl, stride_wn, start_k, first_row, num_slots,
+    num_groups, D: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """One program: M slots; values of those that are given up are added to the sums of their groups."""
     slot = tl.program_id(0) * M + tl.arange(0, M)
-    row = tl.program_id(1).to(tl.int64)
-    inside, at = slot < num_slots, row * num_slots + slot
-    number = tl.load(order + at, mask=inside, other=-1)
-    listed = number >= 0
-    newest = tl.load(head_of + at, mask=listed, other=0)
-    group = row * num_slots + newest
-    first = tl.load(stop + group, mask=listed, other=0) - tl.load(count + group, mask=listed, other=0)
-    place = first + number
-    tl.store(members + row * num_members + place, slot, mask=listed & (place < num_members))
+    local = tl.program_id(1).to(tl.int64)
+    row = first_row + local
+    at = row * num_slots + slot
+    w = tl.load(share + at, mask=slot < num_slots, other=-1.0)
+    given_up = w >= 0
+    newest = tl.load(head_of + at, mask=given_up, other=0)
+    _, total = _total_weight(weight + row * stride_wn, added + row * num_slots, newest, given_up)
+    part = w / tl.maximum(total, 1e-30) * _VALUE_UNITS
+    channel = tl.arange(0, D)[None, :]
+    at_v = row * stride_vn + (start_k + slot).to(tl.int64) * stride_vl
+    value = tl.load(v + at_v[:, None] + channel, mask=given_up[:, None], other=0.0).to(tl.float32)
+    group = tl.load(number + row * num_slots + newest, mask=given_up, other=1) - 1
+    at_sum = ((local * num_groups + group) * D)[:, None] + channel
+    units = tl.floor(value * part[:, None] + 0.5).to(tl.int32)
+    tl.atomic_add(summed + at_sum, units, mask=(given_up & (group < num_groups))[:, None], sem="relaxed")
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -153,10 +173,10 @@ def _partner_of_group(partner, root, head_of, rank, slot, is_key, shift):  # typ
 
 @triton.jit(do_not_specialize=["first_row"])  # type: ignore[untyped-decorator, unused-ignore]
 def _collect(  # type: ignore[no-untyped-def]
-    k, v, position, m, weight, partner, source, share, count, stop, members, root, head_of, rank,
+    k, v, position, m, weight, partner, source, added, joined, number, summed, root, head_of, rank,
     new_k, new_v, new_position, new_m, new_weight, new_partner,
     stride_kn, stride_kl, stride_vn, stride_vl, stride_pn, stride_mn, stride_wn, stride_rn,
-    start_k, first_row, num_slots, num_keep, num_members, root_dim, no_key,
+    start_k, first_row, num_slots, num_keep, num_groups, root_dim, no_key,
     D: tl.constexpr, EXTRA: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """One program: M slots as they will be, into the buffers of a layer."""
@@ -166,36 +186,17 @@ def _collect(  # type: ignore[no-untyped-def]
     inside = place < num_keep
     slot = tl.load(source + row * num_keep + place, mask=inside, other=-1)
     is_key = slot >= 0
-    at = row * num_slots + slot
-    number = tl.load(count + at, mask=is_key, other=0)
-    first = tl.load(stop + at, mask=is_key, other=0) - number
-    listed = members + row * num_members
-    most = tl.max(number, 0)
-    added, mass = tl.zeros([M], tl.int64), tl.load(m + row * stride_mn + slot, mask=is_key, other=0)
-    for step in range(most):
-        has = step < number
-        member = tl.load(listed + first + step, mask=has, other=0)
-        w = tl.load(share + row * num_slots + member, mask=has, other=0.0)
-        added += tl.floor(w * _WEIGHT_UNITS + 0.5).to(tl.int64)
-        mass += tl.load(m + row * stride_mn + member, mask=has, other=0)
-    own = tl.load(weight + row * stride_wn + slot, mask=is_key, other=0.0)
-    total = own + added.to(tl.float32) / _WEIGHT_UNITS
-    below = tl.maximum(total, 1e-30)
+    mine = row * num_slots
+    more = tl.load(joined + mine + slot, mask=is_key, other=0)
+    mass = tl.load(m + row * stride_mn + slot, mask=is_key, other=0) + more
+    own, total = _total_weight(weight + row * stride_wn, added + mine, slot, is_key)
     channel = tl.arange(0, D)[None, :]
-    base_v = v + row * stride_vn + channel
-    summed = tl.zeros([M, D], tl.int32)
-    for step in range(most):
-        has = step < number
-        member = tl.load(listed + first + step, mask=has, other=0)
-        part = tl.load(share + row * num_slots + member, mask=has, other=0.0) / below
-        value = tl.load(base_v + (start_k + member).to(tl.int64)[:, None] * stride_vl, mask=has[:, None], other=0.0).to(
-            tl.float32
-        )
-        summed += tl.floor(value * (part * _VALUE_UNITS)[:, None] + 0.5).to(tl.int32)
-    value = tl.load(base_v + (start_k + slot).to(tl.int64)[:, None] * stride_vl, mask=is_key[:, None], other=0.0).to(
-        tl.float32
-    )
-    value = value * (own / below)[:, None] + summed.to(tl.float32) / _VALUE_UNITS
+    group = tl.load(number + mine + slot, mask=is_key, other=1) - 1
+    at_sum = ((local * num_groups + group) * D)[:, None] + channel
+    others = tl.load(summed + at_sum, mask=(is_key & (more > 0) & (group < num_groups))[:, None], other=0)
+    at_v = row * stride_vn + (start_k + slot).to(tl.int64) * stride_vl
+    value = tl.load(v + at_v[:, None] + channel, mask=is_key[:, None], other=0.0).to(tl.float32)
+    value = value * (own / tl.maximum(total, 1e-30))[:, None] + others.to(tl.float32) / _VALUE_UNITS
     out = local * num_keep + place
     tl.store(new_v + out[:, None] * D + channel, value.to(new_v.dtype.element_ty), mask=inside[:, None])
     at_k = row * stride_kn + (start_k + slot).to(tl.int64) * stride_kl
@@ -207,10 +208,9 @@ def _collect(  # type: ignore[no-untyped-def]
         tl.store(new_position + out * 3 + axis, at_p, mask=inside)
     tl.store(new_m + out, mass, mask=inside)
     tl.store(new_weight + out, tl.where(is_key, total, 0.0), mask=inside)
-    shift = num_keep - tl.load(rank + row * num_slots + num_slots - 1) - 1
-    mine = row * num_slots
-    joined = _partner_of_group(partner + row * stride_rn, root + mine, head_of + mine, rank + mine, slot, is_key, shift)
-    tl.store(new_partner + out, joined, mask=inside)
+    shift = num_keep - tl.load(rank + mine + num_slots - 1) - 1
+    older = _partner_of_group(partner + row * stride_rn, root + mine, head_of + mine, rank + mine, slot, is_key, shift)
+    tl.store(new_partner + out, older, mask=inside)
 
 
 @triton.jit(do_not_specialize=["first_row"])  # type: ignore[untyped-decorator, unused-ignore]
@@ -265,6 +265,19 @@ class _Families(NamedTuple):
     rank: Tensor
 
 
+class _Sums(NamedTuple):
+    """What keys that are given up bring, [N, C]; at the newest of their group but for the first."""
+
+    share: Tensor
+    """Weight of each such key, -1 for others."""
+    added: Tensor
+    """Weights in whole numbers, int64."""
+    joined: Tensor
+    """Sum of m, int32."""
+    number: Tensor
+    """Of each group that gets any, from 1."""
+
+
 def merge(
     history: History, records: Sequence[Tensor], turn_back: TurnBack, rate: float, num_keep: int, num_merges: int,
     heads_at_once: int, tile: int,
@@ -293,22 +306,19 @@ def merge(
     )  # fmt: skip
     families = _join_nearest(cosine, partner, m, num_merges)
     share = cosine  # not looked at again
-    order, count = torch.empty_like(families.root), torch.zeros_like(families.root)
+    joined, added = torch.zeros_like(families.root), torch.zeros_like(families.root, dtype=torch.int64)
     source = torch.full((heads, num_keep), -1, dtype=torch.int32, device=k.device)
     _weigh[grid](
-        k, position, m, weight, families.head_of, families.survives, families.rank, share, order, count,
+        k, position, m, weight, families.head_of, families.survives, families.rank, share, added, joined,
         source, *tables, *k.stride()[:2], position.stride(0), m.stride(0), weight.stride(0),
         history.start, num, num_keep, rate, P=pairs, M=ROWS, num_warps=4,
     )  # fmt: skip
-    stop = count.cumsum(-1, dtype=torch.int32)
-    members = torch.empty((heads, max(1, num - 1)), dtype=torch.int32, device=k.device)
-    _list_members[(triton.cdiv(num, 1024), heads)](
-        families.head_of, order, stop, count, members, num, members.shape[1], M=1024, num_warps=4
-    )
-    lists = share, count, stop, members
+    sums = _Sums(share, added, joined, (joined > 0).cumsum(-1, dtype=torch.int32))
     buffers = _buffers(history, records, heads_at_once, num_keep)
+    # As many groups as keys are given up, at most.
+    summed = torch.empty((heads_at_once, max(1, num_merges), turn_back.head_dim), dtype=torch.int32, device=k.device)
     for first in range(0, heads, heads_at_once):
-        _move(history, records, turn_back, (source, lists, families), buffers, first, tile)
+        _move(history, records, turn_back, (source, sums, families), (summed, buffers), first, tile)
 
 
 def _join_nearest(cosine: Tensor, partner: Tensor, m: Tensor, num_merges: int) -> _Families:
@@ -339,21 +349,25 @@ def _buffers(history: History, records: Sequence[Tensor], heads: int, num_keep: 
 
 def _move(
     history: History, records: Sequence[Tensor], turn_back: TurnBack,
-    found: tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor], _Families], buffers: tuple[Tensor, ...],
-    first: int, tile: int,
+    found: tuple[Tensor, _Sums, _Families], to: tuple[Tensor, tuple[Tensor, ...]], first: int, tile: int,
 ) -> None:  # fmt: skip
     """Heads from `first` on, as many as the buffers hold."""
-    source, (share, count, stop, members), families = found
+    (source, sums, families), (summed, buffers) = found, to
     k, position, mean = history.k_NLW, history.position_NC3, history.mean_NJD
     v, m, weight, partner = records
     heads, num_keep = buffers[2].shape[:2]
-    dim, num = turn_back.head_dim, m.shape[1]
+    dim, num, num_groups = turn_back.head_dim, m.shape[1], summed.shape[1]
     extra = k.shape[-1] - dim
     strides = (*k.stride()[:2], *v.stride()[:2], *(x.stride(0) for x in (position, m, weight, partner)))
+    summed.zero_()
+    _add_values[(triton.cdiv(num, 32), heads)](
+        v, weight, sums.share, sums.added, families.head_of, sums.number, summed, *v.stride()[:2], weight.stride(0),
+        history.start, first, num, num_groups, D=dim, M=32, num_warps=4,
+    )  # fmt: skip
     _collect[(triton.cdiv(num_keep, 16), heads)](
-        k, v, position, m, weight, partner, source, share, count, stop, members, families.root, families.head_of,
-        families.rank, *buffers, *strides, history.start, first, num, num_keep, members.shape[1], dim**0.5, NO_KEY,
-        D=dim, EXTRA=extra, M=16, num_warps=4,
+        k, v, position, m, weight, partner, source, sums.added, sums.joined, sums.number, summed, families.root,
+        families.head_of, families.rank, *buffers, *strides, history.start, first, num, num_keep, num_groups,
+        dim**0.5, NO_KEY, D=dim, EXTRA=extra, M=16, num_warps=4,
     )  # fmt: skip
     high = float(torch.tensor(NO_KEY).to(k.dtype))
     _write_again[(mean.shape[1], heads)](

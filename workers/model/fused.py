@@ -93,3 +93,59 @@ def normalise_into(out_THWC: Tensor, x_THWC: Tensor, gamma_C: Tensor, *, silu: b
         x_THWC, gamma_C, out_THWC, num_pixels, height, width, *out_THWC.stride()[:2], channels, channels**0.5,
         SILU=silu, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _norm_rotate(  # type: ignore[no-untyped-def]
+    qkv, weight_q, weight_k, cos, sin, q, k, v,
+    stride_x, stride_qn, stride_qq, stride_kn, stride_kq, stride_vn, stride_vq, eps,
+    E: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: queries, keys and values of one token, all heads. Roundings are those of the plain form."""
+    token = tl.program_id(0).to(tl.int64)
+    channel, pair = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 2)
+    inside = channel < E
+    head, own = channel // (2 * HALF), channel % (2 * HALF)
+    at_table = token * HALF + pair % HALF
+    c = tl.load(cos + at_table, mask=pair < E // 2, other=0.0)
+    s = tl.load(sin + at_table, mask=pair < E // 2, other=0.0)
+    kind = q.dtype.element_ty
+    for which in tl.static_range(2):
+        x = tl.load(qkv + token * stride_x + which * E + channel, mask=inside, other=0.0).to(tl.float32)
+        x = (x * (1.0 / tl.sqrt(tl.sum(x * x, 0) / E + eps))).to(kind).to(tl.float32)
+        weight = tl.load((weight_q if which == 0 else weight_k) + channel, mask=inside, other=0.0).to(tl.float32)
+        x = (x * weight).to(kind).to(tl.float32)
+        even, odd = tl.split(tl.reshape(x, [BLOCK // 2, 2]))
+        turned = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), [BLOCK]).to(kind)
+        if which == 0:
+            tl.store(q + token * stride_qq + head * stride_qn + own, turned, mask=inside)
+        else:
+            tl.store(k + token * stride_kq + head * stride_kn + own, turned, mask=inside)
+    x = tl.load(qkv + token * stride_x + 2 * E + channel, mask=inside, other=0.0)
+    tl.store(v + token * stride_vq + head * stride_vn + own, x, mask=inside)
+
+
+def norm_rotate(
+    qkv_QF: Tensor, norms: tuple[Tensor, Tensor], rotation: tuple[Tensor, Tensor], eps: float,
+    to: tuple[Tensor, Tensor, Tensor],
+) -> None:  # fmt: skip
+    """RMSNorm over all heads and RoPE of queries and keys, and values, each to where attention reads it, in one pass.
+
+    Args:
+        qkv_QF: Products of the three, side by side.
+        norms: Weights for queries and keys, [E].
+        rotation: Cosines and sines, float32 [1, Q, 1, D / 2], contiguous.
+        eps: Of the norm.
+        to: q_QND, k_NQD, v_NQD, written; channels side by side.
+    """
+    (q, k, v), (cos, sin) = to, rotation
+    num_tokens, heads, head_dim = q.shape
+    assert qkv_QF.stride(1) == q.stride(2) == k.stride(2) == v.stride(2) == 1
+    assert cos.shape == (1, num_tokens, 1, head_dim // 2)
+    assert cos.is_contiguous()
+    assert sin.is_contiguous()
+    dim = heads * head_dim
+    _norm_rotate[(num_tokens,)](
+        qkv_QF, *norms, cos, sin, q, k, v, qkv_QF.stride(0), q.stride(1), q.stride(0), *k.stride()[:2], *v.stride()[:2],
+        eps, E=dim, HALF=head_dim // 2, BLOCK=triton.next_power_of_2(dim), num_warps=4,
+    )  # fmt: skip

@@ -120,14 +120,36 @@ def hold_prompt(prompt: Sequence[PromptKeys], multiple: int = 16) -> list[Prompt
 
 
 def _enter(w: LayerWeights, x_QE: Tensor, time_T6E: Tensor, rotation: Rotation, to: Targets, eps: float) -> None:
-    num_heads, head_dim = to.q_QND.shape[1:]
     m = (w.modulation_6E + time_T6E)[None, :, :, None]
     h = modulate(x_QE[None], m[:, :, 0], m[:, :, 1], eps)[0]
-    q, k, v = apply_linear(w.qkv, h).chunk(3, dim=-1)
-    dim = (q.shape[-1],)
-    q = F.rms_norm(q, dim, None, eps) * w.norm_q_E
-    k = F.rms_norm(k, dim, None, eps) * w.norm_k_E
-    heads = (num_heads, head_dim)
+    norm_rotate_into(apply_linear(w.qkv, h), w.norm_q_E, w.norm_k_E, rotation.cos, rotation.sin, eps, *to)
+
+
+@torch.library.custom_op("longtake::norm_rotate_into", mutates_args=("q_QND", "k_NQD", "v_NQD"))
+def norm_rotate_into(
+    qkv_QF: Tensor, norm_q_E: Tensor, norm_k_E: Tensor, cos: Tensor, sin: Tensor, eps: float,
+    q_QND: Tensor, k_NQD: Tensor, v_NQD: Tensor,
+) -> None:  # fmt: skip
+    """RMSNorm over all heads and RoPE of queries and keys, and values, to where attention reads them.
+
+    On a GPU by a kernel of our own, whose arguments are these; see `fused.norm_rotate`.
+    """
+    if qkv_QF.is_cuda:
+        from workers.model.fused import norm_rotate
+
+        norm_rotate(qkv_QF, (norm_q_E, norm_k_E), (cos, sin), eps, (q_QND, k_NQD, v_NQD))
+        return
+    norm_rotate_plain(qkv_QF, norm_q_E, norm_k_E, Rotation(cos, sin), eps, Targets(q_QND, k_NQD, v_NQD))
+
+
+def norm_rotate_plain(
+    qkv_QF: Tensor, norm_q_E: Tensor, norm_k_E: Tensor, rotation: Rotation, eps: float, to: Targets
+) -> None:
+    """The reference."""
+    q, k, v = qkv_QF.chunk(3, dim=-1)
+    q = F.rms_norm(q, (q.shape[-1],), None, eps) * norm_q_E
+    k = F.rms_norm(k, (k.shape[-1],), None, eps) * norm_k_E
+    heads = to.q_QND.shape[1:]
     to.q_QND.copy_(rotate_in_parts(q.unflatten(-1, heads)[None], rotation)[0])
     to.k_NQD.copy_(rotate_in_parts(k.unflatten(-1, heads)[None], rotation)[0].transpose(0, 1))
     to.v_NQD.copy_(v.unflatten(-1, heads).transpose(0, 1))
@@ -140,7 +162,7 @@ def _leave(w: LayerWeights, prompt: PromptTable, x_QE: Tensor, out_QND: Tensor, 
     q = F.rms_norm(apply_linear(w.cross_q, h), (x_QE.shape[-1],), None, eps) * w.norm_cross_q_E
     x_QE = x_QE + apply_linear(w.cross_out, _attend_prompt(q, prompt))
     h = modulate(x_QE[None], m[:, :, 3], m[:, :, 4], eps)[0]
-    h = apply_linear(w.down, F.gelu(apply_linear(w.up, h), approximate="tanh"))
+    h = apply_linear(w.down, apply_linear_gelu(w.up, h))
     return add_gated(x_QE[None], h[None], m[:, :, 5])[0]
 
 
@@ -164,6 +186,26 @@ def apply_linear(linear: LinearWeights, x_QI: Tensor) -> Tensor:
         use_fast_accum=True,
     )  # fmt: skip
     return product + linear.bias_O
+
+
+def apply_linear_gelu(linear: LinearWeights, x_QI: Tensor) -> Tensor:
+    """`apply_linear` and GELU by tanh, on a GPU at the end of the product, unless it is one of 8-bit floats."""
+    if linear.scale_1O is None:
+        return cast(Tensor, linear_gelu(x_QI, linear.weight_OI, linear.bias_O))
+    return F.gelu(apply_linear(linear, x_QI), approximate="tanh")
+
+
+@torch.library.custom_op("longtake::linear_gelu", mutates_args=())
+def linear_gelu(x_QI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
+    """An operation of its own, so that compiling does not take it apart: the library fuses, the compiler would not."""
+    if x_QI.is_cuda:  # GELU by tanh there, by erf on a CPU
+        return torch._addmm_activation(bias_O, x_QI, weight_OI.t(), use_gelu=True)
+    return F.gelu(F.linear(x_QI, weight_OI, bias_O), approximate="tanh")
+
+
+@linear_gelu.register_fake
+def _(x_QI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
+    return x_QI.new_empty(x_QI.shape[0], weight_OI.shape[0])
 
 
 def _read_layer(layer: Layer, fp8: Fp8Linears) -> LayerWeights:

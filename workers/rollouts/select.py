@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from workers.config import NoReuseConfig, RenderConfig
+from workers.config import RenderConfig
+from workers.config_reuse import NoReuseConfig
 from workers.contracts import ChunkJudge, StepReuse
 from workers.errors import ConfigUnsupported
 from workers.metrics import Stopwatch

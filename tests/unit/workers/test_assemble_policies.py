@@ -9,15 +9,12 @@ from workers.assemble_policies import make_policy, make_reuse
 from workers.attention.gate import GatedAttention
 from workers.config import (
     FlowCacheConfig,
-    FlowReuseConfig,
-    NoReuseConfig,
     RadialAttentionConfig,
     RenderConfig,
-    ReuseConfig,
     Svg2AttentionConfig,
     SvgAttentionConfig,
-    TeaCacheConfig,
 )
+from workers.config_reuse import FlowReuseConfig, NoReuseConfig, ReuseConfig, TeaCacheConfig
 from workers.contracts import Moment, PlansAfterRope
 from workers.reuse.flowcache import FlowReuse
 from workers.reuse.teacache import TeaCache

@@ -12,9 +12,12 @@ from safetensors.torch import save_file
 
 from tests.wan_files import TINY, TINY_I2V, make_dit, write_forcing, write_single_file, write_whole_model
 from workers import registry
+from workers.assemble_tiles import table_settings
+from workers.cache.tile_table import TileTable
 from workers.checkpoints import fetch
 from workers.checkpoints.modules import BUNDLED_WEIGHTS
 from workers.config import WindowCacheConfig
+from workers.config_tiles import TileCacheConfig
 from workers.errors import CheckpointMismatch, ConfigUnsupported
 from workers.geometry import (
     DEFAULT_WINDOW_LATENT_FRAMES,
@@ -102,6 +105,28 @@ def test_operations_of_a_call_are_what_torch_counts() -> None:
     )
     # Patches, head and the embedding of time are not in the formula; cross-attention on the CPU may not be counted.
     assert work.call_flops(3, 3) == pytest.approx(counted, rel=0.15)
+
+
+@pytest.mark.parametrize(("name", "tile"), [("tiny-test", None), ("longtake-world", 32), ("longtake-world", None)])
+def test_bytes_of_a_tile_table_are_those_that_it_takes(name: str, tile: int | None) -> None:
+    backbone, config = find_backbone(name), TileCacheConfig(tile=tile, budget_latent_frames=24, spare_latent_frames=6)
+    sizes = table_settings(config, backbone, backbone.latent_size(backbone.width, backbone.height))
+    table = TileTable(sizes, torch.bfloat16, torch.device("cpu"))
+    held = sum(tensor.nbytes for key, tensor in table.state().items() if not key.endswith("counts"))
+    work = Workload(backbone, backbone.width, backbone.height, 3000, 4)
+    assert work.table_bytes(config) == held
+    short, long = (
+        registry.estimate(name, gpu=GPUS["h100"], width=None, height=None, num_frames=frames) for frames in (501, 3000)
+    )
+    assert short.tile_table_bytes == long.tile_table_bytes
+    assert short.tile_table_seconds is not None
+    assert long.tile_table_seconds is not None
+    assert short.tile_table_seconds < long.tile_table_seconds
+
+
+def test_a_model_with_another_loop_has_no_tile_table() -> None:
+    rolling = registry.estimate("rolling-forcing-1.3b", gpu=None, width=None, height=None, num_frames=501)
+    assert (rolling.tile_table_bytes, rolling.tile_table_peak_bytes, rolling.tile_table_seconds) == (None, None, None)
 
 
 @pytest.mark.parametrize("name", list(RELEASES))

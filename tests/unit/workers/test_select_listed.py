@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
+from typing import Any
 
 import pytest
 import torch
 
+from workers import assemble_tiles
 from workers.assemble_tiles import choose_ways
 from workers.config import KernelName, RenderConfig
 from workers.errors import KernelUnavailable
@@ -14,6 +17,7 @@ from workers.kernels.listed_gather import attend_gathered
 from workers.kernels.listed_tiles import AttendTable, attend_listed_plain
 from workers.kernels.select import Hardware, KernelNeed
 from workers.kernels.select_listed import Load, choose_listed
+from workers.search.nearest_rows import nearest_rows
 
 CPU, TURING, AMPERE, HOPPER, BLACKWELL = (
     Hardware("cpu"),
@@ -93,3 +97,34 @@ def test_gathering_listed_tiles_is_the_reference(num_queries: int) -> None:
     index = torch.rand(heads, num, tiles, generator=generator).argsort(-1)[..., :listed].to(torch.int32)
     found, expected = attend_gathered(q, k, v, index, tile), attend_listed_plain(q, k, v, index, tile)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "need", "tile", "fields", "reason"),
+    [
+        (CPU, WAN, 128, {}, "for cuda, not for cpu"),
+        (TURING, WAN, 128, {}, "as attention is"),
+        (HOPPER, WORLD, 8, {}, "a tile of 16, 32, 64 or 128, not 64 and 8"),
+        (HOPPER, KernelNeed(torch.bfloat16, 40), 128, {}, "not 40 and 128"),
+        (HOPPER, WAN, 128, {"attention": {"keys_per_tile": 12}}, "not 12 and 8"),
+        (HOPPER, WAN, 128, {"cache": {"candidate_tiles": None}}, r"cache\.candidate_tiles"),
+        (HOPPER, WAN, 128, {}, ""),
+    ],
+)
+def test_a_tables_own_kernels_run_where_they_can(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    hardware: Hardware,
+    need: KernelNeed,
+    tile: int,
+    fields: dict[str, Any],
+    reason: str,
+) -> None:
+    monkeypatch.setattr(assemble_tiles, "choose_listed", lambda *args: choose_listed(*args, with_packages()))
+    monkeypatch.setattr(assemble_tiles, "make_triton_nearest_rows", lambda: nearest_rows)
+    monkeypatch.setattr(assemble_tiles.importlib.util, "find_spec", lambda name: name)
+    config = RenderConfig.model_validate({"policy": "fastar-tiles", **fields})
+    with caplog.at_level(logging.INFO):
+        ways = choose_ways(config, hardware, need, tile)
+    assert ways.kernels == (reason == "")
+    assert re.search(reason or "taken over by kernels of its own", caplog.text)

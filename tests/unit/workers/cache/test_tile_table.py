@@ -202,6 +202,18 @@ def test_a_table_with_room_keeps_all_as_it_came() -> None:
     assert torch.equal(read.log_mass_BNK[..., kept], torch.zeros(1, HEADS, 7 * CHUNK))
 
 
+def test_sizes_that_kernels_cannot_do_are_said_and_done_by_plain_torch(caplog: pytest.LogCaptureFixture) -> None:
+    table = TileTable(SIZES, torch.float32, CPU, work="kernels")
+    assert "plain torch: kernels of the table take powers of two from 16 on, not head_dim 12" in caplog.text
+    for index in range(3):
+        for layer in range(SIZES.num_layers):
+            k_NTD, v_NTD = table.own(layer)
+            k_NTD.fill_(1.0)
+            v_NTD.fill_(1.0)
+        table.remember_chunk(make_chunk(index).position_K3)
+    assert table.num_tokens == 3 * CHUNK
+
+
 def test_what_comes_back_is_found_in_the_near_tiles() -> None:
     sizes = replace(SIZES, candidate_tiles=2, num_layers=1, kept_chunks=9, sink_chunks=0)
     table = TileTable(sizes, torch.float32, CPU)

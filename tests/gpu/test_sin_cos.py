@@ -1,0 +1,34 @@
+"""Sines and cosines of the table's kernels; `TRITON_INTERPRET=1` runs them on a CPU."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+sin_cos = pytest.importorskip("workers.cache.triton_match").sin_cos
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not (torch.cuda.is_available() or INTERPRETED), reason="needs a CUDA device"),
+]
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _both(x: Any, sin: Any, cos: Any, N: tl.constexpr) -> None:  # type: ignore[valid-type,name-defined]
+    at = tl.arange(0, N)
+    a, b = sin_cos(tl.load(x + at))
+    tl.store(sin + at, a)
+    tl.store(cos + at, b)
+
+
+def test_they_are_those_of_double_precision() -> None:
+    x = torch.cat([torch.linspace(-9000, 9000, 2048), torch.linspace(-4, 4, 2048)]).to(DEVICE)
+    found = torch.empty(2, len(x), device=DEVICE)
+    _both[(1,)](x, *found, N=len(x))
+    exact = torch.stack([x.double().sin(), x.double().cos()])
+    assert float((found - exact).abs().max()) < 3e-7
