@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from workers.cache.budget import Geometry, count_groups
-from workers.cache.groups import Rule
 from workers.cache.temporal_merge import MergeSettings, TemporalCache
 from workers.config import TemporalCacheConfig
 from workers.errors import ConfigUnsupported
@@ -38,9 +37,8 @@ def temporal_settings(
     raw_tokens = (config.sink_latent_frames + max(config.recent_latent_frames, chunk)) * frame_tokens
     audit = AUDIT_TOKENS if is_guarded else 0
     per_audit = backbone.num_layers * (backbone.dim * dtype.itemsize + 8 * backbone.num_heads + 12)
-    storage = config.storage, config.value_storage or config.storage
     try:
-        num_groups = count_groups(budget - audit * per_audit, raw_tokens, geometry, storage, dtype)
+        num_groups = count_groups(budget - audit * per_audit, raw_tokens, geometry, config.storage, dtype)
     except ValueError as error:
         raise ConfigUnsupported(f"cache.budget_latent_frames: {config.budget_latent_frames}: {error}") from error
     return MergeSettings(
@@ -49,15 +47,6 @@ def temporal_settings(
         num_groups=num_groups,
         min_cosine=config.min_cosine,
         storage=config.storage,
-        value_storage=config.value_storage,
-        rule=Rule(
-            config.merge_score,
-            config.merge_matching,
-            config.free_share,
-            config.value_scale,
-            config.keeps_heaviest,
-        ),
-        decay=config.mass_decay,
         audit_tokens=audit,
     )
 

@@ -82,24 +82,13 @@ class TemporalCacheConfig(Part):
     sink_latent_frames: int = Field(3, ge=0, description="First latent frames, kept as they are.")
     recent_latent_frames: int = Field(6, ge=1, description="Newest latent frames, kept as they are.")
     budget_latent_frames: int = Field(
-        112, ge=2, description="Hard limit: the bytes that so many latent frames take uncompressed in bfloat16."
+        119, ge=2, description="Hard limit: the bytes that so many latent frames take uncompressed in bfloat16."
     )
     min_cosine: float = Field(
-        0.995,
+        0.99999,
         description="Keys join a group from this cosine (before RoPE, in [-1, 1]) on; a full cache goes lower.",
     )
-    mass_decay: float = Field(
-        16.0, ge=0.0, description="How fast unlike members of a group lose their mass; 0 is the paper's log m."
-    )
-    storage: Literal["model", "int8", "int4", "int3"] = Field("int4", description="How old keys are stored.")
-    value_storage: Literal["model", "int8", "int4", "int3"] | None = Field(
-        None, description="How old values are stored; null is as keys."
-    )
-    merge_score: Literal["cosine", "logit", "ward", "mass"] = Field("cosine", description="What is near when full.")
-    merge_matching: bool = Field(False, description="A full cache merges pairs, not chains.")
-    free_share: int = Field(5, ge=1, description="A full cache gives back one slot in so many.")
-    keeps_heaviest: bool = Field(False, description="The key of most members stands for a merged pair, not the newest.")
-    value_scale: float = Field(0.0, ge=0.0, description="Weight of unlike values beside unlike keys.")
+    storage: Literal["model", "int8", "int4"] = Field("int8", description="How old keys and values are stored.")
     search: SearchName = Field("exact", description="Who finds the nearest key.")
 
     @field_validator("min_cosine")

@@ -4,9 +4,10 @@
 `--gpus 2 --per-gpu 4 --minutes 9` on two GPUs; on a CPU ask for less (`--worlds 2 --frames 720 --policies dense ...`).
 
 Parts: `walk` (a long walk with the true history in the policy's own cache; at a fifth, a half and the end of it hard
-cuts back to places seen before, recall, one-step error, bytes), `groups` (the same at half the length, by kind of
-world), `adaptive` (fixed densities against recall targets), `rollout` (free rollouts, the distance to dense with the
-same noise). `quality_turns.py` has the time per chunk; `--merge` puts result files together.
+cuts back to places seen before, recall, one-step error, bytes), `variants` (the same with single settings varied),
+`groups` (the same at half the length, by kind of world), `adaptive` (fixed densities against recall targets), `rollout`
+(free rollouts, the distance to dense with the same noise). `quality_turns.py` has the time per chunk; `--merge` puts
+result files together.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ from tests.bench.quality_places import CHUNK_FRAMES, CHUNK_LATENTS, GROUPS, Walk
 from tests.bench.quality_policies import ADAPTIVE, ALL, BY_GROUP, CANDIDATES, POLICIES, VARIANTS, is_heavy, slow_first
 from tests.bench.record import hardware
 
-Part = Literal["walk", "groups", "rollout", "adaptive", "tune"]
-PARTS: tuple[Part, ...] = ("walk", "adaptive", "rollout", "groups")
+Part = Literal["walk", "variants", "groups", "rollout", "adaptive", "tune"]
+PARTS: tuple[Part, ...] = ("walk", "groups", "adaptive", "rollout", "variants")
 """Measured unless others are asked for."""
 TUNING_WORLDS = 900
 """First of the worlds on which settings are chosen: none of those that the table is about."""
@@ -64,7 +64,7 @@ def list_items(parts: Sequence[Part], policies: Sequence[str], worlds: int, batc
     """Everything that is to be measured, in the order of its worth should the time run out.
 
     Args:
-        parts: `walk` and `adaptive` have all worlds, `groups` and `rollout` the first half of them.
+        parts: `walk` has all worlds, the others the first half of them; `variants` are walks of single settings varied.
         policies: Of `walk` and `rollout`; the others have their own.
         worlds: How many.
         batch: Worlds side by side.
@@ -72,11 +72,16 @@ def list_items(parts: Sequence[Part], policies: Sequence[str], worlds: int, batc
     """
     half = (worlds + 1) // 2
     short = max(1, int(frames * _SHORT) // CHUNK_FRAMES) * CHUNK_FRAMES
-    walks = slow_first([name for name in (*POLICIES, *VARIANTS) if name in policies])
-    free = slow_first([name for name in POLICIES if name in policies])
+    walks = slow_first([name for name in POLICIES if name in policies])
     kinds = [group for group in GROUPS if group != "still"]
     found: dict[Part, list[Item]] = {
         "walk": [item for name in walks for item in _pieces("walk", name, "still", worlds, batch, frames)],
+        "variants": [
+            item
+            for name in VARIANTS
+            if name in policies
+            for item in _pieces("walk", name, "still", half, batch, frames)
+        ],
         "groups": [
             item
             for kind in kinds
@@ -95,7 +100,7 @@ def list_items(parts: Sequence[Part], policies: Sequence[str], worlds: int, batc
             for name in ("dense", *CANDIDATES)
             if name in policies
         ],
-        "rollout": [item for name in free for item in _pieces("rollout", name, "still", half, batch, frames)],
+        "rollout": [item for name in walks for item in _pieces("rollout", name, "still", half, batch, frames)],
     }
     return [item for part in parts for item in found[part]]
 

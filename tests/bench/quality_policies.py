@@ -33,12 +33,12 @@ POLICIES: dict[str, Record] = {
 
 GUARDED = "fastar-quant, guarded"
 VARIANTS: dict[str, Record] = {
-    "tempcache, full log m": {"policy": "tempcache", "cache": {"mass_decay": 0.0}},
-    "tempcache, int8": {"policy": "tempcache", "cache": {"storage": "int8"}},
+    "tempcache, int4": {"policy": "tempcache", "cache": {"storage": "int4"}},
     "tempcache, 60 latent frames": {"policy": "tempcache", "cache": {"budget_latent_frames": 60}},
-    "tempcache, 120 latent frames": {"policy": "tempcache", "cache": {"budget_latent_frames": 120}},
+    "tempcache, 90 latent frames": {"policy": "tempcache", "cache": {"budget_latent_frames": 90}},
     "fastar-quant, 60 latent frames": {"policy": "fastar-quant", "cache": {"budget_latent_frames": 60}},
-    "fastar-quant, 120 latent frames": {"policy": "fastar-quant", "cache": {"budget_latent_frames": 120}},
+    "fastar-quant, 90 latent frames": {"policy": "fastar-quant", "cache": {"budget_latent_frames": 90}},
+    "fastar-quant, 48 latent frames seen": {"policy": "fastar-quant", "attention": {"seen_latent_frames": 48}},
     "fastar-tiles, 20% of the tiles": {"policy": "fastar-tiles", "attention": {"density": 0.2}},
     "fastar-tiles, sink and newest always": {
         "policy": "fastar-tiles",
@@ -68,9 +68,11 @@ def _adaptive_table() -> dict[str, Record]:
     table: dict[str, Record] = {}
     for family, policy in FAMILIES.items():
         for density in FIXED:
-            table[f"{family}, density {density}"] = {"policy": policy, "attention": {"density": density}}
+            fixed: Record = {"density": density, "seen_latent_frames": None, "dense_step_share": 0.3}
+            table[f"{family}, density {density}"] = {"policy": policy, "attention": fixed}
         for target in TARGETS:
-            table[f"{family}, recall {target}"] = {"policy": policy, "attention": {"target_recall": target}}
+            adaptive: Record = {"target_recall": target, "dense_step_share": 0.3}
+            table[f"{family}, recall {target}"] = {"policy": policy, "attention": adaptive}
     return table
 
 
@@ -79,51 +81,17 @@ ADAPTIVE = _adaptive_table()
 
 
 def _candidates() -> dict[str, Record]:
-    base: Record = {
-        "budget_latent_frames": 60,
-        "merge_matching": True,
-        "merge_score": "ward",
-        "keeps_heaviest": True,
-        "free_share": 16,
-        "min_cosine": 1.0,
-        "mass_decay": 0.3,
-    }
-    tree = base | {"merge_matching": False, "merge_score": "cosine", "min_cosine": 0.995, "mass_decay": 16.0}
-    caches: dict[str, Record] = {
-        "trees in 119": tree | {"budget_latent_frames": 119, "keeps_heaviest": False},
-        "pairs in 60": base,
-        "pairs in 119": base | {"budget_latent_frames": 119},
-        "pairs in 45": base | {"budget_latent_frames": 45},
-        "pairs in 81": base | {"budget_latent_frames": 81},
-        "pairs in 60, newest": base | {"keeps_heaviest": False},
-        "pairs in 60, decay 0": base | {"mass_decay": 0.0},
-        "pairs in 60, decay 1": base | {"mass_decay": 1.0},
-        "pairs in 92, int8": base | {"budget_latent_frames": 92, "storage": "int8"},
-        "pairs in 76, int8 and int4": base | {"budget_latent_frames": 76, "storage": "int8", "value_storage": "int4"},
-    }
-    table = {f"tempcache, {name}": {"policy": "tempcache", "cache": cache} for name, cache in caches.items()}
-
-    def add(name: str, budget: int, **attention: float) -> None:
-        cache = base | {"budget_latent_frames": budget}
-        table[f"fastar-quant, {name}"] = {"policy": "fastar-quant", "cache": cache, "attention": attention}
-
-    add("60, seen 48 in all steps", 60, seen_latent_frames=48, dense_step_share=0.0)
-    add("60, seen 72 in all steps", 60, seen_latent_frames=72, dense_step_share=0.0)
-    add("60, seen 48", 60, seen_latent_frames=48)
-    add("119, seen 48 in all steps", 119, seen_latent_frames=48, dense_step_share=0.0)
-    add("60, density 0.6", 60, density=0.6)
-    add("60, recall 0.95 in all steps", 60, target_recall=0.95, dense_step_share=0.0)
-    add("45, seen 48 in all steps", 45, seen_latent_frames=48, dense_step_share=0.0)
-    more: dict[str, Record] = {
-        "pairs in 60, with values": base | {"value_scale": 1.0},
-        "pairs in 60, mass": base | {"merge_score": "mass"},
-        "pairs in 60, logit": base | {"merge_score": "logit"},
-        "ward without pairs in 60": base | {"merge_matching": False},
-        "pairs in 60, 0.999": base | {"min_cosine": 0.999},
-        "pairs in 60, cosine": base | {"merge_score": "cosine"},
-        "pairs in 119, decay 1": base | {"mass_decay": 1.0, "budget_latent_frames": 119},
-    }
-    table |= {f"tempcache, {name}": {"policy": "tempcache", "cache": cache} for name, cache in more.items()}
+    table: dict[str, Record] = {}
+    for budget in (60, 90, 119):
+        for storage in ("int8", "int4"):
+            cache: Record = {"budget_latent_frames": budget, "storage": storage}
+            table[f"tempcache, {budget} latent frames in {storage}"] = {"policy": "tempcache", "cache": cache}
+        for seen in (32, 48, 64, 96, 128):
+            record = {"cache": {"budget_latent_frames": budget}, "attention": {"seen_latent_frames": seen}}
+            table[f"fastar-quant, {budget} latent frames, {seen} seen"] = {"policy": "fastar-quant", **record}
+        for target in (0.9, 0.93, 0.95):
+            record = {"cache": {"budget_latent_frames": budget}, "attention": {"target_recall": target}}
+            table[f"fastar-adaptive, {budget} latent frames, recall {target}"] = {"policy": "fastar-adaptive", **record}
     return table
 
 

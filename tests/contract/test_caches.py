@@ -105,8 +105,8 @@ class TestEveryCache:
         kept = cache.read(0)
         assert kept is not None
         assert cache.num_tokens == kept.num_tokens == len(positions_of_head(kept, 0))
-        # A merged key carries its record: time, cell, m, weight and partner, 20 bytes in each of two heads.
-        records = 0 if kept.log_mass_BNK is None else LAYERS * 2 * 20 * (kept.num_tokens - 6 * TOKENS - 1)
+        # A merged key carries its record: time, cell, m and partner, 16 bytes in each of two heads.
+        records = 0 if kept.log_mass_BNK is None else LAYERS * 2 * 16 * (kept.num_tokens - 6 * TOKENS - 1)
         assert cache.num_bytes == LAYERS * 2 * kept.num_tokens * 2 * 8 * 4 + records
 
     def test_restored_state_goes_on_like_the_unbroken_one(self, make: Callable[[], KVCache]) -> None:

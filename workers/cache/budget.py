@@ -25,15 +25,13 @@ class Geometry:
         """Uncompressed keys and values of so many tokens, all layers."""
         return 2 * num_tokens * self.num_layers * self.num_heads * self.head_dim * dtype.itemsize
 
-    def group_bytes(self, storage: tuple[Storage, Storage], dtype: torch.dtype) -> int:
-        """One key group in each head of each layer; the storage of keys and of values."""
-        vectors = sum(VectorStore.bytes_per_vector(self.head_dim, one, dtype) for one in storage)
-        return self.num_layers * self.num_heads * (vectors + SLOT_BYTES)
+    def group_bytes(self, storage: Storage, dtype: torch.dtype) -> int:
+        """One key group in each head of each layer."""
+        vector = VectorStore.bytes_per_vector(self.head_dim, storage, dtype)
+        return self.num_layers * self.num_heads * (2 * vector + SLOT_BYTES)
 
 
-def count_groups(
-    budget_bytes: int, raw_tokens: int, geometry: Geometry, storage: tuple[Storage, Storage], dtype: torch.dtype
-) -> int:
+def count_groups(budget_bytes: int, raw_tokens: int, geometry: Geometry, storage: Storage, dtype: torch.dtype) -> int:
     """Groups per head that fit beside so many uncompressed tokens.
 
     Raises:

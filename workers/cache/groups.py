@@ -1,44 +1,32 @@
 """Key groups of one layer: keys of one thing over time under one key, in a table of fixed size.
 
-A group is (newest key, mean value, m) and its logit gets log m, which is exact when its keys are equal (FAST-AR, arXiv
-2602.01801, section 5.2 and lemma 5.1). Where they are not, log m gives a key the mass of others that a query would have
-passed over. So each member counts by what a query equal to the group's key would give it: exp(-decay |k - k_j|^2 /
-(2 sqrt(D))), which is 1 for equal keys; the value is the mean by these weights. decay 0 is the paper's rule.
+A group is (key, mean value, m) and its logit gets log m, which is exact when its keys are equal (FAST-AR, arXiv
+2602.01801, section 5.2 and lemma 5.1). A key that is near enough to a group joins it and stands for it from then on.
 
-When the table is full, the groups that are nearest to the one they nearly joined when they were opened join it now: the
-threshold gives way just as far as the budget asks, and no group is dropped.
+When the table is full, pairs of groups merge, as many as room is needed for and those with the least loss (`pairs.py`):
+the threshold gives way just as far as the budget asks, and no key is dropped.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from workers.cache.low_bit import Storage, VectorStore
+from workers.cache.near_tiles import Nearest, nearest_in_tiles
+from workers.cache.pairs import choose_merges
 from workers.cache.slot_sums import sum_by_slot
-
-Nearest = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(queries_BNQD, keys_BNCD) -> index and cosine of each query's nearest key, [B, N, Q]; empty slots are zero keys."""
 
 CELL_UNITS = 8
 """Rows and columns are stored in eighths of a token."""
-SLOT_BYTES = 4 + 4 + 4 + 4 + 4
-"""Of a slot besides key and value: time, cell, m, weight, partner."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Which pairs a full table merges."""
-
-    score: str = "cosine"
-    matching: bool = False
-    free_share: int = 5
-    value_scale: float = 0.0
-    keeps_heaviest: bool = False
+SLOT_BYTES = 4 + 4 + 4 + 4
+"""Of a slot besides key and value: time, cell, m, partner."""
+_FREE_SHARE = 8
+"""A full table gives back one slot in so many, so that it is not compacted for every chunk."""
 
 
 @dataclass
@@ -58,52 +46,49 @@ class KeyGroups:
         storage, dtype: Of keys and values.
         device: Where the table lies.
         nearest: Who is near whom.
-        decay: How fast unlike members lose their mass; 0 gives a group the full mass of all its members.
     """
 
     def __init__(
         self,
         shape_BNCD: tuple[int, int, int, int],
-        storage: Storage | tuple[Storage, Storage],
+        storage: Storage,
         dtype: torch.dtype,
         device: torch.device,
         nearest: Nearest,
-        decay: float,
-        rule: Rule | None = None,
     ) -> None:
-        self._rule = rule or Rule()
         batch, heads, self.num_slots, dim = shape_BNCD
         # The last slot takes writes that are meant for nobody.
         slots = (batch, heads, self.num_slots + 1)
-        keys, values = storage if isinstance(storage, tuple) else (storage, storage)
-        self._k = VectorStore((*slots, dim), keys, dtype, device, centred=True)
-        self._v = VectorStore((*slots, dim), values, dtype, device)
+        self._k, self._v = (VectorStore((*slots, dim), storage, dtype, device) for _ in range(2))
         self.time_BNC = torch.zeros(slots, dtype=torch.int32, device=device)
         self.cell_BNC2 = torch.zeros((*slots, 2), dtype=torch.int16, device=device)
         self.m_BNC = torch.zeros(slots, dtype=torch.int32, device=device)
-        self.weight_BNC = torch.zeros(slots, device=device)
-        """Mass of the group: the sum of its members' weights."""
         self.partner_BNC = torch.full(slots, -1, dtype=torch.int32, device=device)
         """The group that this one nearly joined, always an older slot; -1 for none."""
         self.count_BN = torch.zeros(slots[:2], dtype=torch.int64, device=device)
         self.num_used = 0
         """Slots up to the fullest head's last one."""
         self._nearest = nearest
-        self._rate = decay / (2 * math.sqrt(dim))
+        self._wide = torch.float64 if dtype == torch.float64 else torch.float32
 
-    def absorb(self, new: Tokens, min_cosine_BN1: Tensor) -> tuple[Tensor, Tensor | None]:
+    def absorb(
+        self, new: Tokens, min_cosine_BN1: Tensor, keys_BNCD: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Let each key join its nearest group, or open one of its own.
 
         Args:
             new: Keys newer than all absorbed before.
             min_cosine_BN1: A key joins from this cosine on; above 1 none does.
+            keys_BNCD: Those of the slots in use, where they have been read since they last changed.
         Returns:
             The slot of each key [B, N, Q], and, when the table was compacted, where
             each old slot has gone [B, N, C].
         """
-        index, cosine = self._match(new)
+        if keys_BNCD is None:
+            keys_BNCD = self._k.read(self.num_used)
+        index, cosine = self._match(new, keys_BNCD)
         joins = cosine >= min_cosine_BN1
-        moved = self._make_room((~joins).sum(-1))
+        moved = self._make_room((~joins).sum(-1), keys_BNCD)
         if moved is not None:
             index = torch.where(index >= 0, moved.gather(2, index.clamp(min=0)), index)
         if bool(joins.any()):
@@ -118,14 +103,14 @@ class KeyGroups:
         self._v.read(self.num_used, v_BNCD)
 
     def read_records(self) -> tuple[Tensor, Tensor]:
-        """position_BNC3 (float32) and log_mass_BNC of the slots in use; -inf where a head has none."""
+        """position_BNC3 (float32) and log m of the slots in use; -inf where a head has none."""
         stop = self.num_used
         cell = self.cell_BNC2[:, :, :stop].float() / CELL_UNITS
         position = torch.cat((self.time_BNC[:, :, :stop, None].float(), cell), dim=-1)
-        return position, self.weight_BNC[:, :, :stop].log()
+        return position, self.m_BNC[:, :, :stop].to(self._wide).log()
 
     def count_members(self, slot_BNA: Tensor) -> Tensor:
-        """How many keys the groups in these slots hold, whatever they count for."""
+        """How many keys the groups in these slots hold."""
         return self.m_BNC.gather(2, slot_BNA)
 
     @property
@@ -144,19 +129,15 @@ class KeyGroups:
         for name in _STATE:
             setattr(self, name, state[name].clone())
         for name, store in (("k", self._k), ("v", self._v)):
-            prefix = f"{name}."
-            store.restore({key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)})
+            store.restore({part: state[f"{name}.{part}"] for part in ("code", "scale")})
         self.num_used = int(self.count_BN.max())
 
-    def _match(self, new: Tokens) -> tuple[Tensor, Tensor]:
+    def _match(self, new: Tokens, keys_BNCD: Tensor) -> tuple[Tensor, Tensor]:
         if self.num_used == 0:
             none = self.partner_BNC.new_full(new.k_BNQD.shape[:3], -1, dtype=torch.int64)
             return none, torch.full(none.shape, -math.inf, device=none.device)
         # Vacant slots are zero, so none of them is near anything; where all is far, one may still be found.
-        keys = self._k.read(self.num_used)
-        own = torch.arange(self.num_used, device=keys.device)
-        keys = keys.masked_fill((own >= self.count_BN[..., None])[..., None], 0)
-        index, cosine = self._nearest(new.k_BNQD, keys)
+        index, cosine = nearest_in_tiles(self._nearest, new.k_BNQD, keys_BNCD)
         exists = index < self.count_BN[..., None]
         return torch.where(exists, index, -1), cosine.float().masked_fill(~exists, -math.inf)
 
@@ -166,15 +147,12 @@ class KeyGroups:
         newer = torch.ones(same.shape[-2:], dtype=torch.bool, device=same.device).triu(1)
         is_newest = joins_BNQ & ~(same & newer).any(-1)
         slot = torch.where(is_newest, index_BNQ, self.num_slots)
-        k, v = new.k_BNQD.float(), new.v_BNQD.float()
-        share = same * self._likeness(torch.cdist(k, k).square())
-        w_old = self.weight_BNC.gather(2, slot) * self._likeness((self._k.gather(slot).float() - k).square().sum(-1))
-        weight = w_old + share.sum(-1)
-        self._v.write(
-            slot, (self._v.gather(slot).float() * w_old[..., None] + share @ v) / weight.clamp(min=1e-30)[..., None]
-        )
+        m_old = self.m_BNC.gather(2, slot)
+        m = m_old + same.sum(-1, dtype=torch.int32)
+        joined = same.to(self._wide) @ new.v_BNQD.to(self._wide)
+        self._v.write(slot, _mean(self._v.gather(slot), m_old, joined, m))
         self._k.write(slot, new.k_BNQD)
-        self._place(slot, new.position_BNQ3, self.m_BNC.gather(2, slot) + same.sum(-1, dtype=torch.int32), weight)
+        self._place(slot, new.position_BNQ3, m)
 
     def _open(self, new: Tokens, opens_BNQ: Tensor) -> Tensor:
         """New groups, in the order of their keys; their slots."""
@@ -182,8 +160,7 @@ class KeyGroups:
         slot = torch.where(opens_BNQ, slot, self.num_slots)
         self._k.write(slot, new.k_BNQD)
         self._v.write(slot, new.v_BNQD)
-        ones = torch.ones_like(slot)
-        self._place(slot, new.position_BNQ3, ones.to(torch.int32), ones.float())
+        self._place(slot, new.position_BNQ3, torch.ones_like(slot, dtype=torch.int32))
         self.count_BN = self.count_BN + opens_BNQ.sum(-1)
         self.num_used = int(self.count_BN.max())
         return slot
@@ -199,133 +176,71 @@ class KeyGroups:
         own = torch.where(cosine_BNQ == -1, self.num_slots, slot_BNQ)
         self.partner_BNC.scatter_(2, own, partner.to(torch.int32))
 
-    def _likeness(self, squared_distance: Tensor) -> Tensor:
-        """What a member so far from its group's key counts for, in (0, 1]."""
-        return torch.exp(-self._rate * squared_distance)
-
-    def _place(self, slot_BNR: Tensor, position_BNR3: Tensor, m_BNR: Tensor, weight_BNR: Tensor) -> None:
+    def _place(self, slot_BNR: Tensor, position_BNR3: Tensor, m_BNR: Tensor) -> None:
         time, cell = position_BNR3[..., 0].to(torch.int32), position_BNR3[..., 1:] * CELL_UNITS
         self.time_BNC.scatter_(2, slot_BNR, time)
-        self.cell_BNC2.scatter_(2, slot_BNR[..., None].expand(*slot_BNR.shape, 2), cell.round().to(torch.int16))
+        self.cell_BNC2.scatter_(2, _widen(slot_BNR, self.cell_BNC2), cell.round().to(torch.int16))
         self.m_BNC.scatter_(2, slot_BNR, m_BNR)
-        self.weight_BNC.scatter_(2, slot_BNR, weight_BNR)
         self.m_BNC[..., -1] = 0
-        self.weight_BNC[..., -1] = 0
 
-    def _make_room(self, needed_BN: Tensor) -> Tensor | None:
+    def _make_room(self, needed_BN: Tensor, keys_BNCD: Tensor) -> Tensor | None:
         """Where each slot has gone, if the table had to be compacted for so many new groups."""
         missing = self.count_BN + needed_BN - self.num_slots
         if int(missing.max()) <= 0:
             return None
-        ample = torch.maximum(missing, torch.full_like(missing, self.num_slots // self._rule.free_share))
-        return self._compact(torch.where(missing > 0, ample, 0).minimum((self.count_BN - 1).clamp(min=0)))
+        ample = torch.maximum(missing, torch.full_like(missing, self.num_slots // _FREE_SHARE))
+        num = torch.where(missing > 0, ample, 0).minimum((self.count_BN - 1).clamp(min=0))
+        return self._compact(num, keys_BNCD)
 
-    def _compact(self, num_BN: Tensor) -> Tensor:
-        """Let `num_BN` groups of each head join their partners, the nearest first; where each slot has gone."""
+    def _compact(self, num_BN: Tensor, keys_BNCD: Tensor) -> Tensor:
+        """Let `num_BN` groups of each head join their partners, those with the least loss; where each slot has gone."""
         stop = self.num_used
-        k, v = self._k.read(stop), self._v.read(stop)
-        root = self._choose_roots(k, v, num_BN)
-        own = torch.arange(stop, device=root.device)
-        in_use = own < self.count_BN[..., None]
-        survives = (root == own) & in_use
-        target = (survives.cumsum(-1) - 1).gather(2, root)
-        target = torch.where(in_use, target, self.num_slots)
-        # Time, then age in the table, decides which key is the newest of those that meet.
-        age = self.time_BNC[:, :, :stop].long() * (stop + 1) + own
-        if self._rule.keeps_heaviest:
-            age = age + (self.m_BNC[:, :, :stop].long().clamp(max=2**20) << 40)
-        newest = age.new_zeros((*age.shape[:2], self.num_slots + 1)).scatter_reduce(2, target, age, "amax")
-        source = ((newest & (2**40 - 1)) % (stop + 1)).clamp(max=stop - 1)
-        partner_root = root.gather(2, self.partner_BNC[:, :, :stop].long().clamp(min=0))
-        partner = torch.where(self.partner_BNC[:, :, :stop] >= 0, target.gather(2, partner_root), -1)
-        merged = self._sum_by_target(k, v, target, source)
+        partner, m = self.partner_BNC[:, :, :stop].long(), self.m_BNC[:, :, :stop]
+        root, keeper = choose_merges(keys_BNCD, self._v.read(stop), m, partner, num_BN)
+        survives = (root == torch.arange(stop, device=root.device)) & (m > 0)
+        target = torch.where(m > 0, (survives.cumsum(-1) - 1).gather(2, root), self.num_slots)
+        self._merge_values(root, int(num_BN.max()))
+        # The slots that are left, side by side: each with its group's value and the key that stands for it.
+        place = torch.where(survives, target, self.num_slots)
+        self._v.move(torch.arange(stop, device=root.device).expand_as(root), place)
+        self._k.move(keeper, place)
+        self.time_BNC, self.cell_BNC2 = (_moved(x, keeper, place) for x in (self.time_BNC, self.cell_BNC2))
+        partner = torch.where(partner >= 0, target.gather(2, root.gather(2, partner.clamp(min=0))), -1)
+        self.partner_BNC.fill_(-1).scatter_(2, place, partner.to(torch.int32))
+        self.m_BNC = torch.zeros_like(self.m_BNC).scatter_add_(2, target, m)
+        self.m_BNC[..., -1] = 0
         self.count_BN = survives.sum(-1)
         self.num_used = int(self.count_BN.max())
-        self._rewrite(merged, source)
-        self.partner_BNC.fill_(-1)
-        self.partner_BNC.scatter_(2, torch.where(survives, target, self.num_slots), partner.to(torch.int32))
         return target
 
-    def _choose_roots(self, k_BNCD: Tensor, v_BNCD: Tensor, num_BN: Tensor) -> Tensor:
-        """For each slot the slot that it ends in, after the nearest groups have joined their partners."""
-        partner = self.partner_BNC[:, :, : k_BNCD.shape[2]].long()
-        own = torch.arange(k_BNCD.shape[2], device=partner.device)
-        may = (partner >= 0) & (own < self.count_BN[..., None])
-        score = self._score(k_BNCD, v_BNCD, partner.clamp(min=0)).masked_fill(~may, -math.inf)
-        order = score.argsort(dim=-1, descending=True, stable=True)
-        if self._rule.matching:
-            first = may & self._is_apart(partner, may)
-            order = order.gather(-1, (~first).gather(-1, order).long().argsort(dim=-1, stable=True))
-        rank = order.argsort(dim=-1, stable=True)
-        root = torch.where(may & (rank < num_BN[..., None]), partner, own)
-        for _ in range(max(1, k_BNCD.shape[2].bit_length())):  # a chain halves with each look
-            root = root.gather(2, root)
-        return root
+    def _merge_values(self, root_BNC: Tensor, most: int) -> None:
+        """Groups that others join (at most so many) get the mean value of all, in the slot of the root."""
+        own = torch.arange(root_BNC.shape[2], device=root_BNC.device)
+        joining = (root_BNC != own).int().argsort(dim=-1, descending=True, stable=True)[..., :most]
+        target = root_BNC.gather(2, joining)
+        m = self.m_BNC.gather(2, joining) * (target != joining)
+        m_root = self.m_BNC.gather(2, target)
+        part = self._v.gather(joining).to(self._wide) * m[..., None]
+        # A root that several join stands here once for each of them, every time with the sum over all.
+        joined = sum_by_slot(part, target, len(own)).gather(2, _widen(target, part))
+        m_all = torch.zeros_like(self.m_BNC).scatter_add_(2, target, m).gather(2, target) + m_root
+        mean = _mean(self._v.gather(target), m_root, joined, m_all)
+        self._v.write(torch.where(target != joining, target, self.num_slots), mean)
 
-    def _is_apart(self, partner: Tensor, may: Tensor) -> Tensor:
-        """Every other link of each chain of partners: pairs that merge without one another."""
-        depth = (partner >= 0).long()
-        own = torch.arange(partner.shape[-1], device=partner.device).expand_as(partner)
-        jump = torch.where(partner >= 0, partner, own)
-        for _ in range(int(partner.shape[-1]).bit_length()):
-            depth = depth + depth.gather(2, jump)
-            jump = jump.gather(2, jump)
-        is_odd = may & (depth % 2 == 1)
-        is_even = may & (depth % 2 == 0)
-        return torch.where(is_odd.sum(-1, keepdim=True) >= is_even.sum(-1, keepdim=True), is_odd, is_even)
 
-    def _score(self, k: Tensor, v: Tensor, partner: Tensor) -> Tensor:
-        k = k.float()
-        other = k.gather(2, partner[..., None].expand_as(k))
-        if self._rule.score == "cosine":
-            return torch.nn.functional.cosine_similarity(k, other, dim=-1)
-        damage = (k - other).square().sum(-1) / (2 * math.sqrt(k.shape[-1]))
-        if self._rule.value_scale:
-            v = v.float()
-            there = v.gather(2, partner[..., None].expand_as(v))
-            part = (v - there).square().sum(-1) / v.square().sum(-1).mean(-1, keepdim=True)
-            damage = damage + self._rule.value_scale * part
-        if self._rule.score == "ward":
-            m = self.m_BNC[:, :, : k.shape[2]].float()
-            a, b = m, m.gather(2, partner)
-            damage = (damage + 1e-3) * a * b / (a + b)
-        elif self._rule.score == "mass":
-            damage = (damage + 1e-3) * self.m_BNC[:, :, : k.shape[2]].float().gather(2, partner)
-        return -damage
+def _mean(v_BNRD: Tensor, m_BNR: Tensor, sum_BNRD: Tensor, m_all_BNR: Tensor) -> Tensor:
+    """Mean value of m keys and others, of which the sum is given; in the dtype of the sum."""
+    return (v_BNRD.to(sum_BNRD.dtype) * m_BNR[..., None] + sum_BNRD) / m_all_BNR.clamp(min=1)[..., None]
 
-    def _sum_by_target(
-        self, k_BNCD: Tensor, v_BNCD: Tensor, target_BNC: Tensor, source_BNC: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """m, weight and mean value of each new slot, from all that went there."""
-        stop = k_BNCD.shape[2]
-        num_slots = self.num_slots + 1
-        key_slot = source_BNC.gather(2, target_BNC)
-        distance = (k_BNCD.float() - k_BNCD.gather(2, _widen(key_slot, k_BNCD)).float()).square().sum(-1)
-        weight = self.weight_BNC[:, :, :stop] * self._likeness(distance)
-        m_new = self.m_BNC.new_zeros((*target_BNC.shape[:2], num_slots))
-        m_new.scatter_add_(2, target_BNC, self.m_BNC[:, :, :stop])
-        w_new = sum_by_slot(weight, target_BNC, num_slots)
-        v_sum = sum_by_slot(v_BNCD.float() * weight[..., None], target_BNC, num_slots)
-        return m_new, w_new, v_sum / w_new.clamp(min=1e-30)[..., None]
 
-    def _rewrite(self, merged: tuple[Tensor, Tensor, Tensor], source_BNC: Tensor) -> None:
-        """Write the surviving groups to the front; each takes key and position of its newest member."""
-        m, weight, v = (x[:, :, : self.num_used] for x in merged)
-        slot = torch.arange(self.num_used, device=m.device).expand(*m.shape[:2], -1)
-        slot = torch.where(slot < self.count_BN[..., None], slot, self.num_slots)
-        source = source_BNC[:, :, : self.num_used]
-        self._k.move(source, slot)
-        self._v.clear()
-        self._v.write(slot, v)
-        time, cell = self.time_BNC.gather(2, source), self.cell_BNC2.gather(2, _widen(source, self.cell_BNC2))
-        self.m_BNC.zero_()
-        self.weight_BNC.zero_()
-        position = torch.cat((time[..., None].double(), cell.double() / CELL_UNITS), -1)
-        self._place(slot, position, m, weight)
+def _moved(x: Tensor, source_BNC: Tensor, place_BNC: Tensor) -> Tensor:
+    """What lies in some slots, in others; the rest is zero."""
+    content = x.gather(2, _widen(source_BNC, x))
+    return torch.zeros_like(x).scatter_(2, _widen(place_BNC, x), content)
 
 
 def _widen(index_BNR: Tensor, like: Tensor) -> Tensor:
-    return index_BNR[..., None].expand(*index_BNR.shape, like.shape[-1])
+    return index_BNR if like.dim() == 3 else index_BNR[..., None].expand(*index_BNR.shape, like.shape[-1])
 
 
-_STATE = ("time_BNC", "cell_BNC2", "m_BNC", "weight_BNC", "partner_BNC", "count_BN")
+_STATE = ("time_BNC", "cell_BNC2", "m_BNC", "partner_BNC", "count_BN")

@@ -1,9 +1,7 @@
-"""Keys and values in few bits: one bfloat16 scale per group of channels, as many codes to a byte as fit.
+"""Keys and values in few bits: symmetric codes with one bfloat16 scale per group of channels.
 
-`model` keeps what it is given. `int8` has one scale per vector; `int4` and `int3` one per 32 channels, with levels half
-a step off zero, so that all codes are used. Writing what was read changes nothing, so rounding does not add up over
-copies. Keys have most of their length in common: stored as differences from the mean of the first ones (`centred`) they
-need up to two bits less.
+`model` keeps what it is given. `int8` has one scale per vector, `int4` one per 32 channels and two codes in a byte.
+Writing what was read changes nothing, so rounding does not add up over copies.
 """
 
 from __future__ import annotations
@@ -15,10 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Storage = Literal["model", "int8", "int4", "int3"]
-_BITS = {"int8": 8, "int4": 4, "int3": 3}
-_SCALE_CHANNELS = 32
-"""Channels that share a scale in `int4` and `int3`: 0.5 bits more per channel."""
+Storage = Literal["model", "int8", "int4"]
+_INT4_CHANNELS = 32
+"""Channels that share a scale in `int4`: 0.5 bits more per channel."""
 
 
 class VectorStore:
@@ -26,40 +23,29 @@ class VectorStore:
 
     Args:
         shape_BNCD: Batch, heads, slots, channels.
-        storage: Form; `int4` needs an even number of channels, `int3` a multiple of 8.
+        storage: Form; `int4` needs an even number of channels.
         dtype: What reads return, and how `model` stores.
         device: Where the slots lie.
-        centred: Store differences from the mean of what is written first. Only for vectors that are never written again
-            after they were read: to add the mean rounds them in `dtype`.
     """
 
     def __init__(
-        self,
-        shape_BNCD: tuple[int, int, int, int],
-        storage: Storage,
-        dtype: torch.dtype,
-        device: torch.device,
-        *,
-        centred: bool = False,
+        self, shape_BNCD: tuple[int, int, int, int], storage: Storage, dtype: torch.dtype, device: torch.device
     ) -> None:
         *slots, dim = shape_BNCD
         self.storage, self.dtype, self._dim = storage, dtype, dim
-        self._group = dim if storage == "int8" else math.gcd(dim, _SCALE_CHANNELS)
-        self._is_centred = centred and storage != "model"
-        code_dtype = {"model": dtype, "int8": torch.int8}.get(storage, torch.uint8)
-        self._code = torch.zeros((*slots, _code_width(dim, storage)), dtype=code_dtype, device=device)
+        self._group = dim if storage == "int8" else math.gcd(dim, _INT4_CHANNELS)
+        self._limit = 7 if storage == "int4" else 127
+        width, code_dtype = {"model": (dim, dtype), "int8": (dim, torch.int8), "int4": (dim // 2, torch.uint8)}[storage]
+        self._code = torch.zeros((*slots, width), dtype=code_dtype, device=device)
         groups = 0 if storage == "model" else dim // self._group
         self._scale = torch.zeros((*slots, groups), dtype=torch.bfloat16, device=device)
-        self._centre_BN1D = torch.zeros((*slots[:2], 1, dim), device=device)
-        self._has_centre = False
 
     @staticmethod
     def bytes_per_vector(dim: int, storage: Storage, dtype: torch.dtype) -> int:
         """Bytes of one stored vector with its scales."""
         if storage == "model":
             return dim * dtype.itemsize
-        scales = 1 if storage == "int8" else dim // math.gcd(dim, _SCALE_CHANNELS)
-        return _code_width(dim, storage) + 2 * scales
+        return dim + 2 if storage == "int8" else dim // 2 + 2 * (dim // math.gcd(dim, _INT4_CHANNELS))
 
     @property
     def vector_bytes(self) -> int:
@@ -71,7 +57,13 @@ class VectorStore:
         code, scale = self._code[:, :, :stop], self._scale[:, :, :stop]
         if out_BNCD is None:
             return self._decode(code, scale)
-        return out_BNCD.copy_(self._decode(code, scale))
+        if self.storage == "int8" and out_BNCD.is_cpu:  # there a product of two dtypes is four times slower than this
+            return out_BNCD.copy_(code).mul_(scale.to(self.dtype))
+        if self.storage == "int8":
+            return torch.mul(code, scale.to(self.dtype), out=out_BNCD)
+        if self.storage == "int4":
+            return self._decode_halves(code, scale, out_BNCD)
+        return out_BNCD.copy_(code)
 
     def gather(self, slot_BNR: Tensor) -> Tensor:
         """The vectors of these slots, [B, N, R, D]."""
@@ -80,8 +72,6 @@ class VectorStore:
 
     def write(self, slot_BNR: Tensor, x_BNRD: Tensor) -> None:
         """Replace these slots; where a slot is named twice, either vector may win."""
-        if self._is_centred and not self._has_centre:
-            self._centre_BN1D, self._has_centre = x_BNRD.float().mean(2, keepdim=True), True
         code, scale = self._encode(x_BNRD)
         self._code.scatter_(2, _widen(slot_BNR, code), code)
         self._scale.scatter_(2, _widen(slot_BNR, scale), scale)
@@ -94,70 +84,46 @@ class VectorStore:
             x.scatter_(2, _widen(slot_BNR, content), content)
 
     def clear(self) -> None:
-        """All slots hold zero (or the centre)."""
+        """All slots hold zero."""
         (self._code if self.storage == "model" else self._scale).zero_()
 
     def state(self) -> Mapping[str, Tensor]:
         """Codes and scales, as they lie."""
-        return {"code": self._code, "scale": self._scale} | ({"centre": self._centre_BN1D} if self._has_centre else {})
+        return {"code": self._code, "scale": self._scale}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take over codes and scales (copied)."""
         self._code, self._scale = state["code"].clone(), state["scale"].clone()
-        self._has_centre = "centre" in state
-        if self._has_centre:
-            self._centre_BN1D = state["centre"].clone()
 
     def _encode(self, x_BNRD: Tensor) -> tuple[Tensor, Tensor]:
         if self.storage == "model":
             return x_BNRD.to(self.dtype), self._scale.new_zeros((*x_BNRD.shape[:-1], 0))
-        x = x_BNRD.float()
-        if self._is_centred:
-            x = x - self._centre_BN1D
-        x = x.unflatten(-1, (-1, self._group))
+        x = x_BNRD.float().unflatten(-1, (-1, self._group))
         # The largest channel always gets the largest code: so encoding what was decoded finds the same scale again.
-        half = 2 ** (_BITS[self.storage] - 1)
-        largest = half - 1 if self.storage == "int8" else half - 0.5
-        scale = (x.abs().amax(-1) / largest).to(torch.bfloat16)
-        steps = x / scale.float().clamp(min=1e-30)[..., None]
+        scale = (x.abs().amax(-1) / self._limit).to(torch.bfloat16)
+        code = (x / scale.float().clamp(min=1e-30)[..., None]).round().clamp(-self._limit, self._limit).flatten(-2)
         if self.storage == "int8":
-            return steps.round().clamp(1 - half, half - 1).flatten(-2).to(torch.int8), scale
-        code = (steps - 0.5).round().clamp(-half, half - 1).flatten(-2) + half
-        return _pack(code.to(torch.uint8), self.storage), scale
+            return code.to(torch.int8), scale
+        low, high = (code + 8).to(torch.uint8).chunk(2, dim=-1)
+        return low | (high << 4), scale
 
     def _decode(self, code: Tensor, scale: Tensor) -> Tensor:
         if self.storage == "model":
             return code
-        wide = code if self.storage == "int8" else _unpack(code, self.storage)
-        x: Tensor = wide.to(self.dtype)
-        if self.storage != "int8":
-            x = x - (2 ** (_BITS[self.storage] - 1) - 0.5)
-        x = (x.unflatten(-1, (-1, self._group)) * scale.to(self.dtype)[..., None]).flatten(-2)
-        return x + self._centre_BN1D.to(self.dtype) if self._is_centred else x
+        if self.storage == "int4":
+            out = torch.empty((*code.shape[:-1], self._dim), dtype=self.dtype, device=code.device)
+            return self._decode_halves(code, scale, out)
+        wide = code.to(self.dtype) if code.is_cpu else code
+        x: Tensor = wide.unflatten(-1, (-1, self._group)) * scale.to(self.dtype)[..., None]
+        return x.flatten(-2)
 
-
-def _code_width(dim: int, storage: Storage) -> int:
-    """Elements of a vector's codes."""
-    return dim if storage in ("model", "int8") else dim * _BITS[storage] // 8
-
-
-def _pack(code: Tensor, storage: Storage) -> Tensor:
-    """Codes of 4 or 3 bits, uint8, side by side in bytes."""
-    if storage == "int4":
-        return code[..., 0::2] | (code[..., 1::2] << 4)
-    shift = 3 * torch.arange(8, device=code.device, dtype=torch.int32)
-    word = (code.unflatten(-1, (-1, 8)).to(torch.int32) << shift).sum(-1, dtype=torch.int32)
-    return torch.stack((word & 255, (word >> 8) & 255, word >> 16), -1).flatten(-2).to(torch.uint8)
-
-
-def _unpack(code: Tensor, storage: Storage) -> Tensor:
-    if storage == "int4":
-        return torch.stack((code & 15, code >> 4), dim=-1).flatten(-2)
-    low, middle, high = code.unflatten(-1, (-1, 3)).to(torch.int32).unbind(-1)
-    word = low | (middle << 8) | (high << 16)
-    shift = 3 * torch.arange(8, device=code.device, dtype=torch.int32)
-    bits: Tensor = (word[..., None] >> shift) & 7
-    return bits.flatten(-2).to(torch.uint8)
+    def _decode_halves(self, code: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+        """`int4`, in place: the first half of the channels lies in the low bits."""
+        low, high = out.chunk(2, dim=-1)
+        low.copy_(code & 15)
+        high.copy_(code >> 4)
+        out.sub_(8).unflatten(-1, (-1, self._group)).mul_(scale.to(self.dtype)[..., None])
+        return out
 
 
 def _widen(slot_BNR: Tensor, like: Tensor) -> Tensor:

@@ -9,14 +9,15 @@ key by the query's top-1; we compare keys before RoPE, because their cosine does
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from workers.cache.audit import AuditSample, OwnerRecord
-from workers.cache.groups import KeyGroups, Nearest, Rule, Tokens
+from workers.cache.groups import KeyGroups, Tokens
 from workers.cache.low_bit import Storage
+from workers.cache.near_tiles import Nearest
 from workers.contracts import AuditKeys, KeyValues
 
 
@@ -32,11 +33,6 @@ class MergeSettings:
     min_cosine: float
     """A key joins a group from this cosine on; above 1 no key ever does."""
     storage: Storage = "int8"
-    value_storage: Storage | None = None
-    """None stores values as keys."""
-    rule: Rule = field(default_factory=Rule)
-    decay: float = 16.0
-    """How fast unlike members lose their mass; 0 is the paper's log m."""
     audit_tokens: int = 0
     """Absorbed keys that a quality guard judges by, per layer; 0 keeps none."""
     track_owners: bool = False
@@ -74,7 +70,6 @@ class TemporalCache:
         assert chunk.log_mass_BNK is None
         assert chunk.position_K3.dim() == 2
         layer = self._layers[layer_index]
-        layer.view = None
         chunk = self._own(chunk)
         held = 0 if layer.sink is None else layer.sink.num_tokens
         to_sink = min(chunk.num_tokens, self._settings.sink_tokens - held)
@@ -82,13 +77,14 @@ class TemporalCache:
             layer.sink = _join(layer.sink, chunk.narrow(0, to_sink))
             chunk = chunk.narrow(to_sink, chunk.num_tokens)
         if chunk.num_tokens == 0:
+            layer.view = None
             return
         recent = _join(layer.recent, chunk)
         leaving = max(0, recent.num_tokens - self._settings.recent_tokens)
         if leaving:
             self._absorb(layer, recent.narrow(0, leaving))
             recent = self._own(recent.narrow(leaving, recent.num_tokens))  # lets go of the longer memory
-        layer.recent = recent
+        layer.recent, layer.view = recent, None
 
     def read(self, layer_index: int) -> KeyValues | None:
         layer = self._layers[layer_index]
@@ -171,14 +167,13 @@ class TemporalCache:
         batch, _, heads, dim = like.k_BKND.shape
         shape = (batch, heads, self._settings.num_groups, dim)
         s, k = self._settings, like.k_BKND
-        storage = s.storage, s.value_storage or s.storage
-        return KeyGroups(shape, storage, k.dtype, k.device, self._nearest, s.decay, s.rule)
+        return KeyGroups(shape, s.storage, k.dtype, k.device, self._nearest)
 
     def _absorb(self, layer: _Layer, old: KeyValues) -> None:
         if layer.groups is None:
             layer.groups = self._new_groups(old)
         threshold = torch.tensor(self._min_cosine, device=old.k_BKND.device).expand(1, old.k_BKND.shape[2], 1)
-        slot, moved = layer.groups.absorb(_as_tokens(old), threshold)
+        slot, moved = layer.groups.absorb(_as_tokens(old), threshold, _read_keys(layer))
         if layer.audit is not None:
             layer.audit.follow(old, slot, moved)
         if layer.owners is not None:
@@ -213,6 +208,14 @@ class TemporalCache:
         raw = sum(part.num_bytes for part in (layer.sink, layer.recent) if part is not None)
         audit = 0 if layer.audit is None else layer.audit.num_bytes
         return raw + audit + (0 if layer.groups is None else layer.groups.num_bytes)
+
+
+def _read_keys(layer: _Layer) -> Tensor | None:
+    """Keys of the groups, if somebody has read them since they changed."""
+    if layer.view is None or layer.groups is None:
+        return None
+    start = 0 if layer.sink is None else layer.sink.num_tokens
+    return layer.view.k_BKND[:, start : start + layer.groups.num_used].transpose(1, 2)
 
 
 def _as_tokens(frame: KeyValues) -> Tokens:

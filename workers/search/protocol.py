@@ -26,7 +26,7 @@ class Nearest(NamedTuple):
     index_BNQ: Tensor
     """int64."""
     cosine_BNQ: Tensor
-    """Its true cosine, in the dtype of the queries, also where the search was approximate."""
+    """Its true cosine, also where the search was approximate; float32 or wider, for bfloat16 knows nothing near 1."""
 
 
 class Search(Protocol):
@@ -125,7 +125,7 @@ def rescore(query_BNQD: Tensor, key_BNKD: Tensor, index_BNQC: Tensor) -> Nearest
         chosen = key_BNKD.gather(2, column[..., None].expand(*column.shape, key_BNKD.shape[-1]))
         cosines.append((query * unit(chosen)).sum(-1))
     cosine_BNQ, at = torch.stack(cosines, -1).max(-1)
-    return Nearest(index_BNQC.gather(-1, at[..., None])[..., 0], cosine_BNQ.to(query_BNQD.dtype))
+    return Nearest(index_BNQC.gather(-1, at[..., None])[..., 0], cosine_BNQ)
 
 
 def unit(x: Tensor) -> Tensor:

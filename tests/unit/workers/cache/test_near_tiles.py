@@ -1,0 +1,35 @@
+"""The search for groups by tiles: as good as the whole search where it looks, and whole where the table is short."""
+
+import pytest
+import torch
+
+from workers.cache.near_tiles import nearest_in_tiles
+from workers.search.exact import ExactSearch
+
+HEADS, DIM, TILE = 2, 16, 64
+NEAREST = ExactSearch().top1
+
+
+def make_pictures(num_tiles: int) -> torch.Tensor:
+    """Keys tile by tile: what is in one picture has something in common."""
+    generator = torch.Generator().manual_seed(num_tiles)
+    common = torch.randn(1, HEADS, num_tiles, 1, DIM, generator=generator)
+    return (common + torch.randn(1, HEADS, num_tiles, TILE, DIM, generator=generator)).flatten(2, 3)
+
+
+@pytest.mark.parametrize("num_queries", [1, 64, 150])
+def test_a_short_table_is_searched_as_a_whole(num_queries: int) -> None:
+    keys = make_pictures(24)
+    query = torch.randn(1, HEADS, num_queries, DIM, generator=torch.Generator().manual_seed(1))
+    for found, want in zip(nearest_in_tiles(NEAREST, query, keys), NEAREST(query, keys), strict=True):
+        assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize("first", [0, 5 * TILE, 39 * TILE + 7, 59 * TILE])
+@pytest.mark.parametrize("num_queries", [64, 100])
+def test_what_was_seen_before_is_found_wherever_it_lies(first: int, num_queries: int) -> None:
+    keys = make_pictures(62)
+    query = keys[:, :, first : first + num_queries] + 1e-3
+    index, cosine = nearest_in_tiles(NEAREST, query, keys)
+    assert torch.equal(index, (torch.arange(num_queries) + first).expand(1, HEADS, -1))
+    torch.testing.assert_close(cosine, NEAREST(query, keys)[1])
