@@ -130,13 +130,13 @@ def _estimate_text(cost: Estimate, fps: int) -> list[str]:
     def gib(num_bytes: int) -> str:
         return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
 
+    window = f"{gib(cost.native_cache_bytes)} in its window" if cost.native_cache_bytes else "none kept between clips"
     lines = [
         f"  a take of {cost.num_frames} frames ({cost.num_frames / fps:.0f} s), {cost.width}x{cost.height}, "
         f"{cost.num_steps} steps, bfloat16, worked out from the geometry:",
         f"    weights {gib(cost.weight_bytes)} on the GPU, text encoder {gib(cost.text_encoder_bytes)} of host memory",
-        f"    keys and values: {gib(cost.native_cache_bytes)} in its window, "
-        f"{gib(cost.whole_history_bytes)} for the whole history",
-        f"    peak about {gib(cost.peak_bytes)} with that window",
+        f"    keys and values: {window}, {gib(cost.whole_history_bytes)} for the whole history",
+        f"    peak about {gib(cost.peak_bytes)} with pictures{' and that window' if cost.native_cache_bytes else ''}",
         *_table_text(cost, gib),
         f"    denoising {cost.teraflop:,.0f} TFLOP, VAE and encoding not counted",
     ]

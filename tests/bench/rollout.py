@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -26,6 +27,7 @@ from tests.bench.record import report
 from tests.bench.rollout_rows import BASELINE, ROWS, BrokenDevice, RowResult, Settings, as_table, make_row
 from workers.kernels.select import Hardware, KernelNeed, Load, choose, load_kernel
 from workers.model.backbones import find_backbone
+from workers.model.wan_fast_decode import Route
 
 FIRST = ("self-forcing native", "rolling-forcing native", BASELINE)
 LAST = ("wan2.1-14b bounded", "radial", "flowcache", "flowcache + radial", "annca", "svg")
@@ -75,10 +77,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", help="names, separated by commas, made in this order; all without")
     parser.add_argument("--list", action="store_true", help="name the rows and end")
     parser.add_argument("--minutes", type=float, default=30.0, help="after these no row is begun")
-    parser.add_argument("--row-seconds", type=float, default=240.0, help="a row that takes longer is given up")
+    parser.add_argument(
+        "--row-seconds", type=float, default=240.0, help="a row that takes longer is given up; fastar-quant takes 170"
+    )
     parser.add_argument("--backbone", default="self-forcing-1.3b", help="model of the rows that name none")
     parser.add_argument("--flashinfer", action="store_true", help="build FlashInfer's dense kernel meanwhile (1-2 min)")
     parser.add_argument("--chunks", type=int, default=8, help="chunks of each figure")
+    parser.add_argument("--vae", choices=get_args(Route), help="how the VAE decodes; the fastest way is found without")
     parser.add_argument("--suffix", default="", help="of the result file, for a run of further rows")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -158,6 +163,7 @@ def make_settings(asked: argparse.Namespace, folder: Path) -> Settings:
         device=torch.device("cuda" if is_cuda else "cpu"),
         dtype=torch.bfloat16 if is_cuda else torch.float32,
         timed_chunks=asked.chunks,
+        vae_route=asked.vae,
         compiled=is_cuda,
         ends_at=time.monotonic() + 60 * asked.minutes,
     )

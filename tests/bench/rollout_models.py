@@ -85,6 +85,8 @@ def make_vae(settings: Settings) -> tuple[WanVae, str]:
     network = make_vae_network(settings)
     if settings.device.type != "cuda":
         return WanVae(network), "VAE by the library"
+    if settings.vae_route is not None:
+        return WanVae(network, route=settings.vae_route), f"VAE by {settings.vae_route}, as asked"
     if settings.latent_size not in _VAE_ROUTES:
         _VAE_ROUTES[settings.latent_size] = _choose_route(network, settings)
     route, said = _VAE_ROUTES[settings.latent_size]

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
+import torch
+
 from tests.bench.rollout_models import Stage, fill_cache, make_config, make_dit, make_vae
 from tests.bench.rollout_rows import RowResult, Settings, row
+from workers.assemble import TakeParts
 from workers.config import NativeCacheConfig, TemporalCacheConfig
 from workers.kernels.select import Hardware, KernelNeed, select_kernel
 from workers.metrics import peak_gpu_bytes, reset_peak_gpu_bytes
@@ -91,23 +94,37 @@ def large_row(settings: Settings, hardware: Hardware) -> RowResult:
     config = make_config(settings, compiled=False, cache=cache)
     need = KernelNeed(settings.dtype, settings.backbone.head_dim, log_mass=True)
     kernel = select_kernel("auto", settings.device, need)
-    stage = Stage.of(settings, make_dit(settings, compiled=False), config, kernel)
+    vae, decoder = make_vae(settings)
+    stage = Stage.of(settings, make_dit(settings, compiled=False), config, kernel, vae)
     parts = stage.parts()
     place = settings.backbone.chunk_of_frame(_FRAME_300)
     reset_peak_gpu_bytes(settings.device)
     fill_cache(parts.cache, settings, _before(place, 5))
     seconds = stage.seconds(parts, place, settings.timed_chunks)
-    peak = peak_gpu_bytes(settings.device) / 1e9
+    peak, num_keys, num_bytes = peak_gpu_bytes(settings.device) / 1e9, parts.cache.num_tokens, parts.cache.num_bytes
+    fps_with_vae, pictures = _large_pictures(stage, parts, place + 1 + settings.timed_chunks)
     weights = sum(p.nbytes for p in stage.model.dit.parameters()) / 1e9
     notes = (
         f"{settings.backbone.num_layers} layers, {weights:.1f} GB of weights, eager, {kernel.version}; temporal cache "
-        f"of {cache.budget_latent_frames} latent frames' worth of bytes, {parts.cache.num_bytes / 1e9:.1f} GB in use; "
-        f"{settings.timed_chunks} chunks from frame 300 on, at the full length the cache is no larger"
+        f"of {cache.budget_latent_frames} latent frames' worth of bytes, {num_bytes / 1e9:.1f} GB in use; "
+        f"{settings.timed_chunks} chunks from frame 300 on, at the full length the cache is no larger; {decoder}, "
+        f"peak without VAE work, {pictures}"
     )
     return RowResult(
         "",
         fps_300_400=settings.chunk_frames / seconds,
+        fps_with_vae=fps_with_vae,
         peak_gb_600=peak,
-        cache_keys=parts.cache.num_tokens,
+        cache_keys=num_keys,
         notes=notes,
     )
+
+
+def _large_pictures(stage: Stage, parts: TakeParts, place: int) -> tuple[float | None, str]:
+    """Frames per second with pictures from that chunk on, and the peak; what was measured before outlives a failure."""
+    settings = stage.settings
+    try:
+        seconds = stage.seconds_with_pictures(parts, place, settings.timed_chunks)
+    except torch.OutOfMemoryError as error:
+        return None, f"no room for pictures: {str(error).strip()[:120]}"
+    return settings.chunk_frames / seconds, f"with pictures {peak_gpu_bytes(settings.device) / 1e9:.1f} GB at most"

@@ -17,6 +17,7 @@ import torch
 
 from workers.kernels.select import Hardware
 from workers.model.backbones import Backbone, find_backbone
+from workers.model.wan_fast_decode import Route
 
 BASELINE = "dense"
 """The row that ratios are taken against: full history with the fastest dense kernel of the run."""
@@ -43,6 +44,8 @@ class Settings:
     sink and the newest latent frames, which spares policies that see tiles a copy of everything."""
     flow_latent_frames: int = 40
     """FlowCache's budget."""
+    vae_route: Route | None = None
+    """How the VAE decodes; None has every way tried once, which takes a while."""
     has_flashinfer: bool = False
     """Its kernels are built, which takes over a minute."""
     ends_at: float = float("inf")

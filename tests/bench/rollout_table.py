@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.bench.history_engine import Engine, Variant, make_engine, make_model, make_plan, warm_up
+from tests.bench.history_engine import PROMPT_ROWS, Engine, Variant, make_engine, make_model, make_plan, warm_up
 from tests.bench.rollout_growing import Curve
 from tests.bench.rollout_history import (
     VARIANTS,
@@ -43,9 +43,12 @@ ANNSA_DENSITY = 0.28
 
 
 def chosen_parts(settings: Settings) -> str:
-    """Which kernel attends, and what is compiled."""
+    """Which kernel attends, what is compiled, and that part of AnnCA is in it: padding of the prompt costs one row."""
     chosen = choices(settings)
-    return f"{chosen.attend_name}; compiled: {', '.join(chosen.compiled) or 'nothing'}"
+    return (
+        f"{chosen.attend_name}; compiled: {', '.join(chosen.compiled) or 'nothing'}; cross-attention over "
+        f"{PROMPT_ROWS + 1} prompt rows, padding folded into one"
+    )
 
 
 def whole_row(variant: Variant, settings: Settings, hardware: Hardware) -> RowResult:

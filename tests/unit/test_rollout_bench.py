@@ -238,11 +238,15 @@ def test_rows_come_in_the_order_in_which_they_are_named(monkeypatch: pytest.Monk
     assert seen == ["svg", "dense", "radial"]
 
 
+@pytest.mark.usefixtures("instant_pictures")
 def test_the_large_model_is_timed_with_its_bounded_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Settings, "of", lambda self, name: self)
     monkeypatch.setattr(rollout_native, "LARGE_BUDGET", 20)  # small heads have more overhead
+    monkeypatch.setattr(rollout_native, "make_vae", lambda settings: (None, "no VAE"))
     result = rollout_native.large_row(TINY, CPU)
     assert result.fps_300_400
+    assert result.fps_with_vae == 12.0
+    assert "with pictures" in result.notes
     assert "20 latent frames' worth" in result.notes
     assert result.cache_keys
     assert result.cache_keys > 6 * 4
