@@ -3,7 +3,7 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
-from workers.config import RenderConfig
+from workers.config import AnnSelfAttentionConfig, RenderConfig
 from workers.named_policies import POLICIES, PolicyName
 
 
@@ -42,3 +42,14 @@ def test_thresholds_outside_of_cosines_are_refused() -> None:
 def test_an_unknown_policy_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValidationError, match="'fastar-quant'"):
         RenderConfig.model_validate({"policy": "fastar"})
+
+
+def test_a_density_takes_the_place_of_what_the_policy_sees() -> None:
+    as_named = RenderConfig.model_validate({"policy": "fastar-quant"})
+    assert isinstance(as_named.attention, AnnSelfAttentionConfig)
+    assert as_named.attention.seen_latent_frames == 96
+    given = RenderConfig.model_validate({"policy": "fastar-quant", "attention": {"density": 0.4}})
+    assert isinstance(given.attention, AnnSelfAttentionConfig)
+    assert (given.attention.density, given.attention.seen_latent_frames) == (0.4, None)
+    for config in (as_named, given):
+        assert RenderConfig.model_validate(config.model_dump()) == config

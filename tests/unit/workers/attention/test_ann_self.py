@@ -99,6 +99,25 @@ def test_a_target_is_reached_with_fewer_keys_than_one_share_for_all_needs(target
     assert recall(tiles_of(fixed.plan(0, Moment(5), q, cached, own)), q, cached, own).mean() < reached
 
 
+@pytest.mark.parametrize("num", [1, 5, 12])
+def test_a_number_of_keys_is_seen_where_their_mass_is(num: int) -> None:
+    q, cached, own = make_layer(3)
+    q = q * torch.tensor([0.2, 1.5])[:, None]  # one head spreads its attention, the other concentrates it
+    settings = replace(SETTINGS, seen_keys=num * TILE, sample_share=0.5, query_share=1.0)
+    tiles = tiles_of(AnnSelfAttention(settings, ExactSearch(), None).plan(0, Moment(5), q, cached, own))
+    assert int(tiles.visible_BNIJ.sum()) == num * tiles.visible_BNIJ[..., 0].numel()
+    assert int(tiles.visible_BNIJ.sum(-1).min()) >= num / 2
+    equal = AnnSelfAttention(replace(settings, seen_keys=None, density=num / TILES), ExactSearch(), None)
+    by_head = recall(tiles_of(equal.plan(0, Moment(5), q, cached, own)), q, cached, own)
+    assert recall(tiles, q, cached, own).mean() >= by_head.mean()
+
+
+def test_a_history_no_longer_than_what_is_seen_is_dense() -> None:
+    q, cached, own = make_layer()
+    policy = AnnSelfAttention(replace(SETTINGS, seen_keys=TILES * TILE), ExactSearch(), None)
+    assert all(part.tiles is None for part in policy.plan(0, Moment(5), q, cached, own).parts)
+
+
 def test_the_bound_of_what_is_held_at_once_changes_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     q, cached, own = make_layer()
     whole = tiles_of(AnnSelfAttention(SETTINGS, ExactSearch(), None).plan(0, Moment(5), q, cached, own))
@@ -109,7 +128,7 @@ def test_the_bound_of_what_is_held_at_once_changes_no_choice(monkeypatch: pytest
 
 def test_tightening_shows_more_and_its_end_shows_what_was_configured() -> None:
     q, cached, own = make_layer()
-    for settings in (SETTINGS, replace(SETTINGS, target_recall=0.6)):
+    for settings in (SETTINGS, replace(SETTINGS, target_recall=0.6), replace(SETTINGS, seen_keys=5 * TILE)):
         policy = GatedAttention(AnnSelfAttention(settings, QuantSearch(), None), dense_step_share=0.0)
         assert isinstance(policy, Tightens)
         seen = []
