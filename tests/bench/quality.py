@@ -1,7 +1,8 @@
 """What compression and sparsity cost: every policy on the bundled world model, with known ground truth.
 
 `python -m tests.bench.quality` measures with as many processes as asked for and writes results/quality.json:
-`--gpus 2 --per-gpu 4 --minutes 9` on two GPUs; on a CPU ask for less (`--worlds 2 --frames 720 --policies dense ...`).
+`--gpus 2 --per-gpu 4 --minutes 9` on two GPUs (with `nvidia-cuda-mps-control -d` about
+twice as many pieces fit into the time); on a CPU ask for less (`--worlds 2 --frames 720 --policies dense ...`).
 
 Parts: `walk` (a long walk with the true history in the policy's own cache; at a fifth, a half and the end of it hard
 cuts back to places seen before, recall, one-step error, bytes), `variants` (the same with single settings varied),

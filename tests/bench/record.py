@@ -46,17 +46,19 @@ def load_text() -> str:
 
 
 def commit() -> str:
-    """Short commit of the working tree, `+` behind it when tracked files differ.
+    """Short commit of the working tree, `+` behind it when tracked files differ, or `unknown` outside git.
 
-    Outside git what LONGTAKE_COMMIT says (a copy of the files knows no commit), or `unknown`.
+    LONGTAKE_COMMIT wins: a copy of the files does not know the commit that it was made of.
     """
+    if said := os.environ.get("LONGTAKE_COMMIT"):
+        return said
     try:
         head = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
         )
         diff = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=ROOT, check=False)
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("LONGTAKE_COMMIT") or "unknown"
+        return "unknown"
     return head.stdout.strip() + ("+" if diff.returncode else "")
 
 
