@@ -113,13 +113,7 @@ def restore_table(table: TileTable, state: Mapping[str, Tensor]) -> None:
         layer.v_NLD[:, : s.own_start] = decode(part["v"], part["v_scale"], table.dtype)
         for name in _RECORDS:
             getattr(layer, name).copy_(state[f"{index}.{name}"])
-        layer.pointer, layer.num_chunks = state[f"{index}.counts"].tolist()
-        prefix = f"{index}.at."
-        layer.position_of = {
-            int(name.removeprefix(prefix)): at.to(table.device, copy=True)
-            for name, at in state.items()
-            if name.startswith(prefix)
-        }
+        layer.place(state, index)
 
 
 def encode_into(x_NRD: Tensor, code_NRD: Tensor, scale_NR: Tensor) -> None:

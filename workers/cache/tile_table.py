@@ -61,6 +61,16 @@ class LayerTable:
     position_of: dict[int, Tensor] = field(default_factory=dict)
     """Region (its first slot) -> positions [T, 3] of the chunk in it."""
 
+    def place(self, state: Mapping[str, Tensor], index: int) -> None:
+        """Counts and positions as in the snapshot of the layer of this index."""
+        self.pointer, self.num_chunks = state[f"{index}.counts"].tolist()
+        prefix = f"{index}.at."
+        self.position_of = {
+            int(name.removeprefix(prefix)): position.to(self.k_NLW.device, copy=True)
+            for name, position in state.items()
+            if name.startswith(prefix)
+        }
+
 
 class TileTable:
     """The cache.
@@ -206,13 +216,7 @@ class TileTable:
         for index, layer in enumerate(self.layers):
             for name in _TENSORS:
                 getattr(layer, name).copy_(state[f"{index}.{name}"])
-            layer.pointer, layer.num_chunks = state[f"{index}.counts"].tolist()
-            prefix = f"{index}.at."
-            layer.position_of = {
-                int(name.removeprefix(prefix)): position.to(self.device, copy=True)
-                for name, position in state.items()
-                if name.startswith(prefix)
-            }
+            layer.place(state, index)
 
     def clear(self) -> None:
         """Empty, for the next video."""

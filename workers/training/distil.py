@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from workers.denoise import Schedule, add_noise, clean_estimate, flow_target, make_schedule, shift_sigma
 from workers.model.backbones import Backbone
+from workers.training import checkpoint
 from workers.training.fast_rollout import FastRollout
 from workers.training.feed import Batch
 from workers.training.sequence import ParallelAttention, Pass, WorldModel, predict_flow, prepare
@@ -196,12 +197,11 @@ class Distiller:
         """All weights and optimisers; own histories are made anew."""
         state = {name: getattr(self, name).state_dict() for name in ("student", "judge", "critic", "ema")}
         state |= {"optimisers": {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()}}
-        torch.save({**state, "steps": self.steps, "skill": self.critic_skill}, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
+        checkpoint.write(path, state | {"steps": self.steps, "skill": self.critic_skill})
 
     def load(self, path: Path) -> None:
         """Go on where `save` was called."""
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        state = checkpoint.read(path, self.device)
         for name in ("student", "judge", "critic", "ema"):
             getattr(self, name).load_state_dict(state[name])
         for name, optimiser in self.optimisers.items():

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from workers.denoise import add_noise, flow_target, shift_sigma
 from workers.model.backbones import Backbone
+from workers.training import checkpoint
 from workers.training.feed import Batch, Feed, batches_ahead
 from workers.training.muon import Muon
 from workers.training.progress import Log
@@ -112,24 +113,11 @@ class DitTrainer:
 
     def save(self, path: Path) -> None:
         """Everything that the next step depends on."""
-        state = {
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
-            "steps": self.steps,
-            "seconds": self.seconds,
-        }
-        torch.save(state, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
+        checkpoint.write(path, checkpoint.state_of(self))
 
     def load(self, path: Path) -> None:
         """Go on where `save` was called."""
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
-        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
-        self.steps, self.seconds = state["steps"], state["seconds"]
+        checkpoint.go_on(self, checkpoint.read(path, self.device))
 
 
 class BatchTwice:

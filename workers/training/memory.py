@@ -19,6 +19,7 @@ from workers.denoise import Schedule, add_noise, clean_estimate, make_schedule
 from workers.model.control import control_maps
 from workers.model.text_encoder import fold_padding
 from workers.model.vae import VideoVAE
+from workers.training import checkpoint
 from workers.training.distil import CELL_PX, VIEW_PX, shown_cells
 from workers.training.memory_feed import RUN, MemoryBatch, MemoryFeedRecipe
 from workers.training.muon import Muon
@@ -225,28 +226,16 @@ class MemoryTrainer:
 
     def save(self, path: Path) -> None:
         """Everything that the next step depends on; to be called between cycles, when no batch is under way."""
-        state = {
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
-            "metric": self.metric_CC,
-            "judge": None if self.judge is None else self.judge.state(),
-            "steps": self.steps,
-            "seconds": self.seconds,
-        }
-        torch.save(state, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
+        judge = None if self.judge is None else self.judge.state()
+        checkpoint.write(path, checkpoint.state_of(self) | {"metric": self.metric_CC, "judge": judge})
 
     def load(self, path: Path) -> None:
         """Go on where `save` was called."""
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
-        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
+        state = checkpoint.read(path, self.device)
+        checkpoint.go_on(self, state)
         if self.judge is not None:
             self.judge.restore(state["judge"])
-        self.metric_CC, self.steps, self.seconds = state["metric"], state["steps"], state["seconds"]
+        self.metric_CC = state["metric"]
 
     def _make_metric(self, latents: Tensor) -> Tensor:
         with torch.enable_grad():
