@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from workers.assemble import LoadedModel
-from workers.assemble_tiles import choice_settings, table_settings, tile_runs
+from workers.assemble_tiles import choice_settings, runs_of, table_settings
 from workers.attention.tile_choice import TileChoice
 from workers.cache import shrink
 from workers.cache.table_layout import TableSettings
@@ -133,7 +133,7 @@ class PlainTileChoice:
 
     def __init__(self, config: TileAttentionConfig, cache: PlainTable, settings: TableSettings) -> None:
         self._cache, self._settings, self._choose_at = cache, settings, config.choose_at
-        runs = tile_runs(settings, config)
+        runs = runs_of(config, settings)
         self._choice = choice_settings(config, settings, runs)
         self._runs = runs
         self._chooser: TileChoice | None = None

@@ -3,41 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-from workers.attention.tile_choice import ChoiceSettings, Estimate, TileChoice, TileRuns
-from workers.cache.table_layout import TableSettings
+import torch
+from torch import Tensor
+
+from workers.assemble_tiles import tile_runs
+from workers.attention.tile_choice import ChoiceSettings, Estimate, TileChoice
+from workers.cache.table_layout import EXTRA_CHANNELS, TableSettings
 from workers.cache.tile_table import TableWork, TileTable
 from workers.kernels.listed_tiles import AttendTable, make_attend
-from workers.model.backbones import Backbone
 from workers.model.dit import CausalDiT
 from workers.model.static_layers import Fp8Linears, StaticLayers
 from workers.rollouts.captured import CapturedRollout, CapturedSettings
 from workers.search.nearest_rows import NearestRows, nearest_rows
 
 
-def table_settings(backbone: Backbone, latent_size: tuple[int, int], **sizes: Any) -> TableSettings:
-    rows, columns = backbone.token_grid(latent_size)
-    return TableSettings(
-        num_layers=backbone.num_layers,
-        num_heads=backbone.num_heads,
-        head_dim=backbone.head_dim,
-        chunk_tokens=backbone.chunk_latent_frames * rows * columns,
-        frame_tokens=rows * columns,
-        theta=backbone.rope_theta,
-        **sizes,
-    )
+class ListedProblem(NamedTuple):
+    """Random input of attention over listed tiles, float32; see `listed_tiles.AttendTable`."""
+
+    q_QNW: Tensor
+    k_NLW: Tensor
+    v_NLD: Tensor
+    index_NIJ: Tensor
 
 
-def tile_runs(s: TableSettings, *, always_sink: bool = False, always_recent: bool = False) -> TileRuns:
-    """Sink and newest chunks compete with the history, or are always seen; the chunk in hand always is."""
-    sink, history, recent, own, stop = (
-        slot // s.tile for slot in (0, s.history_start, s.recent_start, s.own_start, s.num_slots)
-    )
-    always, candidates = [], []
-    for run, is_always in (((sink, history), always_sink), ((history, recent), False), ((recent, own), always_recent)):
-        (always if is_always else candidates).append(run)
-    return TileRuns(tuple(candidates), (*always, (own, stop)), stop)
+def draw_listed(
+    sizes: tuple[int, int, int], tile: int, num_tiles: int, num_listed: int, *, most_mass: float, empty: slice
+) -> ListedProblem:
+    """Queries, keys and lists.
+
+    Args:
+        sizes: Queries, heads, channels.
+        tile: Keys of a tile.
+        num_tiles, num_listed: Tiles of the table and of a list.
+        most_mass: Up to so much stands in the channel of log m.
+        empty: Slots without a key.
+    """
+    num_queries, heads, dim = sizes
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(num_queries, heads, dim + EXTRA_CHANNELS, generator=generator)
+    k = torch.randn(heads, num_tiles * tile, dim + EXTRA_CHANNELS, generator=generator)
+    v = torch.randn(heads, num_tiles * tile, dim, generator=generator)
+    q[..., dim:], k[..., dim:] = 0, 0
+    q[..., dim : dim + 2] = 1
+    k[..., dim] = torch.rand(heads, num_tiles * tile, generator=generator) * most_mass
+    k[:, empty, dim] = -1e5
+    index = torch.rand(heads, -(-num_queries // tile), num_tiles, generator=generator).argsort(-1)[..., :num_listed]
+    return ListedProblem(q, k, v, index.to(torch.int32).contiguous())
 
 
 def make_captured(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -64,28 +65,43 @@ def table_settings(config: TileCacheConfig, backbone: Backbone, latent_size: tup
         chunks = config.chunks(backbone.chunk_latent_frames)
     except ValueError as error:
         raise ConfigUnsupported(str(error)) from error
+    return size_table(
+        backbone,
+        latent_size,
+        decay=config.mass_decay,
+        candidate_tiles=config.candidate_tiles,
+        tile=config.tile_for(rows * columns),
+        **chunks,
+    )
+
+
+def size_table(backbone: Backbone, latent_size: tuple[int, int], **sizes: Any) -> TableSettings:
+    """The model's part of the sizes beside those that are given."""
+    rows, columns = backbone.token_grid(latent_size)
     return TableSettings(
         num_layers=backbone.num_layers,
         num_heads=backbone.num_heads,
         head_dim=backbone.head_dim,
         chunk_tokens=backbone.chunk_latent_frames * rows * columns,
         frame_tokens=rows * columns,
-        decay=config.mass_decay,
-        candidate_tiles=config.candidate_tiles,
-        tile=config.tile_for(rows * columns),
         theta=backbone.rope_theta,
-        **chunks,
+        **sizes,
     )
 
 
-def tile_runs(s: TableSettings, config: TileAttentionConfig) -> TileRuns:
+def tile_runs(s: TableSettings, *, always_sink: bool = False, always_recent: bool = False) -> TileRuns:
     """Sink and newest chunks compete with the history, or are always seen; the chunk in hand always is."""
     sink, history, recent, own, stop = (
         slot // s.tile for slot in (0, s.history_start, s.recent_start, s.own_start, s.num_slots)
     )
-    runs = (((sink, history), config.always_sink), ((history, recent), False), ((recent, own), config.always_recent))
+    runs = (((sink, history), always_sink), ((history, recent), False), ((recent, own), always_recent))
     candidates = tuple(run for run, is_always in runs if not is_always)
     return TileRuns(candidates, (*(run for run, is_always in runs if is_always), (own, stop)), stop)
+
+
+def runs_of(config: TileAttentionConfig, s: TableSettings) -> TileRuns:
+    """`tile_runs` as configured."""
+    return tile_runs(s, always_sink=config.always_sink, always_recent=config.always_recent)
 
 
 def choice_settings(
@@ -202,7 +218,7 @@ class TableSeat:
         device = dit.head.modulation.device
         work: TableWork = "kernels" if ways.kernels else "groups"
         table, layers = TileTable(s, dit.dtype, device, ways.nearest, work), StaticLayers(dit)
-        runs = tile_runs(s, self._attention)
+        runs = runs_of(self._attention, s)
         choice = choice_settings(self._attention, s, runs, fused=ways.kernels)
         chooser = TileChoice(choice, runs, s.chunk_tokens, s.head_dim, device)
         if ways.compiled:

@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from tests.bench.history_engine import Compiled, Variant, make_engine, make_plan
 from tests.bench.rollout_rows import Settings
+from tests.tables import draw_listed
 from workers.attention.tile_choice import ChoiceSettings, TileChoice, TileRuns
 from workers.cache.table_layout import TableSettings
 from workers.cache.tile_table import TileTable
@@ -54,19 +54,10 @@ def choose_attend(settings: Settings, kernels: str) -> tuple[str, AttendTable, l
 
 def _attend_error(attend: AttendTable, tile: int, settings: Settings) -> float:
     dim, heads, tiles, listed, queries = settings.backbone.head_dim, 3, 11, 5, 2 * tile + 37
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    q, k, v = draw(queries, heads, dim + 16), draw(heads, tiles * tile, dim + 16), draw(heads, tiles * tile, dim)
-    q[..., dim:], k[..., dim:] = 0, 0
-    q[..., dim : dim + 2] = 1
-    k[..., dim] = torch.rand(heads, tiles * tile, generator=generator) * 4 * math.sqrt(dim)
-    k[:, tile : 2 * tile + 50, dim] = -1e5
-    q, k, v = (x.to(settings.device, settings.dtype) for x in (q, k, v))
-    index = torch.rand(heads, -(-queries // tile), tiles, generator=generator).argsort(-1)[..., :listed]
-    index = index.to(settings.device, torch.int32).contiguous()
+    empty = slice(tile, 2 * tile + 50)
+    *drawn, index = draw_listed((queries, heads, dim), tile, tiles, listed, most_mass=4 * math.sqrt(dim), empty=empty)
+    q, k, v = (x.to(settings.device, settings.dtype) for x in drawn)
+    index = index.to(settings.device)
     expected = attend_listed_plain(q.float(), k.float(), v.float(), index, tile)
     found = attend(q, k, v, index).float()
     return float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())

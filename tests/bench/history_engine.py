@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from tests.bench.rollout_rows import Settings
-from tests.tables import make_captured, table_settings, tile_runs
+from tests.tables import make_captured
+from workers.assemble_tiles import size_table, tile_runs
 from workers.attention.tile_choice import Estimate, TileChoice
 from workers.cache.table_layout import TableSettings
 from workers.cache.tile_table import TileTable
@@ -139,7 +140,7 @@ def make_engine(
 ) -> Engine:
     backbone, device = settings.backbone, settings.device
     model = make_model(backbone, device, settings.dtype)
-    sizes = table_settings(
+    sizes = size_table(
         backbone,
         settings.latent_size,
         kept_chunks=variant.kept_chunks,

@@ -27,7 +27,7 @@ from tests.bench.history_snapshot import snapshot_rows
 from tests.bench.record import report
 from tests.bench.rollout_models import make_vae, seconds_with_pictures
 from tests.bench.rollout_rows import RowResult, Settings, release_memory
-from tests.tables import tile_runs
+from workers.assemble_tiles import tile_runs
 from workers.kernels.listed_tiles import AttendTable
 from workers.model.backbones import find_backbone
 from workers.search.nearest_rows import NearestRows, nearest_rows

@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 
+from tests.tables import draw_listed
 from workers.kernels.listed_tiles import attend_listed_plain
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -29,18 +30,10 @@ def test_it_gives_what_the_plain_one_gives(
     if cut[-1] and torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("tensor descriptors are for compute capability 9.0 and later")
     heads, tiles, listed = 2, 7, 3
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(queries, heads, dim + 16, generator=generator)
-    k = torch.randn(heads, tiles * tile, dim + 16, generator=generator)
-    v = torch.randn(heads, tiles * tile, dim, generator=generator)
-    q[..., dim:], k[..., dim:] = 0, 0
-    q[..., dim : dim + 2] = 1
-    k[..., dim] = torch.rand(heads, tiles * tile, generator=generator) * 4 * math.sqrt(dim)
-    k[:, tile : tile + 9, dim] = -1e5  # no keys
-    index = torch.rand(heads, -(-queries // tile), tiles, generator=generator).argsort(-1)[..., :listed]
-    index = index.int().contiguous()
+    empty = slice(tile, tile + 9)
+    *drawn, index = draw_listed((queries, heads, dim), tile, tiles, listed, most_mass=4 * math.sqrt(dim), empty=empty)
     device, dtype = ("cpu", torch.float32) if INTERPRETED else ("cuda", torch.bfloat16)
-    q, k, v = (x.to(device, dtype) for x in (q, k, v))
+    q, k, v = (x.to(device, dtype) for x in drawn)
     expected = attend_listed_plain(q.float(), k.float(), v.float(), index.to(device), tile)
     found = make_triton_listed(tile, Config(*cut))(q, k, v, index.to(device)).float()
     error = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()

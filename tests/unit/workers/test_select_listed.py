@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.tables import draw_listed
 from workers import assemble_tiles
 from workers.assemble_tiles import choose_ways
 from workers.config import KernelName, RenderConfig
@@ -85,16 +86,8 @@ def test_what_runs_is_said_in_one_line(hardware: Hardware, mode: str, caplog: py
 @pytest.mark.parametrize("num_queries", [48, 37])
 def test_gathering_listed_tiles_is_the_reference(num_queries: int) -> None:
     tile, heads, dim, tiles, listed = 8, 3, 12, 9, 4
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(num_queries, heads, dim + 16, generator=generator)
-    k = torch.randn(heads, tiles * tile, dim + 16, generator=generator)
-    v = torch.randn(heads, tiles * tile, dim, generator=generator)
-    q[..., dim:], k[..., dim:] = 0, 0
-    q[..., dim : dim + 2] = 1
-    k[..., dim] = torch.rand(heads, tiles * tile, generator=generator) * 5
-    k[:, tile : tile + 5, dim] = -1e5  # no key there
-    num = -(-num_queries // tile)
-    index = torch.rand(heads, num, tiles, generator=generator).argsort(-1)[..., :listed].to(torch.int32)
+    empty = slice(tile, tile + 5)
+    q, k, v, index = draw_listed((num_queries, heads, dim), tile, tiles, listed, most_mass=5.0, empty=empty)
     found, expected = attend_gathered(q, k, v, index, tile), attend_listed_plain(q, k, v, index, tile)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.tables import make_captured, table_settings
+from tests.tables import make_captured
+from workers.assemble_tiles import size_table
 from workers.attention.dense import DenseAttention
 from workers.cache.dense import DenseCache
 from workers.cache.tile_table import TileTable
@@ -66,7 +67,7 @@ def assert_same(found: list[CleanChunk], expected: list[CleanChunk]) -> None:
 
 def test_keeping_and_seeing_all_is_dense_attention(model: CausalDiT) -> None:
     plan = make_plan(model, 6, switch_at=3)
-    sizes = table_settings(BACKBONE, SIZE, kept_chunks=8, tile=8)
+    sizes = size_table(BACKBONE, SIZE, kept_chunks=8, tile=8)
     found = list(make_captured(model, sizes, SIZE, num_chosen=999).run(plan))
     assert_same(found, roll_plainly(model, plan, DenseCache(BACKBONE.num_layers)))
     assert found[0].density == 1.0
@@ -75,7 +76,7 @@ def test_keeping_and_seeing_all_is_dense_attention(model: CausalDiT) -> None:
 @pytest.mark.parametrize("candidate_tiles", [None, 2])
 def test_a_table_that_merges_is_the_same_cache_in_both_loops(model: CausalDiT, candidate_tiles: int | None) -> None:
     plan = make_plan(model, 9)
-    sizes = table_settings(
+    sizes = size_table(
         BACKBONE, SIZE, kept_chunks=2, spare_chunks=2, tile=8, candidate_tiles=candidate_tiles, decay=0.2
     )
     found = list(make_captured(model, sizes, SIZE, num_chosen=999).run(plan))
@@ -86,7 +87,7 @@ def test_a_table_that_merges_is_the_same_cache_in_both_loops(model: CausalDiT, c
 
 def test_seeing_fewer_tiles_changes_little_and_is_counted(model: CausalDiT) -> None:
     plan = make_plan(model, 5)
-    sizes = table_settings(BACKBONE, SIZE, kept_chunks=8, tile=8)
+    sizes = size_table(BACKBONE, SIZE, kept_chunks=8, tile=8)
     dense = list(make_captured(model, sizes, SIZE, num_chosen=999).run(plan))
     sparse = list(make_captured(model, sizes, SIZE, num_chosen=2, always_sink=True).run(plan))
     assert sparse[-1].density < 0.9 < dense[-1].density
@@ -96,7 +97,7 @@ def test_seeing_fewer_tiles_changes_little_and_is_counted(model: CausalDiT) -> N
 
 def test_a_video_after_another_is_as_if_it_came_first(model: CausalDiT) -> None:
     plan = make_plan(model, 5)
-    sizes = table_settings(BACKBONE, SIZE, kept_chunks=1, spare_chunks=1, tile=8)
+    sizes = size_table(BACKBONE, SIZE, kept_chunks=1, spare_chunks=1, tile=8)
     rollout = make_captured(model, sizes, SIZE, num_chosen=3)
     first = list(rollout.run(plan))
     rollout.table.clear()
@@ -106,7 +107,7 @@ def test_a_video_after_another_is_as_if_it_came_first(model: CausalDiT) -> None:
 
 def test_compiled_pieces_give_the_same(model: CausalDiT) -> None:
     plan = make_plan(model, 3)
-    sizes = table_settings(BACKBONE, SIZE, kept_chunks=1, spare_chunks=1, tile=8)
+    sizes = size_table(BACKBONE, SIZE, kept_chunks=1, spare_chunks=1, tile=8)
     plain = list(make_captured(model, sizes, SIZE, num_chosen=3).run(plan))
     rollout = make_captured(model, sizes, SIZE, num_chosen=3, backend="aot_eager")
     assert_same(list(rollout.run(plan)), plain)
@@ -118,7 +119,7 @@ def test_no_chunk_with_nan_is_remembered(model: CausalDiT) -> None:
     def noise(chunk: int, step: int) -> torch.Tensor:
         return draw_noise(11, chunk, step, SHAPE) * (float("nan") if chunk == 2 else 1.0)
 
-    rollout = make_captured(model, table_settings(BACKBONE, SIZE, tile=8), SIZE, num_chosen=3)
+    rollout = make_captured(model, size_table(BACKBONE, SIZE, tile=8), SIZE, num_chosen=3)
     with pytest.raises(NonFiniteLatents):
         list(rollout.run(replace(plan, noise=noise)))
     assert rollout.table.layers[0].num_chunks == 2
