@@ -25,6 +25,7 @@ from workers.checkpoints.fetch import open_folder
 from workers.checkpoints.place import build_empty
 from workers.checkpoints.rolling_forcing import read_generator
 from workers.checkpoints.wan import build_dit, read_dit
+from workers.metrics import peak_rss_bytes, rss_bytes
 from workers.model.backbones import find_backbone
 from workers.model.dit import CausalDiT
 
@@ -68,7 +69,7 @@ def load(path: Path, name: str) -> dict[str, Any]:
     # What libraries take at their first use is no weight: a tensor there and back, and a model of the smallest size.
     torch.ones(1 << 20).to(device, torch.bfloat16).float().cpu()
     build_empty(lambda: CausalDiT(find_backbone("tiny-wan-test")))
-    before, began = _status_bytes("VmRSS"), time.perf_counter()
+    before, began = rss_bytes(), time.perf_counter()
     with tempfile.TemporaryDirectory() as cache:
         folder = open_folder(str(path), Path(cache))
         found = read_generator(folder) if path.is_file() else read_dit(folder)
@@ -76,7 +77,7 @@ def load(path: Path, name: str) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - began
-    size, peak = sum(p.nbytes for p in model.parameters()), _status_bytes("VmHWM") - before
+    size, peak = sum(p.nbytes for p in model.parameters()), peak_rss_bytes() - before
     return {
         "model_gb": size / 1e9,
         "host_peak_gb": peak / 1e9,
@@ -84,11 +85,6 @@ def load(path: Path, name: str) -> dict[str, Any]:
         "seconds": seconds,
         "on": device.type,
     }
-
-
-def _status_bytes(field: str) -> int:
-    with Path("/proc/self/status").open() as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from workers.checkpoints.fetch import open_folder
 from workers.checkpoints.place import build_empty
 from workers.checkpoints.rolling_forcing import read_generator
 from workers.checkpoints.wan import build_dit, read_dit
+from workers.metrics import peak_rss_bytes, rss_bytes
 from workers.model.backbones import find_backbone
 from workers.model.dit import CausalDiT
 
@@ -30,17 +31,13 @@ path, dtype = Path(sys.argv[1]), getattr(torch, sys.argv[2])
 backbone = replace(find_backbone("tiny-wan-test"), dim=640, num_heads=5, ffn_dim=4096, num_layers=9)
 build_empty(lambda: CausalDiT(find_backbone("tiny-wan-test")))  # torch loads modules of its own at first use
 
-def status(field):  # ru_maxrss would begin at what the parent process held
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-before = status("VmRSS")
+before = rss_bytes()
 folder = open_folder(path, Path(sys.argv[3]))
 found = read_generator(folder) if path.is_file() else read_dit(folder)
 model = build_dit(backbone, found, torch.device("cpu"), dtype)
-peak = status("VmHWM")
+peak = peak_rss_bytes()
 size = sum(p.nbytes for p in model.parameters())
-print(json.dumps({"bytes": size, "peak": (peak - before) * 1024}))
+print(json.dumps({"bytes": size, "peak": peak - before}))
 """
 
 
