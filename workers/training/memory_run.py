@@ -38,7 +38,7 @@ SAVE_EVERY_S = 100.0
 LOG_EVERY = 4  # cycles
 NEW_LAND_SHARES = (0.0, 0.0, 0.03, 0.1, 0.25, 0.5, 1.0, 1.0)
 """Of the context, what each of many questions about new land sees."""
-EXAMS = (("cut", 159), ("rollout", 39))
+EXAMS = (("cut", 159), ("shifted", 159), ("rollout", 39))
 """Form and distance of the returns by which the result is judged, the most important one first."""
 
 Exam = dict[str, float]
