@@ -24,7 +24,7 @@ from cluster.s3_store import MIB, S3Settings, S3Store
 from tests.fault_proxy import FaultKind, FaultProxy
 from tests.servers import CEPH_MARKS, S3Server, path_style, shared_ceph, shared_moto, use_endpoint
 
-SETTINGS = S3Settings(deadline_s=30, read_timeout_s=10, multipart_above_bytes=6 * MIB, part_bytes=5 * MIB)
+SETTINGS = S3Settings(deadline_s=120, read_timeout_s=60, multipart_above_bytes=6 * MIB, part_bytes=5 * MIB)
 HARMLESS: set[FaultKind] = {"unconditional", "slow"}  # not part of the storm: the first is a defect, the second idle
 RawGet = Callable[[str], bytes | None]
 Place = tuple[ObjectStore, RawGet]

@@ -30,12 +30,9 @@ from tests.killed_jobs import (
     Watcher,
     actors_of,
     check_account,
-    children_of,
-    end,
-    is_alive,
-    title_of,
     undisturbed,
 )
+from tests.processes import children_of, end, is_alive, title_of
 from tests.ray_cluster import add_node, ray_cluster
 
 pytestmark = pytest.mark.timeout(900)
