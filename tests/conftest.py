@@ -9,19 +9,29 @@ from collections.abc import Iterator
 # Before torch or Ray is imported anywhere: on a shared machine two threads are many times slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-# Clusters that tests start: at Ray's own niceness of 15 an actor stands still while anything else is busy.
-os.environ |= {"RAY_worker_niceness": "0"}
+# Clusters that tests start: at Ray's own niceness of 15 an actor stands still while anything else is busy, and when the
+# machine's memory is full, of whatever else runs on it, Ray would kill actors.
+os.environ |= {"RAY_worker_niceness": "0", "RAY_memory_monitor_refresh_ms": "0"}
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from cluster.log_lines import OURS
 
+SLOW_TIMEOUT_S = 1200
+
 settings.register_profile(
     "quick", max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
 settings.register_profile("thorough", parent=settings.get_profile("quick"), max_examples=1000, derandomize=False)
 settings.load_profile(os.environ.get("LONGTAKE_HYPOTHESIS", "quick"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that takes minutes where nothing else runs may take four times as long elsewhere."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
 
 
 @pytest.fixture(autouse=True)

@@ -335,7 +335,8 @@ def test_the_zombie_of_a_killed_raylet_is_ended(two_nodes: Cluster, listen: Star
 @pytest.mark.slow
 def test_an_actor_killed_for_memory_is_told_apart(two_nodes: Cluster, listen: Start) -> None:
     """Ray's own memory monitor, made to believe that the node is full."""
-    node = add_node(two_nodes, gpus_per_node=3, cpus_per_node=1, env_vars={"RAY_memory_usage_threshold": "0.0001"})
+    variables = {"RAY_memory_usage_threshold": "0.0001", "RAY_memory_monitor_refresh_ms": "250"}
+    node = add_node(two_nodes, gpus_per_node=3, cpus_per_node=1, env_vars=variables)
     ear = listen(resources=ActorResources(num_gpus=3, num_cpus=0.1))
     actor = ear.pool.spawn()
     ear.until(lambda _: bool(ear.of(ActorGone) + ear.of(ActorLoadFailure)))

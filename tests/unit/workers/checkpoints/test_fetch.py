@@ -130,7 +130,7 @@ def test_processes_of_one_machine_download_once(url: str, folder: Path, tmp_path
         assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
-    answers = [process.communicate(timeout=200)[0].split() for process in processes]
+    answers = [process.communicate(timeout=600)[0].split() for process in processes]
     assert all(process.returncode == 0 for process in processes)
     size = (folder / "b.safetensors").stat().st_size
     assert sorted(int(answer[0]) for answer in answers) == [0, 0, 0, size]
@@ -157,7 +157,7 @@ def test_a_killed_download_is_begun_again(url: str, folder: Path, tmp_path: Path
         time.sleep(0.5)
         assert process.poll() is None
         os.kill(killed.pid, signal.SIGKILL)
-        output, _ = process.communicate(timeout=200)
+        output, _ = process.communicate(timeout=600)
     assert int(output.split()[0]) == (folder / "b.safetensors").stat().st_size
     assert sha256(Path(output.split()[1])) == sha256(folder / "b.safetensors")
 
