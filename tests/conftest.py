@@ -1,9 +1,11 @@
-"""What every test gets: one torch thread, no telemetry, no real credentials, and hypothesis profiles."""
+"""What every test gets: one torch thread, the same random numbers, no real credentials, and hypothesis profiles."""
 
 from __future__ import annotations
 
 import logging
 import os
+import random
+import sys
 from collections.abc import Iterator
 
 # Before torch or Ray is imported anywhere: on a shared machine two threads are many times slower than one.
@@ -13,6 +15,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # machine's memory is full, of whatever else runs on it, Ray would kill actors.
 os.environ |= {"RAY_worker_niceness": "0", "RAY_memory_monitor_refresh_ms": "0"}
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -32,6 +35,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """The same numbers in every run, whichever tests the same worker has run before: fixtures draw after this, too."""
+    random.seed(0)
+    np.random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
