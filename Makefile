@@ -31,8 +31,9 @@ lint: install
 types: install
 	@$(BIN)/mypy
 
+# One file, one worker: what its tests share is made once.
 test: lint types
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu"
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 test-slow: install
 	@$(BIN)/python -m pytest -m "slow and not gpu"

@@ -175,6 +175,7 @@ def strike_a_job(
     raise AssertionError("each time the job had ended before it was struck")
 
 
+@pytest.mark.slow
 def test_a_killed_driver_is_followed_by_the_same_command(
     tmp_path: Path, ground: Ground, expected: dict[str, str]
 ) -> None:

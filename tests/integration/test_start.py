@@ -46,6 +46,7 @@ def test_a_local_cluster_keeps_to_its_own_folder(home: Path, monkeypatch: pytest
         assert len(token.read_text()) == 64
         assert cluster.resources()["GPU"] == 3
         assert os.environ["RAY_AUTH_MODE"] == "token"
+        assert ray.get(ray.remote(niceness).remote()) == os.nice(0), "work on a local cluster yields to nobody"
         check_metrics_are_exported()
     assert list(home.iterdir()) == []
     assert not folder.exists()
@@ -53,6 +54,7 @@ def test_a_local_cluster_keeps_to_its_own_folder(home: Path, monkeypatch: pytest
     assert not ray.is_initialized()
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_killed_driver_is_removed_by_the_next_start(home: Path) -> None:
     code = (
         "import os; from cluster.start import LocalSize, connect\n"
@@ -66,7 +68,6 @@ def test_the_folder_of_a_killed_driver_is_removed_by_the_next_start(home: Path) 
     assert (left / "token").exists()
     with connect(local=LocalSize(num_cpus=1)) as cluster:
         assert not left.exists()
-        assert ray.get(ray.remote(niceness).remote()) == os.nice(0), "work on a local cluster yields to nobody"
         assert cluster.temp_folder is not None
     assert not cluster.temp_folder.exists()
 
