@@ -195,7 +195,7 @@ def test_a_baseline_row_is_timed_through_the_product(policy: str) -> None:
 
 
 @pytest.mark.usefixtures("instant_pictures")
-@pytest.mark.parametrize(("policy", "seen"), [("fastar-lsh", 0.1), ("tempcache", 1.0)])
+@pytest.mark.parametrize(("policy", "seen"), [("fastar-lsh", 0.1), pytest.param("tempcache", 1.0, marks=SLOW)])
 def test_a_row_over_the_table_says_what_is_seen_and_chosen(policy: str, seen: float) -> None:
     result = make_row(policy, TINY, CPU)
     assert result.seconds_3000_frames, result.notes
