@@ -67,15 +67,28 @@ def test_an_altered_file_is_refused_with_both_hashes(folder: Path, tmp_path: Pat
 
 def test_a_hash_is_computed_once_until_the_file_is_touched(folder: Path, tmp_path: Path) -> None:
     path, cache = folder / "a.safetensors", tmp_path / "cache"
+    os.utime(path, (0, 0))
     first = file_sha256(path, cache)
-    stat = path.stat()
-    with path.open("r+b") as file:  # the same size, time and inode: what is remembered answers
-        file.seek(-1, os.SEEK_END)
-        file.write(b"\x55")
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    change_within_a_tick(path)  # the same size, time and inode: what is remembered answers
     assert file_sha256(path, cache) == first
     os.utime(path)
     assert file_sha256(path, cache) == sha256(path) != first
+
+
+def test_a_file_that_was_just_written_is_not_trusted_to_stay(folder: Path, tmp_path: Path) -> None:
+    path, cache = folder / "a.safetensors", tmp_path / "cache"
+    os.utime(path, (time.time() + 3600,) * 2)  # a moment ago, however slow this machine is
+    first = file_sha256(path, cache)
+    change_within_a_tick(path)
+    assert file_sha256(path, cache) == sha256(path) != first
+
+
+def change_within_a_tick(path: Path) -> None:
+    stat = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x55")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
 def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
