@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import random
@@ -22,6 +23,23 @@ from hypothesis import HealthCheck, settings
 from cluster.log_lines import OURS
 
 SLOW_TIMEOUT_S = 1200
+_sessions: list[pytest.Session] = []
+
+
+@atexit.register  # before Ray and the servers of tests register theirs: it runs when they have
+def _leave_without_teardown() -> None:
+    """Native threads live on when all tests have passed; one may crash while the interpreter is taken down under it,
+    and the run would end with 139.
+    """
+    if _sessions:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(_sessions[0].exitstatus))
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    _sessions.append(session)
+
 
 settings.register_profile(
     "quick", max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
