@@ -69,7 +69,7 @@ class KilledJob:
 
     def finish(self, driver: subprocess.Popen[bytes], code: int = 0) -> None:
         """Wait for its end: a driver that nobody has killed never fails because others were."""
-        found = driver.wait(300)
+        found = driver.wait(900)
         assert found == code, f"exit {found}\n{self._log.read_text(errors='replace')[-6000:]}"
 
     def keys_of_epoch(self, epoch: int) -> set[str]:

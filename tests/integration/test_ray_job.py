@@ -21,7 +21,7 @@ from tests.ray_cluster import RAY_PROGRAM, ray_head
 ROOT = Path(__file__).parents[2]
 RENDER = ["-m", "jobs.render", "--model", "tiny-test", "--width", "64", "--height", "32", "--frames", "24"]
 Done = subprocess.CompletedProcess[str]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 
 @dataclass
@@ -31,18 +31,18 @@ class Head:
     address: str
     environment: dict[str, str]
 
-    def submit(self, *arguments: str, timeout_s: float = 500) -> Done:
+    def submit(self, *arguments: str, timeout_s: float = 1200) -> Done:
         """Submit and wait; tries again while the head's agent is still coming up (it answers 500 then)."""
         return self._submit([], arguments, timeout_s)
 
     def start(self, submission_id: str, *arguments: str) -> None:
         """Submit and come back."""
-        done = self._submit(["--no-wait", "--submission-id", submission_id], arguments, 120)
+        done = self._submit(["--no-wait", "--submission-id", submission_id], arguments, 600)
         assert done.returncode == 0, done.stdout + done.stderr
 
     def stop(self, submission_id: str) -> str:
         """`ray job stop`, which waits until the job is over; what it prints."""
-        return self._ray("job", "stop", "--address", self.address, submission_id, timeout_s=180).stdout
+        return self._ray("job", "stop", "--address", self.address, submission_id, timeout_s=600).stdout
 
     def _submit(self, options: list[str], arguments: tuple[str, ...], timeout_s: float) -> Done:
         command = ["job", "submit", "--address", self.address, "--working-dir", ".", *options, "--", "python"]
@@ -104,13 +104,13 @@ def test_a_submitted_job_renders_and_a_relative_out_is_refused(head: Head, tmp_p
 
 
 def test_a_stopped_job_says_so_and_the_same_command_goes_on(head: Head, tmp_path: Path) -> None:
-    names = [f"take{index:02d}" for index in range(16)]
+    names = [f"take{index:02d}" for index in range(10)]
     prompts, job = tmp_path / "p.jsonl", tmp_path / "out" / "night"
     prompts.write_text("".join(json.dumps({"prompt": f"a meadow {name}", "id": name}) + "\n" for name in names))
     command = [*RENDER, str(prompts), "--out", str(tmp_path / "out"), "--job-id", "night", "--actors", "1"]
     command[command.index("--frames") + 1] = "480"
     head.start("longtake-night", *command)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not has_success(job):
         assert time.monotonic() < deadline, "nothing was committed"
         time.sleep(0.05)
