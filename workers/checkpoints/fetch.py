@@ -35,8 +35,8 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HF_NOTES = ".cache/huggingface/download"  # NAME.metadata: commit, etag (the SHA-256 of large files), time
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _MAX_FILES = 5000
-_SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system in use
 """A folder with more is no folder of weights."""
+_SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system in use
 
 
 @dataclass
