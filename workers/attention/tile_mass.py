@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from workers.contracts import KeyValues
+from workers.packed_keys import PackedKeys
 from workers.search.protocol import MAX_SCORES, Search
 
 Rotate = Callable[[KeyValues], KeyValues]
@@ -98,6 +99,9 @@ def sample_tiles(
 def take_keys(keys: KeyValues, index: Tensor) -> KeyValues:
     """Some keys: index_S, the same for all heads, or index_BNS. The values are not taken: keys stand in their place."""
     position, mass = keys.position_K3, keys.log_mass_BNK
+    if isinstance(keys, PackedKeys) and keys.are_all_packed:
+        batch, heads = keys.position_K3.shape[0], keys.position_K3.shape[2]
+        return keys.take_keys(index.expand(batch, heads, -1) if index.dim() == 1 else index)
     if index.dim() == 1:
         k = keys.k_BKND[:, index]
         at = position[index] if position.dim() == 2 else position[:, index]

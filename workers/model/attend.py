@@ -27,6 +27,7 @@ from workers.contracts import (
 )
 from workers.model.backbones import Backbone
 from workers.model.rope import Rotation, make_rotation, rotate, rotate_into
+from workers.packed_keys import PackedKeys
 
 Reindex = Callable[[Tensor, float], Tensor]
 """(latent frame of each cached key, latent frame of the newest query) -> the time that its rotation gets."""
@@ -156,6 +157,8 @@ class RolloutAttention:
 
     def rotate_cached(self, keys: KeyValues) -> KeyValues:
         """Keys of the cache after RoPE, at the positions that this chunk sees them at."""
+        if isinstance(keys, PackedKeys):  # as far as they are unpacked
+            return keys.turned(self.rotate_cached)
         return KeyValues(
             rotate(keys.k_BKND, self._table(keys.position_K3)), keys.v_BKND, keys.position_K3, keys.log_mass_BNK
         )
