@@ -14,8 +14,8 @@ from torch import Tensor
 
 from workers.contracts import KeyValues
 
-Turn = Callable[[KeyValues], KeyValues]
-"""RoPE of keys at their positions; values are passed on."""
+Turn = Callable[[KeyValues, bool], KeyValues]
+"""RoPE of keys at their positions; values are passed on. True: the keys are nobody else's and may be written over."""
 
 
 class Pack(Protocol):
@@ -142,14 +142,14 @@ class PackedKeys(KeyValues):
         position_RL3 = position_RC3.flatten(0, 1).index_select(0, line_RL.flatten()).view(*index_RL.shape, 3)
         mass_RL = self._mass.reshape(-1).index_select(0, line_RL.flatten()).view(index_RL.shape)
         taken = KeyValues(k_RLD[:, :, None], v_RLD[:, :, None], position_RL3[:, :, None], mass_RL[:, None])
-        return taken if self.turn is None else self.turn(taken)
+        return taken if self.turn is None else self.turn(taken, True)
 
     def _plain_run(self, first: int, last: int) -> KeyValues:
         if (first, last) not in self._plain:
             k, v = self.pack.read(first, last)
             run = slice(first - self.start, last - self.start)
             plain = KeyValues(k, v, self.position_K3[:, run], self._mass[..., run])
-            self._plain[first, last] = plain if self.turn is None else self.turn(plain)
+            self._plain[first, last] = plain if self.turn is None else self.turn(plain, False)
         return self._plain[first, last]
 
     @property

@@ -26,7 +26,7 @@ from workers.contracts import (
     TiledKeys,
 )
 from workers.model.backbones import Backbone
-from workers.model.rope import Rotation, make_rotation, rotate, rotate_into
+from workers.model.rope import Rotation, make_rotation, rotate, rotate_in_place, rotate_into
 from workers.packed_keys import PackedKeys
 
 Reindex = Callable[[Tensor, float], Tensor]
@@ -158,10 +158,16 @@ class RolloutAttention:
     def rotate_cached(self, keys: KeyValues) -> KeyValues:
         """Keys of the cache after RoPE, at the positions that this chunk sees them at."""
         if isinstance(keys, PackedKeys):  # as far as they are unpacked
-            return keys.turned(self.rotate_cached)
+            return keys.turned(self._turn)
         return KeyValues(
             rotate(keys.k_BKND, self._table(keys.position_K3)), keys.v_BKND, keys.position_K3, keys.log_mass_BNK
         )
+
+    def _turn(self, keys: KeyValues, in_place: bool) -> KeyValues:
+        if not in_place:
+            return self.rotate_cached(keys)
+        rotate_in_place(keys.k_BKND, self._reindexed(keys.position_K3), self._theta)
+        return keys
 
     def _count(self, plan: AttentionPlan, num_queries: int) -> None:
         """Add the keys that a query sees here; a tensor as soon as there are tiles, so that nothing waits for them."""
