@@ -38,6 +38,9 @@ _STEPS = 8
 _MOST_STEPS = 2**14
 """Rows and columns below this leave 2^23 times that float64 tells apart."""
 
+_FIRST_SHARE = 4 / 3
+"""Measured on the bundled model: 96 latent frames in the first step and 72 after it keep more than 77 in each."""
+
 
 @dataclass(frozen=True)
 class AnnSettings:
@@ -53,7 +56,8 @@ class AnnSettings:
     """So many keys instead, on average over heads and queries, and where their estimated mass is: the cost of a chunk
     does not grow with the history."""
     across_layers: bool = False
-    """From the second call of a chunk on, `seen_keys` is a mean over all layers, which compete for them."""
+    """From the second call of a chunk on, `seen_keys` is a mean over all layers, which compete for them. In the first
+    one, whose noise looks everywhere, each layer has a third more."""
     target_recall: float | None = None
     """In (0, 1]: take as many tiles as their estimated mass needs, whatever the density."""
     query_tile: int = 64
@@ -171,7 +175,8 @@ class AnnSelfAttention:
         )
         mass = estimate_mass(self._search, queries, indexed.sample, self._sample_rest(cached, own, span))
         if s.seen_keys is not None and s.target_recall is None:
-            visible = keep_most(mass, self._num_seen(s.seen_keys))
+            share = _FIRST_SHARE if s.across_layers else 1.0
+            visible = keep_most(mass, self._num_seen(s.seen_keys * share))
         elif s.target_recall is None:
             visible = keep_share(mass, min(1.0, s.density * self._factor))
         else:
@@ -187,7 +192,7 @@ class AnnSelfAttention:
         for chosen, visible_BNIJ in zip(layers, visible, strict=True):
             chosen.tiles, chosen.is_joint = replace(chosen.tiles, visible_BNIJ=visible_BNIJ), True
 
-    def _num_seen(self, num_keys: int) -> int:
+    def _num_seen(self, num_keys: float) -> int:
         return max(1, round(num_keys * self._factor / self._settings.key_tile))
 
     def _index(self, layer_index: int, cached: KeyValues, span: tuple[int, int]) -> _Indexed:

@@ -23,7 +23,7 @@ Rotate = Callable[[KeyValues], KeyValues]
 """RoPE of keys at their positions as this chunk sees them; values are passed on."""
 
 _MAX_SHORTFALL = 1.5  # at 2 the worst head of the bundled model loses 0.04 recall more, at the same density
-_SURE_SHARE = 8
+_SURE_SHARE = 16
 """Where layers compete, a head has one in so many of its tiles for sure: an estimate may be wrong."""
 
 Shared = dict[tuple[int, ...], tuple[Tensor, Tensor]]
