@@ -147,8 +147,9 @@ class PackedKeys(KeyValues):
     def _plain_run(self, first: int, last: int) -> KeyValues:
         if (first, last) not in self._plain:
             k, v = self.pack.read(first, last)
-            run = slice(first - self.start, last - self.start)
-            plain = KeyValues(k, v, self.position_K3[:, run], self._mass[..., run])
+            run, packed = slice(first - self.start, last - self.start), self.pack.packed
+            is_raw = last <= packed.start or first >= packed.stop  # and stands for itself alone
+            plain = KeyValues(k, v, self.position_K3[:, run], None if is_raw else self._mass[..., run])
             self._plain[first, last] = plain if self.turn is None else self.turn(plain, False)
         return self._plain[first, last]
 

@@ -90,17 +90,21 @@ def rotate_in_place(x_BQND: Tensor, position_BQN3: Tensor, theta: float) -> None
     """`rotate` by the rotation of these positions, written over keys that nobody else has.
 
     On a CPU no rotation of every key is laid down: what heads merged for themselves have few times, rows and columns.
+
+    Args:
+        x_BQND: Contiguous.
+        position_BQN3: In whole eighths, as caches that merge keep them.
+        theta: Base of the wavelengths.
     """
     head_dim = x_BQND.shape[-1]
-    steps = (position_BQN3 * _STEPS) if x_BQND.is_cpu and x_BQND.dtype == torch.float32 else None
-    if steps is None or not x_BQND.is_contiguous() or not _are_whole(steps):
+    if not x_BQND.is_cpu or x_BQND.dtype != torch.float32:
         x_BQND.copy_(rotate(x_BQND, make_rotation(position_BQN3, head_dim, theta)))
         return
     pairs = torch.view_as_complex(x_BQND.view(-1, head_dim // 2, 2))
-    flat, start = steps.long().view(-1, 3), 0
-    for axis, size in enumerate(split_head_dim(head_dim)):
-        first, table = _table_for(flat[:, axis], size, theta)
-        pairs[:, start : start + size // 2].mul_(table.index_select(0, flat[:, axis] - first))
+    steps_3R, start = (position_BQN3.reshape(-1, 3).mT * _STEPS).int().contiguous(), 0
+    for step, size in zip(steps_3R, split_head_dim(head_dim), strict=True):
+        first, table = _table_for(step, size, theta)
+        pairs[:, start : start + size // 2].mul_(table.index_select(0, step - first))
         start += size // 2
 
 
