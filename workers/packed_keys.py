@@ -58,6 +58,7 @@ class PackedKeys(KeyValues):
             "position_K3": position_BKN3,
             "log_mass_BNK": log_mass_BNK,
             "_plain": {},
+            "_runs": {},
         }.items():
             object.__setattr__(self, name, value)
 
@@ -65,6 +66,8 @@ class PackedKeys(KeyValues):
     start: int
     turn: Turn | None
     _plain: dict[tuple[int, int], KeyValues]
+    _runs: dict[tuple[int, int], PackedKeys]
+    """Runs by their first and last entry in the view: the same object each time, so that what is unpacked is kept."""
 
     @property
     def k_BKND(self) -> Tensor:  # noqa: N802, a field of `KeyValues`
@@ -91,15 +94,17 @@ class PackedKeys(KeyValues):
         return self._plain_run(self.start, self.start + self.num_tokens)
 
     def narrow(self, start: int, stop: int) -> KeyValues:
-        """A run; one of which no entry is packed comes as it is, and the same object each time."""
+        """A run, the same object each time; one of which no entry is packed comes as it is."""
         if (start, stop) == (0, self.num_tokens):
             return self
         first, last = self.start + start, self.start + stop
         packed = self.pack.packed
         if last <= packed.start or first >= packed.stop:
             return self._plain_run(first, last)
-        position, mass = self.position_K3[:, start:stop], self._mass[..., start:stop]
-        return PackedKeys(self.pack, position, mass, first, self.turn)
+        if (first, last) not in self._runs:
+            position, mass = self.position_K3[:, start:stop], self._mass[..., start:stop]
+            self._runs[first, last] = PackedKeys(self.pack, position, mass, first, self.turn)
+        return self._runs[first, last]
 
     def turned(self, turn: Turn) -> PackedKeys:
         """The same keys after RoPE."""

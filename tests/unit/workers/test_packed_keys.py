@@ -105,6 +105,8 @@ def test_what_nobody_compressed_is_not_copied_and_made_once() -> None:
     recent = keys.narrow(keys.num_tokens - FRAME, keys.num_tokens)
     assert recent.k_BKND.data_ptr() == keys.narrow(keys.num_tokens - FRAME, keys.num_tokens).k_BKND.data_ptr()
     assert recent is keys.narrow(keys.num_tokens - FRAME, keys.num_tokens)
+    history = keys.narrow(FRAME, 4 * FRAME)
+    assert history.k_BKND is keys.narrow(FRAME, 4 * FRAME).k_BKND
 
 
 @pytest.mark.parametrize("start", [FRAME, FRAME - 4])
