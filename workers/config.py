@@ -158,13 +158,17 @@ class AnnSelfAttentionConfig(Part):
         "time", description="How keys are put into tiles: pieces of a picture, or keys of one bucket (the paper's)."
     )
     num_buckets: int = Field(64, ge=2, le=4096, description="Buckets of a head in `bucket` order; a power of two.")
-    tile: int | None = Field(
-        None, ge=8, le=1024, description="Queries and keys of a tile; empty: a latent frame, at most 128."
+    tile: int | None = Field(None, ge=8, le=1024, description="Keys of a tile; empty: a latent frame, at most 128.")
+    query_tile: int | None = Field(
+        None, ge=8, le=1024, description="Queries of a tile; empty: the latent frames that fit into 192, or as `tile`."
     )
     sink_latent_frames: int = Field(3, ge=0, description="First latent frames, seen by all.")
     recent_latent_frames: int = Field(6, ge=1, description="Newest latent frames, seen by all.")
     density: float = Field(0.3, gt=0.0, le=1.0, description="Share of the history's keys that a query sees.")
     seen_latent_frames: int | None = Field(None, ge=1, description="So much of it instead, where its mass is.")
+    seen_across: Literal["layer", "model"] = Field(
+        "layer", description="Who competes for it: heads of a layer, or, after a chunk's first step, all layers."
+    )
     target_recall: float | None = Field(
         None, gt=0.0, le=1.0, description="Sets the density for each layer, head and noise level; empty keeps it."
     )

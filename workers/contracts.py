@@ -33,6 +33,10 @@ class KeyValues:
         return self.k_BKND.shape[1]
 
     @property
+    def head_dim(self) -> int:
+        return self.k_BKND.shape[-1]
+
+    @property
     def num_bytes(self) -> int:
         mass = 0 if self.log_mass_BNK is None else self.log_mass_BNK.nbytes
         return self.k_BKND.nbytes + self.v_BKND.nbytes + mass

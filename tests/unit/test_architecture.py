@@ -79,6 +79,7 @@ WORKERS_RANK = {
     "search": 3,
     "denoise": 4,
     "metrics": 4,
+    "packed_keys": 4,
     "contracts": 5,
     "config": 6,
     "config_part": 6,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from workers.cache.low_bit import Storage, VectorStore
-from workers.cache.near_tiles import Nearest, nearest_in_tiles
+from workers.cache.near_tiles import Nearest, TileMeans, nearest_in_store
 from workers.cache.pairs import choose_merges
 from workers.cache.slot_sums import sum_by_slot
 
@@ -59,7 +59,7 @@ class KeyGroups:
         batch, heads, self.num_slots, dim = shape_BNCD
         # The last slot takes writes that are meant for nobody.
         slots = (batch, heads, self.num_slots + 1)
-        self._k, self._v = (VectorStore((*slots, dim), storage, dtype, device) for _ in range(2))
+        self.keys, self.values = (VectorStore((*slots, dim), storage, dtype, device) for _ in range(2))
         self.time_BNC = torch.zeros(slots, dtype=torch.int32, device=device)
         self.cell_BNC2 = torch.zeros((*slots, 2), dtype=torch.int16, device=device)
         self.m_BNC = torch.zeros(slots, dtype=torch.int32, device=device)
@@ -68,27 +68,22 @@ class KeyGroups:
         self.count_BN = torch.zeros(slots[:2], dtype=torch.int64, device=device)
         self.num_used = 0
         """Slots up to the fullest head's last one."""
-        self._nearest = nearest
+        self._nearest, self._means = nearest, TileMeans()
         self._wide = torch.float64 if dtype == torch.float64 else torch.float32
 
-    def absorb(
-        self, new: Tokens, min_cosine_BN1: Tensor, keys_BNCD: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def absorb(self, new: Tokens, min_cosine_BN1: Tensor) -> tuple[Tensor, Tensor | None]:
         """Let each key join its nearest group, or open one of its own.
 
         Args:
             new: Keys newer than all absorbed before.
             min_cosine_BN1: A key joins from this cosine on; above 1 none does.
-            keys_BNCD: Those of the slots in use, where they have been read since they last changed.
         Returns:
             The slot of each key [B, N, Q], and, when the table was compacted, where
             each old slot has gone [B, N, C].
         """
-        if keys_BNCD is None:
-            keys_BNCD = self._k.read(self.num_used)
-        index, cosine = self._match(new, keys_BNCD)
+        index, cosine = self._match(new)
         joins = cosine >= min_cosine_BN1
-        moved = self._make_room((~joins).sum(-1), keys_BNCD)
+        moved = self._make_room((~joins).sum(-1))
         if moved is not None:
             index = torch.where(index >= 0, moved.gather(2, index.clamp(min=0)), index)
         if bool(joins.any()):
@@ -99,8 +94,8 @@ class KeyGroups:
 
     def read_into(self, k_BNCD: Tensor, v_BNCD: Tensor) -> None:
         """Write keys and values of the slots in use."""
-        self._k.read(self.num_used, k_BNCD)
-        self._v.read(self.num_used, v_BNCD)
+        self.keys.read(self.num_used, k_BNCD)
+        self.values.read(self.num_used, v_BNCD)
 
     def read_records(self) -> tuple[Tensor, Tensor]:
         """position_BNC3 (float32) and log m of the slots in use; -inf where a head has none."""
@@ -117,27 +112,28 @@ class KeyGroups:
     def num_bytes(self) -> int:
         """Of the slots in use, up to the fullest head's last one."""
         slots = self.m_BNC[:, :, : self.num_used].numel()
-        return slots * (self._k.vector_bytes + self._v.vector_bytes + SLOT_BYTES)
+        return slots * (self.keys.vector_bytes + self.values.vector_bytes + SLOT_BYTES)
 
     def state(self) -> Mapping[str, Tensor]:
         """Every tensor that decides what comes."""
         own = {name: getattr(self, name) for name in _STATE}
-        return own | {f"{n}.{k}": t for n, s in (("k", self._k), ("v", self._v)) for k, t in s.state().items()}
+        return own | {f"{n}.{k}": t for n, s in (("k", self.keys), ("v", self.values)) for k, t in s.state().items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Become the table that `state` came from."""
         for name in _STATE:
             setattr(self, name, state[name].clone())
-        for name, store in (("k", self._k), ("v", self._v)):
+        for name, store in (("k", self.keys), ("v", self.values)):
             store.restore({part: state[f"{name}.{part}"] for part in ("code", "scale")})
+        self._means.forget()
         self.num_used = int(self.count_BN.max())
 
-    def _match(self, new: Tokens, keys_BNCD: Tensor) -> tuple[Tensor, Tensor]:
+    def _match(self, new: Tokens) -> tuple[Tensor, Tensor]:
         if self.num_used == 0:
             none = self.partner_BNC.new_full(new.k_BNQD.shape[:3], -1, dtype=torch.int64)
             return none, torch.full(none.shape, -math.inf, device=none.device)
         # Vacant slots are zero, so none of them is near anything; where all is far, one may still be found.
-        index, cosine = nearest_in_tiles(self._nearest, new.k_BNQD, keys_BNCD)
+        index, cosine = nearest_in_store(self._nearest, new.k_BNQD, self.keys, self.num_used, self._means)
         exists = index < self.count_BN[..., None]
         return torch.where(exists, index, -1), cosine.float().masked_fill(~exists, -math.inf)
 
@@ -150,16 +146,18 @@ class KeyGroups:
         m_old = self.m_BNC.gather(2, slot)
         m = m_old + same.sum(-1, dtype=torch.int32)
         joined = same.to(self._wide) @ new.v_BNQD.to(self._wide)
-        self._v.write(slot, _mean(self._v.gather(slot), m_old, joined, m))
-        self._k.write(slot, new.k_BNQD)
+        self.values.write(slot, _mean(self.values.gather(slot), m_old, joined, m))
+        self.keys.write(slot, new.k_BNQD)
+        self._means.forget(int(slot.min()))
         self._place(slot, new.position_BNQ3, m)
 
     def _open(self, new: Tokens, opens_BNQ: Tensor) -> Tensor:
         """New groups, in the order of their keys; their slots."""
         slot = self.count_BN[..., None] + opens_BNQ.cumsum(-1) - 1
         slot = torch.where(opens_BNQ, slot, self.num_slots)
-        self._k.write(slot, new.k_BNQD)
-        self._v.write(slot, new.v_BNQD)
+        self.keys.write(slot, new.k_BNQD)
+        self.values.write(slot, new.v_BNQD)
+        self._means.forget(int(self.count_BN.min()))
         self._place(slot, new.position_BNQ3, torch.ones_like(slot, dtype=torch.int32))
         self.count_BN = self.count_BN + opens_BNQ.sum(-1)
         self.num_used = int(self.count_BN.max())
@@ -183,27 +181,27 @@ class KeyGroups:
         self.m_BNC.scatter_(2, slot_BNR, m_BNR)
         self.m_BNC[..., -1] = 0
 
-    def _make_room(self, needed_BN: Tensor, keys_BNCD: Tensor) -> Tensor | None:
+    def _make_room(self, needed_BN: Tensor) -> Tensor | None:
         """Where each slot has gone, if the table had to be compacted for so many new groups."""
         missing = self.count_BN + needed_BN - self.num_slots
         if int(missing.max()) <= 0:
             return None
         ample = torch.maximum(missing, torch.full_like(missing, self.num_slots // _FREE_SHARE))
         num = torch.where(missing > 0, ample, 0).minimum((self.count_BN - 1).clamp(min=0))
-        return self._compact(num, keys_BNCD)
+        return self._compact(num)
 
-    def _compact(self, num_BN: Tensor, keys_BNCD: Tensor) -> Tensor:
+    def _compact(self, num_BN: Tensor) -> Tensor:
         """Let `num_BN` groups of each head join their partners, those with the least loss; where each slot has gone."""
         stop = self.num_used
         partner, m = self.partner_BNC[:, :, :stop].long(), self.m_BNC[:, :, :stop]
-        root, keeper = choose_merges(keys_BNCD, self._v.read(stop), m, partner, num_BN)
+        root, keeper = choose_merges(self.keys.read(stop), self.values.read(stop), m, partner, num_BN)
         survives = (root == torch.arange(stop, device=root.device)) & (m > 0)
         target = torch.where(m > 0, (survives.cumsum(-1) - 1).gather(2, root), self.num_slots)
         self._merge_values(root, int(num_BN.max()))
         # The slots that are left, side by side: each with its group's value and the key that stands for it.
         place = torch.where(survives, target, self.num_slots)
-        self._v.move(torch.arange(stop, device=root.device).expand_as(root), place)
-        self._k.move(keeper, place)
+        self.values.move(torch.arange(stop, device=root.device).expand_as(root), place)
+        self.keys.move(keeper, place)
         self.time_BNC, self.cell_BNC2 = (_moved(x, keeper, place) for x in (self.time_BNC, self.cell_BNC2))
         partner = torch.where(partner >= 0, target.gather(2, root.gather(2, partner.clamp(min=0))), -1)
         self.partner_BNC.fill_(-1).scatter_(2, place, partner.to(torch.int32))
@@ -211,6 +209,7 @@ class KeyGroups:
         self.m_BNC[..., -1] = 0
         self.count_BN = survives.sum(-1)
         self.num_used = int(self.count_BN.max())
+        self._means.forget()
         return target
 
     def _merge_values(self, root_BNC: Tensor, most: int) -> None:
@@ -220,12 +219,12 @@ class KeyGroups:
         target = root_BNC.gather(2, joining)
         m = self.m_BNC.gather(2, joining) * (target != joining)
         m_root = self.m_BNC.gather(2, target)
-        part = self._v.gather(joining).to(self._wide) * m[..., None]
+        part = self.values.gather(joining).to(self._wide) * m[..., None]
         # A root that several join stands here once for each of them, every time with the sum over all.
         joined = sum_by_slot(part, target, len(own)).gather(2, _widen(target, part))
         m_all = torch.zeros_like(self.m_BNC).scatter_add_(2, target, m).gather(2, target) + m_root
-        mean = _mean(self._v.gather(target), m_root, joined, m_all)
-        self._v.write(torch.where(target != joining, target, self.num_slots), mean)
+        mean = _mean(self.values.gather(target), m_root, joined, m_all)
+        self.values.write(torch.where(target != joining, target, self.num_slots), mean)
 
 
 def _mean(v_BNRD: Tensor, m_BNR: Tensor, sum_BNRD: Tensor, m_all_BNR: Tensor) -> Tensor:

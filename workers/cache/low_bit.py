@@ -32,7 +32,7 @@ class VectorStore:
         self, shape_BNCD: tuple[int, int, int, int], storage: Storage, dtype: torch.dtype, device: torch.device
     ) -> None:
         *slots, dim = shape_BNCD
-        self.storage, self.dtype, self._dim = storage, dtype, dim
+        self.storage, self.dtype, self.dim = storage, dtype, dim
         self._group = dim if storage == "int8" else math.gcd(dim, _INT4_CHANNELS)
         self._limit = 7 if storage == "int4" else 127
         width, code_dtype = {"model": (dim, dtype), "int8": (dim, torch.int8), "int4": (dim // 2, torch.uint8)}[storage]
@@ -50,20 +50,27 @@ class VectorStore:
     @property
     def vector_bytes(self) -> int:
         """Of one slot."""
-        return self.bytes_per_vector(self._dim, self.storage, self.dtype)
+        return self.bytes_per_vector(self.dim, self.storage, self.dtype)
 
     def read(self, stop: int, out_BNCD: Tensor | None = None) -> Tensor:
         """The first `stop` slots, [B, N, stop, D]: a view of the store where it can be, or written to `out_BNCD`."""
         code, scale = self._code[:, :, :stop], self._scale[:, :, :stop]
         if out_BNCD is None:
             return self._decode(code, scale)
-        if self.storage == "int8" and out_BNCD.is_cpu:  # there a product of two dtypes is four times slower than this
-            return out_BNCD.copy_(code).mul_(scale.to(self.dtype))
-        if self.storage == "int8":
-            return torch.mul(code, scale.to(self.dtype), out=out_BNCD)
-        if self.storage == "int4":
-            return self._decode_halves(code, scale, out_BNCD)
-        return out_BNCD.copy_(code)
+        return self._decode_into(code, scale, out_BNCD)
+
+    def take(self, slot_RL: Tensor, row_R: Tensor, out_RLD: Tensor | None = None) -> Tensor:
+        """The vectors of these slots of some rows (batch times heads), [R, L, D]; written to `out_RLD` if given."""
+        line = (slot_RL + (row_R * self._code.shape[2])[:, None]).flatten()
+        code, scale = (
+            x.view(-1, x.shape[-1]).index_select(0, line).view(*slot_RL.shape, -1) if x.shape[-1] else x[0, 0, :1]
+            for x in (self._code, self._scale)
+        )
+        return self._decode(code, scale) if out_RLD is None else self._decode_into(code, scale, out_RLD)
+
+    def read_run(self, start: int, stop: int) -> Tensor:
+        """Slots from `start` up to `stop`, [B, N, K, D]."""
+        return self._decode(self._code[:, :, start:stop], self._scale[:, :, start:stop])
 
     def gather(self, slot_BNR: Tensor) -> Tensor:
         """The vectors of these slots, [B, N, R, D]."""
@@ -111,11 +118,20 @@ class VectorStore:
         if self.storage == "model":
             return code
         if self.storage == "int4":
-            out = torch.empty((*code.shape[:-1], self._dim), dtype=self.dtype, device=code.device)
+            out = torch.empty((*code.shape[:-1], self.dim), dtype=self.dtype, device=code.device)
             return self._decode_halves(code, scale, out)
         wide = code.to(self.dtype) if code.is_cpu else code
         x: Tensor = wide.unflatten(-1, (-1, self._group)) * scale.to(self.dtype)[..., None]
         return x.flatten(-2)
+
+    def _decode_into(self, code: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+        if self.storage == "int8" and out.is_cpu:  # there a product of two dtypes is four times slower than this
+            return out.copy_(code).mul_(scale.to(self.dtype))
+        if self.storage == "int8":
+            return torch.mul(code, scale.to(self.dtype), out=out)
+        if self.storage == "int4":
+            return self._decode_halves(code, scale, out)
+        return out.copy_(code)
 
     def _decode_halves(self, code: Tensor, scale: Tensor, out: Tensor) -> Tensor:
         """`int4`, in place: the first half of the channels lies in the low bits."""

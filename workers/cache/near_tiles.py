@@ -8,6 +8,7 @@ long it is, but for the means. A table that is as short as what would be looked 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -36,18 +37,74 @@ def nearest_in_tiles(nearest: Nearest, query_BNQD: Tensor, key_BNCD: Tensor) -> 
     if num_old <= _NUM_TILES * _TILE:
         return nearest(query_BNQD, key_BNCD)
     index, cosine = nearest(query_BNQD, key_BNCD[:, :, num_old:])
-    far_index, far_cosine = _in_old_tiles(nearest, query_BNQD, key_BNCD[:, :, :num_old])
+    old_BNCD = key_BNCD[:, :, :num_old]
+
+    def gather(slot_BNR: Tensor) -> Tensor:
+        return old_BNCD.gather(2, slot_BNR[..., None].expand(*slot_BNR.shape, old_BNCD.shape[-1]))
+
+    far_index, far_cosine = _in_old_tiles(nearest, query_BNQD, _mean_directions(old_BNCD), gather)
     return torch.where(far_cosine > cosine, far_index, index + num_old), torch.maximum(far_cosine, cosine)
 
 
-def _in_old_tiles(nearest: Nearest, query_BNQD: Tensor, key_BNCD: Tensor) -> tuple[Tensor, Tensor]:
+class KeyStore(Protocol):
+    """Keys that lie in slots and are unpacked as far as they are looked at."""
+
+    def read_run(self, start: int, stop: int) -> Tensor:
+        """Slots from `start` up to `stop`, [B, N, K, D]."""
+        ...
+
+    def gather(self, slot_BNR: Tensor) -> Tensor:
+        """The vectors of these slots, [B, N, R, D]."""
+        ...
+
+
+class TileMeans:
+    """Directions of the mean keys of tiles that are full: kept, since a table mostly grows at its end."""
+
+    def __init__(self) -> None:
+        self._mean_BNJD: Tensor | None = None
+
+    def forget(self, slot: int = 0) -> None:
+        """Keys from this slot on have changed."""
+        if self._mean_BNJD is not None:
+            self._mean_BNJD = self._mean_BNJD[:, :, : slot // _TILE]
+
+    def read(self, store: KeyStore, num: int) -> Tensor:
+        """Of the first `num` tiles, mean_BNJD; none of their slots is free in any head, or will be `forget` first."""
+        known = self._mean_BNJD
+        num_known = 0 if known is None else known.shape[2]
+        if num > num_known:
+            new = _mean_directions(store.read_run(num_known * _TILE, num * _TILE))
+            self._mean_BNJD = new if known is None else torch.cat((known, new), 2)
+        assert self._mean_BNJD is not None
+        return self._mean_BNJD[:, :, :num]
+
+
+def nearest_in_store(
+    nearest: Nearest, query_BNQD: Tensor, store: KeyStore, num_slots: int, means: TileMeans
+) -> tuple[Tensor, Tensor]:
+    """`nearest_in_tiles` of the first slots of a store, of which it unpacks only what is looked at."""
+    num_old = (num_slots // _TILE - _NEWEST_TILES) * _TILE
+    if num_old <= _NUM_TILES * _TILE:
+        return nearest(query_BNQD, store.read_run(0, num_slots))
+    index, cosine = nearest(query_BNQD, store.read_run(num_old, num_slots))
+    mean_BNJD = means.read(store, num_old // _TILE)
+    far_index, far_cosine = _in_old_tiles(nearest, query_BNQD, mean_BNJD, store.gather)
+    return torch.where(far_cosine > cosine, far_index, index + num_old), torch.maximum(far_cosine, cosine)
+
+
+def _mean_directions(key_BNCD: Tensor) -> Tensor:
+    return F.normalize(key_BNCD.unflatten(2, (-1, _TILE)).mean(3), dim=-1)
+
+
+def _in_old_tiles(
+    nearest: Nearest, query_BNQD: Tensor, mean_BNJD: Tensor, gather: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
     batch, heads, num, dim = query_BNQD.shape
-    mean_BNJD = F.normalize(key_BNCD.unflatten(2, (-1, _TILE)).mean(3), dim=-1)
     query_BNITD = F.pad(query_BNQD, (0, 0, 0, -num % _TILE)).unflatten(2, (-1, _TILE))
     chosen_BNIn = (query_BNITD.mean(3) @ mean_BNJD.mT).topk(_NUM_TILES, dim=-1).indices
-    slot_BNIL = (chosen_BNIn[..., None] * _TILE + torch.arange(_TILE, device=key_BNCD.device)).flatten(3)
-    flat = slot_BNIL.flatten(2)
-    keys = key_BNCD.gather(2, flat[..., None].expand(*flat.shape, dim)).view(batch * heads, -1, slot_BNIL.shape[3], dim)
+    slot_BNIL = (chosen_BNIn[..., None] * _TILE + torch.arange(_TILE, device=mean_BNJD.device)).flatten(3)
+    keys = gather(slot_BNIL.flatten(2)).view(batch * heads, -1, slot_BNIL.shape[3], dim)
     index, cosine = nearest(query_BNITD.flatten(0, 1), keys)
     found = slot_BNIL.flatten(0, 1).gather(2, index)
     return found.view(batch, heads, -1)[..., :num], cosine.view(batch, heads, -1)[..., :num]

@@ -19,6 +19,7 @@ from workers.cache.groups import KeyGroups, Tokens
 from workers.cache.low_bit import Storage
 from workers.cache.near_tiles import Nearest
 from workers.contracts import AuditKeys, KeyValues
+from workers.packed_keys import PackedKeys
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,48 @@ class _Layer:
     audit: AuditSample | None = None
     owners: OwnerRecord | None = None
     view: KeyValues | None = None
+
+
+class _Pack:
+    """The entries of one layer as they are stored: sink, groups, recent."""
+
+    def __init__(self, sink: KeyValues | None, groups: KeyGroups, recent: KeyValues | None) -> None:
+        self._sink, self._groups, self._recent = sink, groups, recent
+        num_sink = 0 if sink is None else sink.num_tokens
+        self.packed = range(num_sink, num_sink + groups.num_used)
+        self.head_dim = groups.keys.dim
+
+    def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        first, last = self.packed.start, self.packed.stop
+        if self._sink is not None and stop <= first:
+            part = self._sink.narrow(start, stop)
+            return part.k_BKND, part.v_BKND
+        if self._recent is not None and start >= last:
+            part = self._recent.narrow(start - last, stop - last)
+            return part.k_BKND, part.v_BKND
+        k, v = self._read_all()
+        return k[:, start:stop], v[:, start:stop]
+
+    def take_keys(self, index_RL: Tensor, row_R: Tensor, out_RLD: Tensor | None = None) -> Tensor:
+        return self._groups.keys.take(index_RL, row_R, out_RLD)
+
+    def take_values(self, index_RL: Tensor, row_R: Tensor, out_RLD: Tensor | None = None) -> Tensor:
+        return self._groups.values.take(index_RL, row_R, out_RLD)
+
+    def _read_all(self) -> tuple[Tensor, Tensor]:
+        raw = [part for part in (self._sink, self._recent) if part is not None]
+        some = raw[0].k_BKND
+        batch, _, heads, dim = some.shape
+        num_tokens = self._groups.num_used + sum(part.num_tokens for part in raw)
+        shape = (batch, heads, num_tokens, dim)
+        k, v = some.new_empty(shape), some.new_empty(shape)  # heads outside, as kernels want them
+        run = slice(self.packed.start, self.packed.stop)
+        self._groups.read_into(k[:, :, run], v[:, :, run])
+        for part, start in ((self._sink, 0), (self._recent, self.packed.stop)):
+            if part is not None:
+                run = slice(start, start + part.num_tokens)
+                k[:, :, run], v[:, :, run] = part.k_BKND.transpose(1, 2), part.v_BKND.transpose(1, 2)
+        return k.transpose(1, 2), v.transpose(1, 2)
 
 
 class TemporalCache:
@@ -173,36 +216,27 @@ class TemporalCache:
         if layer.groups is None:
             layer.groups = self._new_groups(old)
         threshold = torch.tensor(self._min_cosine, device=old.k_BKND.device).expand(1, old.k_BKND.shape[2], 1)
-        slot, moved = layer.groups.absorb(_as_tokens(old), threshold, _read_keys(layer))
+        slot, moved = layer.groups.absorb(_as_tokens(old), threshold)
         if layer.audit is not None:
             layer.audit.follow(old, slot, moved)
         if layer.owners is not None:
             layer.owners.follow(slot, moved)
 
     def _assemble(self, layer: _Layer) -> KeyValues:
-        """One view in the order sink, groups, recent."""
+        """One view in the order sink, groups, recent; the groups are unpacked as far as somebody looks at them."""
         raw = [part for part in (layer.sink, layer.recent) if part is not None]
         if layer.groups is None:
             return raw[0] if len(raw) == 1 else _join(*raw)
         position, mass = layer.groups.read_records()
-        batch, heads, num_groups = mass.shape
-        num_sink, num_recent = (0 if part is None else part.num_tokens for part in (layer.sink, layer.recent))
-        middle = slice(num_sink, num_sink + num_groups)
-        some = raw[0].k_BKND
-        shape = (batch, heads, num_sink + num_groups + num_recent, some.shape[-1])
-        k, v = some.new_empty(shape), some.new_empty(shape)  # heads outside, as kernels want them
-        layer.groups.read_into(k[:, :, middle], v[:, :, middle])
-        positions, start = [], 0
+        batch, heads, _ = mass.shape
+        positions, masses = [position], [mass]
         for part in raw:
-            run = slice(start, start + part.num_tokens)
-            k[:, :, run], v[:, :, run] = part.k_BKND.transpose(1, 2), part.v_BKND.transpose(1, 2)
-            positions.append(_per_head(part.position_K3, batch, heads))
-            start = run.stop if run.stop != num_sink else middle.stop
-        positions.insert(0 if layer.sink is None else 1, position.transpose(1, 2))
-        log_mass = torch.cat(
-            (mass.new_zeros(batch, heads, num_sink), mass, mass.new_zeros(batch, heads, num_recent)), -1
-        )
-        return KeyValues(k.transpose(1, 2), v.transpose(1, 2), torch.cat(positions, 1), log_mass)
+            at = part.position_K3[None, None].expand(batch, heads, -1, 3)
+            side = 0 if part is layer.sink else len(positions)
+            positions.insert(side, at)
+            masses.insert(side, mass.new_zeros(()).expand(at.shape[:3]))
+        pack = _Pack(layer.sink, layer.groups, layer.recent)
+        return PackedKeys(pack, torch.cat(positions, 2).transpose(1, 2), torch.cat(masses, 2))
 
     def _layer_bytes(self, layer: _Layer) -> int:
         raw = sum(part.num_bytes for part in (layer.sink, layer.recent) if part is not None)
@@ -210,21 +244,9 @@ class TemporalCache:
         return raw + audit + (0 if layer.groups is None else layer.groups.num_bytes)
 
 
-def _read_keys(layer: _Layer) -> Tensor | None:
-    """Keys of the groups, if somebody has read them since they changed."""
-    if layer.view is None or layer.groups is None:
-        return None
-    start = 0 if layer.sink is None else layer.sink.num_tokens
-    return layer.view.k_BKND[:, start : start + layer.groups.num_used].transpose(1, 2)
-
-
 def _as_tokens(frame: KeyValues) -> Tokens:
     k, v = frame.k_BKND.transpose(1, 2), frame.v_BKND.transpose(1, 2)
     return Tokens(k, v, frame.position_K3[None, None].expand(*k.shape[:3], 3))
-
-
-def _per_head(position_K3: Tensor, batch: int, heads: int) -> Tensor:
-    return position_K3[None, :, None].expand(batch, -1, heads, 3)
 
 
 def _join(a: KeyValues | None, b: KeyValues) -> KeyValues:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from workers.contracts import KeyValues, Tiles
+from workers.packed_keys import PackedKeys
 
 T = TypeVar("T")
 
@@ -44,7 +45,11 @@ class KeyMemory(Generic[T]):
             return
         identity = _identity(keys, tiles, dtype)
         drop = partial(self._drop, identity)
-        sources: list[Any] = [keys.k_BKND.untyped_storage(), keys.v_BKND.untyped_storage()]
+        sources: list[Any] = (
+            [keys.pack]
+            if isinstance(keys, PackedKeys)
+            else [keys.k_BKND.untyped_storage(), keys.v_BKND.untyped_storage()]
+        )
         if tiles is not None:
             sources.append(tiles)
         self._kept[identity] = value, num_bytes, tuple(weakref.ref(source, drop) for source in sources)
@@ -56,6 +61,8 @@ class KeyMemory(Generic[T]):
 
 
 def _identity(keys: KeyValues, tiles: Tiles | None, dtype: torch.dtype) -> Hashable:
+    if isinstance(keys, PackedKeys):
+        return None if tiles is None else id(tiles), dtype, id(keys.pack), keys.start, keys.num_tokens
     tensors = (keys.k_BKND, keys.v_BKND, keys.log_mass_BNK)
     return None if tiles is None else id(tiles), dtype, *(None if x is None else _place(x) for x in tensors)
 

@@ -28,6 +28,9 @@ _HALF = (torch.float16, torch.bfloat16)
 _MIN_CPU_KEYS = 16
 """Fewer than a vector holds, and the CPU kernel takes a query that is NaN for one that sees nothing, which hides it."""
 
+_HALVED_KEYS = 1024
+"""A single row with fewer is not worth two."""
+
 
 class SdpaKernel:
     """torch's own attention; every device and head dimension that it supports. Keys that tiles choose are gathered.
@@ -85,6 +88,27 @@ def attend_sdpa(
 
 
 def _attend_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    num_keys = k.shape[2]
+    if q.shape[:2] == (1, 1) and num_keys >= _HALVED_KEYS and num_keys % 2 == 0:
+        return _attend_halves(q, k, v, bias, scale)
+    return _call_cpu(q, k, v, bias, scale)
+
+
+def _attend_halves(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """One row over either half of its keys, and merged: the kernel shares out 64 queries of a row at a time, which
+    leaves threads idle where a single row has few."""
+    halves = [x[0, 0].unflatten(0, (2, -1))[:, None] for x in (k, v)]
+    bias_half = None if bias is None else bias[0, 0].unflatten(-1, (2, -1)).transpose(0, 1)[:, None]
+    out, lse = _call_cpu(q.expand(2, -1, -1, -1), halves[0], halves[1], bias_half, scale)
+    if bias_half is not None:  # a half without keys says nothing
+        is_empty = bias_half.isneginf().all(-1)
+        out, lse = out.masked_fill(is_empty[..., None], 0.0), lse.masked_fill(is_empty, -torch.inf)
+    both = lse.logsumexp(0, keepdim=True)
+    share = (lse - both.masked_fill(both.isneginf(), 0.0)).exp().to(out.dtype)
+    return (out * share[..., None]).sum(0, keepdim=True), both
+
+
+def _call_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, lse_BNQ = operator(q, k, v, attn_mask=bias, scale=scale)[:2]
     return out, lse_BNQ

@@ -16,6 +16,7 @@ from torch import Tensor
 from workers.contracts import KeyValues, TiledKeys, Tiles
 from workers.kernels.buffers import Buffers
 from workers.kernels.memory import KeyMemory
+from workers.packed_keys import PackedKeys
 
 AttendDense = Callable[[Tensor, KeyValues], tuple[Tensor, Tensor]]
 
@@ -110,10 +111,10 @@ def _gather(part: TiledKeys, dtype: torch.dtype, buffers: Buffers | None) -> Ite
     order_R = count_R.argsort(descending=True, stable=True)
     # The tiles that a row sees come first, in their order; int32 sorts faster than bool.
     seen_RJ = visible_BNIJ.flatten(0, 2).int().argsort(dim=-1, descending=True, stable=True)
-    bytes_per_tile = 2 * tiles.key_tile * keys.k_BKND.shape[-1] * dtype.itemsize
+    bytes_per_tile = 2 * tiles.key_tile * keys.head_dim * dtype.itemsize
     counts: list[int] = count_R[order_R].tolist()
     start = 0
-    most_bytes = _GROUP_BYTES.get(keys.k_BKND.device.type, _GROUP_BYTES["cpu"])
+    most_bytes = _GROUP_BYTES.get(visible_BNIJ.device.type, _GROUP_BYTES["cpu"])
     for stop in _cut(counts, bytes_per_tile, most_bytes):
         row_R = order_R[start:stop]
         head_R = row_R // rows_each
@@ -161,6 +162,8 @@ def _take(
     buffers: Buffers | None,
 ) -> KeyValues:
     """Keys at an index of each row; `head_R` counts batch x heads."""
+    if isinstance(keys, PackedKeys) and keys.are_all_packed:
+        return _unpack(keys, index_RL, there_RL, head_R, dtype, buffers)
     mass_RL: Tensor | None = None
     if keys.log_mass_BNK is not None:
         mass_RL = keys.log_mass_BNK.flatten(0, 1)[head_R].gather(1, index_RL)
@@ -170,6 +173,28 @@ def _take(
     taken = [_take_lines(x, index_RL, head_R, buffers).to(dtype)[:, :, None] for x in (keys.k_BKND, keys.v_BKND)]
     nowhere = keys.position_K3.new_zeros(1, 3).expand(index_RL.shape[1], 3)
     return KeyValues(taken[0], taken[1], nowhere, None if mass_RL is None else mass_RL[:, None])
+
+
+def _unpack(
+    keys: PackedKeys,
+    index_RL: Tensor,
+    there_RL: Tensor | None,
+    head_R: Tensor,
+    dtype: torch.dtype,
+    buffers: Buffers | None,
+) -> KeyValues:
+    """`_take` of keys that are still packed."""
+    out: tuple[Tensor, Tensor] | None = None
+    if buffers is not None and not index_RL.is_cuda and not torch.is_grad_enabled():
+        like = torch.empty(0, dtype=dtype)
+        shape = (*index_RL.shape, keys.head_dim)
+        out = buffers.take(shape, like), buffers.take(shape, like)
+    taken = keys.take(index_RL, head_R, out)
+    mass = taken.log_mass_BNK
+    if there_RL is not None and mass is not None:
+        mass = mass.masked_fill(~there_RL[:, None], -torch.inf)
+    nowhere = keys.position_K3.new_zeros(1, 3).expand(index_RL.shape[1], 3)
+    return KeyValues(taken.k_BKND.to(dtype), taken.v_BKND.to(dtype), nowhere, mass)
 
 
 def _take_lines(x_BKND: Tensor, index_RL: Tensor, head_R: Tensor, buffers: Buffers | None) -> Tensor:

@@ -24,9 +24,11 @@ from workers.contracts import (
     PlanPart,
     PlansAfterRope,
     TiledKeys,
+    Tiles,
 )
 from workers.model.backbones import Backbone
-from workers.model.rope import Rotation, make_rotation, rotate, rotate_into
+from workers.model.rope import Rotation, make_rotation, rotate, rotate_in_place, rotate_into
+from workers.packed_keys import PackedKeys
 
 Reindex = Callable[[Tensor, float], Tensor]
 """(latent frame of each cached key, latent frame of the newest query) -> the time that its rotation gets."""
@@ -88,6 +90,7 @@ class RolloutAttention:
         self._remembered: slice | None = None
         self._rotated: dict[int, tuple[KeyValues, KeyValues]] = {}
         self._joined: dict[int, _Joined] = {}
+        self._counted: dict[int, tuple[Tiles, Tensor]] = {}
         self._tables: dict[tuple[int, int], tuple[Tensor, Rotation]] = {}
         self._num_layers = backbone.num_layers
         self._num_calls = 0
@@ -123,6 +126,7 @@ class RolloutAttention:
         """Forget what was rotated for this chunk, before the next one needs the memory."""
         self._rotated.clear()
         self._joined.clear()
+        self._counted.clear()
         self._tables.clear()
 
     def __call__(self, layer_index: int, q_BQND: Tensor, k_BQND: Tensor, v_BQND: Tensor) -> Tensor:
@@ -156,23 +160,37 @@ class RolloutAttention:
 
     def rotate_cached(self, keys: KeyValues) -> KeyValues:
         """Keys of the cache after RoPE, at the positions that this chunk sees them at."""
+        if isinstance(keys, PackedKeys):  # as far as they are unpacked
+            return keys.turned(self._turn)
         return KeyValues(
             rotate(keys.k_BKND, self._table(keys.position_K3)), keys.v_BKND, keys.position_K3, keys.log_mass_BNK
         )
+
+    def _turn(self, keys: KeyValues, in_place: bool) -> KeyValues:
+        if not in_place:
+            return self.rotate_cached(keys)
+        rotate_in_place(keys.k_BKND, self._reindexed(keys.position_K3), self._theta)
+        return keys
 
     def _count(self, plan: AttentionPlan, num_queries: int) -> None:
         """Add the keys that a query sees here; a tensor as soon as there are tiles, so that nothing waits for them."""
         for part in plan.parts:
             num_keys = part.stop - part.start
-            seen = num_keys if part.tiles is None else part.tiles.mean_keys(num_queries, num_keys)
+            seen = num_keys if part.tiles is None else self._mean_keys(part.tiles, num_queries, num_keys)
             self._keys_seen = self._keys_seen + seen / self._num_layers
+
+    def _mean_keys(self, tiles: Tiles, num_queries: int, num_keys: int) -> Tensor:
+        """Counted once where calls share their tiles."""
+        if id(tiles) not in self._counted:
+            self._counted[id(tiles)] = tiles, tiles.mean_keys(num_queries, num_keys)
+        return self._counted[id(tiles)][1]
 
     def _parts(
         self, layer_index: int, plan: AttentionPlan, cached: KeyValues | None, own: KeyValues
     ) -> tuple[KeyValues | TiledKeys, ...]:
         """The planned keys after RoPE, of which the chunk's own have it already."""
-        if cached is not None and (runs := _runs_to_join(plan, cached, own)):
-            return (self._join(layer_index, runs, cached, own),)
+        whole = [part for part in plan.parts if part.tiles is None and part.stop > part.start]
+        runs = () if cached is None else _runs_to_join(whole, cached, own)
 
         def keys_of(part: PlanPart) -> KeyValues | TiledKeys:
             source = own
@@ -182,7 +200,10 @@ class RolloutAttention:
             keys = source.narrow(part.start, part.stop)
             return keys if part.tiles is None else TiledKeys(keys, part.tiles)
 
-        return tuple(keys_of(part) for part in plan.parts if part.stop > part.start)
+        if cached is None or not runs:
+            return tuple(keys_of(part) for part in plan.parts if part.stop > part.start)
+        thinned = (keys_of(part) for part in plan.parts if part.tiles is not None and part.stop > part.start)
+        return self._join(layer_index, runs, cached, own), *thinned
 
     def _join(
         self, layer_index: int, runs: tuple[tuple[int, int], ...], cached: KeyValues, own: KeyValues
@@ -194,14 +215,14 @@ class RolloutAttention:
             batch, _, *rest = own.k_BKND.shape
             shape = (batch, num_cached + own.num_tokens, *rest)
             k, v = own.k_BKND.new_empty(shape), own.v_BKND.new_empty(shape)
-            positions, at = [], 0
+            at = 0
             for start, stop in runs:
                 part, place = cached.narrow(start, stop), slice(at, at + stop - start)
                 rotate_into(k[:, place], part.k_BKND, self._table(part.position_K3))
                 v[:, place].copy_(part.v_BKND)
-                positions.append(part.position_K3)
                 at = place.stop
-            joined = _Joined(cached, runs, KeyValues(k, v, torch.cat((*positions, own.position_K3))))
+            nowhere = own.position_K3.new_zeros(1, 3).expand(shape[1], 3)  # kernels do not ask
+            joined = _Joined(cached, runs, KeyValues(k, v, nowhere))
             self._joined[layer_index] = joined
         joined.keys.k_BKND[:, num_cached:].copy_(own.k_BKND)
         joined.keys.v_BKND[:, num_cached:].copy_(own.v_BKND)
@@ -233,15 +254,17 @@ class RolloutAttention:
         return at
 
 
-def _runs_to_join(plan: AttentionPlan, cached: KeyValues, own: KeyValues) -> tuple[tuple[int, int], ...]:
-    """Runs of cached keys, if they can stand in one piece with all own ones behind them; else none."""
-    *before, last = plan.parts
-    is_plain = all(part.tiles is None for part in plan.parts) and cached.log_mass_BNK is None
+def _runs_to_join(whole: list[PlanPart], cached: KeyValues, own: KeyValues) -> tuple[tuple[int, int], ...]:
+    """Runs of cached keys, if they can stand in one piece with all own ones behind them; else none.
+
+    Args:
+        whole: Parts of a plan that every query sees, none of them empty.
+    """
+    *before, last = whole or [PlanPart("own", 0, 0)]
     owns_last = last.source == "own" and (last.start, last.stop) == (0, own.num_tokens)
-    if not (before and is_plain and owns_last and cached.position_K3.dim() == 2):
+    if not before or not owns_last or any(part.source == "own" for part in before):
         return ()
-    if any(part.source == "own" for part in before):
+    runs = tuple((part.start, part.stop) for part in before)
+    if sum(stop - start for start, stop in runs) > _JOINED_CHUNKS * own.num_tokens:
         return ()
-    runs = tuple((part.start, part.stop) for part in before if part.stop > part.start)
-    is_short = sum(stop - start for start, stop in runs) <= _JOINED_CHUNKS * own.num_tokens
-    return runs if is_short else ()
+    return runs if all(cached.narrow(*run).log_mass_BNK is None for run in runs) else ()

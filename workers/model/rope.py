@@ -6,6 +6,7 @@ world coordinates. Tables are made in float64 and kept in float32.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,10 @@ from torch import Tensor
 
 _STEPS = 8
 """Of a token: what caches round rows and columns to."""
+_TABLE_STEPS = 1024
+"""Tables begin and end at multiples of it, so that one serves many chunks."""
+_MOST_STEPS = 2**17
+"""Beyond, a table costs more than the rotations themselves: 16,000 latent frames."""
 
 
 class Rotation(NamedTuple):
@@ -39,7 +44,7 @@ def make_rotation(position_BQ3: Tensor, head_dim: int, theta: float) -> Rotation
     if position_BQ3.dim() == 4 and position_BQ3.is_cpu and position_BQ3.numel():
         # Each head has its own tokens, but few times, rows and columns: seven times faster than so many cosines.
         steps = position_BQ3 * _STEPS
-        if bool((steps == steps.round()).all()) and bool((steps.abs() < position_BQ3.numel()).all()):
+        if _are_whole(steps):
             return _look_up(steps.long(), head_dim, theta)
     angles = []
     for axis, size in enumerate(split_head_dim(head_dim)):
@@ -58,13 +63,53 @@ def _look_up(steps_BQN3: Tensor, head_dim: int, theta: float) -> Rotation:
     cos, sin = [], []
     for axis, size in enumerate(split_head_dim(head_dim)):
         step = steps_BQN3[..., axis].flatten()
-        first = int(step.min())
-        known = torch.arange(first, int(step.max()) + 1, dtype=torch.float64) / _STEPS
-        angle = known[:, None] * _frequencies(size, theta, known.device)
-        cos.append(angle.cos().float()[step - first])
-        sin.append(angle.sin().float()[step - first])
+        first, table = _table_for(step, size, theta)
+        turn = table.index_select(0, step - first)
+        cos.append(turn.real)
+        sin.append(turn.imag)
     shape = (*steps_BQN3.shape[:-1], -1)
     return Rotation(torch.cat(cos, -1).view(shape), torch.cat(sin, -1).view(shape))
+
+
+def _table_for(step: Tensor, size: int, theta: float) -> tuple[int, Tensor]:
+    """Turns by all steps of an axis from the first returned on, complex64 [steps, size / 2]; kept for the next call."""
+    first, last = (int(x) for x in step.aminmax())
+    first = first // _TABLE_STEPS * _TABLE_STEPS
+    return first, _turns(first, (last // _TABLE_STEPS + 1) * _TABLE_STEPS, size, theta)
+
+
+@lru_cache(maxsize=16)
+def _turns(first: int, stop: int, size: int, theta: float) -> Tensor:
+    with torch.inference_mode(False):  # such a tensor may be read in any mode
+        known = torch.arange(first, stop, dtype=torch.float64) / _STEPS
+        angle = known[:, None] * _frequencies(size, theta, known.device)
+        return torch.complex(angle.cos().float(), angle.sin().float())
+
+
+def rotate_in_place(x_BQND: Tensor, position_BQN3: Tensor, theta: float) -> None:
+    """`rotate` by the rotation of these positions, written over keys that nobody else has.
+
+    On a CPU no rotation of every key is laid down: what heads merged for themselves have few times, rows and columns.
+
+    Args:
+        x_BQND: Contiguous.
+        position_BQN3: In whole eighths, as caches that merge keep them.
+        theta: Base of the wavelengths.
+    """
+    head_dim = x_BQND.shape[-1]
+    if not x_BQND.is_cpu or x_BQND.dtype != torch.float32:
+        x_BQND.copy_(rotate(x_BQND, make_rotation(position_BQN3, head_dim, theta)))
+        return
+    pairs = torch.view_as_complex(x_BQND.view(-1, head_dim // 2, 2))
+    steps_3R, start = (position_BQN3.reshape(-1, 3).mT * _STEPS).int().contiguous(), 0
+    for step, size in zip(steps_3R, split_head_dim(head_dim), strict=True):
+        first, table = _table_for(step, size, theta)
+        pairs[:, start : start + size // 2].mul_(table.index_select(0, step - first))
+        start += size // 2
+
+
+def _are_whole(steps: Tensor) -> bool:
+    return steps.numel() > 0 and bool((steps == steps.round()).all()) and bool((steps.abs() < _MOST_STEPS).all())
 
 
 def _frequencies(size: int, theta: float, device: torch.device) -> Tensor:

@@ -47,7 +47,7 @@ def test_an_unknown_policy_is_refused_with_the_known_ones() -> None:
 def test_a_density_takes_the_place_of_what_the_policy_sees() -> None:
     as_named = RenderConfig.model_validate({"policy": "fastar-quant"})
     assert isinstance(as_named.attention, AnnSelfAttentionConfig)
-    assert as_named.attention.seen_latent_frames == 96
+    assert as_named.attention.seen_latent_frames == 75
     given = RenderConfig.model_validate({"policy": "fastar-quant", "attention": {"density": 0.4}})
     assert isinstance(given.attention, AnnSelfAttentionConfig)
     assert (given.attention.density, given.attention.seen_latent_frames) == (0.4, None)

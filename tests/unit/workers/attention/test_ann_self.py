@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from workers.attention import tile_mass
+from workers.attention import ann_self, tile_mass
 from workers.attention.ann_self import AnnSelfAttention, AnnSettings
 from workers.attention.gate import GatedAttention
 from workers.contracts import AttentionPlan, KeyValues, Moment, PlansAfterRope, Tightens, Tiles
@@ -140,3 +140,62 @@ def test_tightening_shows_more_and_its_end_shows_what_was_configured() -> None:
     loose = AnnSelfAttention(SETTINGS, QuantSearch(), None)
     loose.tighten(4.0)
     assert all(part.tiles is None for part in loose.plan(0, Moment(5), q, cached, own).parts)
+
+
+def test_layers_compete_once_each_has_had_its_turn() -> None:
+    seen = 6 * TILE
+    settings = replace(SETTINGS, seen_keys=seen, across_layers=True)
+    alone = AnnSelfAttention(replace(SETTINGS, seen_keys=8 * TILE), QuantSearch(), None)
+    policy = AnnSelfAttention(settings, QuantSearch(), None)
+    layers = [make_layer(seed) for seed in range(3)]
+    q, cached, own = layers[1]
+    layers[1] = 0.01 * q, cached, own  # it looks everywhere alike: its tiles hold less than the best of the others
+    first = [tiles_of(policy.plan(i, Moment(5, 0, 4), *layer)) for i, layer in enumerate(layers)]
+    for i, layer in enumerate(layers):
+        assert torch.equal(first[i].visible_BNIJ, tiles_of(alone.plan(i, Moment(5, 0, 4), *layer)).visible_BNIJ)
+    second = [tiles_of(policy.plan(i, Moment(5, 1, 4), *layer)) for i, layer in enumerate(layers)]
+    counts = [int(tiles.visible_BNIJ.sum()) for tiles in second]
+    assert sum(counts) == 3 * HEADS * 3 * 6
+    assert counts[1] != HEADS * 3 * 6
+    third = [tiles_of(policy.plan(i, Moment(5, 2, 4), *layer)) for i, layer in enumerate(layers)]
+    assert all(a is b for a, b in zip(second, third, strict=True))
+
+    def mean(found: list[Tiles]) -> float:
+        of = [recall(tiles, *layer).mean() for tiles, layer in zip(found, layers, strict=True)]
+        return float(torch.stack(of).mean())
+
+    fewer = AnnSelfAttention(replace(SETTINGS, seen_keys=seen), QuantSearch(), None)
+    assert mean(second) > mean([tiles_of(fewer.plan(i, Moment(5, 0, 4), *layer)) for i, layer in enumerate(layers)])
+
+
+@pytest.mark.parametrize("num", [1, 5, 12, 40])
+def test_of_all_layers_the_heaviest_tiles_are_kept_and_each_row_has_some(num: int) -> None:
+    g = torch.Generator().manual_seed(num)
+    masses = [
+        tile_mass.TileMass(torch.rand(2, 3, 2, j, generator=g) ** 4, torch.rand(2, 3, 2, generator=g)) for j in (24, 31)
+    ]
+    kept = tile_mass.keep_most_jointly(masses, num)
+    for mass, visible in zip(masses, kept, strict=True):
+        sure = mass.history_BNIJ.topk(min(-(-num // 16), visible.shape[-1]), -1).indices
+        assert bool(visible.gather(-1, sure).all())
+        mass.history_BNIJ.scatter_(-1, sure, 1.0)  # what is left over competes
+    for b in range(2):
+        assert sum(int(visible[b].sum()) for visible in kept) == sum(min(num, j) * 6 for j in (24, 31))
+        pairs = [(mass.history_BNIJ[b], visible[b]) for mass, visible in zip(masses, kept, strict=True)]
+        lightest = min(float(x.masked_fill(~visible, 1.0).min()) for x, visible in pairs)
+        assert lightest >= max(float(x.masked_fill(visible, 0.0).max()) for x, visible in pairs)
+
+
+@pytest.mark.parametrize("step", [0.125, 0.3])
+def test_merged_entries_are_ordered_by_time_row_and_column(step: float) -> None:
+    g = torch.Generator().manual_seed(9)
+    position = torch.randint(-3, 9, (2, 400, 3, 3), generator=g) * torch.tensor([1.0, step, step])
+    mass = torch.zeros(2, 3, 400).masked_fill(torch.rand(2, 3, 400, generator=g) < 0.1, -torch.inf)
+    k = torch.zeros(2, 400, 3, 4)
+    order = ann_self._order_by_time(KeyValues(k, k, position, mass))
+    assert order is not None
+    for b in range(2):
+        for n in range(3):
+            empty = mass[b, n].isneginf().tolist()
+            there = [(*position[b, at, n].tolist(), at) for at in range(400) if not empty[at]]
+            assert order[b, n].tolist()[: len(there)] == [at for *_, at in sorted(there)]

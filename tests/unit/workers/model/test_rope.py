@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from workers.model.rope import grid_positions, make_rotation, rotate, rotate_in_parts, split_head_dim
+from workers.model.rope import (
+    Rotation,
+    grid_positions,
+    make_rotation,
+    rotate,
+    rotate_in_parts,
+    rotate_in_place,
+    split_head_dim,
+)
 
 
 def reference_rotate(x_QND: torch.Tensor, position_Q3: torch.Tensor, theta: float) -> torch.Tensor:
@@ -88,3 +96,24 @@ def test_heads_with_their_own_tokens_are_turned_like_each_head_alone(step: float
         alone = make_rotation(position[:, :, head], 40, 1e4)
         assert torch.equal(rotation.cos[:, :, head], alone.cos[:, :, 0])
         assert torch.equal(rotation.sin[:, :, head], alone.sin[:, :, 0])
+
+
+@pytest.mark.parametrize("step", [1.0, 0.125, 0.3])
+@pytest.mark.parametrize("first", [0.0, -700.0, 2000.0])
+def test_keys_are_turned_in_place_as_by_a_rotation_of_each(step: float, first: float) -> None:
+    generator = torch.Generator().manual_seed(5)
+    position = first + step * torch.randint(900, (1, 33, 2, 3), generator=generator).float()
+    x = torch.randn(1, 33, 2, 64, generator=generator)
+    angle = torch.cat(
+        [
+            position[..., axis, None].double() * 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+            for axis, size in enumerate(split_head_dim(64))
+        ],
+        -1,
+    )
+    want = rotate(x, Rotation(angle.cos().float(), angle.sin().float()))
+    torch.testing.assert_close(rotate(x, make_rotation(position, 64, 10000.0)), want, rtol=1e-5, atol=1e-6)
+    if step == 0.3:
+        return  # not what a merging cache keeps
+    rotate_in_place(x, position, 10000.0)
+    torch.testing.assert_close(x, want, rtol=1e-5, atol=1e-6)
