@@ -17,7 +17,7 @@ from torch import Tensor
 from workers.assemble import LoadedModel
 from workers.assemble_tiles import choice_settings, runs_of, table_settings
 from workers.attention.tile_choice import TileChoice
-from workers.cache import shrink
+from workers.cache.shrink import find_families
 from workers.cache.table_layout import TableSettings
 from workers.cache.tile_table import LayerTable, TileTable
 from workers.config_tiles import TileAttentionConfig, TileCacheConfig
@@ -40,16 +40,8 @@ class TrackedTable(TileTable):
         self.slot_of[id(layer)] = new if old is None else torch.cat((old, new), 1)
 
     def _shrink(self, layer: LayerTable) -> None:
-        s, used = self.settings, self._used(layer)
-        live = min(s.history_tokens, (layer.num_chunks - 1 - s.sink_chunks - s.recent_chunks) * s.chunk_tokens)
-        partner = layer.partner_NC[:, : s.history_tokens]
-        families = shrink._join_nearest(
-            shrink._pair_cosine(used, partner, self._turn_back),
-            partner,
-            used.m_NC > 0,
-            s.kept_tokens,
-            min(s.spare_tokens, max(0, live - s.kept_tokens)),
-        )
+        partner = layer.partner_NC[:, : self.settings.history_tokens]
+        families = find_families(self._used(layer), layer.v_NLD, partner, self._turn_back, self._room(layer))
         if id(layer) in self.slot_of:
             self.slot_of[id(layer)] = families.target.gather(1, self.slot_of[id(layer)])
         super()._shrink(layer)
