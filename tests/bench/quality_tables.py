@@ -32,11 +32,12 @@ from workers.model.rope import make_rotation, rotate
 
 DISTANCES = (42, 228, 414, 600)
 _NOTES = (
-    "One true history for all settings: clean passes of true latents over the sink and the newest latent frames, all keys "
-    "kept; each table takes them over in the order of time. At the end the next chunk is made, and the camera cuts back "
-    "to places seen so many latent frames ago. kept, seen: latent frames' worth of slots in the table, and of those that "
-    "a query sees (its own chunk not counted). Losses are against dense attention over the same history, paired by world "
-    "and place; ci95 is half the width over worlds. recall as in docs/memory.md."
+    "One true history for all settings: clean passes of true latents over the sink and the newest latent frames, all "
+    "keys kept; each table takes them over in the order of time. At the end the next chunk is made, and the camera "
+    "cuts back to places seen so many latent frames ago. kept, seen: latent frames' worth of slots in the table, and "
+    "of those that a query sees (its own chunk not counted); spare: of those kept, what a full history frees at once; "
+    "bits of a stored channel of the history. Losses are against dense attention over the same history, paired by "
+    "world and place; ci95 is half the width over worlds. recall as in docs/memory.md."
 )
 
 

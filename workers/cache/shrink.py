@@ -21,7 +21,7 @@ from torch import Tensor
 
 from workers.cache.partners import History
 from workers.cache.table_layout import MergeRule
-from workers.cache.table_pairs import choose_links, heaviest, pair_loss
+from workers.cache.table_pairs import choose_links, find_distances, heaviest, pair_loss
 from workers.cache.unrotated import TurnBack
 
 _WEIGHT_UNITS = float(2**24)
@@ -107,7 +107,9 @@ def find_families(history: History, v_NLD: Tensor, partner_NC: Tensor, turn_back
     own = torch.arange(num, device=partner_NC.device).expand_as(partner_NC)
     if room.rule == "pairs":
         v_NCD = v_NLD[:, history.start : history.start + num]
-        root = choose_links(pair_loss(history, v_NCD, partner_NC, turn_back, None), partner_NC, room.num_merges)
+        found = find_distances(history, v_NCD, partner_NC, turn_back)
+        loss = pair_loss(found, history.m_NC, partner_NC, turn_back.head_dim)
+        root = choose_links(loss, partner_NC, room.num_merges)
     else:
         cosine = _pair_cosine(history, partner_NC, turn_back)
         root = torch.where(_highest(cosine, room.num_merges), partner_NC.long(), own)

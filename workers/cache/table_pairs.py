@@ -10,6 +10,7 @@ form trees, for merging what a link connects makes no circle.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,35 +23,45 @@ _LATE = 1 << (31 + _SLOT_BITS)
 """Behind every loss, which is not negative and has 31 bits."""
 
 
-def pair_loss(
-    history: History, v_NCD: Tensor, partner_NC: Tensor, turn_back: TurnBack, distances: tuple[Tensor, Tensor] | None
-) -> Tensor:
+class Distances(NamedTuple):
+    """Of each key of a history from its partner, float32 [N, C]; anything where there is none."""
+
+    of_keys: Tensor
+    """Squared, before RoPE."""
+    of_values: Tensor
+    """Squared."""
+    lengths: Tensor
+    """Squared length of its own value."""
+
+
+def find_distances(history: History, v_NCD: Tensor, partner_NC: Tensor, turn_back: TurnBack) -> Distances:
+    """The reference; values are those of the slots of the history."""
+    partner = partner_NC.long().clamp(min=0)
+    inner, own, other = turn_back.products(history.keys, history.position_NC3, None, partner)
+    head_N1 = torch.arange(partner.shape[0], device=partner.device)[:, None]
+    v = v_NCD.float()
+    return Distances(
+        (own + other - 2 * inner).clamp(min=0), (v - v[head_N1, partner]).square().sum(-1), v.square().sum(-1)
+    )
+
+
+def pair_loss(found: Distances, m_NC: Tensor, partner_NC: Tensor, head_dim: int) -> Tensor:
     """What merging each key with its partner adds to the squared distances within groups, float32; inf without one.
 
     Args:
-        history: As it stands.
-        v_NCD: Values of its slots.
+        found: Distances.
+        m_NC: How many keys a slot holds; 0 where there is none.
         partner_NC: -1 for none.
-        turn_back: RoPE of the model.
-        distances: Squared, of keys and of values, where kernels have found them.
+        head_dim: Of a key: distances count in logits of a query like it, and those of values in their own length.
     """
-    partner = partner_NC.long().clamp(min=0)
-    squared_k, squared_v = distances or _squared_distances(history, v_NCD, partner, turn_back)
-    live, m = history.m_NC > 0, history.m_NC.float()
-    length = (v_NCD.float().square().sum(-1) * live).sum(-1, keepdim=True) / live.sum(-1, keepdim=True).clamp(min=1)
-    loss = squared_k / (2 * math.sqrt(turn_back.head_dim))
+    live, m = m_NC > 0, m_NC.float()
+    length = (found.lengths * live).sum(-1, keepdim=True) / live.sum(-1, keepdim=True).clamp(min=1)
+    loss = found.of_keys / (2 * math.sqrt(head_dim))
     # Equal keys lose nothing, whatever their values (FAST-AR, lemma 5.1).
-    loss = torch.where(loss > 0, loss + squared_v / length.clamp(min=1e-30), loss)
-    there = m.gather(1, partner)
+    loss = torch.where(loss > 0, loss + found.of_values / length.clamp(min=1e-30), loss)
+    there = m.gather(1, partner_NC.long().clamp(min=0))
     loss = loss * (m * there / (m + there).clamp(min=1))
     return loss.masked_fill((partner_NC < 0) | ~live, torch.inf)
-
-
-def _squared_distances(history: History, v_NCD: Tensor, partner: Tensor, turn_back: TurnBack) -> tuple[Tensor, Tensor]:
-    inner, own, other = turn_back.products(history.keys, history.position_NC3, None, partner)
-    head_N1 = torch.arange(partner.shape[0], device=partner.device)[:, None]
-    squared_v = (v_NCD.float() - v_NCD[head_N1, partner].float()).square().sum(-1)
-    return (own + other - 2 * inner).clamp(min=0), squared_v
 
 
 def choose_links(loss_NC: Tensor, partner_NC: Tensor, num_merges: int) -> Tensor:
@@ -81,8 +92,11 @@ def choose_links(loss_NC: Tensor, partner_NC: Tensor, num_merges: int) -> Tensor
 
 def heaviest(root_NC: Tensor, m_NC: Tensor) -> Tensor:
     """The slot of the heaviest key of each slot's group, of equally heavy ones the last; int64."""
-    num = root_NC.shape[1]
-    own = torch.arange(num, device=root_NC.device)
-    weight = m_NC.long() << _SLOT_BITS | own
+    return heaviest_of_root(root_NC, m_NC).gather(1, root_NC)
+
+
+def heaviest_of_root(root_NC: Tensor, m_NC: Tensor) -> Tensor:
+    """The same where the slot is the root of a group."""
+    weight = m_NC.long() << _SLOT_BITS | torch.arange(root_NC.shape[1], device=root_NC.device)
     most = torch.zeros_like(weight).scatter_reduce_(1, root_NC, weight, "amax")
-    return most.gather(1, root_NC) & ((1 << _SLOT_BITS) - 1)
+    return most & ((1 << _SLOT_BITS) - 1)
