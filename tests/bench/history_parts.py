@@ -21,7 +21,7 @@ from workers.model.static_layers import LinearWeights, apply_linear, apply_linea
 
 COMPRESSION = ("selection", "moving chunks", "matching", "merging")
 _KINDS = (
-    ("attention", re.compile("flash|attend_rows", re.I)),
+    ("attention", re.compile("flash|attend_rows|attend_listed", re.I)),
     ("linear layers", re.compile("nvjet|gemm|cutlass|cublas", re.I)),
 )
 _REST = "norms, rotations, gates, cross-attention's softmax"

@@ -21,7 +21,7 @@ from torch import Tensor
 from tests.bench.quality_lab import Made, QualityLab, Run, full_bytes, mean_and_ci, stored_bytes
 from tests.bench.quality_places import CHUNK_FRAMES, Walks, place_before
 from tests.bench.record import keep, report
-from tests.plain_tables import PlainTable, PlainTileChoice, plain_table_parts
+from tests.plain_tables import PlainTable, PlainTileChoice
 from workers.assemble import LoadedModel, TakeParts, prepare_take
 from workers.assemble_tiles import table_settings
 from workers.attention.measure import RecallMeter
@@ -167,9 +167,9 @@ def measure_world(
         assert isinstance(config, TileCacheConfig)
         assert isinstance(attention, TileAttentionConfig)
         sizes = table_settings(config, model.backbone, model.latent_size)
-        if of != (config,):
-            cache, _ = plain_table_parts(model)
-            of = (config,)
+        if of != (config, setting.bits):
+            cache = PlainTable(sizes, in_8_bits=setting.bits == 8)
+            of = config, setting.bits
             fill(cache, history, sizes.chunk_tokens)
         assert cache is not None
         policy = PlainTileChoice(attention, cache, sizes)

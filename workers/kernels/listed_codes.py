@@ -1,8 +1,7 @@
 """Attention over listed tiles whose keys and values are stored in 8 bits: what part of a table's history needs.
 
 A code times the scale of its vector is the channel (`cache/low_bit.py`). The result comes with its log-sum-exp, so that
-it can be merged with that over keys in 16 bits (`lse.py`). The plain way here is the reference; `triton_codes.py` is the
-kernel.
+it can be merged with that over keys in 16 bits (`lse.py`). The plain way here is the reference of `triton_codes.py`.
 """
 
 from __future__ import annotations
