@@ -9,17 +9,21 @@ world: the result file grows with each.
 from __future__ import annotations
 
 import argparse
+import json
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.bench.quality_lab import Made, QualityLab, Run, full_bytes, mean_and_ci, stored_bytes
-from tests.bench.quality_places import CHUNK_FRAMES, Walks, place_before
+from tests.bench.quality_lab import QualityLab, Run, full_bytes, mean_and_ci, stored_bytes
+from tests.bench.quality_places import Walks, place_before
 from tests.bench.record import keep, report
 from tests.plain_tables import PlainTable, PlainTileChoice
 from workers.assemble import LoadedModel, TakeParts, prepare_take
@@ -30,6 +34,7 @@ from workers.config_tiles import TileAttentionConfig, TileCacheConfig
 from workers.contracts import Attending, KeyValues, KVCache
 from workers.model.rope import make_rotation, rotate
 
+Figures = dict[str, Any]
 DISTANCES = (42, 228, 414, 600)
 _NOTES = (
     "One true history for all settings: clean passes of true latents over the sink and the newest latent frames, all "
@@ -41,6 +46,9 @@ _NOTES = (
 )
 
 
+_COLUMNS = ("kept", "seen", "spare", "bits", "choose_at")
+
+
 @dataclass(frozen=True)
 class Setting:
     """Of a table and of what is seen of it."""
@@ -50,27 +58,32 @@ class Setting:
     seen: float
     spare: int = 15
     bits: int = 16
-
-    @property
-    def cache(self) -> dict[str, Any]:
-        return {"merging": self.merging, "budget_latent_frames": self.kept, "spare_latent_frames": self.spare}
+    choose_at: tuple[int, ...] = (0,)
+    """Denoising steps that choose tiles."""
 
     @property
     def record(self) -> dict[str, Any]:
-        density = min(1.0, self.seen / self.kept)
-        return {"policy": "fastar-tiles", "cache": self.cache, "attention": {"density": density}}
+        cache = {"merging": self.merging, "budget_latent_frames": self.kept, "spare_latent_frames": self.spare}
+        attention = {"density": min(1.0, self.seen / self.kept), "choose_at": self.choose_at}
+        return {"policy": "fastar-tiles", "cache": cache, "attention": attention}
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        return {"policy": self.merging} | {name: getattr(self, name) for name in _COLUMNS}
 
 
 SETTINGS = [
-    *(Setting("pairs", 120, seen) for seen in (12, 24, 48, 96)),
+    *(Setting("pairs", 240, seen) for seen in (24, 12, 48)),
     Setting("chains", 48, 4.8),
-    *(Setting("pairs", 48, seen) for seen in (4.8, 12)),
-    *(Setting("pairs", 81, seen) for seen in (12, 24, 48)),
-    Setting("pairs", 120, 6),
-    *(Setting("pairs", 159, seen) for seen in (12, 24, 48)),
-    Setting("chains", 120, 36),
+    Setting("pairs", 240, 24, bits=8),
+    *(Setting("pairs", 180, seen) for seen in (24, 12)),
+    Setting("pairs", 120, 24),
+    Setting("pairs", 240, 12, choose_at=(0, 1)),
+    Setting("pairs", 240, 96),
+    Setting("pairs", 48, 4.8),
+    Setting("chains", 240, 24),
 ]
-"""In the order of their worth should the time run out; those of one table follow one another."""
+"""In the order of their worth should the time run out; those of one table follow one another, which fills it once."""
 
 
 class BothCaches:
@@ -109,17 +122,13 @@ class History:
     layers: list[KeyValues]
     rotated: list[Tensor]
 
-
-@dataclass
-class Collected:
-    """Figures of one setting by world."""
-
-    psnr: list[dict[int, float]] = field(default_factory=list)
-    loss: list[dict[int, float]] = field(default_factory=list)
-    recall: list[float] = field(default_factory=list)
-    strict: list[float] = field(default_factory=list)
-    kv_bytes: float = 0.0
-    density: float = 0.0
+    @classmethod
+    def of(cls, cache: DenseCache, lab: QualityLab) -> History:
+        """What a cache holds."""
+        backbone = lab.model({"policy": "dense"}).backbone
+        layers = [keys for layer in range(backbone.num_layers) if (keys := cache.read(layer)) is not None]
+        rotation = make_rotation(layers[0].position_K3, backbone.head_dim, backbone.rope_theta)
+        return cls(cache, layers, [rotate(keys.k_BKND, rotation) for keys in layers])
 
 
 def walk(lab: QualityLab, walks: Walks) -> History:
@@ -130,10 +139,7 @@ def walk(lab: QualityLab, walks: Walks) -> History:
     run = Run(lab, walks, model, replace(parts, cache=BothCaches(parts.cache, dense)), None)
     for chunk in range(walks.num_chunks - 1):
         run.remember(chunk)
-    layers = [keys for layer in range(model.backbone.num_layers) if (keys := dense.read(layer)) is not None]
-    b = model.backbone
-    rotation = make_rotation(layers[0].position_K3, b.head_dim, b.rope_theta)
-    return History(dense, layers, [rotate(keys.k_BKND, rotation) for keys in layers])
+    return History.of(dense, lab)
 
 
 def fill(cache: KVCache, history: History, chunk_tokens: int) -> None:
@@ -143,106 +149,138 @@ def fill(cache: KVCache, history: History, chunk_tokens: int) -> None:
             cache.append(layer, keys.narrow(start, start + chunk_tokens))
 
 
-def look_back(lab: QualityLab, walks: Walks, model: LoadedModel, parts: TakeParts, meter: RecallMeter) -> list[Made]:
+def make_table(setting: Setting, model: LoadedModel) -> tuple[PlainTable, int]:
+    """An empty one, and the tokens of a chunk."""
+    config = model.config.cache
+    assert isinstance(config, TileCacheConfig)
+    sizes = table_settings(config, model.backbone, model.latent_size)
+    return PlainTable(sizes, in_8_bits=setting.bits == 8), sizes.chunk_tokens
+
+
+def parts_of(table: PlainTable, model: LoadedModel) -> TakeParts:
+    """A render over a table that is filled already."""
+    config, attention = model.config.cache, model.config.attention
+    assert isinstance(config, TileCacheConfig)
+    assert isinstance(attention, TileAttentionConfig)
+    policy = PlainTileChoice(attention, table, table_settings(config, model.backbone, model.latent_size))
+    return replace(prepare_take(model, 0), cache=table, policy=policy, on_table=False)
+
+
+def look_back(lab: QualityLab, walks: Walks, model: LoadedModel, parts: TakeParts, meter: RecallMeter) -> Figures:
     """The next chunk and the places that are cut back to."""
     mark = walks.num_chunks - 1
     distances = [distance for distance in DISTANCES if place_before(mark, distance) >= 1]
-    return list(Run(lab, walks, model, parts, meter).try_out(mark, distances))
-
-
-def measure_world(
-    lab: QualityLab, world: int, frames: int, settings: Sequence[Setting]
-) -> Iterator[tuple[Setting | None, list[Made], LoadedModel]]:
-    """All settings on one world, dense attention (None) first."""
-    walks = lab.walks("still", [world], frames)
-    history = walk(lab, walks)
-    model = lab.model({"policy": "dense"})
-    parts = replace(prepare_take(model, 0), cache=history.cache)
-    yield None, look_back(lab, walks, model, parts, FilledMeter(parts.cache, history)), model
-    cache: PlainTable | None = None
-    of: tuple[Any, ...] = ()
-    for setting in settings:
-        model = lab.model(setting.record)
-        config, attention = model.config.cache, model.config.attention
-        assert isinstance(config, TileCacheConfig)
-        assert isinstance(attention, TileAttentionConfig)
-        sizes = table_settings(config, model.backbone, model.latent_size)
-        if of != (config, setting.bits):
-            cache = PlainTable(sizes, in_8_bits=setting.bits == 8)
-            of = config, setting.bits
-            fill(cache, history, sizes.chunk_tokens)
-        assert cache is not None
-        policy = PlainTileChoice(attention, cache, sizes)
-        parts = replace(prepare_take(model, 0), cache=cache, policy=policy, on_table=False)
-        yield setting, look_back(lab, walks, model, parts, FilledMeter(cache, history)), model
-
-
-def add(found: Collected, made: list[Made], dense: list[Made]) -> None:
-    """One world's figures."""
-    psnr = {one.distance: float(one.psnr_B) for one in made if one.distance is not None}
-    best = {one.distance: float(one.psnr_B) for one in dense if one.distance is not None}
-    found.psnr.append(psnr)
-    found.loss.append({distance: best[distance] - value for distance, value in psnr.items()})
-    found.recall.append(float(np.mean([float(one.recall_B) for one in made])))
-    found.strict.append(float(np.mean([float(one.strict_recall_B) for one in made])))
-    found.kv_bytes = made[0].kv_bytes
-    found.density = float(np.mean([one.density for one in made]))
-
-
-def row(setting: Setting | None, found: Collected, frames: int, model: LoadedModel, dtype: str) -> dict[str, Any]:
-    """The figures of one setting."""
+    made = list(Run(lab, walks, model, parts, meter).try_out(mark, distances))
     tokens = model.backbone.tokens_per_latent_frame(model.config.video.width, model.config.video.height)
-    full = full_bytes(model, (frames // CHUNK_FRAMES - 1) * 3 * tokens)
-    named = {"policy": "dense", "kept": None, "seen": None, "spare": None, "bits": None}
-    if setting is not None:
-        named = {"policy": setting.merging} | {x: getattr(setting, x) for x in ("kept", "seen", "spare", "bits")}
-    loss, loss_ci = mean_and_ci([float(np.mean(list(one.values()))) for one in found.loss])
-    psnr, _ = mean_and_ci([float(np.mean(list(one.values()))) for one in found.psnr])
-    by_distance = {d: round(float(np.mean([one[d] for one in found.loss])), 2) for d in found.loss[0]}
-    return named | {
-        "frames": frames,
-        "n": len(found.loss),
-        "places": sum(len(one) for one in found.loss),
-        "loss_to_dense_db": loss,
-        "loss_ci95": loss_ci,
-        "loss_at_distance": by_distance,
-        "revisit_psnr_db": psnr,
-        "recall": float(np.mean(found.recall)),
-        "strict_recall": float(np.mean(found.strict)),
-        "density": found.density,
-        "kv_share_of_full": stored_bytes(model, found.kv_bytes, dtype) / full,
+    share = stored_bytes(model, made[0].kv_bytes, lab.dtype) / full_bytes(model, 3 * mark * tokens)
+    return {
+        "psnr_db": {str(one.distance): float(one.psnr_B) for one in made if one.distance is not None},
+        "recall": float(np.mean([float(one.recall_B) for one in made])),
+        "strict_recall": float(np.mean([float(one.strict_recall_B) for one in made])),
+        "density": float(np.mean([one.density for one in made])),
+        "kv_share_of_full": share,
     }
+
+
+class World:
+    """One walk; what is measured on it lies in a folder, and is not measured again.
+
+    Args:
+        lab: The model.
+        index: Of the world.
+        frames: Of the walk.
+        folder: Keeps the history too, for as long as it is there.
+    """
+
+    def __init__(self, lab: QualityLab, index: int, frames: int, folder: Path) -> None:
+        self._lab, self._index, self._frames, self._folder = lab, index, frames, folder
+        self._history: History | None = None
+        self._table: tuple[Any, PlainTable] | None = None
+
+    def measure(self, setting: Setting | None) -> Figures:
+        """Of one setting; None is dense attention."""
+        name = "dense" if setting is None else "-".join(str(value) for value in setting.columns.values())
+        path = self._folder / f"world-{self._index}-{self._frames}-{name.replace(' ', '')}.json"
+        if path.exists():
+            found: Figures = json.loads(path.read_text())
+            return found
+        found = self._measure(setting)
+        path.write_text(json.dumps(found))
+        return found
+
+    def _measure(self, setting: Setting | None) -> Figures:
+        lab, walks, history = self._lab, self._walks(), self._all_keys()
+        if setting is None:
+            model = lab.model({"policy": "dense"})
+            parts = replace(prepare_take(model, 0), cache=history.cache)
+            return look_back(lab, walks, model, parts, FilledMeter(history.cache, history))
+        model = lab.model(setting.record)
+        of = model.config.cache, setting.bits
+        if self._table is None or self._table[0] != of:
+            table, chunk_tokens = make_table(setting, model)
+            fill(table, history, chunk_tokens)
+            self._table = of, table
+        table = self._table[1]
+        found = look_back(lab, walks, model, parts_of(table, model), FilledMeter(table, history))
+        dim = model.backbone.head_dim
+        found["kv_share_of_full"] *= (dim + 2) / (2 * dim) if setting.bits == 8 else 1.0
+        return found
+
+    def _walks(self) -> Walks:
+        return self._lab.walks("still", [self._index], self._frames)
+
+    def _all_keys(self) -> History:
+        path = self._folder / f"history-{self._index}-{self._frames}.safetensors"
+        if self._history is None and path.exists():
+            dense = DenseCache(self._lab.model({"policy": "dense"}).backbone.num_layers)
+            dense.restore(load_file(path))
+            self._history = History.of(dense, self._lab)
+        if self._history is None:
+            self._history = walk(self._lab, self._walks())
+            save_file({name: x.contiguous() for name, x in self._history.cache.state().items()}, path)
+        return self._history
+
+
+def row(setting: Setting | None, found: Sequence[Figures], dense: Sequence[Figures], frames: int) -> dict[str, Any]:
+    """The figures of one setting over all its worlds."""
+    named = {"policy": "dense"} | dict.fromkeys(_COLUMNS) if setting is None else setting.columns
+    distances = list(dense[0]["psnr_db"])
+    psnr, best = (np.array([list(one["psnr_db"].values()) for one in some]) for some in (found, dense))
+    mean, ci = mean_and_ci((best - psnr).mean(1).tolist())
+    by_distance = dict(zip(distances, np.round((best - psnr).mean(0), 2).tolist(), strict=True))
+    figures: dict[str, Any] = {"frames": frames, "n": len(found), "places": len(found) * len(distances)}
+    figures |= {"loss_to_dense_db": mean, "loss_ci95": ci, "loss_at_distance": by_distance}
+    figures["revisit_psnr_db"] = float(psnr.mean())
+    for name in ("recall", "strict_recall", "density", "kv_share_of_full"):
+        figures[name] = float(np.mean([one[name] for one in found]))
+    return named | figures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--worlds", type=int, default=4)
-    parser.add_argument("--first", type=int, default=0, help="first world")
+    parser.add_argument("--worlds", type=int, nargs="*", default=[0, 1, 2, 3])
     parser.add_argument("--frames", type=int, default=3000)
-    parser.add_argument("--settings", type=int, default=len(SETTINGS), help="so many of them")
-    parser.add_argument("--until", type=float, default=float("inf"), help="seconds after which nothing is begun")
+    parser.add_argument("--settings", type=int, nargs="*", help="their places in the list; all unless told")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--folder", type=Path, help="what is measured is kept there; a run goes on from what it finds")
     parser.add_argument("--name", default="quality_tiles")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     lab = QualityLab(torch.device("cuda" if torch.cuda.is_available() else "cpu"), "float32")
-    found: dict[Setting | None, Collected] = {}
-    models: dict[Setting | None, LoadedModel] = {}
-    began = time.monotonic()
-    rows: list[dict[str, Any]] = []
+    folder: Path = asked.folder or Path(tempfile.mkdtemp(prefix="quality-tables-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = SETTINGS if asked.settings is None else [SETTINGS[place] for place in asked.settings]
     notes = f"weights {lab.revision[:16]}; float32. {_NOTES}"
-    for world in range(asked.first, asked.first + asked.worlds):
-        dense: list[Made] = []
-        for setting, made, model in measure_world(lab, world, asked.frames, SETTINGS[: asked.settings]):
-            dense = dense or made
-            models[setting] = model
-            add(found.setdefault(setting, Collected()), made, dense)
-            rows = [row(name, one, asked.frames, models[name], lab.dtype) for name, one in found.items()]
+    found: dict[Setting | None, list[Figures]] = {}
+    rows: list[dict[str, Any]] = []
+    for index in asked.worlds:
+        world, began = World(lab, index, asked.frames, folder), time.monotonic()
+        for setting in (None, *settings):
+            figures = found.setdefault(setting, [])
+            figures.append(world.measure(setting))
+            rows = [row(name, some, found[None][: len(some)], asked.frames) for name, some in found.items()]
             keep(asked.name, rows, notes)
-            of = f"world {world}, {time.monotonic() - began:.0f} s: {setting}"
-            print(of, found[setting].loss[-1], f"recall {found[setting].recall[-1]:.3f}", flush=True)
-            if time.monotonic() - began > asked.until:
-                break
+            print(f"world {index}, {time.monotonic() - began:.0f} s: {setting} {figures[-1]}", flush=True)
     report(asked.name, rows, notes)
 
 
