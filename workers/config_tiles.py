@@ -40,7 +40,7 @@ class TileCacheConfig(Part):
     mass_decay: float = Field(
         16.0,
         ge=0.0,
-        description="With chains: how fast unlike members of a group lose their mass; 0 is the paper's log m.",
+        description="How fast unlike members of a group lose their mass; 0 is the paper's log m.",
     )
     candidate_tiles: int | None = Field(
         4, ge=0, description="Tiles in which a key looks for its nearest, beside the latent frame before; empty: all."

@@ -46,7 +46,7 @@ _NOTES = (
 )
 
 
-_COLUMNS = ("kept", "seen", "spare", "bits", "choose_at")
+_COLUMNS = ("kept", "seen", "spare", "bits", "decay", "choose_at")
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,14 @@ class Setting:
     seen: float
     spare: int = 15
     bits: int = 16
+    decay: float = 16.0
     choose_at: tuple[int, ...] = (0,)
     """Denoising steps that choose tiles."""
 
     @property
     def record(self) -> dict[str, Any]:
         cache = {"merging": self.merging, "budget_latent_frames": self.kept, "spare_latent_frames": self.spare}
+        cache["mass_decay"] = self.decay
         attention = {"density": min(1.0, self.seen / self.kept), "choose_at": self.choose_at}
         return {"policy": "fastar-tiles", "cache": cache, "attention": attention}
 
@@ -73,15 +75,16 @@ class Setting:
 
 
 SETTINGS = [
-    *(Setting("pairs", 240, seen) for seen in (24, 12, 48)),
+    *(Setting("pairs", 120, 24, decay=decay) for decay in (16.0, 0.0)),
+    Setting("chains", 120, 24),
+    Setting("pairs", 120, 24, decay=64.0),
+    Setting("pairs", 180, 24),
     Setting("chains", 48, 4.8),
-    Setting("pairs", 240, 24, bits=8),
-    *(Setting("pairs", 180, seen) for seen in (24, 12)),
-    Setting("pairs", 120, 24),
-    Setting("pairs", 240, 12, choose_at=(0, 1)),
-    Setting("pairs", 240, 96),
     Setting("pairs", 48, 4.8),
-    Setting("chains", 240, 24),
+    Setting("pairs", 180, 24, decay=0.0),
+    Setting("pairs", 120, 12),
+    Setting("pairs", 120, 48),
+    Setting("pairs", 240, 24),
 ]
 """In the order of their worth should the time run out; those of one table follow one another, which fills it once."""
 

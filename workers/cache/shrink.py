@@ -1,11 +1,10 @@
 """Make room in a full history: pairs merge, as many as room is needed for, and the rest moves together.
 
 Each key has at most one partner, an older key when it came, so pairs form trees, and what the pairs that merge connect
-becomes one key group. Which pairs merge is one of two rules. `chains`: the nearest by cosine before RoPE as it is now;
-the newest key stands for its group, and members weigh exp(-decay |k - k_j|^2 / (2 sqrt D)). `pairs`: those that lose
-least, each under its heavier key (`table_pairs.py`), and every key weighs the same. The key that stands for a group
-stays in its place and position; m is the sum; mass and value are sum and mean by weights. Survivors keep their order
-and stand at the end of the room that is kept.
+becomes one key group. Which pairs merge is one of two rules. `chains`: the nearest by cosine before RoPE as it is now,
+each under its newest key. `pairs`: those that lose least, each under its heavier key (`table_pairs.py`). The key that
+stands for a group stays in its place and position; m is the sum; mass and value are sum and mean by weights
+exp(-decay |k - k_j|^2 / (2 sqrt D)). Survivors keep their order and stand at the end of the room that is kept.
 
 Sums over members are made in whole numbers, so their order does not matter: the same on every run and device.
 """
@@ -51,7 +50,7 @@ class Room:
     """How many pairs merge; at most the slots that are given up."""
     rule: MergeRule
     rate: float
-    """Of the falling weight, per squared distance; 0 with `pairs`."""
+    """Of the falling weight, per squared distance."""
 
 
 class Families(NamedTuple):

@@ -41,7 +41,7 @@ class TableSettings:
     """How much it takes in between; larger is faster and uses the table less."""
     rule: MergeRule = "chains"
     decay: float = 16.0
-    """Of `chains`: how fast unlike members lose their mass; 0 is the paper's log m."""
+    """How fast unlike members lose their mass; 0 is the paper's log m."""
     candidate_tiles: int | None = 4
     """Tiles of the history in which a key looks for its nearest, beside the latent frame before; None: all keys."""
     tile: int = 128
@@ -91,7 +91,7 @@ class TableSettings:
     @property
     def rate(self) -> float:
         """Of the falling weight of unlike members, per squared distance."""
-        return 0.0 if self.rule == "pairs" else self.decay / (2 * math.sqrt(self.head_dim))
+        return self.decay / (2 * math.sqrt(self.head_dim))
 
     @property
     def kernels_lack(self) -> str:

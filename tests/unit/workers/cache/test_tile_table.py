@@ -103,10 +103,9 @@ class Twin:
             family[b] |= family.pop(a)
             for member in family[b]:
                 root[member] = b
-        decay = 0.0 if by_pairs else self.sizes.decay
         for end, members in family.items():
             keeper = max(members, key=lambda member: (member.m if by_pairs else 0, member.age))
-            weights = [member.weight * likeness(member.k - keeper.k, decay) for member in members]
+            weights = [member.weight * likeness(member.k - keeper.k, self.sizes.decay) for member in members]
             value = sum((w * member.v for w, member in zip(weights, members, strict=True)), torch.zeros(DIM))
             keeper.partner = end.partner
             keeper.m, keeper.weight = sum(member.m for member in members), sum(weights)
@@ -146,7 +145,7 @@ def likeness(difference: Tensor, decay: float) -> float:
     return math.exp(-decay * float(difference @ difference) / (2 * math.sqrt(DIM)))
 
 
-@pytest.mark.parametrize(("rule", "decay"), [("chains", 0.0), ("chains", 0.3), ("pairs", 0.3)])
+@pytest.mark.parametrize(("rule", "decay"), [("chains", 0.0), ("chains", 0.3), ("pairs", 0.0), ("pairs", 0.3)])
 @pytest.mark.parametrize("num_chunks", [5, 8, 13])
 def test_merges_what_the_slow_twin_merges(num_chunks: int, rule: MergeRule, decay: float) -> None:
     sizes = replace(SIZES, rule=rule, decay=decay)
