@@ -35,7 +35,8 @@ from workers.contracts import Attending, KeyValues, KVCache
 from workers.model.rope import make_rotation, rotate
 
 Figures = dict[str, Any]
-DISTANCES = (42, 228, 414, 600)
+DISTANCES = (42, 135, 228, 414, 600)
+"""Latent frames since a place was seen, as far as the walk reaches."""
 _NOTES = (
     "One true history for all settings: clean passes of true latents over the sink and the newest latent frames, all "
     "keys kept; each table takes them over in the order of time. At the end the next chunk is made, and the camera "
@@ -69,6 +70,11 @@ class Setting:
         attention = {"density": min(1.0, self.seen / self.kept), "choose_at": self.choose_at}
         return {"policy": "fastar-tiles", "cache": cache, "attention": attention}
 
+    def scaled(self, share: float) -> Setting:
+        """For a walk that is as much shorter: the same share of the history is kept and seen."""
+        kept, spare = (max(3, 3 * round(value * share / 3)) for value in (self.kept, self.spare))
+        return replace(self, kept=kept, spare=spare, seen=round(self.seen * share, 1))
+
     @property
     def columns(self) -> dict[str, Any]:
         return {"policy": self.merging} | {name: getattr(self, name) for name in _COLUMNS}
@@ -77,16 +83,24 @@ class Setting:
 SETTINGS = [
     *(Setting("pairs", 120, 24, decay=decay) for decay in (16.0, 0.0)),
     Setting("chains", 120, 24),
-    Setting("pairs", 120, 24, decay=64.0),
+    Setting("pairs", 240, 24),
+    Setting("pairs", 240, 24, decay=0.0),
+    Setting("pairs", 240, 12),
+    Setting("pairs", 240, 48),
+    Setting("pairs", 240, 96),
+    Setting("pairs", 240, 24, bits=8),
     Setting("pairs", 180, 24),
-    Setting("chains", 48, 4.8),
-    Setting("pairs", 48, 4.8),
-    Setting("pairs", 180, 24, decay=0.0),
     Setting("pairs", 120, 12),
     Setting("pairs", 120, 48),
-    Setting("pairs", 240, 24),
+    Setting("pairs", 120, 96),
+    Setting("pairs", 120, 24, decay=64.0),
+    Setting("chains", 48, 4.8),
+    Setting("pairs", 48, 4.8),
+    Setting("pairs", 48, 12),
+    Setting("pairs", 81, 12),
+    Setting("pairs", 120, 12, choose_at=(0, 1)),
 ]
-"""In the order of their worth should the time run out; those of one table follow one another, which fills it once."""
+"""For 3000 frames, in the order of their worth; those of one table that follow one another fill it once."""
 
 
 class BothCaches:
@@ -262,7 +276,7 @@ def row(setting: Setting | None, found: Sequence[Figures], dense: Sequence[Figur
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--worlds", type=int, nargs="*", default=[0, 1, 2, 3])
-    parser.add_argument("--frames", type=int, default=3000)
+    parser.add_argument("--frames", type=int, default=3000, help="fewer make the tables as much smaller")
     parser.add_argument("--settings", type=int, nargs="*", help="their places in the list; all unless told")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="what is measured is kept there; a run goes on from what it finds")
@@ -272,7 +286,8 @@ def main() -> None:
     lab = QualityLab(torch.device("cuda" if torch.cuda.is_available() else "cpu"), "float32")
     folder: Path = asked.folder or Path(tempfile.mkdtemp(prefix="quality-tables-"))
     folder.mkdir(parents=True, exist_ok=True)
-    settings = SETTINGS if asked.settings is None else [SETTINGS[place] for place in asked.settings]
+    chosen = SETTINGS if asked.settings is None else [SETTINGS[place] for place in asked.settings]
+    settings = [setting.scaled(asked.frames / 3000) for setting in chosen]
     notes = f"weights {lab.revision[:16]}; float32. {_NOTES}"
     found: dict[Setting | None, list[Figures]] = {}
     rows: list[dict[str, Any]] = []
