@@ -237,7 +237,9 @@ def seconds_with_pictures(
         writer = VideoWriter(open_store(folder), "video.mp4", "segments", video, {}, _ENDLESS)
 
         def decode(chunk: CleanChunk) -> NDArray[np.uint8]:
-            return to_pictures(decoder.decode(chunk.latents_BTCHW)[0]).cpu().numpy()
+            # Latents of random weights grow over a long rollout until pictures are noise, and x264 would be timed.
+            latents_BTCHW = chunk.latents_BTCHW / chunk.latents_BTCHW.std()
+            return to_pictures(decoder.decode(latents_BTCHW)[0]).cpu().numpy()
 
         def written() -> Iterator[None]:
             for _, frames in work_beside(chunks, decode, settings.device, contextlib.nullcontext):
@@ -245,7 +247,12 @@ def seconds_with_pictures(
                 yield
 
         try:
-            return mean_step(_times(written(), num_warm + num_timed)[num_warm:])
+            times = _times(written(), num_warm + num_timed)
+            print(
+                f"with pictures: {writer.blocked_s:.2f} of {times[-1] - times[0]:.2f} s waited for the encoder",
+                flush=True,
+            )
+            return mean_step(times[num_warm:])
         finally:
             writer.abort()
 
