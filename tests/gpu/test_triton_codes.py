@@ -6,9 +6,8 @@ import os
 import pytest
 import torch
 
-from tests.tables import draw_listed
-from workers.cache.table_snapshot import encode_into
-from workers.kernels.listed_codes import CodedKeys, attend_codes_plain
+from tests.tables import code_table, draw_listed
+from workers.kernels.listed_codes import attend_codes_plain
 from workers.kernels.listed_tiles import attend_listed_plain
 from workers.kernels.lse import merge
 
@@ -19,17 +18,6 @@ pytestmark = [
 ]
 DEVICE, DTYPE = ("cpu", torch.float32) if INTERPRETED else ("cuda", torch.bfloat16)
 LARGEST = 1e-5 if INTERPRETED else 0.02
-
-
-def coded(k_NLW: torch.Tensor, v_NLD: torch.Tensor) -> CodedKeys:
-    """A table in 16 bits as one in 8."""
-    dim = v_NLD.shape[-1]
-    found = []
-    for x in (k_NLW[..., :dim], v_NLD):
-        code, scale = torch.empty_like(x, dtype=torch.int8), torch.empty(x.shape[:-1], dtype=torch.bfloat16)
-        encode_into(x, code, scale)
-        found += [code.to(DEVICE), scale.to(DEVICE)]
-    return CodedKeys(*found, (k_NLW[..., dim] / math.sqrt(dim)).to(DEVICE))
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -46,7 +34,7 @@ def test_it_gives_what_the_plain_one_gives(tile: int, dim: int, queries: int, cu
 
     empty = slice(tile, tile + 9)
     q, k, v, index = draw_listed((queries, 2, dim), tile, 7, 3, most_mass=4 * math.sqrt(dim), empty=empty)
-    keys, q, index = coded(k, v), q[..., :dim].to(DEVICE, DTYPE), index.to(DEVICE)
+    keys, q, index = code_table(k.to(DEVICE), v.to(DEVICE)), q[..., :dim].to(DEVICE, DTYPE), index.to(DEVICE)
     expected, expected_lse = attend_codes_plain(q.float(), keys, index, tile)
     found, lse = make_triton_codes(tile, Config(*cut))(q, keys, index)
     assert error(found, expected) < LARGEST
@@ -59,7 +47,7 @@ def test_merged_with_keys_in_16_bits_it_is_attention_over_both() -> None:
 
     tile, dim = 32, 32
     q, k, v, index = draw_listed((70, 2, dim), tile, 9, 4, most_mass=2 * math.sqrt(dim), empty=slice(0, 5))
-    keys, index = coded(k, v), index.to(DEVICE)
+    keys, index = code_table(k.to(DEVICE), v.to(DEVICE)), index.to(DEVICE)
     wide = k.clone()
     wide[..., :dim] = (keys.k_NLD * keys.k_scale_NL[..., None].float()).cpu()
     v = (keys.v_NLD * keys.v_scale_NL[..., None].float()).cpu()
@@ -76,7 +64,7 @@ def test_tiles_without_a_key_count_for_nothing_beside_others() -> None:
     from workers.kernels.triton_codes import make_triton_codes
 
     q, k, v, index = draw_listed((20, 2, 16), 16, 4, 2, most_mass=1.0, empty=slice(0, 32))
-    keys, q = coded(k, v), q[..., :16].to(DEVICE, DTYPE)
+    keys, q = code_table(k.to(DEVICE), v.to(DEVICE)), q[..., :16].to(DEVICE, DTYPE)
     index = torch.tensor([0, 1], dtype=torch.int32).expand(index.shape).contiguous().to(DEVICE)
     out, lse = make_triton_codes(16)(q, keys, index)
     assert bool(out.isfinite().all())

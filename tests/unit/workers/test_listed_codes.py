@@ -4,9 +4,8 @@ import math
 
 import torch
 
-from tests.tables import draw_listed
-from workers.cache.table_snapshot import encode_into
-from workers.kernels.listed_codes import CodedKeys, attend_codes_plain
+from tests.tables import code_table, draw_listed
+from workers.kernels.listed_codes import attend_codes_plain
 from workers.kernels.listed_tiles import attend_listed_plain
 
 DIM, TILE = 24, 16
@@ -14,13 +13,9 @@ DIM, TILE = 24, 16
 
 def test_codes_give_what_the_keys_they_stand_for_give() -> None:
     q, k, v, index = draw_listed((37, 2, DIM), TILE, 7, 3, most_mass=4 * math.sqrt(DIM), empty=slice(TILE, TILE + 9))
-    codes = []
-    for x in (k[..., :DIM], v):
-        code, scale = torch.empty_like(x, dtype=torch.int8), torch.empty(x.shape[:-1], dtype=torch.bfloat16)
-        encode_into(x, code, scale)
-        codes += [code, scale]
-        x.copy_(code * scale[..., None].float())
-    keys = CodedKeys(*codes, k[..., DIM] / math.sqrt(DIM))
+    keys = code_table(k, v)
+    k[..., :DIM] = keys.k_NLD * keys.k_scale_NL[..., None].float()
+    v = keys.v_NLD * keys.v_scale_NL[..., None].float()
     found, lse = attend_codes_plain(q[..., :DIM], keys, index, TILE)
     torch.testing.assert_close(found, attend_listed_plain(q, k, v, index, TILE), rtol=1e-4, atol=1e-5)
     # Of a tile that is seen alone the log-sum-exp is that of its logits.
