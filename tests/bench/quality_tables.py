@@ -254,7 +254,7 @@ class World:
             self._history = History.of(dense, self._lab)
         if self._history is None:
             self._history = walk(self._lab, self._walks())
-            save_file({name: x.contiguous() for name, x in self._history.cache.state().items()}, path)
+            save_file({name: x.clone() for name, x in self._history.cache.state().items()}, path)
         return self._history
 
 
