@@ -31,8 +31,11 @@ lint: install
 types: install
 	@$(BIN)/mypy
 
-test: lint types
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu"
+# One file, one worker: what its tests share is made once. Types are checked meanwhile; either may fail.
+test: lint
+	@$(BIN)/mypy & types=$$!; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"; tests=$$?; \
+	wait $$types && exit $$tests
 
 test-slow: install
 	@$(BIN)/python -m pytest -m "slow and not gpu"

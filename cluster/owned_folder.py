@@ -67,6 +67,8 @@ def remove_dead_folders(prefix: str, parent: Path) -> int:
         except BlockingIOError:
             continue  # its owner lives
         else:
+            if os.fstat(lock).st_nlink == 0:
+                continue  # it was kept, or removed, between our two looks
             shutil.rmtree(folder, ignore_errors=True)
             logger.info("removed the folder of a dead process: %s", folder)
             num_removed += 1

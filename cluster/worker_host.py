@@ -29,7 +29,10 @@ class ProcessIdentity:
         here = identify(self.pid)
         if here is None or (here.machine, here.started) != (self.machine, self.started):
             return False
-        os.kill(self.pid, signal.SIGKILL)
+        try:
+            os.kill(self.pid, signal.SIGKILL)
+        except ProcessLookupError:  # it has ended since we looked: Ray kills it, too
+            return False
         return True
 
 

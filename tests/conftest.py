@@ -1,27 +1,67 @@
-"""What every test gets: one torch thread, no telemetry, no real credentials, and hypothesis profiles."""
+"""What every test gets: one torch thread, the same random numbers, no real credentials, and hypothesis profiles."""
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import random
+import sys
 from collections.abc import Iterator
 
 # Before torch or Ray is imported anywhere: on a shared machine two threads are many times slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-# Clusters that tests start: at Ray's own niceness of 15 an actor stands still while anything else is busy.
-os.environ |= {"RAY_worker_niceness": "0"}
+# Clusters that tests start: at Ray's own niceness of 15 an actor stands still while anything else is busy, and when the
+# machine's memory is full, of whatever else runs on it, Ray would kill actors.
+os.environ |= {"RAY_worker_niceness": "0", "RAY_memory_monitor_refresh_ms": "0"}
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
 from cluster.log_lines import OURS
+
+SLOW_TIMEOUT_S = 1200
+_sessions: list[pytest.Session] = []
+
+
+@atexit.register  # before Ray and the servers of tests register theirs: it runs when they have
+def _leave_without_teardown() -> None:
+    """Native threads live on when all tests have passed; one may crash while the interpreter is taken down under it,
+    and the run would end with 139.
+    """
+    if _sessions:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(_sessions[0].exitstatus))
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    _sessions.append(session)
+
 
 settings.register_profile(
     "quick", max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
 settings.register_profile("thorough", parent=settings.get_profile("quick"), max_examples=1000, derandomize=False)
 settings.load_profile(os.environ.get("LONGTAKE_HYPOTHESIS", "quick"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that takes minutes where nothing else runs may take four times as long elsewhere."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """The same numbers in every run, whichever tests the same worker has run before: fixtures draw after this, too."""
+    random.seed(0)
+    np.random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -6,14 +6,12 @@ driver with a Ray of its own, that the test has started.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,6 +28,7 @@ from jobs.journal import read_entries
 from jobs.prompts import read_prompts
 from jobs.shards import PlannedTask, plan_tasks
 from jobs.spec_text import build_spec
+from tests.processes import children_of, title_of
 from workers.actor import RenderActor
 from workers.task import RenderResult, RenderSetup
 
@@ -70,7 +69,7 @@ class KilledJob:
 
     def finish(self, driver: subprocess.Popen[bytes], code: int = 0) -> None:
         """Wait for its end: a driver that nobody has killed never fails because others were."""
-        found = driver.wait(300)
+        found = driver.wait(900)
         assert found == code, f"exit {found}\n{self._log.read_text(errors='replace')[-6000:]}"
 
     def keys_of_epoch(self, epoch: int) -> set[str]:
@@ -218,44 +217,6 @@ def check_journal(job: KilledJob) -> None:
     assert len(outcomes) == NUM_ITEMS
 
 
-def children_of(pids: Iterable[int]) -> list[psutil.Process]:
-    """All descendants, in the order of their pids."""
-    found: dict[int, psutil.Process] = {}
-    for pid in pids:
-        try:
-            found |= {child.pid: child for child in psutil.Process(pid).children(recursive=True)}
-        except psutil.NoSuchProcess:
-            continue
-    return [found[pid] for pid in sorted(found)]
-
-
 def actors_of(pids: Iterable[int], *, doing: str = "") -> list[psutil.Process]:
     """Actor processes below these; Ray writes into their title what they do, such as `run`."""
     return [child for child in children_of(pids) if title_of(child).startswith(ACTOR_TITLE + doing)]
-
-
-def is_alive(process: psutil.Process) -> bool:
-    """Not merely waiting to be reaped by whoever has inherited it."""
-    try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
-def end(processes: Iterable[psutil.Process]) -> None:
-    """SIGKILL, and wait."""
-    alive = [process for process in processes if is_alive(process)]
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    deadline = time.monotonic() + 120
-    while any(is_alive(process) for process in alive):
-        assert time.monotonic() < deadline, "a killed process lives"
-        time.sleep(0.02)
-
-
-def title_of(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""

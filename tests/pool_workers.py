@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 logger = logging.getLogger("workers.obedient")
 
@@ -57,8 +58,11 @@ class ObedientWorker:
             (self.folder / name).write_text(str(time.time()))
             time.sleep(0.05)
 
-    def stop_process(self, _: Any) -> None:
-        os.kill(os.getpid(), 19)  # SIGSTOP: nobody in this process answers any more
+    def stop_process(self, _: Any) -> NoReturn:
+        """Nobody in this process answers any more; this thread may run on until the signal has reached it."""
+        os.kill(os.getpid(), signal.SIGSTOP)
+        while True:
+            time.sleep(600)
 
     def was_drained(self, timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s

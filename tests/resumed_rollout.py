@@ -1,6 +1,7 @@
 """A rollout that puts itself down after every chunk and takes itself up where a file says: to be killed at any moment.
 
-`python -m tests.resumed_rollout POLICY FILE FRAMES` prints a line `chunk hash` for each chunk that it makes.
+`python -m tests.resumed_rollout POLICY FILE FRAMES CHUNKS` prints a line `chunk hash` for each chunk it makes. After
+chunk number CHUNKS it waits for a line on stdin, so that whoever wants to kill it is never too late.
 """
 
 from __future__ import annotations
@@ -68,3 +69,5 @@ def roll(model: LoadedModel, task: RenderTask, file: Path | None) -> Iterator[tu
 if __name__ == "__main__":
     for index, digest in roll(make_model(sys.argv[1]), make_task(int(sys.argv[3])), Path(sys.argv[2])):
         print(index, digest, flush=True)
+        if index + 1 == int(sys.argv[4]):
+            sys.stdin.readline()

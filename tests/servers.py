@@ -7,8 +7,10 @@ The fault proxy that can stand before either is in `fault_proxy.py`.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -17,9 +19,10 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import boto3.session
 import pytest
@@ -28,12 +31,19 @@ from botocore.config import Config
 from tests.fault_proxy import FaultProxy
 
 ACCESS_KEY, SECRET_KEY = "test", "testsecret"
+PATIENCE_S = 240.0
+"""How long a server may take to come up on a machine with other things to do."""
+MOTO_LISTENS = re.compile(r"Running on (http://127\.0\.0\.1:\d+)\b")
 CEPH_PROGRAMS = ("radosgw", "radosgw-admin", "ceph-mon", "ceph-osd", "monmaptool", "ceph")
 CEPH_MARKS = [
     pytest.mark.ceph,
     pytest.mark.slow,  # 13 s to come up, and 600 MB, in each process that runs tests
     pytest.mark.skipif(not all(map(shutil.which, CEPH_PROGRAMS)), reason="radosgw is not installed"),
 ]
+
+
+class EndedEarly(RuntimeError):
+    """A server's process is over before it was used."""
 
 
 @dataclass
@@ -50,7 +60,7 @@ class S3Server:
             process.terminate()
         for process in reversed(self.processes):
             try:
-                process.wait(5)
+                process.wait(20)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -59,11 +69,17 @@ class S3Server:
     def new_bucket(self) -> str:
         """A bucket nobody else uses."""
         bucket = f"longtake-{secrets.token_hex(4)}"
-        session = boto3.session.Session(aws_access_key_id=ACCESS_KEY, aws_secret_access_key=SECRET_KEY)
-        client = session.client("s3", endpoint_url=self.url, region_name="us-east-1", config=path_style())
-        client.create_bucket(Bucket=bucket)
-        client.close()
+        client_of(self.url).create_bucket(Bucket=bucket)
         return bucket
+
+
+@functools.cache
+def client_of(url: str) -> Any:
+    """A plain boto3 client, which costs a fifth of a second to make."""
+    session = boto3.session.Session(aws_access_key_id=ACCESS_KEY, aws_secret_access_key=SECRET_KEY)
+    client = session.client("s3", endpoint_url=url, region_name="us-east-1", config=path_style())
+    atexit.register(client.close)
+    return client
 
 
 def path_style() -> Config:
@@ -93,11 +109,15 @@ def shared_ceph() -> S3Server:
 
 
 def start_moto() -> S3Server:
+    """The kernel gives it a port that it says: one that we had picked could be somebody else's by now."""
     folder = Path(tempfile.mkdtemp(prefix="lt-moto-"))
-    port = free_port()
-    process = _spawn([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], folder / "out")
-    server = S3Server("moto", f"http://127.0.0.1:{port}", [process], folder)
-    _wait_for_port(port, server, timeout_s=30)
+    log = folder / "out"
+    process = _spawn([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"], log)
+    server = S3Server("moto", "", [process], folder)
+    _wait_until(lambda: _is_alive(server) and MOTO_LISTENS.search(log.read_text(errors="replace")) is not None)
+    listens = MOTO_LISTENS.search(log.read_text(errors="replace"))
+    assert listens is not None
+    server.url = listens[1]
     return server
 
 
@@ -114,7 +134,9 @@ def start_ceph() -> S3Server:
 
     def tool(*command: str) -> str:
         env = _ceph_env(conf)
-        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            command, cwd=folder, env=env, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+        )
         if done.returncode:
             raise RuntimeError(f"{command}: {done.stderr}")
         return done.stdout
@@ -127,13 +149,13 @@ def start_ceph() -> S3Server:
         tool("monmaptool", "--create", "--addv", "a", address, "--fsid", cluster_id, str(folder / "monmap"))
         tool("ceph-mon", "--mkfs", "-i", "a", "--monmap", str(folder / "monmap"), "--conf", str(conf))
         daemon("ceph-mon", "-i", "a")
-        _wait_until(lambda: "mon:" in tool("ceph", "-s", "--connect-timeout", "5"), 30)
+        _wait_until(lambda: "mon:" in tool("ceph", "-s", "--connect-timeout", "5"))
         tool("ceph", "osd", "new", osd_id)
         tool("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd_id, "--conf", str(conf))
         daemon("ceph-osd", "-i", "0")
-        _wait_until(lambda: "1 up" in tool("ceph", "osd", "stat"), 30)
+        _wait_until(lambda: "1 up" in tool("ceph", "osd", "stat"))
         daemon("radosgw", "-n", "client.rgw")
-        _wait_for_port(port, server, timeout_s=60)
+        _wait_until(lambda: _is_alive(server) and somebody_listens(port))
         tool(
             "radosgw-admin", "user", "create", "--uid=test", "--display-name=test",
             f"--access-key={ACCESS_KEY}", f"--secret-key={SECRET_KEY}",
@@ -184,9 +206,23 @@ def _ceph_env(conf: Path) -> dict[str, str]:
 
 
 def free_port() -> int:
+    """A port that is free at this moment; for servers that cannot be told to pick one themselves."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def silent_port() -> Iterator[int]:
+    """A port on which nobody listens and, for the time of the block, nobody can."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        yield int(holder.getsockname()[1])
+
+
+def somebody_listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _spawn(command: list[str], log_path: Path, ceph_conf: Path | None = None) -> subprocess.Popen[bytes]:
@@ -197,23 +233,21 @@ def _spawn(command: list[str], log_path: Path, ceph_conf: Path | None = None) ->
         return subprocess.Popen([*with_parent, *command], stdout=log, stderr=subprocess.STDOUT, env=env)
 
 
-def _wait_for_port(port: int, server: S3Server, timeout_s: float) -> None:
-    def answers() -> bool:
-        if (code := server.processes[-1].poll()) is not None:
-            raise RuntimeError(f"{server.name} ended with {code}; see its output in {server.folder}")
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", port)) == 0
-
-    _wait_until(answers, timeout_s)
+def _is_alive(server: S3Server) -> bool:
+    if (code := server.processes[-1].poll()) is not None:
+        raise EndedEarly(f"{server.name} ended with {code}; see its output in {server.folder}")
+    return True
 
 
-def _wait_until(is_true: Callable[[], bool], timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
+def _wait_until(is_true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
             if is_true():
                 return
             error = None
+        except EndedEarly:
+            raise
         except (RuntimeError, subprocess.TimeoutExpired) as raised:
             error = raised
         if time.monotonic() > deadline:

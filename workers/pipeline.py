@@ -25,7 +25,7 @@ from workers.denoise import draw_noise
 from workers.errors import DeviceBroken, GpuOutOfMemory, RenderError, UploadFailed
 from workers.metrics import Stopwatch, peak_gpu_bytes, peak_rss_bytes, reset_peak_gpu_bytes, rss_bytes
 from workers.model.backbones import Backbone
-from workers.model.control import control_maps, group_camera, world_origin
+from workers.model.control import chunks_after_cuts, control_maps, group_camera, world_origin
 from workers.model.text_encoder import fold_padding
 from workers.model.vae import PictureStream, to_pictures
 from workers.quality.gate import QualityGate
@@ -151,8 +151,9 @@ def roll_out(
     """Chunks with their pictures, by the loop that the model, or the cache, brings."""
     if parts.on_table:
         assert model.seat is not None, "a model that renders over a table has a seat for it"
-        over_table = model.seat.begin_take().run(plan_rollout(task, model, record), stopwatch=record.stopwatch)
-        return with_pictures(over_table, model, parts, record)
+        plan = plan_rollout(task, model, record)
+        over_table = model.seat.begin_take().run(plan, stopwatch=record.stopwatch)
+        return with_pictures(over_table, plan.after_cut, model, parts, record)
     if model.seat is not None:
         model.seat.release()  # this take goes without, because memory ran out
     attention, record.guard = make_attention(
@@ -161,7 +162,8 @@ def roll_out(
     if model.backbone.rollout == "clipwise":
         return roll_out_clips(task, model, attention, record.stopwatch, parts.attend_prompt)
     rollout = make_rollout(model.dit, attention, record.stopwatch, parts.reuse, record.guard, parts.attend_prompt)
-    return with_pictures(rollout.run(plan_rollout(task, model, record)), model, parts, record)
+    plan = plan_rollout(task, model, record)
+    return with_pictures(rollout.run(plan), plan.after_cut, model, parts, record)
 
 
 def plan_rollout(task: RenderTask, model: LoadedModel, record: TakeRecord) -> RolloutPlan:
@@ -194,6 +196,7 @@ def plan_rollout(task: RenderTask, model: LoadedModel, record: TakeRecord) -> Ro
         prompt=read_prompt,
         control=read_control,
         world_origin=(lambda index: world_origin(camera_of(index), backbone)[0]) if backbone.world_rope else None,
+        after_cut=chunks_after_cuts(camera_TS2, backbone),
     )
 
 
@@ -230,15 +233,24 @@ def project_prompt(text: str, model: LoadedModel, stopwatch: Stopwatch) -> Promp
 
 def with_pictures(
     chunks: Iterator[CleanChunk],
+    after_cut: frozenset[int],
     model: LoadedModel,
     parts: TakeParts,
     record: TakeRecord,
 ) -> Iterator[tuple[CleanChunk, NDArray[np.uint8]]]:
     """Chunks of one stream of latents, each with its pictures; a GPU decodes them while it makes the next chunk.
 
-    Where memory ran out before, one waits for the other.
+    Where memory ran out before, one waits for the other. Chunks after a hard cut are decoded as the start of a video:
+    the place before would shine through their first pictures.
     """
     decoder = model.vae.stream()
+
+    def pictures_of(chunk: CleanChunk) -> NDArray[np.uint8]:
+        nonlocal decoder
+        if chunk.index in after_cut:
+            decoder = model.vae.stream()
+        return decode(chunk, decoder, parts, model.device)
+
     beside = model.device if parts.decode_latent_frames is None else torch.device("cpu")
 
     def judged() -> Iterator[CleanChunk]:
@@ -249,7 +261,7 @@ def with_pictures(
 
     return work_beside(
         judged(),
-        lambda chunk: decode(chunk, decoder, parts, model.device),
+        pictures_of,
         beside,
         lambda: record.stopwatch.stage("vae"),
     )

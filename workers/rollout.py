@@ -45,6 +45,8 @@ class RolloutPlan:
     control: ReadControl
     world_origin: Callable[[int], Tensor] | None = None
     """chunk_index -> corner of each latent frame in tokens [T, 2], for models whose RoPE lives in the world."""
+    after_cut: frozenset[int] = frozenset()
+    """Chunks that begin with a hard cut: their pictures owe nothing to those before."""
 
 
 @dataclass(frozen=True)

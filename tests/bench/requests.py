@@ -87,7 +87,7 @@ def render(prompts: Path, out: str, endpoint: str) -> None:
         "AWS_REGION": "us-east-1",
         "AWS_ENDPOINT_URL_S3": endpoint,
     }
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1000, check=False)
     if done.returncode:
         raise RuntimeError(f"exit {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 

@@ -24,14 +24,16 @@ from workers.checkpoints.files import open_weights
 from workers.model.backbones import find_backbone
 from workers.model.vae import VideoVAE
 from workers.quality.drift import BANDS, compare_looks, is_stable, measure_look
-from workers.quality.reference import confidence_95
+from workers.quality.reference import confidence_95, psnr_db
+from workers.quality.revisit import plan_revisit
 from workers.training.fast_rollout import FastRollout, sees_all, sees_window
 from workers.training.measure import STILL_AIR, Laboratory, Sampling, sharpness_ratio
 from workers.training.sequence import WorldModel
 from workers.training.vae_train import HELD_OUT_SEED, held_out_psnr
 from workers.worlds.camera import CameraMove
 from workers.worlds.captions import write_caption
-from workers.worlds.clips import WorldSpec, draw_path, draw_spec, render_views
+from workers.worlds.clips import VIEW_SIZE, WorldSpec, draw_path, draw_spec, render_views
+from workers.worlds.terrain import WORLD_SIZE
 
 WEIGHTS = Path(__file__).parents[2] / "workers" / "training" / "weights"
 DISTANCES = (159, 39, 81, 318)
@@ -92,6 +94,23 @@ def revisit_rows(lab: Laboratory, num: int, sampling: Sampling, form: str, dista
         row |= {"landmarks": asked}
         row |= {f"landmarks_{name}": right / max(1, asked) for name, (right, _) in result.landmarks.items()}
     yield row
+
+
+def after_cut_rows(lab: Laboratory, num: int) -> Iterator[Row]:
+    """The first pictures of a place after a hard cut, by the VAE alone: decoded on from the place before, and anew."""
+    rng = np.random.default_rng(DISTANCES[1])
+    paths = [plan_revisit(DISTANCES[1], rng, WORLD_SIZE, VIEW_SIZE, cut=True).positions_F2 for _ in range(num)]
+    found: dict[str, list[torch.Tensor]] = {"on": [], "anew": []}
+    for index, path in enumerate(paths):
+        world = lab.worlds([draw_spec(HELD_OUT_SEED + 7000 + index, STILL_AIR)])
+        positions = torch.from_numpy(path[None, -16:-8]).to(lab.device)
+        truth, z = render_views(world.pictures_BCHW, positions)[:, 4:], lab.encode(world, positions)
+        found["on"].append(psnr_db(lab.decode(z[:, 1:], z[:, 0]), truth))
+        found["anew"].append(psnr_db(lab.decode(z[:, 1:]), truth))
+    on, anew = torch.cat(found["on"]).cpu(), torch.cat(found["anew"]).cpu()
+    (mean, half), (gain, gain_half) = confidence_95(anew), confidence_95(anew - on)
+    row: Row = {"figure": "after_cut_vae_db", "n": num, "value": mean, "ci95": half, "decoded_on_db": on.mean().item()}
+    yield row | {"gain_db": gain, "gain_ci95": gain_half, "least_gain_db": (anew - on).min().item()}
 
 
 def sharpness_rows(lab: Laboratory, num: int, sampling: Sampling) -> Iterator[Row]:
@@ -180,6 +199,7 @@ def parts_of(lab: Laboratory, num: int) -> dict[str, Callable[[], Iterator[Row]]
         "follow": lambda: follow_rows(lab, 200 if num >= 64 else 4 * num, sampling),
         "follow-long": lambda: follow_rows(lab, 200 if num >= 64 else 4 * num, sampling, LONG_PROMPT),
         "vae": lambda: vae_rows(lab, 2 * num),
+        "after-cut": lambda: after_cut_rows(lab, num),
         **{f"shifted-{distance}": revisit("shifted", distance) for distance in DISTANCES},
         "drift-window": lambda: drift_rows(lab, walks, sampling, "window", 3000),
         "generated-159": revisit("generated", 159),

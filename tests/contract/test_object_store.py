@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_args
 
-import boto3.session
 import pytest
 
 from cluster.errors import NotFound
@@ -22,9 +21,9 @@ from cluster.local_store import LocalStore
 from cluster.object_store import ObjectStore, probe_conditional_writes
 from cluster.s3_store import MIB, S3Settings, S3Store
 from tests.fault_proxy import FaultKind, FaultProxy
-from tests.servers import CEPH_MARKS, S3Server, path_style, shared_ceph, shared_moto, use_endpoint
+from tests.servers import CEPH_MARKS, S3Server, client_of, shared_ceph, shared_moto, use_endpoint
 
-SETTINGS = S3Settings(deadline_s=30, read_timeout_s=10, multipart_above_bytes=6 * MIB, part_bytes=5 * MIB)
+SETTINGS = S3Settings(deadline_s=120, read_timeout_s=60, multipart_above_bytes=6 * MIB, part_bytes=5 * MIB)
 HARMLESS: set[FaultKind] = {"unconditional", "slow"}  # not part of the storm: the first is a defect, the second idle
 RawGet = Callable[[str], bytes | None]
 Place = tuple[ObjectStore, RawGet]
@@ -44,13 +43,11 @@ def weather(server: S3Server, kind: str) -> Iterator[S3Server | FaultProxy]:
 
 
 def raw_s3_get(server: S3Server, bucket: str, key: str) -> bytes | None:
-    session = boto3.session.Session(aws_access_key_id="test", aws_secret_access_key="testsecret")
-    client = session.client("s3", endpoint_url=server.url, region_name="us-east-1", config=path_style())
-    with contextlib.closing(client):
-        try:
-            return client.get_object(Bucket=bucket, Key=key)["Body"].read()
-        except client.exceptions.NoSuchKey:
-            return None
+    client = client_of(server.url)
+    try:
+        return client.get_object(Bucket=bucket, Key=key)["Body"].read()
+    except client.exceptions.NoSuchKey:
+        return None
 
 
 def raw_file_get(root: Path, key: str) -> bytes | None:

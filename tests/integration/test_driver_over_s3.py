@@ -25,7 +25,7 @@ from tests.servers import CEPH_MARKS, S3Server, shared_ceph, shared_moto, use_en
 
 NAMES = [f"take-{n:02d}" for n in range(24)]
 LIMITS = Limits(num_actors=2, max_rows_per_entry=1, part_rows=6, lease_ttl_s=60.0, max_uncommitted=4)
-PATIENT = S3Settings(deadline_s=60, read_timeout_s=20)
+PATIENT = S3Settings(deadline_s=120, read_timeout_s=60)
 EVERYWHERE: tuple[FaultKind, ...] = ("reset_before", "slow_down", "lost_answer", "late_503", "slow")
 FAULT_SHARE = 0.08
 """Of each kind: every third request or so meets one."""

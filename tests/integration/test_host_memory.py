@@ -40,7 +40,7 @@ MB = 1 << 20
 @pytest.mark.slow
 def test_host_memory_of_an_actor_does_not_grow_with_the_length_of_a_take(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", RENDER, str(tmp_path)], capture_output=True, text=True, timeout=280, check=False
+        [sys.executable, "-c", RENDER, str(tmp_path)], capture_output=True, text=True, timeout=1000, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])

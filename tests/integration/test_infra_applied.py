@@ -76,7 +76,7 @@ def start_night(folder: Path, plan: str, status: str | None = None, *, flaky: bo
         (folder / "flaky").touch()
     environment = {"PATH": f"{folder}:{os.environ['PATH']}"}
     done = subprocess.run(
-        ["sh", STARTER, "m.yaml", "night", "0.01"], env=environment, check=False, timeout=30, capture_output=True
+        ["sh", STARTER, "m.yaml", "night", "0.01"], env=environment, check=False, timeout=240, capture_output=True
     )
     verbs = [line.split()[0] for line in (folder / "calls").read_text().splitlines()]
     return done.returncode, [verb for verb in verbs if verb != "get"]

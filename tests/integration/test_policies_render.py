@@ -34,7 +34,7 @@ def load(root: Path, **fields: object) -> RenderActor:
     return actor
 
 
-QUICK = ("fastar-quant", "flowcache")
+QUICK = ("fastar-quant",)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,16 +12,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 
 import longtake
 from tests.bench.first_video import has_success
+from tests.ray_cluster import RAY_PROGRAM, ray_head
 
 ROOT = Path(__file__).parents[2]
 RENDER = ["-m", "jobs.render", "--model", "tiny-test", "--width", "64", "--height", "32", "--frames", "24"]
 Done = subprocess.CompletedProcess[str]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 
 @dataclass
@@ -34,22 +31,22 @@ class Head:
     address: str
     environment: dict[str, str]
 
-    def submit(self, *arguments: str, timeout_s: float = 500) -> Done:
+    def submit(self, *arguments: str, timeout_s: float = 1200) -> Done:
         """Submit and wait; tries again while the head's agent is still coming up (it answers 500 then)."""
         return self._submit([], arguments, timeout_s)
 
     def start(self, submission_id: str, *arguments: str) -> None:
         """Submit and come back."""
-        done = self._submit(["--no-wait", "--submission-id", submission_id], arguments, 120)
+        done = self._submit(["--no-wait", "--submission-id", submission_id], arguments, 600)
         assert done.returncode == 0, done.stdout + done.stderr
 
     def stop(self, submission_id: str) -> str:
         """`ray job stop`, which waits until the job is over; what it prints."""
-        return self._ray("job", "stop", "--address", self.address, submission_id, timeout_s=180).stdout
+        return self._ray("job", "stop", "--address", self.address, submission_id, timeout_s=600).stdout
 
     def _submit(self, options: list[str], arguments: tuple[str, ...], timeout_s: float) -> Done:
         command = ["job", "submit", "--address", self.address, "--working-dir", ".", *options, "--", "python"]
-        for _ in range(6):
+        for _ in range(24):
             done = self._ray(*command, *arguments, timeout_s=timeout_s)
             if "No available agent" not in done.stdout + done.stderr:
                 return done
@@ -58,7 +55,7 @@ class Head:
 
     def _ray(self, *arguments: str, timeout_s: float) -> Done:
         return subprocess.run(
-            [ray_program(), *arguments],
+            [RAY_PROGRAM, *arguments],
             cwd=ROOT,
             env=self.environment,
             capture_output=True,
@@ -68,24 +65,11 @@ class Head:
         )
 
 
-def ray_program() -> str:
-    return str(Path(sys.executable).parent / "ray")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
-    folder = Path(f"/tmp/lt-j{secrets.token_hex(3)}")  # short: Ray's socket paths must fit in 107 bytes
-    folder.mkdir()
-    token = folder / "token"
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    token = tmp_path_factory.mktemp("secret") / "token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
-    port, dashboard = free_port(), free_port()
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment |= {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -95,39 +79,8 @@ def head() -> Iterator[Head]:
         "OMP_NUM_THREADS": "1",
         "RAY_JOB_STOP_WAIT_TIME_S": "60",  # from SIGTERM to SIGKILL; infra/kuberay/rayjob.yaml sets it too
     }
-    start = [ray_program(), "start", "--head", "--port", str(port), "--dashboard-host", "127.0.0.1"]
-    # The agent's default port is one for the whole machine: with another head there, it would come up without job API.
-    start += [
-        "--dashboard-agent-listen-port",
-        str(free_port()),
-        "--dashboard-port",
-        str(dashboard),
-        "--num-cpus",
-        "2",
-        "--disable-usage-stats",
-    ]
-    start += ["--temp-dir", str(folder / "t"), "--object-store-memory", str(100 << 20)]
-    subprocess.run(start, env=environment, check=True, capture_output=True, timeout=300)
-    try:
-        yield Head(f"http://127.0.0.1:{dashboard}", environment)
-    finally:
-        end_processes(str(folder))
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def end_processes(folder: str) -> None:
-    """The processes of this head, known by its folder; `ray stop` would end those of everybody on the machine."""
-    ours = [p for p in psutil.process_iter() if is_of(p, folder)]
-    for process in ours:
-        process.send_signal(signal.SIGKILL)
-    psutil.wait_procs(ours, timeout=120)
-
-
-def is_of(process: psutil.Process, folder: str) -> bool:
-    try:
-        return process.pid != os.getpid() and any(folder in argument for argument in process.cmdline())
-    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-        return False
+    with ray_head(environment) as (_, api):
+        yield Head(api, environment)
 
 
 def test_a_submitted_job_renders_and_a_relative_out_is_refused(head: Head, tmp_path: Path) -> None:
@@ -151,13 +104,13 @@ def test_a_submitted_job_renders_and_a_relative_out_is_refused(head: Head, tmp_p
 
 
 def test_a_stopped_job_says_so_and_the_same_command_goes_on(head: Head, tmp_path: Path) -> None:
-    names = [f"take{index:02d}" for index in range(16)]
+    names = [f"take{index:02d}" for index in range(10)]
     prompts, job = tmp_path / "p.jsonl", tmp_path / "out" / "night"
     prompts.write_text("".join(json.dumps({"prompt": f"a meadow {name}", "id": name}) + "\n" for name in names))
     command = [*RENDER, str(prompts), "--out", str(tmp_path / "out"), "--job-id", "night", "--actors", "1"]
     command[command.index("--frames") + 1] = "480"
     head.start("longtake-night", *command)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not has_success(job):
         assert time.monotonic() < deadline, "nothing was committed"
         time.sleep(0.05)

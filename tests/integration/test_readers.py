@@ -122,7 +122,9 @@ def job_root(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(out / "night")
 
 
-@pytest.mark.parametrize("reader", LOCAL)
+@pytest.mark.parametrize(
+    "reader", [pytest.param(name, marks=pytest.mark.slow if name == "webdataset" else ()) for name in LOCAL]
+)
 def test_reader_sees_every_row_once_on_local_files(reader: str, job_root: str, tmp_path: Path) -> None:
     assert run_reader(LOCAL[reader], job_root, tmp_path / "cache") == (NUM_ROWS, sum(range(NUM_ROWS)))
 

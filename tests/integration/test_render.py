@@ -36,7 +36,7 @@ PROMPTS: list[dict[str, Any]] = [
 
 def longtake_command(*arguments: str, code: int = 0) -> str:
     done = subprocess.run(
-        [*LONGTAKE, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=250, check=False, env=environment()
+        [*LONGTAKE, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False, env=environment()
     )
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr[-4000:]}"
     return done.stdout
@@ -76,7 +76,9 @@ def test_prompts_on_s3_become_videos_and_a_manifest_on_s3(
 
     again = longtake_command(*arguments, code=3)
     assert "4 of 4 videos" in again
-    assert json.loads(longtake_command("status", f"{root}/night", "--json"))["driver"]["epoch"] == 1  # no new lease
+    driver = longtake.read_status(f"{root}/night").driver
+    assert driver is not None
+    assert driver["epoch"] == 1  # no new lease
     verified = json.loads(longtake_command("verify", f"{root}/night", "--rerender", "100%", "--json"))
     assert (verified["num_decoded"], verified["num_rerendered"], verified["num_orphans"]) == (4, 4, 0)
 
@@ -102,7 +104,7 @@ def test_a_job_that_was_ended_halfway_is_finished_by_the_same_command(how: str, 
             request_stop(store)
         else:
             driver.send_signal(getattr(signal, how))
-        code = driver.wait(200)
+        code = driver.wait(600)
     assert code == (-signal.SIGKILL if how == "SIGKILL" else 4), (tmp_path / "log").read_text()[-3000:]
     status = longtake.read_status(tmp_path / "night")
     assert status.state == ("interrupted" if how == "SIGKILL" else "stopped")
@@ -118,7 +120,7 @@ def test_a_job_that_was_ended_halfway_is_finished_by_the_same_command(how: str, 
 
 
 def wait_for_videos(store: ObjectStore, driver: subprocess.Popen[bytes], count: int) -> None:
-    deadline = time.monotonic() + 250
+    deadline = time.monotonic() + 600
     seen = 0
     cursor = None
     while seen < count:
@@ -126,7 +128,7 @@ def wait_for_videos(store: ObjectStore, driver: subprocess.Popen[bytes], count: 
         assert time.monotonic() < deadline, "no videos"
         for new in longtake.follow(store.url, cursor, until_done=False):
             seen, cursor = seen + new.table.num_rows, new.cursor
-        time.sleep(0.2)
+        time.sleep(0.05)
 
 
 @pytest.mark.slow

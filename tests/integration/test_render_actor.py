@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from workers.video.decode import probe
 from workers.video.writer import VideoWriter
 
 TINY = RenderConfig(backbone=BackboneConfig(name="tiny-test"), video=VideoConfig(width=64, height=32))
-FRAMES = 40
+FRAMES = 40  # four chunks
+PATIENCE_S = 120.0
 
 
 def make_setup(root: Path, config: RenderConfig = TINY) -> RenderSetup:
@@ -48,6 +50,29 @@ def load_actor(root: Path, config: RenderConfig = TINY) -> RenderActor:
     actor = RenderActor(make_setup(root, config))
     actor.load()
     return actor
+
+
+class Gate:
+    """Holds the take in hand at the end of its first chunks, with the GPU, until the test has looked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._is_there, self._may_go_on = threading.Semaphore(0), threading.Semaphore(0)
+        write = VideoWriter.write
+
+        def stop_and_write(writer: VideoWriter, frames: np.ndarray) -> None:
+            self._is_there.release()
+            assert self._may_go_on.acquire(timeout=PATIENCE_S)
+            write(writer, frames)
+
+        monkeypatch.setattr(VideoWriter, "write", stop_and_write)
+
+    def wait(self) -> None:
+        """Until the take stands at the end of its next chunk."""
+        assert self._is_there.acquire(timeout=PATIENCE_S)
+
+    def open(self, num_chunks: int = 1) -> None:
+        """Let it go on for so many chunks."""
+        self._may_go_on.release(num_chunks)
 
 
 def must_succeed(outcome: RenderOutcome) -> RenderResult:
@@ -85,7 +110,7 @@ def test_videos_are_complete_and_the_rows_say_what_they_hold(root: Path, two: di
         assert result.kv_bytes == 3 * 3 * 8 * 2 * 80 * 3 * 4  # chunks, latent frames, tokens, K and V, width, layers
         assert result.kv_compression_ratio == 1.0
         assert 0 < result.gpu_s <= result.wall_s
-        assert sum(c.seconds for c in result.chunks) == pytest.approx(result.gpu_s, rel=0.2)
+        assert 0 < sum(c.seconds for c in result.chunks) <= result.gpu_s  # which has what comes before and after, too
     assert not list((root / "_state").rglob("*.mp4"))
 
 
@@ -156,54 +181,64 @@ def test_every_rung_of_the_ladder_renders_and_is_recorded(actor: RenderActor, tw
     assert [r.kv_policy for r in rungs] == ["dense", "dense", "window-3+21", "window-3+21"]
 
 
-def test_progress_tells_of_the_take_in_hand(actor: RenderActor) -> None:
-    ticks_before, seen = actor.progress().ticks, []
+def test_progress_tells_of_the_take_in_hand(actor: RenderActor, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, ticks_before, seen = Gate(monkeypatch), actor.progress().ticks, []
     thread = threading.Thread(target=lambda: actor.run([make_task("slow", attempt="e5a1"), make_task("next")]))
     thread.start()
-    while thread.is_alive():
+    for _ in range(4):
+        gate.wait()
         seen.append(actor.progress())
+        gate.open()
+    gate.open(4)
     thread.join()
-    running = [p for p in seen if p.running_task_id == "slow-0"]
-    assert running[0].task_ids == ("slow-0", "next-0")
-    assert {p.num_frames for p in running} == {FRAMES}
-    assert {p.frames_done for p in running} >= {12, 24, 36}
+    assert {p.running_task_id for p in seen} == {"slow-0"}
+    assert {p.task_ids for p in seen} == {("slow-0", "next-0")}
+    assert {p.num_frames for p in seen} == {FRAMES}
+    assert [p.frames_done for p in seen] == [0, 12, 24, 36]
+    assert [p.ticks - ticks_before for p in seen] == [0, 1, 2, 3]
     assert actor.progress().ticks == ticks_before + 8
     assert actor.progress().rss_bytes > 0
 
 
 def test_what_has_not_begun_can_be_taken_back_and_the_take_in_hand_goes_on(
-    actor: RenderActor, two: dict[str, RenderResult]
+    actor: RenderActor, two: dict[str, RenderResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    gate = Gate(monkeypatch)
     outcomes: list[RenderOutcome] = []
     red, blue = make_task("red", attempt="e8a1"), make_task("blue", attempt="e8a1")
     first = threading.Thread(target=lambda: outcomes.extend(actor.run([red])))
     first.start()
-    while actor.progress().running_task_id is None:
-        pass
+    gate.wait()
     second = threading.Thread(target=lambda: outcomes.extend(actor.run([blue])))
     second.start()
     while len(actor.progress().task_ids) < 2:
-        pass
+        time.sleep(0.001)
     actor.withdraw([(red.task_id, red.attempt), (blue.task_id, blue.attempt), ("nobody", "e8a1")])
     second.join()
     (back,) = outcomes  # at once: the other one still has the GPU
     assert isinstance(back, RenderFailure)
     assert (back.task_id, back.kind, back.retryable) == (blue.task_id, "preempted_exhausted", True)
+    gate.open(8)
     first.join()
     assert must_succeed(outcomes[1]).frames_sha256 == two["red-0"].frames_sha256
     again = actor.run([make_task("blue", attempt="e8a2")])[0]
     assert must_succeed(again).frames_sha256 == two["blue-0"].frames_sha256
 
 
-def test_drain_ends_the_take_in_hand_after_its_chunk_and_refuses_the_rest(tmp_path: Path) -> None:
-    actor = load_actor(tmp_path)
+def test_drain_ends_the_take_in_hand_after_its_chunk_and_refuses_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, actor = Gate(monkeypatch), load_actor(tmp_path)
     outcomes: list[RenderOutcome] = []
     thread = threading.Thread(target=lambda: outcomes.extend(actor.run([make_task("a"), make_task("b")])))
     thread.start()
-    while actor.progress().ticks == 0:
-        pass
+    gate.wait()
+    gate.open()
+    gate.wait()  # in its second chunk
     actor.drain()
+    gate.open()
     thread.join()
+    assert actor.progress().ticks == 2
     actor.close()
     failures = [o for o in outcomes if isinstance(o, RenderFailure)]
     assert [f.task_id for f in failures] == ["a-0", "b-0"]

@@ -17,16 +17,16 @@ ROOT = Path(__file__).resolve().parents[2]
 FRAMES = 132  # 11 chunks
 
 
-def start(policy: str, file: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.resumed_rollout", policy, str(file), str(FRAMES)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+def start(policy: str, file: Path, waits_after: int = 0) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.resumed_rollout", policy, str(file), str(FRAMES), str(waits_after)]
+    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize("policy", ["fastar-tiles", pytest.param("fastar-quant", marks=pytest.mark.slow)])
 def test_killed_and_taken_up_elsewhere_it_goes_on_bit_for_bit(tmp_path: Path, policy: str) -> None:
     unbroken = dict(roll(make_model(policy), make_task(FRAMES), None))
     made: dict[int, str] = {}
-    with start(policy, tmp_path / "rollout") as first:
+    with start(policy, tmp_path / "rollout", waits_after=9) as first:
         assert first.stdout is not None
         for line in first.stdout:
             made[int(line.split()[0])] = line.split()[1]
@@ -34,8 +34,8 @@ def test_killed_and_taken_up_elsewhere_it_goes_on_bit_for_bit(tmp_path: Path, po
                 first.send_signal(signal.SIGKILL)
                 break
     with start(policy, tmp_path / "rollout") as second:
-        assert second.stdout is not None
-        after = {int(index): digest for index, digest in (line.split() for line in second.stdout)}
+        answer, _ = second.communicate()
+        after = {int(index): digest for index, digest in map(str.split, answer.splitlines())}
     assert second.returncode == 0
     assert min(after) >= 7, "it went on, and did not begin anew"
     assert made.items() <= unbroken.items()

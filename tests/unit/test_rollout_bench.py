@@ -33,6 +33,7 @@ COLUMNS = [
     *("ratio_to_fastest_dense", "cache_keys", "density", "compression_share", "notes"),
 ]
 CPU = Hardware("cpu")
+SLOW = pytest.mark.slow
 TINY = Settings(
     backbone=replace(find_backbone("tiny-wan-test"), native=Native(num_steps=2, shift=5.0, attended_latent_frames=9)),
     width=32,
@@ -183,7 +184,9 @@ def test_the_dense_row_sees_everything_and_says_how_far_it_was_real() -> None:
 
 
 @pytest.mark.usefixtures("instant_pictures")
-@pytest.mark.parametrize("policy", ["radial", "svg", "flowcache", "flowcache + radial", "annca"])
+@pytest.mark.parametrize(
+    "policy", ["radial", "flowcache + radial", *(pytest.param(n, marks=SLOW) for n in ("svg", "flowcache", "annca"))]
+)
 def test_a_baseline_row_is_timed_through_the_product(policy: str) -> None:
     result = make_row(policy, TINY, CPU)
     assert result.seconds_3000_frames, result.notes
@@ -192,7 +195,7 @@ def test_a_baseline_row_is_timed_through_the_product(policy: str) -> None:
 
 
 @pytest.mark.usefixtures("instant_pictures")
-@pytest.mark.parametrize(("policy", "seen"), [("fastar-lsh", 0.1), ("tempcache", 1.0)])
+@pytest.mark.parametrize(("policy", "seen"), [("fastar-lsh", 0.1), pytest.param("tempcache", 1.0, marks=SLOW)])
 def test_a_row_over_the_table_says_what_is_seen_and_chosen(policy: str, seen: float) -> None:
     result = make_row(policy, TINY, CPU)
     assert result.seconds_3000_frames, result.notes

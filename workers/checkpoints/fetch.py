@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ _HF_NOTES = ".cache/huggingface/download"  # NAME.metadata: commit, etag (the SH
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _MAX_FILES = 5000
 """A folder with more is no folder of weights."""
+_SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system in use
 
 
 @dataclass
@@ -212,7 +214,11 @@ def _refuse_pointer(path: Path) -> None:
 
 
 def file_sha256(path: Path, cache: Path) -> str:
-    """SHA-256 of a file; read once, then remembered for as long as the file is not touched."""
+    """SHA-256 of a file; read once, then remembered for as long as the file is not touched.
+
+    One that was written a moment ago is read again the next time: a change within the same tick of the file system's
+    clock would leave its time as it is.
+    """
     stamp = _stamp(path)
     note = _note_path(path, cache)
     try:
@@ -223,10 +229,11 @@ def file_sha256(path: Path, cache: Path) -> str:
         pass  # no note, or one that another version wrote: the file is read again
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
+    is_settled = stamp == _stamp(path) and time.time_ns() - stamp[1] > _SETTLED_NS
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
         part = note.with_name(f"{note.name}.{os.getpid()}")
-        part.write_text(json.dumps({"path": str(path), "stamp": stamp, "sha256": digest}))
+        part.write_text(json.dumps({"path": str(path), "stamp": stamp if is_settled else None, "sha256": digest}))
         os.replace(part, note)
     except OSError as error:
         logger.warning("cannot remember hashes in %s (%s): files are hashed at every start", cache, error)

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from workers.model.backbones import Backbone
 
+CUT_PX = 24.0
+"""Farther than any move takes the camera within a latent frame (4 video frames of at most 4 pixels): it has cut."""
+
 
 def group_camera(camera_BF2: Tensor, backbone: Backbone) -> Tensor:
     """Camera positions of video frames [B, frames, 2] as those of latent frames, [B, T, temporal_stride, 2].
@@ -27,6 +30,22 @@ def group_camera(camera_BF2: Tensor, backbone: Backbone) -> Tensor:
     tail = camera_BF2[:, -1:].expand(-1, missing, -1)
     camera_BF2 = torch.cat((head, camera_BF2, tail), dim=1)
     return camera_BF2.view(camera_BF2.shape[0], -1, stride, 2)
+
+
+def chunks_after_cuts(camera_TS2: Tensor, backbone: Backbone) -> frozenset[int]:
+    """Chunks, by index, that begin at another place than the latent frame before them has shown.
+
+    None for a model without a camera, nor for one whose videos begin with fewer pictures: it cannot start in between.
+
+    Args:
+        camera_TS2: Of whole chunks of latent frames.
+    """
+    if not backbone.control_channels or backbone.first_video_frames != backbone.temporal_stride:
+        return frozenset()
+    num = backbone.chunk_latent_frames
+    first_K2, before_K2 = camera_TS2[num::num, 0], camera_TS2[num - 1 : -1 : num, 0]
+    is_cut_K = (first_K2 - before_K2).abs().amax(1) > CUT_PX
+    return frozenset((is_cut_K.nonzero()[:, 0] + 1).tolist())
 
 
 def control_maps(camera_BTS2: Tensor, width: int, height: int, backbone: Backbone) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 from workers.checkpoints.files import Weights, open_weights, save_weights
 from workers.model.backbones import Backbone, find_backbone
 from workers.model.vae import VideoVAE
+from workers.training.compiled_code import keep_compiled_code
 from workers.training.feed import batches_ahead
 from workers.training.measure import Laboratory, Sampling, sharpness_ratio
 from workers.training.memory import CYCLE, FLIGHTS, TURNS, MemoryRecipe, MemoryTrainer
@@ -37,7 +38,7 @@ SAVE_EVERY_S = 100.0
 LOG_EVERY = 4  # cycles
 NEW_LAND_SHARES = (0.0, 0.0, 0.03, 0.1, 0.25, 0.5, 1.0, 1.0)
 """Of the context, what each of many questions about new land sees."""
-EXAMS = (("cut", 159), ("rollout", 39))
+EXAMS = (("cut", 159), ("shifted", 159), ("rollout", 39))
 """Form and distance of the returns by which the result is judged, the most important one first."""
 
 Exam = dict[str, float]
@@ -235,6 +236,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    keep_compiled_code(options.out)
     recipe, feed = recipes_of(options)
     run = MemoryRun(
         options.start,

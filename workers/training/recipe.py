@@ -17,6 +17,7 @@ import torch
 from workers.checkpoints.files import save_weights
 from workers.model.backbones import Backbone, find_backbone
 from workers.model.vae import VideoVAE
+from workers.training.compiled_code import keep_compiled_code
 from workers.training.distil import Distiller, DistilRecipe
 from workers.training.dit_train import DitRecipe, DitTrainer, Span, train
 from workers.training.feed import Feed, FeedRecipe, batches_ahead
@@ -113,6 +114,7 @@ def main() -> None:
     options = parser.parse_args()
     backbone = find_backbone("longtake-world")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    keep_compiled_code(options.out)
     revision = make_weights(Recipe(), backbone, options.minutes * 60, options.out, torch.device(options.device))
     logger.info("weights %s in %s", revision, options.out / "weights")
 

@@ -16,7 +16,7 @@ from cluster.worker_host import identify
 
 @pytest.fixture
 def child() -> subprocess.Popen[bytes]:
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     yield process
     process.kill()
     process.wait()
@@ -26,7 +26,18 @@ def test_the_right_process_is_killed(child: subprocess.Popen[bytes]) -> None:
     identity = identify(child.pid)
     assert identity is not None
     assert identity.kill_if_here()
-    assert child.wait(5) == -9
+    assert child.wait(120) == -9
+    assert not identity.kill_if_here()
+
+
+def test_a_process_that_ends_while_we_look_at_it_is_no_error(
+    child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = identify(child.pid)
+    assert identity is not None
+    child.kill()
+    child.wait()
+    monkeypatch.setattr("cluster.worker_host.identify", lambda pid: identity)
     assert not identity.kill_if_here()
 
 

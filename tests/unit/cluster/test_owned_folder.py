@@ -1,5 +1,6 @@
 """Owned folders vanish with their owner, also when it is killed."""
 
+import fcntl
 import subprocess
 import sys
 from pathlib import Path
@@ -50,5 +51,14 @@ def test_kept_folder_survives_its_owner_and_the_next_start(tmp_path):
     (folder.path / "log").write_text("why it died")
     folder.keep()
     folder.remove()
+    assert remove_dead_folders(PREFIX, tmp_path) == 0
+    assert (folder.path / "log").read_text() == "why it died"
+
+
+def test_folder_that_is_kept_while_somebody_looks_for_dead_ones_survives(tmp_path, monkeypatch):
+    folder = OwnedFolder(PREFIX, tmp_path)
+    (folder.path / "log").write_text("why it died")
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lambda *arguments: (folder.keep(), flock(*arguments)))
     assert remove_dead_folders(PREFIX, tmp_path) == 0
     assert (folder.path / "log").read_text() == "why it died"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -187,22 +186,12 @@ def test_a_driver_that_is_overtaken_stops_writing() -> None:
 
 
 def test_a_living_driver_is_not_disturbed() -> None:
-    bench = Bench()
+    bench, clock = Bench(), ManualClock()
     job = take_job(bench.store, Replay(bench.store, "night"), Owner.current(), clock=ManualClock(), ttl_s=1)
-    beats = threading.Event()
-
-    def beat_on() -> None:
-        while not beats.wait(0.001):
-            job.lease.beat()
-
-    thread = threading.Thread(target=beat_on)
-    thread.start()
-    try:
-        with pytest.raises(LeaseHeld):
-            Driver(JobInputs(FACTS, items("a")), bench.store, lambda: pytest.fail("no pool"), LIMITS).run()
-    finally:
-        beats.set()
-        thread.join()
+    clock.on_sleep = lambda _: job.lease.beat()
+    inputs = JobInputs(FACTS, items("a"))
+    with pytest.raises(LeaseHeld):
+        Driver(inputs, bench.store, lambda: pytest.fail("no pool"), LIMITS, clock=clock).run()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

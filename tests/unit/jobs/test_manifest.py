@@ -64,7 +64,7 @@ before = os.listdir("/proc/self/task")
 assert read_part(Path(sys.argv[1]).read_bytes()).num_rows == 1
 assert os.listdir("/proc/self/task") == before
 """
-    subprocess.run([sys.executable, "-c", code, str(part)], cwd=Path(__file__).parents[3], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code, str(part)], cwd=Path(__file__).parents[3], check=True, timeout=240)
 
 
 def test_a_part_is_a_pure_function_of_its_rows() -> None:

@@ -35,7 +35,7 @@ def test_rss_grows_less_than_50_mb_from_10_thousand_to_a_million_prompts(tmp_pat
     for path, count in ((small, 10_000), (large, 1_000_000)):
         write(path, count)
     done = subprocess.run(
-        [sys.executable, "-c", READ, str(small), str(large)], capture_output=True, text=True, check=True, timeout=250
+        [sys.executable, "-c", READ, str(small), str(large)], capture_output=True, text=True, check=True, timeout=1000
     )
     num_items, grown_mb = map(int, done.stdout.split())
     assert num_items == 1_000_000

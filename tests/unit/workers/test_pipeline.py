@@ -14,8 +14,19 @@ from cluster.object_store import open_store
 from workers.assemble import LADDER, LoadedModel, in_full_precision, load_model, prepare_take
 from workers.config import BackboneConfig, RenderConfig, VideoConfig, WindowCacheConfig
 from workers.errors import BadPrompt, DeviceBroken, GpuOutOfMemory, RenderError, UploadFailed
+from workers.metrics import Stopwatch
 from workers.model.backbones import find_backbone
-from workers.pipeline import as_render_error, plan_path, prompts_by_chunk, render_take
+from workers.model.vae import to_pictures
+from workers.pipeline import (
+    TakeRecord,
+    as_render_error,
+    plan_path,
+    plan_rollout,
+    prompts_by_chunk,
+    render_take,
+    with_pictures,
+)
+from workers.rollout import CleanChunk
 from workers.task import PromptSegment, RenderResult, RenderTask
 from workers.worlds.camera import plan_camera
 
@@ -118,3 +129,26 @@ def test_an_attempt_in_full_precision_computes_in_float32_and_says_so(tmp_path: 
     assert plain.frames_sha256 != again.frames_sha256
     assert half.dit.dtype == torch.bfloat16, "the next take gets the model as it was loaded"
     assert in_full_precision(full) is full
+
+
+def test_pictures_after_a_hard_cut_owe_nothing_to_those_before() -> None:
+    config = RenderConfig(
+        backbone=BackboneConfig(name="tiny-test", dtype="float32"), video=VideoConfig(width=64, height=32)
+    )
+    model = load_model(config)
+    record = TakeRecord("", 0.0, Stopwatch(model.device))
+    task = make_task((0, "a meadow, the camera cuts to a lake"), num_frames=160)
+    after_cut = plan_rollout(task, model, record).after_cut
+    cut = min(after_cut)
+    latents = [torch.randn(1, 3, 16, 4, 8, generator=torch.Generator().manual_seed(i)) for i in range(cut + 2)]
+    chunks = [CleanChunk(index, z, 0, 1.0) for index, z in enumerate(latents)]
+    for rung in (0, 1):  # decoded whole, and one latent frame after the other
+        shown = with_pictures(iter(chunks), after_cut, model, prepare_take(model, rung), record)
+        pictures = np.concatenate([frames for _, frames in shown])
+        with torch.no_grad():
+            before, behind = (model.vae.stream().decode(torch.cat(part, 1)) for part in (latents[:cut], latents[cut:]))
+            through = model.vae.stream().decode(torch.cat(latents, 1))
+        expected = to_pictures(torch.cat([before, behind], 1)[0]).numpy()
+        first = slice(12 * cut, 12 * cut + 4)
+        assert np.abs(pictures.astype(int) - expected).max() <= 1
+        assert np.abs(pictures[first].astype(int) - to_pictures(through[0, first]).numpy()).max() > 1

@@ -67,15 +67,28 @@ def test_an_altered_file_is_refused_with_both_hashes(folder: Path, tmp_path: Pat
 
 def test_a_hash_is_computed_once_until_the_file_is_touched(folder: Path, tmp_path: Path) -> None:
     path, cache = folder / "a.safetensors", tmp_path / "cache"
+    os.utime(path, (0, 0))
     first = file_sha256(path, cache)
-    stat = path.stat()
-    with path.open("r+b") as file:  # the same size, time and inode: what is remembered answers
-        file.seek(-1, os.SEEK_END)
-        file.write(b"\x55")
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    change_within_a_tick(path)  # the same size, time and inode: what is remembered answers
     assert file_sha256(path, cache) == first
     os.utime(path)
     assert file_sha256(path, cache) == sha256(path) != first
+
+
+def test_a_file_that_was_just_written_is_not_trusted_to_stay(folder: Path, tmp_path: Path) -> None:
+    path, cache = folder / "a.safetensors", tmp_path / "cache"
+    os.utime(path, (time.time() + 3600,) * 2)  # a moment ago, however slow this machine is
+    first = file_sha256(path, cache)
+    change_within_a_tick(path)
+    assert file_sha256(path, cache) == sha256(path) != first
+
+
+def change_within_a_tick(path: Path) -> None:
+    stat = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x55")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
 def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
@@ -130,7 +143,7 @@ def test_processes_of_one_machine_download_once(url: str, folder: Path, tmp_path
         assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
-    answers = [process.communicate(timeout=200)[0].split() for process in processes]
+    answers = [process.communicate(timeout=600)[0].split() for process in processes]
     assert all(process.returncode == 0 for process in processes)
     size = (folder / "b.safetensors").stat().st_size
     assert sorted(int(answer[0]) for answer in answers) == [0, 0, 0, size]
@@ -157,7 +170,7 @@ def test_a_killed_download_is_begun_again(url: str, folder: Path, tmp_path: Path
         time.sleep(0.5)
         assert process.poll() is None
         os.kill(killed.pid, signal.SIGKILL)
-        output, _ = process.communicate(timeout=200)
+        output, _ = process.communicate(timeout=600)
     assert int(output.split()[0]) == (folder / "b.safetensors").stat().st_size
     assert sha256(Path(output.split()[1])) == sha256(folder / "b.safetensors")
 

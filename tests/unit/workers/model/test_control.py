@@ -2,11 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from workers.model.backbones import find_backbone
-from workers.model.control import control_maps, group_camera, world_origin
+from workers.model.control import CUT_PX, chunks_after_cuts, control_maps, group_camera, world_origin
+from workers.worlds.camera import KINDS, RANGE, SPEEDS, CameraMove, trace
 
 BACKBONE = find_backbone("longtake-world")
 WAN_TIMING = find_backbone("wan2.1-t2v-1.3b")
@@ -53,3 +55,16 @@ def test_a_first_latent_frame_of_one_picture_repeats_its_position() -> None:
 def test_world_origin_counts_in_tokens() -> None:
     camera = torch.tensor([32.0, -8.0]).expand(1, 1, 4, 2)
     assert world_origin(camera, BACKBONE).tolist() == [[[2.0, -0.5]]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(3))
+def test_only_a_hard_cut_parts_a_chunk_from_the_one_before(kind: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    path = trace(CameraMove(kind, seed, SPEEDS[-1][1]), 480, (900.0, 900.0), (0.0, RANGE), rng)
+    jumps = np.abs(np.diff(path, axis=0)).max(1) > CUT_PX
+    expected = {int(frame + 1) // 12 for frame in jumps.nonzero()[0]}
+    camera = group_camera(torch.from_numpy(path)[None], BACKBONE)[0]
+    assert chunks_after_cuts(camera, BACKBONE) == expected
+    assert bool(expected) == (kind == "cut")
+    assert not chunks_after_cuts(camera, WAN_TIMING)

@@ -85,9 +85,10 @@ def test_the_fast_decoder_is_exact_to_rounding_in_float32(vae: WanVae, wide: Wan
 def test_the_fast_decoder_rounds_as_the_library_in_bfloat16(latents: Tensor) -> None:
     module = make_wan_vae(TINY).eval().requires_grad_(False)
     module.load_state_dict(make_vae_tensors())
-    exact = WanVae(module).stream().decode(latents)
+    few = latents[:, :4]  # a CPU is slow in bfloat16
+    exact = WanVae(module).stream().decode(few)
     module.bfloat16()
-    plain, fast = (WanVae(module, fast=fast).stream().decode(latents).float() for fast in (False, True))
+    plain, fast = (WanVae(module, fast=fast).stream().decode(few).float() for fast in (False, True))
     assert (fast - exact).std() < 1.2 * (plain - exact).std()
     assert (fast - plain).std() < 1.5 * (plain - exact).std()
 

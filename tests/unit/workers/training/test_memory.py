@@ -22,7 +22,7 @@ from workers.training.fast_rollout import FastRollout
 from workers.training.feed import batches_ahead
 from workers.training.memory import FLIGHTS, TURNS, Flight, MemoryRecipe, MemoryTrainer, picture_metric
 from workers.training.memory_feed import RUN, MemoryBatch, MemoryFeed, MemoryFeedRecipe, plan_memory_batch
-from workers.training.memory_run import MemoryRun, recipes_of
+from workers.training.memory_run import EXAMS, MemoryRun, recipes_of
 from workers.training.new_land import CriticRecipe
 from workers.training.sequence import ParallelAttention, WorldModel
 from workers.worlds.clips import PATH_BOX
@@ -219,7 +219,8 @@ def test_a_run_leaves_weights_log_and_verdict_and_goes_on_where_it_stopped(
 
     def examine(run: MemoryRun, name: str, model: WorldModel) -> None:
         score = next(scores)
-        run.exams[name] = {"cut_159_db": score, "rollout_39_db": score, "sharpness": 1.0, "follow": 1.0}
+        returns = {f"{form}_{distance}_db": score for form, distance in EXAMS}
+        run.exams[name] = {**returns, "sharpness": 1.0, "follow": 1.0}
 
     monkeypatch.setattr(MemoryRun, "examine", examine)
     monkeypatch.setattr("workers.training.memory_run.LOG_EVERY", 1)
