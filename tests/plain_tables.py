@@ -17,18 +17,27 @@ from torch import Tensor
 from workers.assemble import LoadedModel
 from workers.assemble_tiles import choice_settings, runs_of, table_settings
 from workers.attention.tile_choice import TileChoice
-from workers.cache import shrink
+from workers.cache.shrink import find_families
 from workers.cache.table_layout import TableSettings
+from workers.cache.table_snapshot import decode, encode_into
 from workers.cache.tile_table import LayerTable, TileTable
 from workers.config_tiles import TileAttentionConfig, TileCacheConfig
 from workers.contracts import AttentionPlan, KeyValues, Moment, PlanPart, Tiles
 
 
 class TrackedTable(TileTable):
-    """Remembers in which slot of the history each key is that ever came there."""
+    """Remembers in which slot of the history each key is that ever came there.
 
-    def __init__(self, settings: TableSettings, dtype: torch.dtype, device: torch.device) -> None:
+    Args:
+        settings, dtype, device: Of the table.
+        in_8_bits: What stands in the history is rounded as codes with one scale a vector would hold it.
+    """
+
+    def __init__(
+        self, settings: TableSettings, dtype: torch.dtype, device: torch.device, *, in_8_bits: bool = False
+    ) -> None:
         super().__init__(settings, dtype, device)
+        self._in_8_bits = in_8_bits
         self.slot_of: dict[int, Tensor] = {}
         """id of a layer -> slot_NT."""
 
@@ -38,30 +47,33 @@ class TrackedTable(TileTable):
         new = torch.arange(layer.pointer - s.chunk_tokens, layer.pointer, device=self.device).expand(s.num_heads, -1)
         old = self.slot_of.get(id(layer))
         self.slot_of[id(layer)] = new if old is None else torch.cat((old, new), 1)
+        self._round(layer, layer.pointer - s.chunk_tokens)
 
     def _shrink(self, layer: LayerTable) -> None:
-        s, used = self.settings, self._used(layer)
-        live = min(s.history_tokens, (layer.num_chunks - 1 - s.sink_chunks - s.recent_chunks) * s.chunk_tokens)
-        partner = layer.partner_NC[:, : s.history_tokens]
-        families = shrink._join_nearest(
-            shrink._pair_cosine(used, partner, self._turn_back),
-            partner,
-            used.m_NC > 0,
-            s.kept_tokens,
-            min(s.spare_tokens, max(0, live - s.kept_tokens)),
-        )
+        partner = layer.partner_NC[:, : self.settings.history_tokens]
+        families = find_families(self._used(layer), layer.v_NLD, partner, self._turn_back, self._room(layer))
         if id(layer) in self.slot_of:
             self.slot_of[id(layer)] = families.target.gather(1, self.slot_of[id(layer)])
         super()._shrink(layer)
+        self._round(layer, 0)
+
+    def _round(self, layer: LayerTable, first: int) -> None:
+        if not self._in_8_bits:
+            return
+        run = slice(self.settings.history_start + first, self.settings.history_start + layer.pointer)
+        for x in (layer.k_NLW[:, run, : self.settings.head_dim], layer.v_NLD[:, run]):
+            code, scale = torch.empty_like(x, dtype=torch.int8), torch.empty_like(x[..., 0], dtype=torch.bfloat16)
+            encode_into(x, code, scale)
+            x.copy_(decode(code, scale, x.dtype))
 
 
 class PlainTable:
     """A `KVCache` that tracks its owners; made when the first chunk says how many videos there are."""
 
-    def __init__(self, settings: TableSettings) -> None:
+    def __init__(self, settings: TableSettings, *, in_8_bits: bool = False) -> None:
         assert settings.chunk_tokens % settings.tile == 0, "tiles of the read keys must be tiles of the table"
         self._settings, self._read = settings, dict[int, KeyValues]()
-        self._batch = 0
+        self._batch, self._in_8_bits = 0, in_8_bits
         self._table: TrackedTable | None = None
 
     @property
@@ -74,7 +86,8 @@ class PlainTable:
         if self._table is None:
             self._batch = like_BKND.shape[0]
             settings = replace(self._settings, num_heads=self._batch * self._settings.num_heads)
-            self._table = TrackedTable(settings, like_BKND.dtype, like_BKND.device)
+            dtype, device = like_BKND.dtype, like_BKND.device
+            self._table = TrackedTable(settings, dtype, device, in_8_bits=self._in_8_bits)
         return self._table
 
     def append(self, layer_index: int, chunk: KeyValues) -> None:

@@ -239,7 +239,8 @@ def _make_cache(model: LoadedModel, config: CacheConfig, dtype: torch.dtype | No
         return DenseCache(num_layers, dtype), "dense"
     if isinstance(config, TileCacheConfig):
         tile = config.tile_for(frame_tokens)
-        return DenseCache(num_layers, dtype), f"tiles-{config.budget_latent_frames}-{tile}"
+        rule = "" if config.merging == "chains" else f"-{config.merging}"
+        return DenseCache(num_layers, dtype), f"tiles-{config.budget_latent_frames}-{tile}{rule}"
     if isinstance(config, TemporalCacheConfig):
         settings = _temporal_settings(model, config, dtype)
         cache_name = f"temporal-{config.budget_latent_frames}-{config.storage}"

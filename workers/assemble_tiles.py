@@ -68,6 +68,7 @@ def table_settings(config: TileCacheConfig, backbone: Backbone, latent_size: tup
     return size_table(
         backbone,
         latent_size,
+        rule=config.merging,
         decay=config.mass_decay,
         candidate_tiles=config.candidate_tiles,
         tile=config.tile_for(rows * columns),

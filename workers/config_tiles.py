@@ -32,8 +32,15 @@ class TileCacheConfig(Part):
         ge=1,
         description="Of these, how many a full history frees at once; whole chunks. More: faster, keeps less.",
     )
+    merging: Literal["chains", "pairs"] = Field(
+        "chains",
+        description="What a full history merges: chains of nearest keys under their newest, or the pairs that lose "
+        "least under their heavier key.",
+    )
     mass_decay: float = Field(
-        16.0, ge=0.0, description="How fast unlike members of a group lose their mass; 0 is the paper's log m."
+        16.0,
+        ge=0.0,
+        description="How fast unlike members of a group lose their mass; 0 is the paper's log m.",
     )
     candidate_tiles: int | None = Field(
         4, ge=0, description="Tiles in which a key looks for its nearest, beside the latent frame before; empty: all."

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ from tests.bench.history_engine import Compiled, Variant, make_engine, make_plan
 from tests.bench.rollout_rows import Settings
 from tests.tables import draw_listed
 from workers.attention.tile_choice import ChoiceSettings, TileChoice, TileRuns
-from workers.cache.table_layout import TableSettings
+from workers.cache.table_layout import MergeRule, TableSettings
 from workers.cache.tile_table import TileTable
 from workers.kernels.listed_tiles import AttendTable, ListedName, attend_listed_plain, make_attend
 from workers.model.rope import grid_positions, make_rotation, rotate
@@ -90,11 +92,16 @@ def choose_nearest(settings: Settings, kernels: str) -> tuple[NearestRows, str]:
 
 
 def choose_kernels(settings: Settings) -> tuple[tuple[str, ...], list[str]]:
-    """Which of our kernels (`table`, `choice`) agree with the plain ways here, and lines that say so."""
-    found, lines = [], []
+    """Which of our kernels (of the table by either rule, of the choice) agree with the plain ways; lines say so."""
+    found, lines = list[str](), list[str]()
     if settings.device.type != "cuda":
         return (), ["Chunks are taken over and tiles chosen by plain torch."]
-    for name, differs in (("table", _table_differs), ("choice", _choice_differs)):
+    checks: dict[str, Callable[[Settings], float]] = {
+        "table": partial(_table_differs, rule="chains"),
+        "pairs": partial(_table_differs, rule="pairs"),
+        "choice": _choice_differs,
+    }
+    for name, differs in checks.items():
         try:
             error = differs(settings)
         except Exception as problem:
@@ -107,11 +114,11 @@ def choose_kernels(settings: Settings) -> tuple[tuple[str, ...], list[str]]:
     return tuple(found), lines
 
 
-def _table_differs(settings: Settings) -> float:
+def _table_differs(settings: Settings, rule: MergeRule) -> float:
     """Share of slots whose key, partner or m is another one, in float32."""
     rows, columns, device = 10, 16, settings.device
     sizes = TableSettings(
-        3, 2, settings.backbone.head_dim, 3 * rows * columns, rows * columns, kept_chunks=2, spare_chunks=2
+        3, 2, settings.backbone.head_dim, 3 * rows * columns, rows * columns, kept_chunks=2, spare_chunks=2, rule=rule
     )
     tables = [TileTable(sizes, torch.float32, device, work=work) for work in ("kernels", "groups")]
     generator = torch.Generator().manual_seed(0)

@@ -14,7 +14,7 @@ from tests.bench.rollout_rows import Settings
 from tests.tables import make_captured
 from workers.assemble_tiles import size_table, tile_runs
 from workers.attention.tile_choice import Estimate, TileChoice
-from workers.cache.table_layout import TableSettings
+from workers.cache.table_layout import MergeRule, TableSettings
 from workers.cache.tile_table import TileTable
 from workers.contracts import PromptKeys
 from workers.denoise import Schedule, draw_noise, make_schedule, step_renoise
@@ -45,6 +45,8 @@ class Variant:
     recent_chunks: int = 1
     candidate_tiles: int = 4
     """Tiles of the history in which a key looks for its partner."""
+    rule: MergeRule = "chains"
+    """Which pairs of a full history merge."""
     density: float = 0.1
     """Share of the cached tiles that are chosen among: sink, history and newest chunks, unless always seen."""
     always_sink: bool = False
@@ -135,7 +137,7 @@ def make_engine(
     nearest: NearestRows = nearest_rows,
     compiled: Compiled = ALL,
     *,
-    kernels: Compiled = ("table", "choice"),
+    kernels: Compiled = ("table", "pairs", "choice"),
     graphs: bool = True,
 ) -> Engine:
     backbone, device = settings.backbone, settings.device
@@ -147,6 +149,7 @@ def make_engine(
         spare_chunks=variant.spare_chunks,
         recent_chunks=variant.recent_chunks,
         candidate_tiles=variant.candidate_tiles,
+        rule=variant.rule,
         tile=128 if settings.frame_tokens >= 128 else 16,
     )
     kernels = kernels if variant.kernels and device.type == "cuda" else ()
@@ -165,7 +168,7 @@ def make_engine(
         fp8=variant.fp8,
         backend=backend,
         compiled=compiled,
-        work="kernels" if "table" in kernels else "layers",
+        work="kernels" if ("pairs" if variant.rule == "pairs" else "table") in kernels else "layers",
         fused="choice" in kernels,
         settings=CapturedSettings(variant.choose_at, graphs=graphs and device.type == "cuda"),
         keys_per_tile=min(sizes.tile, variant.keys_per_tile),

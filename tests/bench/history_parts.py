@@ -21,7 +21,7 @@ from workers.model.static_layers import LinearWeights, apply_linear, apply_linea
 
 COMPRESSION = ("selection", "moving chunks", "matching", "merging")
 _KINDS = (
-    ("attention", re.compile("flash|attend_rows", re.I)),
+    ("attention", re.compile("flash|attend_rows|attend_listed", re.I)),
     ("linear layers", re.compile("nvjet|gemm|cutlass|cublas", re.I)),
 )
 _REST = "norms, rotations, gates, cross-attention's softmax"
@@ -187,11 +187,13 @@ def least_work(engine: Engine) -> dict[str, tuple[float, float]]:
     tiles, query_tiles = s.num_slots // s.tile, -(-tokens // s.tile)
     looked_at = query_tiles * (s.candidate_tiles or 0) * s.tile
     compared = tokens * frame + query_tiles * s.tile * (s.candidate_tiles or 0) * s.tile
-    # Each key with its partner, those given up with that of their group, their values, and all that is kept, both ways.
+    # Each key with its partner (of pairs values too), those given up with that of their group, their values, and all
+    # that is kept, both ways.
+    compared_bytes = 2 * (key + value if s.rule == "pairs" else key)
     merged = (
         rows
         / s.spare_chunks
-        * (history * 2 * key + s.spare_tokens * (2 * key + value) + kept * 2 * (key + value) + history * 4 * 12)
+        * (history * compared_bytes + s.spare_tokens * (2 * key + value) + kept * 2 * (key + value) + history * 4 * 12)
     )
     sampled = (tiles * v.keys_per_tile, query_tiles * v.queries_per_tile)
     choices = len(engine.choose_at)

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from tests.bench.record import keep, report
+from tests.tables import code_table
 from workers.cache.table_layout import EXTRA_CHANNELS, write_log_mass
 from workers.config import KernelName
 from workers.contracts import Kernel, KeyValues
 from workers.errors import KernelUnavailable
+from workers.kernels.listed_codes import CodedKeys
 from workers.kernels.listed_tiles import AttendTable, attend_listed_plain, make_attend
 from workers.kernels.select import Hardware, KernelNeed, choose, load_kernel
 
@@ -65,6 +67,8 @@ TRITON_SHAPES = (
     (64, 128, 4, 2, True),
 )
 """Queries and keys of a step, warps, stages, and whether tensor descriptors bring the keys."""
+CODE_SHAPES = ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3))
+"""The same of the kernel for 8-bit codes, which has no descriptors."""
 DENSE_CASES = ((4680, 32_760), (23_400, 32_760), (4680, 131_072))
 """Queries and keys of the native windows, chunk by chunk and rolling, and of a long history."""
 
@@ -181,6 +185,8 @@ def listed_ways(device: torch.device, dtype: torch.dtype) -> dict[str, AttendTab
     }
     for shape in TRITON_SHAPES:
         makers[f"triton {shape}"] = partial(_make_triton, shape)
+    for cut in CODE_SHAPES:
+        makers[f"triton codes {cut}"] = partial(_make_codes, cut)
     if device.type != "cuda":
         makers = {"torch": partial(make_attend, "torch", TILE)}
     ways = {}
@@ -202,6 +208,23 @@ def _make_triton(shape: tuple[int, int, int, int, bool]) -> AttendTable:
     from workers.kernels.triton_listed import Config, make_triton_listed
 
     return make_triton_listed(TILE, Config(*shape))
+
+
+def _make_codes(shape: tuple[int, int, int, int]) -> AttendTable:
+    """Over keys in 8 bits, which are made of a table once."""
+    from workers.kernels.triton_codes import make_triton_codes
+    from workers.kernels.triton_listed import Config
+
+    attend, held = make_triton_codes(TILE, Config(*shape)), dict[tuple[int, torch.Size], CodedKeys]()
+
+    def attend_table(q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> Tensor:
+        key = k.data_ptr(), k.shape
+        if key not in held:
+            held.clear()
+            held[key] = code_table(k, v)
+        return attend(q[..., :HEAD_DIM], held[key], index)[0]
+
+    return attend_table
 
 
 def bench(
@@ -286,7 +309,7 @@ def main() -> None:
         "7 replays of a CUDA graph. of_dense_same_work: time of the fastest dense kernel of this run over as many keys "
         "as a query sees, over the time of the row. of_highest_dense_rate: TFLOP/s of the row over the highest of the "
         "dense rows. Channels that carry log m count as no work. Of Triton: queries and keys of a step, warps, stages, "
-        "whether tensor descriptors bring the keys"
+        "whether tensor descriptors bring the keys; codes: keys and values in 8 bits"
     )
     name = "listed_kernels-" + "-".join(torch.cuda.get_device_name().lower().removeprefix("nvidia ").split())
     with torch.inference_mode():

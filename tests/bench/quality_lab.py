@@ -137,7 +137,7 @@ class QualityLab:
             model: With its policy.
             marks: Chunks that are made beside the walk; none of them becomes history.
         """
-        run = _Run(self, walks, model)
+        run = Run(self, walks, model)
         made, one_step = [], {}
         for chunk in range(max(marks) + 1):
             true = walks.latents_BTCHW[:, CHUNK_LATENTS * chunk : CHUNK_LATENTS * (chunk + 1)]
@@ -145,7 +145,7 @@ class QualityLab:
                 made += run.try_out(chunk)
                 one_step[chunk] = run.single_step(chunk, true)
             if chunk < max(marks):
-                run.rollout.remember(run.plan, chunk, true)
+                run.remember(chunk)
         return Walked(made, one_step)
 
     def vae_psnr(self, walks: Walks, mark: int) -> Tensor:
@@ -171,14 +171,28 @@ class QualityLab:
         return self.device.type == "cuda"
 
 
-class _Run:
-    """One policy under way on some walks."""
+class Run:
+    """One policy under way on some walks.
 
-    def __init__(self, lab: QualityLab, walks: Walks, model: LoadedModel) -> None:
+    Args:
+        lab, walks, model: The model is that of the policy.
+        parts: In place of the policy's own.
+        meter: In place of one that sees the history grow; with `parts`, none is made.
+    """
+
+    def __init__(
+        self,
+        lab: QualityLab,
+        walks: Walks,
+        model: LoadedModel,
+        parts: TakeParts | None = None,
+        meter: RecallMeter | None = None,
+    ) -> None:
         self._lab, self._walks, self._model = lab, walks, model
-        parts = _measurable(model, _off_table(model, prepare_take(model, 0)))
-        self.plan, self._cache = lab.plan(walks, model), parts.cache
-        self._meter = RecallMeter(parts.cache, num_queries=_QUERIES, dtype=torch.float32)
+        if parts is None:
+            parts = _measurable(model, _off_table(model, prepare_take(model, 0)))
+            meter = RecallMeter(parts.cache, num_queries=_QUERIES, dtype=torch.float32)
+        self._plan, self._cache, self._meter = lab.plan(walks, model), parts.cache, meter
         attention, self._judge = make_attention(
             model.config.guard,
             model.backbone,
@@ -186,41 +200,48 @@ class _Run:
             parts.policy,
             model.kernel,
             parts.reindex,
-            probes=(self._meter,),
+            probes=() if meter is None else (meter,),
         )
-        self.rollout = Rollout(
+        self._rollout = Rollout(
             model.dit, attention, Stopwatch(lab.device), parts.reuse, self._judge, attend_prompt=parts.attend_prompt
         )
 
+    def remember(self, chunk: int) -> None:
+        """The true chunk becomes history."""
+        true = self._walks.latents_BTCHW[:, CHUNK_LATENTS * chunk : CHUNK_LATENTS * (chunk + 1)]
+        self._rollout.remember(self._plan, chunk, true)
+
     def single_step(self, chunk: int, true_BTCHW: Tensor) -> Tensor:
         """Clean estimate of one step, from the true chunk noised to the level of that step."""
-        schedule = self.plan.schedule
+        schedule = self._plan.schedule
         step = min(_ONE_STEP, schedule.num_steps - 1)
         sigma, timestep = schedule.sigmas[step], schedule.timesteps[step]
 
         def noised(index: int, _: int) -> Tensor:
-            return add_noise(true_BTCHW, self.plan.noise(_NEXT + index, 0).to(true_BTCHW), sigma)
+            return add_noise(true_BTCHW, self._plan.noise(_NEXT + index, 0).to(true_BTCHW), sigma)
 
-        plan = replace(self.plan, schedule=Schedule((sigma,), (timestep,)), noise=noised)
+        plan = replace(self._plan, schedule=Schedule((sigma,), (timestep,)), noise=noised)
         return self._make(plan, chunk).latents_BTCHW
 
-    def try_out(self, chunk: int) -> Iterator[Made]:
-        """The next chunk of the walk, and the places that are cut back to."""
+    def try_out(self, chunk: int, distances: Sequence[int] | None = None) -> Iterator[Made]:
+        """The next chunk of the walk, and the places that are cut back to, all of them unless some are given."""
         walks, start = self._walks, CHUNK_LATENTS * chunk
         before = walks.latents_BTCHW[:, start - 1]
         truth = self._lab.decode(walks.latents_BTCHW[:, start : start + CHUNK_LATENTS], before)
-        yield self._measured(self.plan, chunk, None, (truth, before))
-        for turn, distance in enumerate(distances_at(chunk)):
+        yield self._measured(self._plan, chunk, None, (truth, before))
+        for turn, distance in enumerate(distances_at(chunk) if distances is None else distances):
             place = place_before(chunk, distance)
             plan = replace(
-                self.plan,
+                self._plan,
                 control=_always(_control(walks.camera_back(place), self._model)),
-                noise=_shifted(self.plan.noise, _PROBES + 100 * turn),
+                noise=_shifted(self._plan.noise, _PROBES + 100 * turn),
             )
             yield self._measured(plan, chunk, distance, (walks.truth_back(place, chunk), before))
 
     def _measured(self, plan: RolloutPlan, chunk: int, distance: int | None, seen: tuple[Tensor, Tensor]) -> Made:
         truth, before = seen
+        assert self._meter is not None
+        self._meter.forget_readings()
         made = self._make(plan, chunk)
         frames = self._lab.decode(made.latents_BTCHW, before)
         batch = len(frames)
@@ -237,8 +258,7 @@ class _Run:
         )
 
     def _make(self, plan: RolloutPlan, chunk: int) -> CleanChunk:
-        self._meter.forget_readings()
-        (made,) = self.rollout.run(replace(plan, num_chunks=chunk + 1), first_chunk=chunk)
+        (made,) = self._rollout.run(replace(plan, num_chunks=chunk + 1), first_chunk=chunk)
         return made
 
 

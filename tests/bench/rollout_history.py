@@ -2,8 +2,9 @@
 
 `python -m tests.bench.rollout_history --quick` checks the kernels at small sizes, says where a chunk's time goes and
 rolls out one policy over 420 frames; without `--quick` all rows, those of the whole policy over all frames. Random
-weights: time and memory are those of the sizes, densities and budgets that stand in each row. A part that fails says
-so and takes no other along.
+weights: time and memory are those of the sizes, densities and budgets that stand in each row. Rows called `pairs` merge
+as `quality_tables` measures it; their numbers are the latent frames kept and seen. A part that fails says so and takes
+no other along.
 """
 
 from __future__ import annotations
@@ -42,6 +43,12 @@ VARIANTS = {
         Variant("fastar-20%", density=0.2),
         Variant("fastar-fp8", fp8="large", with_pictures=True),
         Variant("fastar-layers", estimate="quant", kernels=False),
+        Variant("pairs", estimate="quant", rule="pairs"),
+        Variant("pairs-57-seen-12", estimate="quant", rule="pairs", kept_chunks=12, density=12 / 57),
+        *(
+            Variant(f"pairs-120-seen-{seen}", estimate="quant", rule="pairs", kept_chunks=33, density=seen / 120)
+            for seen in (6, 12, 24, 48)
+        ),
         Variant("tempcache", density=1.0, whole=False),
         Variant("annsa", density=0.28, kept_chunks=34, whole=False),
     )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from workers.attention.tile_choice import ChoiceSettings, Estimate, TileChoice, TileRuns
-from workers.cache.table_layout import TableSettings, read_log_mass
+from workers.cache.table_layout import MergeRule, TableSettings, read_log_mass
 from workers.cache.tile_table import LayerTable, TableWork, TileTable
 from workers.contracts import KeyValues
 from workers.model.rope import grid_positions, make_rotation, rotate
@@ -75,9 +75,9 @@ def assert_same_layer(found: LayerTable, expected: LayerTable, sizes: TableSetti
 
 
 @pytest.mark.parametrize("num_chunks", [3, 5, 7])
-@pytest.mark.parametrize("candidate_tiles", [0, 3])
-def test_kernels_take_over_chunks_as_the_plain_way_does(num_chunks: int, candidate_tiles: int) -> None:
-    sizes = replace(SIZES, candidate_tiles=candidate_tiles)
+@pytest.mark.parametrize(("candidate_tiles", "rule"), [(0, "chains"), (3, "chains"), (3, "pairs")])
+def test_kernels_take_over_chunks_as_the_plain_way_does(num_chunks: int, candidate_tiles: int, rule: MergeRule) -> None:
+    sizes = replace(SIZES, candidate_tiles=candidate_tiles, rule=rule)
     found, expected = (fill(sizes, num_chunks, work) for work in ("kernels", "groups"))
     for a, b in zip(found.layers, expected.layers, strict=True):
         if not candidate_tiles:  # only kernels make means that nobody asks for
@@ -85,9 +85,10 @@ def test_kernels_take_over_chunks_as_the_plain_way_does(num_chunks: int, candida
         assert_same_layer(a, b, sizes)
 
 
-def test_like_keys_merge_into_large_groups_whose_sums_are_those_of_the_plain_way() -> None:
+@pytest.mark.parametrize("rule", ["chains", "pairs"])
+def test_like_keys_merge_into_large_groups_whose_sums_are_those_of_the_plain_way(rule: MergeRule) -> None:
     # Not so like that cosines are equal but for rounding, which would decide what merges.
-    sizes = replace(SIZES, num_layers=1, spare_chunks=1, decay=0.0)
+    sizes = replace(SIZES, num_layers=1, spare_chunks=1, decay=0.0, rule=rule)
     pytest.importorskip("triton")
     tables = [TileTable(sizes, torch.float32, DEVICE, work=work) for work in ("kernels", "groups")]
     generator = torch.Generator().manual_seed(1)
@@ -102,8 +103,9 @@ def test_like_keys_merge_into_large_groups_whose_sums_are_those_of_the_plain_way
     assert_same_layer(tables[0].layers[0], tables[1].layers[0], sizes)
 
 
-def test_of_keys_that_are_equal_but_for_rounding_no_mass_and_no_value_is_lost() -> None:
-    sizes = replace(SIZES, num_layers=1, decay=0.0)
+@pytest.mark.parametrize("rule", ["chains", "pairs"])
+def test_of_keys_that_are_equal_but_for_rounding_no_mass_and_no_value_is_lost(rule: MergeRule) -> None:
+    sizes = replace(SIZES, num_layers=1, decay=0.0, rule=rule)
     pytest.importorskip("triton")
     table = TileTable(sizes, torch.float32, DEVICE, work="kernels")
     generator = torch.Generator().manual_seed(1)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.tables import draw_listed
+from workers.kernels import listed_tiles
 from workers.kernels.listed_tiles import attend_listed_plain
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -38,3 +39,17 @@ def test_it_gives_what_the_plain_one_gives(
     found = make_triton_listed(tile, Config(*cut))(q, k, v, index.to(device)).float()
     error = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()
     assert float(error) < (1e-5 if INTERPRETED else 0.02)
+
+
+def test_both_triton_kernels_give_what_the_plain_one_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    device, dtype = ("cpu", torch.float16) if INTERPRETED else ("cuda", torch.bfloat16)
+    empty = slice(32, 41)
+    *drawn, index = draw_listed((70, 2, 32), 32, 7, 3, most_mass=2 * math.sqrt(32), empty=empty)
+    q, k, v = (x.clamp(min=-6e4).to(device, dtype) for x in drawn)
+    expected = attend_listed_plain(q.float(), k.float(), v.float(), index.to(device), 32)
+    for is_hopper in (False, True):
+        monkeypatch.setattr(listed_tiles, "_is_hopper", lambda found=is_hopper: found)
+        found = listed_tiles.make_attend("triton", 32)(q, k, v, index.to(device)).float()
+        error = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+        assert float(error) < (2e-3 if INTERPRETED else 0.02)

@@ -104,6 +104,14 @@ def test_a_take_after_another_and_after_warming_up_is_as_if_it_came_first(tmp_pa
     assert first.frames_sha256 == again.frames_sha256 == third.frames_sha256
 
 
+def test_a_table_that_merges_pairs_says_so_and_makes_other_frames(tmp_path: Path) -> None:
+    chains, pairs = make_model(cache=SMALL), make_model(cache=SMALL | {"merging": "pairs"})
+    first, second = render(chains, tmp_path), render(pairs, tmp_path, task_id="b-0")
+    assert second.kv_policy == f"{first.kv_policy}-pairs"
+    assert second.frames_sha256 != first.frames_sha256
+    assert render(pairs, tmp_path, task_id="c-0").frames_sha256 == second.frames_sha256
+
+
 def test_where_memory_ran_out_the_table_gives_way_to_a_window(tmp_path: Path) -> None:
     model = make_model(cache=SMALL)
     assert render(model, tmp_path).kv_policy == "tiles-15-8"

@@ -11,6 +11,9 @@ from tests.bench.quality_items import Item, claim, list_items, marks_of
 from tests.bench.quality_places import CHUNK_FRAMES, DISTANCES, GROUPS, place_before, sweep
 from tests.bench.quality_policies import ALL, config_of
 from tests.bench.quality_rows import adaptive_rows
+from tests.bench.quality_tables import SETTINGS, row
+from workers.config import RenderConfig
+from workers.config_tiles import TileCacheConfig
 from workers.worlds.clips import VIEW_SIZE
 
 
@@ -78,3 +81,25 @@ def test_a_target_is_compared_with_fixed_settings_around_it() -> None:
 def test_a_piece_is_claimed_once(tmp_path: Path) -> None:
     assert claim(tmp_path / "a.claim")
     assert not claim(tmp_path / "a.claim")
+
+
+@pytest.mark.parametrize("frames", [1200, 3000])
+def test_every_table_that_is_tried_is_a_valid_render_and_keeps_its_share_of_a_shorter_walk(frames: int) -> None:
+    share = frames / 3000
+    for setting in SETTINGS:
+        scaled = setting.scaled(share)
+        config = RenderConfig.model_validate(scaled.record)
+        assert isinstance(config.cache, TileCacheConfig)
+        assert abs(scaled.kept - setting.kept * share) <= 1.5
+        config.cache.chunks(3)
+
+
+def test_losses_of_tables_are_paired_by_world() -> None:
+    def of(first: float, second: float) -> dict[str, object]:
+        named = dict.fromkeys(("recall", "strict_recall", "density", "kv_share_of_full"), 0.5)
+        return {"psnr_db": {"42": first, "600": second}, **named}
+
+    made = row(SETTINGS[0], [of(28.0, 27.0), of(20.0, 19.0)], [of(30.0, 30.0), of(21.0, 21.0)], 3000)
+    assert made["loss_to_dense_db"] == pytest.approx((2.5 + 1.5) / 2)
+    assert made["loss_at_distance"] == {"42": 1.5, "600": 2.5}
+    assert (made["n"], made["places"], made["kept"]) == (2, 4, SETTINGS[0].kept)

@@ -1,9 +1,10 @@
-"""Make room in a full history: the nearest pairs merge, as many as room is needed for, and the rest moves together.
+"""Make room in a full history: pairs merge, as many as room is needed for, and the rest moves together.
 
-Each key has at most one partner, an older key when it came, so pairs form trees; the pairs that merge are the nearest
-by cosine before RoPE as it is now, and what they connect becomes one key group. Its newest key stands for it,
-in place and position; m is the sum; mass and value are sum and mean by weights exp(-decay |k - k_j|^2 / (2 sqrt D)), as
-in `groups.py`. Survivors keep their order, which is that of time, and stand at the end of the room that is kept.
+Each key has at most one partner, an older key when it came, so pairs form trees, and what the pairs that merge connect
+becomes one key group. Which pairs merge is one of two rules. `chains`: the nearest by cosine before RoPE as it is now,
+each under its newest key. `pairs`: those that lose least, each under its heavier key (`table_pairs.py`). The key that
+stands for a group stays in its place and position; m is the sum; mass and value are sum and mean by weights
+exp(-decay |k - k_j|^2 / (2 sqrt D)). Survivors keep their order and stand at the end of the room that is kept.
 
 Sums over members are made in whole numbers, so their order does not matter: the same on every run and device.
 """
@@ -11,12 +12,15 @@ Sums over members are made in whole numbers, so their order does not matter: the
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from workers.cache.partners import History
+from workers.cache.table_layout import MergeRule
+from workers.cache.table_pairs import choose_links, find_distances, heaviest, pair_loss
 from workers.cache.unrotated import TurnBack
 
 _WEIGHT_UNITS = float(2**24)
@@ -36,22 +40,34 @@ class Survivors(NamedTuple):
     v_NCD: Tensor
 
 
-class _Families(NamedTuple):
+@dataclass(frozen=True)
+class Room:
+    """How room is made."""
+
+    num_keep: int
+    """Slots that are kept."""
+    num_merges: int
+    """How many pairs merge; at most the slots that are given up."""
+    rule: MergeRule
+    rate: float
+    """Of the falling weight, per squared distance."""
+
+
+class Families(NamedTuple):
     """Who belongs to whom, [N, C] of int64 but for the flags."""
 
     root: Tensor
     """Where the chain of merged pairs ends; the same for all of a group."""
     head: Tensor
-    """The newest of the group: it survives."""
+    """Stands for the group: it survives."""
     survives: Tensor
     target: Tensor
     """New slot of the group."""
 
 
 def shrink(
-    history: History, v_NLD: Tensor, weight_NC: Tensor, partner_NC: Tensor, turn_back: TurnBack, rate: float,
-    num_keep: int, num_merges: int, fuse: Fuse,
-) -> Survivors:  # fmt: skip
+    history: History, v_NLD: Tensor, weight_NC: Tensor, partner_NC: Tensor, turn_back: TurnBack, room: Room, fuse: Fuse
+) -> Survivors:
     """Choose and sum; nothing is written.
 
     Args:
@@ -59,19 +75,17 @@ def shrink(
         v_NLD: Values, in the slots of the keys.
         weight_NC, partner_NC: Of each slot; partner -1 for none.
         turn_back: RoPE of the model.
-        rate: Of the falling weight, per squared distance.
-        num_keep: Slots that are kept.
-        num_merges: How many pairs merge; at most the slots that are given up.
+        room: How it is made.
         fuse: Pieces that are compiled on a GPU.
     """
-    live = history.m_NC > 0
-    families = _join_nearest(_pair_cosine(history, partner_NC, turn_back), partner_NC, live, num_keep, num_merges)
+    live, num_keep = history.m_NC > 0, room.num_keep
+    families = find_families(history, v_NLD, partner_NC, turn_back, room)
     capacity = history.m_NC.shape[1] - num_keep
     victim, is_victim = _list_victims(live & ~families.survives, capacity)
     head = families.head.gather(1, victim)
     inner, squared_victim, squared_head = turn_back.products(history.keys, history.position_NC3, victim, head)
     distance = (squared_victim + squared_head - 2 * inner).clamp(min=0)
-    likeness = torch.exp(-rate * distance) * is_victim
+    likeness = torch.exp(-room.rate * distance) * is_victim
     w_victim = weight_NC.gather(1, victim) * likeness
     source, is_key = _sources(families, live, num_keep)
     target = families.target.gather(1, victim).clamp(min=0)
@@ -86,24 +100,36 @@ def shrink(
     return Survivors(source, is_key, m, weight, partner, v)
 
 
+def find_families(history: History, v_NLD: Tensor, partner_NC: Tensor, turn_back: TurnBack, room: Room) -> Families:
+    """Who merges, and where all go. Arguments as of `shrink`."""
+    num = history.m_NC.shape[1]
+    own = torch.arange(num, device=partner_NC.device).expand_as(partner_NC)
+    if room.rule == "pairs":
+        v_NCD = v_NLD[:, history.start : history.start + num]
+        found = find_distances(history, v_NCD, partner_NC, turn_back)
+        loss = pair_loss(found, history.m_NC, partner_NC, turn_back.head_dim)
+        root = choose_links(loss, partner_NC, room.num_merges)
+    else:
+        cosine = _pair_cosine(history, partner_NC, turn_back)
+        root = torch.where(_highest(cosine, room.num_merges), partner_NC.long(), own)
+    for _ in range(num.bit_length()):  # a chain halves with each look
+        root = root.gather(1, root)
+    if room.rule == "pairs":
+        head = heaviest(root, history.m_NC)
+    else:
+        head = torch.zeros_like(root).scatter_reduce_(1, root, own, "amax").gather(1, root)
+    survives = (history.m_NC > 0) & (head == own)
+    rank = survives.cumsum(-1)
+    target = (rank - 1 + room.num_keep - rank[:, -1:]).gather(1, head)
+    return Families(root, head, survives, target)
+
+
 def _pair_cosine(history: History, partner_NC: Tensor, turn_back: TurnBack) -> Tensor:
     """Cosine of each key with its partner, float32; -inf without one."""
     partner = partner_NC.long().clamp(min=0)
     inner, own, other = turn_back.products(history.keys, history.position_NC3, None, partner)
     cosine = inner / (own * other).clamp(min=1e-30).sqrt()
     return cosine.masked_fill((partner_NC < 0) | (history.m_NC == 0), -torch.inf)
-
-
-def _join_nearest(cosine_NC: Tensor, partner_NC: Tensor, live_NC: Tensor, num_keep: int, num_merges: int) -> _Families:
-    own = torch.arange(cosine_NC.shape[1], device=cosine_NC.device).expand_as(cosine_NC)
-    root = torch.where(_highest(cosine_NC, num_merges), partner_NC.long(), own)
-    for _ in range(cosine_NC.shape[1].bit_length()):  # a chain halves with each look
-        root = root.gather(1, root)
-    head = torch.zeros_like(root).scatter_reduce_(1, root, own, "amax").gather(1, root)
-    survives = live_NC & (head == own)
-    rank = survives.cumsum(-1)
-    target = (rank - 1 + num_keep - rank[:, -1:]).gather(1, head)
-    return _Families(root, head, survives, target)
 
 
 def _highest(x_NC: Tensor, num: int) -> Tensor:
@@ -126,7 +152,7 @@ def _list_victims(is_victim_NC: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     return listed, used
 
 
-def _sources(families: _Families, live_NC: Tensor, num_keep: int) -> tuple[Tensor, Tensor]:
+def _sources(families: Families, live_NC: Tensor, num_keep: int) -> tuple[Tensor, Tensor]:
     heads, num = live_NC.shape
     own = torch.arange(num, device=live_NC.device).expand(heads, num)
     place = torch.where(families.survives, families.target, num_keep).clamp(min=0)
@@ -176,7 +202,7 @@ class Fuse:
         self.mean = torch.compile(add_shares, dynamic=False, backend=backend)
 
 
-def _new_partners(families: _Families, partner_NC: Tensor, source: Tensor, is_key: Tensor) -> Tensor:
+def _new_partners(families: Families, partner_NC: Tensor, source: Tensor, is_key: Tensor) -> Tensor:
     """A group keeps the partner of its root, which is outside of it; -1 for none."""
     old = partner_NC.gather(1, families.root.gather(1, source)).long()
     new = families.target.gather(1, old.clamp(min=0))

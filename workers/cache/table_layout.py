@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 EXTRA_CHANNELS = 16
 """Behind those of the key: two carry log m in two parts, the rest is zero; 8 would be enough, and slower."""
+MergeRule = Literal["chains", "pairs"]
+"""Which pairs of a full history merge, and which key stands for a group; see `shrink.py`."""
 NO_KEY = -1e5
 """In place of sqrt(D) log m where there is no key: its weight is exactly 0 beside any key."""
 
@@ -36,6 +39,7 @@ class TableSettings:
     """What the history shrinks to when it is full."""
     spare_chunks: int = 5
     """How much it takes in between; larger is faster and uses the table less."""
+    rule: MergeRule = "chains"
     decay: float = 16.0
     """How fast unlike members lose their mass; 0 is the paper's log m."""
     candidate_tiles: int | None = 4
@@ -83,6 +87,11 @@ class TableSettings:
     @property
     def num_slots(self) -> int:
         return self.own_start + self.chunk_slots
+
+    @property
+    def rate(self) -> float:
+        """Of the falling weight of unlike members, per squared distance."""
+        return self.decay / (2 * math.sqrt(self.head_dim))
 
     @property
     def kernels_lack(self) -> str:

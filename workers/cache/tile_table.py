@@ -11,7 +11,6 @@ together, as if their heads were those of one layer. One video at a time.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from workers.cache.partners import History, Look, find_partners
-from workers.cache.shrink import Fuse, Survivors, shrink
+from workers.cache.shrink import Fuse, Room, Survivors, shrink
 from workers.cache.table_layout import TableSettings, read_log_mass, write_log_mass
 from workers.cache.unrotated import TurnBack, take_rows
 from workers.contracts import KeyValues
@@ -39,8 +38,8 @@ class TableKernels(Protocol):
     def match(self, history: History, partner_NC: Tensor, turn_back: TurnBack, new: slice, look: Look) -> None: ...
 
     def merge(
-        self, history: History, records: Sequence[Tensor], turn_back: TurnBack, rate: float, num_keep: int,
-        num_merges: int, heads_at_once: int, tile: int,
+        self, history: History, records: Sequence[Tensor], turn_back: TurnBack, room: Room, heads_at_once: int,
+        tile: int,
     ) -> None: ...  # fmt: skip
 
 
@@ -101,7 +100,6 @@ class TileTable:
         self._turn_back = TurnBack(settings.head_dim, settings.theta, device)
         self._look = Look(settings.frame_tokens, settings.candidate_tiles, settings.tile, nearest)
         self._fuse = Fuse()
-        self._rate = settings.decay / (2 * math.sqrt(settings.head_dim))
         self._work = work
         self._groups = [range(first, settings.num_layers, settings.spare_chunks) for first in self._first_layers]
         self._together = [self._new_layers(len(group)) for group in self._groups]
@@ -315,30 +313,23 @@ class TileTable:
 
     def _shrink(self, layer: LayerTable) -> None:
         s = self.settings
-        live = min(s.history_tokens, (layer.num_chunks - 1 - s.sink_chunks - s.recent_chunks) * s.chunk_tokens)
-        merges = min(s.spare_tokens, max(0, live - s.kept_tokens))
-        stop, used = s.history_tokens, self._used(layer)
+        stop, used, room = s.history_tokens, self._used(layer), self._room(layer)
         layer.pointer = s.kept_tokens
+        weight, partner = layer.weight_NC[:, :stop], layer.partner_NC[:, :stop]
         if self._kernels is not None:
-            records = (layer.v_NLD, layer.m_NC[:, :stop], layer.weight_NC[:, :stop], layer.partner_NC[:, :stop])
-            self._kernels.merge(
-                used,
-                records,
-                self._turn_back,
-                self._rate,
-                s.kept_tokens,
-                merges,
-                heads_at_once=s.num_heads,
-                tile=s.tile,
-            )
+            records = (layer.v_NLD, layer.m_NC[:, :stop], weight, partner)
+            self._kernels.merge(used, records, self._turn_back, room, heads_at_once=s.num_heads, tile=s.tile)
             return
-        found = shrink(
-            used, layer.v_NLD, layer.weight_NC[:, :stop], layer.partner_NC[:, :stop],
-            self._turn_back, self._rate, s.kept_tokens, merges, self._fuse,
-        )  # fmt: skip
-        self._rewrite(layer, found)
+        self._rewrite(layer, shrink(used, layer.v_NLD, weight, partner, self._turn_back, room, self._fuse))
         if s.candidate_tiles:
             self._average(layer, 0, layer.mean_NJD.shape[1])
+
+    def _room(self, layer: LayerTable) -> Room:
+        """What a full history of this layer needs."""
+        s = self.settings
+        live = min(s.history_tokens, (layer.num_chunks - 1 - s.sink_chunks - s.recent_chunks) * s.chunk_tokens)
+        merges = min(s.spare_tokens, max(0, live - s.kept_tokens))
+        return Room(s.kept_tokens, merges, s.rule, s.rate)
 
     def _used(self, layer: LayerTable) -> History:
         stop = self.settings.history_tokens

@@ -17,47 +17,16 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.cache.partners import History
+from workers.cache.shrink import Room
 from workers.cache.table_layout import NO_KEY
-from workers.cache.triton_match import ROWS, load_halves, sin_cos, turn_by, unit_halves
+from workers.cache.table_pairs import choose_links, heaviest_of_root, pair_loss
+from workers.cache.triton_match import ROWS, unit_halves
+from workers.cache.triton_pairs import compare_pairs, find_cosines, find_distances
 from workers.cache.unrotated import TurnBack
 
 _WEIGHT_UNITS = tl.constexpr(float(2**24))
 _VALUE_UNITS = tl.constexpr(float(2**20))
 """As in `shrink.py`."""
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _compare(  # type: ignore[no-untyped-def]
-    k, at_a, at_b, position, at_pa, at_pb, there, axis, frequency, P: tl.constexpr, M: tl.constexpr,
-):  # fmt: skip
-    """Of pairs of keys before RoPE: inner product and squared lengths. Only the difference of two rotations counts."""
-    even_a, odd_a = load_halves(k, at_a, there, P, M)
-    even_b, odd_b = load_halves(k, at_b, there, P, M)
-    angle = turn_by(position, at_pa, there, axis, frequency, P) - turn_by(position, at_pb, there, axis, frequency, P)
-    sin, cos = sin_cos(angle)
-    inner = (even_a * even_b + odd_a * odd_b) * cos + (odd_a * even_b - even_a * odd_b) * sin
-    squares_a, squares_b = even_a * even_a + odd_a * odd_a, even_b * even_b + odd_b * odd_b
-    return tl.sum(inner, 1), tl.sum(squares_a, 1), tl.sum(squares_b, 1)
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _pair_cosine(  # type: ignore[no-untyped-def]
-    k, position, m, partner, cosine, axis, frequency,
-    stride_kn, stride_kl, stride_pn, stride_mn, stride_rn, start_k, num_slots, P: tl.constexpr, M: tl.constexpr,
-):  # fmt: skip
-    """Cosine of each key with its partner as both are now."""
-    slot = tl.program_id(0) * M + tl.arange(0, M)
-    row = tl.program_id(1).to(tl.int64)
-    inside = slot < num_slots
-    other = tl.load(partner + row * stride_rn + slot, mask=inside, other=-1)
-    live = (tl.load(m + row * stride_mn + slot, mask=inside, other=0) > 0) & (other >= 0)
-    at_a, at_b = (start_k + slot).to(tl.int64) * stride_kl, (start_k + other).to(tl.int64) * stride_kl
-    at_k, at_p = row * stride_kn, row * stride_pn
-    inner, a, b = _compare(
-        k, at_k + at_a, at_k + at_b, position, at_p + slot * 3, at_p + other * 3, live, axis, frequency, P, M
-    )
-    value = tl.where(live, inner / tl.sqrt(tl.maximum(a * b, 1e-30)), float("-inf"))
-    tl.store(cosine + row * num_slots + slot, value, mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -77,7 +46,7 @@ def _find_roots(link, root, head, num_slots, M: tl.constexpr):  # type: ignore[n
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _find_survivors(root, head, m, head_of, survives, stride_mn, num_slots, M: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The newest of each group survives."""
+    """Who stands for a group survives."""
     slot = tl.program_id(0) * M + tl.arange(0, M)
     row = tl.program_id(1).to(tl.int64)
     inside = slot < num_slots
@@ -92,7 +61,7 @@ def _find_survivors(root, head, m, head_of, survives, stride_mn, num_slots, M: t
 def _weigh(  # type: ignore[no-untyped-def]
     k, position, m, weight, head_of, survives, rank, share, added, joined, source, axis, frequency,
     stride_kn, stride_kl, stride_pn, stride_mn, stride_wn, start_k, num_slots, num_keep, rate,
-    P: tl.constexpr, M: tl.constexpr,
+    P: tl.constexpr, M: tl.constexpr, FALLS: tl.constexpr,
 ):  # fmt: skip
     """Weight of each key that is given up (-1 for others), added to its group; where each other key goes."""
     slot = tl.program_id(0) * M + tl.arange(0, M)
@@ -105,13 +74,14 @@ def _weigh(  # type: ignore[no-untyped-def]
     own_m = tl.load(m + row * stride_mn + slot, mask=inside, other=0)
     given_up = (own_m > 0) & (keeps == 0)
     newest = tl.load(head_of + at, mask=given_up, other=0)
-    at_k, at_p = row * stride_kn, row * stride_pn
-    at_a, at_b = (start_k + slot).to(tl.int64) * stride_kl, (start_k + newest).to(tl.int64) * stride_kl
-    inner, a, b = _compare(
-        k, at_k + at_a, at_k + at_b, position, at_p + slot * 3, at_p + newest * 3, given_up, axis, frequency, P, M
-    )
-    likeness = tl.exp(-rate * tl.maximum(a + b - 2 * inner, 0.0))
-    w = tl.load(weight + row * stride_wn + slot, mask=given_up, other=0.0) * likeness
+    w = tl.load(weight + row * stride_wn + slot, mask=given_up, other=0.0)
+    if FALLS:
+        at_k, at_p = row * stride_kn, row * stride_pn
+        at_a, at_b = (start_k + slot).to(tl.int64) * stride_kl, (start_k + newest).to(tl.int64) * stride_kl
+        inner, a, b = compare_pairs(
+            k, at_k + at_a, at_k + at_b, position, at_p + slot * 3, at_p + newest * 3, given_up, axis, frequency, P, M
+        )
+        w *= tl.exp(-rate * tl.maximum(a + b - 2 * inner, 0.0))
     tl.store(share + at, tl.where(given_up, w, -1.0), mask=inside)
     group = row * num_slots + newest
     tl.atomic_add(added + group, tl.floor(w * _WEIGHT_UNITS + 0.5).to(tl.int64), mask=given_up, sem="relaxed")
@@ -266,7 +236,7 @@ class _Families(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """What keys that are given up bring, [N, C]; at the newest of their group but for the first."""
+    """What keys that are given up bring, [N, C]; at the one that stands for their group but for the first."""
 
     share: Tensor
     """Weight of each such key, -1 for others."""
@@ -279,63 +249,67 @@ class _Sums(NamedTuple):
 
 
 def merge(
-    history: History, records: Sequence[Tensor], turn_back: TurnBack, rate: float, num_keep: int, num_merges: int,
-    heads_at_once: int, tile: int,
-) -> None:  # fmt: skip
-    """Merge the nearest pairs and move what survives to the end of the room that is kept; all of it is written.
+    history: History, records: Sequence[Tensor], turn_back: TurnBack, room: Room, heads_at_once: int, tile: int
+) -> None:
+    """Merge pairs and move what survives to the end of the room that is kept; all of it is written.
 
     Args:
         history: Full, of as many heads as one likes.
         records: v_NLD in the slots of the keys; m_NC, weight_NC, partner_NC of each slot of the history.
         turn_back: RoPE of the model.
-        rate: Of the falling weight, per squared distance.
-        num_keep: Slots that are kept.
-        num_merges: Pairs that merge in each head.
+        room: How it is made.
         heads_at_once: Heads that are written again together, through a buffer.
         tile: Of the means.
     """
     k, position = history.k_NLW, history.position_NC3
-    _, m, weight, partner = records
-    (heads, num), pairs = m.shape, turn_back.head_dim // 2
-    tables = turn_back.axis_int32_D, turn_back.frequency_D
-    cosine = torch.empty((heads, num), dtype=torch.float32, device=k.device)
-    grid = (triton.cdiv(num, ROWS), heads)
-    _pair_cosine[grid](
-        k, position, m, partner, cosine, *tables, *k.stride()[:2], position.stride(0), m.stride(0),
-        partner.stride(0), history.start, num, P=pairs, M=ROWS, num_warps=4,
-    )  # fmt: skip
-    families = _join_nearest(cosine, partner, m, num_merges)
-    share = cosine  # not looked at again
+    v, m, weight, partner = records
+    heads, num = m.shape
+    if room.rule == "pairs":
+        loss = pair_loss(find_distances(history, v, partner, turn_back), m, partner, turn_back.head_dim)
+        families = _find_families(choose_links(loss, partner, room.num_merges).int(), m, by_mass=True)
+    else:
+        link = _join_nearest(find_cosines(history, partner, turn_back), partner, room.num_merges)
+        families = _find_families(link, m, by_mass=False)
+    share = torch.empty((heads, num), dtype=torch.float32, device=k.device)
     joined, added = torch.zeros_like(families.root), torch.zeros_like(families.root, dtype=torch.int64)
-    source = torch.full((heads, num_keep), -1, dtype=torch.int32, device=k.device)
-    _weigh[grid](
+    source = torch.full((heads, room.num_keep), -1, dtype=torch.int32, device=k.device)
+    _weigh[(triton.cdiv(num, ROWS), heads)](
         k, position, m, weight, families.head_of, families.survives, families.rank, share, added, joined,
-        source, *tables, *k.stride()[:2], position.stride(0), m.stride(0), weight.stride(0),
-        history.start, num, num_keep, rate, P=pairs, M=ROWS, num_warps=4,
+        source, turn_back.axis_int32_D, turn_back.frequency_D, *k.stride()[:2], position.stride(0), m.stride(0),
+        weight.stride(0), history.start, num, room.num_keep, room.rate, P=turn_back.head_dim // 2, M=ROWS,
+        FALLS=room.rate > 0, num_warps=4,
     )  # fmt: skip
     sums = _Sums(share, added, joined, (joined > 0).cumsum(-1, dtype=torch.int32))
-    buffers = _buffers(history, records, heads_at_once, num_keep)
+    buffers = _buffers(history, records, heads_at_once, room.num_keep)
     # As many groups as keys are given up, at most.
-    summed = torch.empty((heads_at_once, max(1, num_merges), turn_back.head_dim), dtype=torch.int32, device=k.device)
+    groups = (heads_at_once, max(1, room.num_merges), turn_back.head_dim)
+    summed = torch.empty(groups, dtype=torch.int32, device=k.device)
     for first in range(0, heads, heads_at_once):
         _move(history, records, turn_back, (source, sums, families), (summed, buffers), first, tile)
 
 
-def _join_nearest(cosine: Tensor, partner: Tensor, m: Tensor, num_merges: int) -> _Families:
+def _join_nearest(cosine: Tensor, partner: Tensor, num_merges: int) -> Tensor:
+    """The slot that each slot is linked to, itself where it is not."""
     heads, num = cosine.shape
     own = torch.arange(num, dtype=torch.int32, device=cosine.device).expand(heads, num)
-    if num_merges:
-        least = cosine.kthvalue(num - num_merges + 1, dim=-1, keepdim=True).values
-        above, equal = cosine > least, cosine == least
-        room = num_merges - above.sum(-1, keepdim=True, dtype=torch.int32)
-        merged = (above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))) & ~cosine.isneginf()
-        link = torch.where(merged, partner, own)
-    else:
-        link = own.contiguous()
+    if num_merges == 0:
+        return own.contiguous()
+    least = cosine.kthvalue(num - num_merges + 1, dim=-1, keepdim=True).values
+    above, equal = cosine > least, cosine == least
+    room = num_merges - above.sum(-1, keepdim=True, dtype=torch.int32)
+    merged = (above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))) & ~cosine.isneginf()
+    return torch.where(merged, partner, own)
+
+
+def _find_families(link: Tensor, m: Tensor, *, by_mass: bool) -> _Families:
+    """Groups are stood for by their newest key, or by their heaviest."""
+    heads, num = link.shape
     root, head, head_of, survives = (torch.empty_like(link) for _ in range(4))
-    head.copy_(own)
+    head.copy_(torch.arange(num, dtype=torch.int32, device=link.device))
     grid = (triton.cdiv(num, 1024), heads)
     _find_roots[grid](link, root, head, num, M=1024, num_warps=4)
+    if by_mass:
+        head = heaviest_of_root(root.long(), m).int()
     _find_survivors[grid](root, head, m, head_of, survives, m.stride(0), num, M=1024, num_warps=4)
     return _Families(root, head_of, survives, survives.cumsum(-1, dtype=torch.int32))
 

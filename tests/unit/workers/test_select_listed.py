@@ -14,6 +14,7 @@ from workers import assemble_tiles
 from workers.assemble_tiles import choose_ways
 from workers.config import KernelName, RenderConfig
 from workers.errors import KernelUnavailable
+from workers.kernels import listed_tiles
 from workers.kernels.listed_gather import attend_gathered
 from workers.kernels.listed_tiles import AttendTable, attend_listed_plain
 from workers.kernels.select import Hardware, KernelNeed
@@ -121,3 +122,16 @@ def test_a_tables_own_kernels_run_where_they_can(
         ways = choose_ways(config, hardware, need, tile)
     assert ways.kernels == (reason == "")
     assert re.search(reason or "taken over by kernels of its own", caplog.text)
+
+
+@pytest.mark.parametrize(("capability", "tile", "expected"), [((9, 0), 128, 1), ((8, 0), 128, 0), ((9, 0), 8, 0)])
+def test_triton_on_hopper_is_the_kernel_made_for_tables(
+    capability: tuple[int, int], tile: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    for which, name in enumerate(("_make_triton", "_make_hopper")):
+        monkeypatch.setattr(listed_tiles, name, lambda tile, which=which: made.append(which))
+    listed_tiles.make_attend("triton", tile)
+    assert made == [expected]

@@ -1,6 +1,7 @@
 """A tile table against a slow twin that keeps lists of groups, and its promises: no key is dropped, order is time."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from workers.cache.table_layout import TableSettings, read_log_mass, write_log_mass
+from workers.cache.table_layout import MergeRule, TableSettings, read_log_mass, write_log_mass
 from workers.cache.table_snapshot import TableSnapshot, restore_table
 from workers.cache.tile_table import TileTable
 from workers.contracts import KeyValues
@@ -93,7 +94,8 @@ class Twin:
 
     def merge(self, num: int) -> None:
         pairs = [group for group in self.groups if group.partner is not None]
-        pairs.sort(key=lambda group: -cosine(group.k, partner(group).now().k))
+        by_pairs = self.sizes.rule == "pairs"
+        pairs.sort(key=self.turns() if by_pairs else lambda group: -cosine(group.k, partner(group).now().k))
         family = {group: {group} for group in self.groups}
         root = {group: group for group in self.groups}
         for group in pairs[:num]:
@@ -102,15 +104,32 @@ class Twin:
             for member in family[b]:
                 root[member] = b
         for end, members in family.items():
-            newest = max(members, key=lambda member: member.age)
-            weights = [member.weight * likeness(member.k - newest.k, self.sizes.decay) for member in members]
+            keeper = max(members, key=lambda member: (member.m if by_pairs else 0, member.age))
+            weights = [member.weight * likeness(member.k - keeper.k, self.sizes.decay) for member in members]
             value = sum((w * member.v for w, member in zip(weights, members, strict=True)), torch.zeros(DIM))
-            newest.partner = end.partner
-            newest.m, newest.weight = sum(member.m for member in members), sum(weights)
-            newest.v = value / newest.weight
-            for member in members - {newest}:
-                member.joined = newest
+            keeper.partner = end.partner
+            keeper.m, keeper.weight = sum(member.m for member in members), sum(weights)
+            keeper.v = value / keeper.weight
+            for member in members - {keeper}:
+                member.joined = keeper
         self.groups = [group for group in self.groups if group.joined is None]
+
+    def turns(self) -> Callable[[Group], tuple[bool, float, int]]:
+        """When the link of a group comes: those that lose less than the links they meet, then the rest, by loss."""
+        length = sum(float(group.v @ group.v) for group in self.groups) / len(self.groups)
+        order: dict[Group, tuple[float, int]] = {}
+        for index, group in enumerate(self.groups):
+            if group.partner is not None:
+                other = group.partner.now()
+                k, v = group.k - other.k, group.v - other.v
+                squared = float(k @ k) / (2 * math.sqrt(DIM)) + float(v @ v) / length
+                order[group] = squared * group.m * other.m / (group.m + other.m), index
+        rivals: dict[Group, list[tuple[float, int]]] = {group: [] for group in order}
+        for group in order:
+            if (other := partner(group).now()) in order:
+                rivals[group].append(order[other])
+                rivals[other].append(order[group])
+        return lambda group: (order[group] > min(rivals[group], default=order[group]), *order[group])
 
 
 def partner(group: Group) -> Group:
@@ -126,10 +145,10 @@ def likeness(difference: Tensor, decay: float) -> float:
     return math.exp(-decay * float(difference @ difference) / (2 * math.sqrt(DIM)))
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.3])
+@pytest.mark.parametrize(("rule", "decay"), [("chains", 0.0), ("chains", 0.3), ("pairs", 0.0), ("pairs", 0.3)])
 @pytest.mark.parametrize("num_chunks", [5, 8, 13])
-def test_merges_what_the_slow_twin_merges(num_chunks: int, decay: float) -> None:
-    sizes = replace(SIZES, decay=decay)
+def test_merges_what_the_slow_twin_merges(num_chunks: int, rule: MergeRule, decay: float) -> None:
+    sizes = replace(SIZES, rule=rule, decay=decay)
     table = fill(sizes, num_chunks)
     for layer in range(sizes.num_layers):
         read = table.layers[layer]
@@ -149,10 +168,15 @@ def test_merges_what_the_slow_twin_merges(num_chunks: int, decay: float) -> None
             torch.testing.assert_close(read.v_NLD[head, run][live], v, rtol=1e-4, atol=1e-5)
 
 
-@given(num_chunks=st.integers(3, 14), near=st.booleans(), kinds=st.sampled_from([None, 3]))
+@given(
+    num_chunks=st.integers(3, 14),
+    near=st.booleans(),
+    kinds=st.sampled_from([None, 3]),
+    rule=st.sampled_from(["chains", "pairs"]),
+)
 @settings(max_examples=25, deadline=None)
-def test_every_key_that_came_counts_once(num_chunks: int, near: bool, kinds: int | None) -> None:
-    sizes = replace(SIZES, candidate_tiles=2 if near else None)
+def test_every_key_that_came_counts_once(num_chunks: int, near: bool, kinds: int | None, rule: MergeRule) -> None:
+    sizes = replace(SIZES, candidate_tiles=2 if near else None, rule=rule)
     table = fill(sizes, num_chunks, num_kinds=kinds)
     for layer in table.layers:
         absorbed = max(0, num_chunks - sizes.sink_chunks - sizes.recent_chunks) * CHUNK
@@ -165,9 +189,10 @@ def test_every_key_that_came_counts_once(num_chunks: int, near: bool, kinds: int
         assert bool((holds | (partner < 0)).all())
 
 
+@pytest.mark.parametrize("rule", ["chains", "pairs"])
 @pytest.mark.parametrize("near", [False, True])
-def test_equal_keys_give_dense_attention_over_all_that_came(near: bool) -> None:
-    sizes = replace(SIZES, candidate_tiles=3 if near else None, num_layers=1, sink_chunks=0)
+def test_equal_keys_give_dense_attention_over_all_that_came(near: bool, rule: MergeRule) -> None:
+    sizes = replace(SIZES, candidate_tiles=3 if near else None, num_layers=1, sink_chunks=0, rule=rule)
     num_chunks = 11
     table = TileTable(sizes, torch.float32, CPU)
     chunks = [make_chunk(index, num_kinds=2) for index in range(num_chunks)]

@@ -1,0 +1,105 @@
+"""Kernels that compare each key of a table with its partner, as both are now, where they lie."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from workers.cache.partners import History
+from workers.cache.table_pairs import Distances
+from workers.cache.triton_match import ROWS, load_halves, sin_cos, turn_by
+from workers.cache.unrotated import TurnBack
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def compare_pairs(  # type: ignore[no-untyped-def]
+    k, at_a, at_b, position, at_pa, at_pb, there, axis, frequency, P: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Of pairs of keys before RoPE: inner product and squared lengths. Only the difference of two rotations counts."""
+    even_a, odd_a = load_halves(k, at_a, there, P, M)
+    even_b, odd_b = load_halves(k, at_b, there, P, M)
+    angle = turn_by(position, at_pa, there, axis, frequency, P) - turn_by(position, at_pb, there, axis, frequency, P)
+    sin, cos = sin_cos(angle)
+    inner = (even_a * even_b + odd_a * odd_b) * cos + (odd_a * even_b - even_a * odd_b) * sin
+    squares_a, squares_b = even_a * even_a + odd_a * odd_a, even_b * even_b + odd_b * odd_b
+    return tl.sum(inner, 1), tl.sum(squares_a, 1), tl.sum(squares_b, 1)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def pair_cosine(  # type: ignore[no-untyped-def]
+    k, position, m, partner, cosine, axis, frequency,
+    stride_kn, stride_kl, stride_pn, stride_mn, stride_rn, start_k, num_slots, P: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Cosine of each key with its partner as both are now."""
+    slot = tl.program_id(0) * M + tl.arange(0, M)
+    row = tl.program_id(1).to(tl.int64)
+    inside = slot < num_slots
+    other = tl.load(partner + row * stride_rn + slot, mask=inside, other=-1)
+    live = (tl.load(m + row * stride_mn + slot, mask=inside, other=0) > 0) & (other >= 0)
+    at_a, at_b = (start_k + slot).to(tl.int64) * stride_kl, (start_k + other).to(tl.int64) * stride_kl
+    at_k, at_p = row * stride_kn, row * stride_pn
+    inner, a, b = compare_pairs(
+        k, at_k + at_a, at_k + at_b, position, at_p + slot * 3, at_p + other * 3, live, axis, frequency, P, M
+    )
+    value = tl.where(live, inner / tl.sqrt(tl.maximum(a * b, 1e-30)), float("-inf"))
+    tl.store(cosine + row * num_slots + slot, value, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _pair_distances(  # type: ignore[no-untyped-def]
+    k, v, position, m, partner, of_keys, of_values, lengths, axis, frequency,
+    stride_kn, stride_kl, stride_vn, stride_vl, stride_pn, stride_mn, stride_rn, start_k, num_slots,
+    P: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Squared distance of each key from its partner's before RoPE, and of its value from that one's; its length."""
+    slot = tl.program_id(0) * M + tl.arange(0, M)
+    row = tl.program_id(1).to(tl.int64)
+    inside = slot < num_slots
+    other = tl.load(partner + row * stride_rn + slot, mask=inside, other=-1)
+    live = tl.load(m + row * stride_mn + slot, mask=inside, other=0) > 0
+    paired = live & (other >= 0)
+    at_a, at_b = (start_k + slot).to(tl.int64), (start_k + other).to(tl.int64)
+    at_k, at_p, at_v = row * stride_kn, row * stride_pn, row * stride_vn
+    inner, a, b = compare_pairs(
+        k, at_k + at_a * stride_kl, at_k + at_b * stride_kl, position, at_p + slot * 3, at_p + other * 3, paired,
+        axis, frequency, P, M,
+    )  # fmt: skip
+    tl.store(of_keys + row * num_slots + slot, tl.maximum(a + b - 2 * inner, 0.0), mask=inside)
+    even_a, odd_a = load_halves(v, at_v + at_a * stride_vl, live, P, M)
+    even_b, odd_b = load_halves(v, at_v + at_b * stride_vl, paired, P, M)
+    tl.store(lengths + row * num_slots + slot, tl.sum(even_a * even_a + odd_a * odd_a, 1), mask=inside)
+    even, odd = even_a - even_b, odd_a - odd_b
+    tl.store(of_values + row * num_slots + slot, tl.sum(even * even + odd * odd, 1), mask=inside)
+
+
+def find_cosines(history: History, partner: Tensor, turn_back: TurnBack) -> Tensor:
+    """Cosine of each key with its partner before RoPE, float32 [N, C]; -inf without one."""
+    k, position, m = history.k_NLW, history.position_NC3, history.m_NC
+    cosine = torch.empty(m.shape, dtype=torch.float32, device=k.device)
+    pair_cosine[(triton.cdiv(m.shape[1], ROWS), m.shape[0])](
+        k, position, m, partner, cosine, turn_back.axis_int32_D, turn_back.frequency_D, *k.stride()[:2],
+        position.stride(0), m.stride(0), partner.stride(0), history.start, m.shape[1],
+        P=turn_back.head_dim // 2, M=ROWS, num_warps=4,
+    )  # fmt: skip
+    return cosine
+
+
+def find_distances(history: History, v: Tensor, partner: Tensor, turn_back: TurnBack) -> Distances:
+    """What `table_pairs.find_distances` gives.
+
+    Args:
+        history: Full.
+        v: Values in the slots of the keys.
+        partner: -1 for none.
+        turn_back: RoPE of the model.
+    """
+    k, position, m = history.k_NLW, history.position_NC3, history.m_NC
+    found = Distances(*(torch.empty(m.shape, dtype=torch.float32, device=k.device) for _ in range(3)))
+    _pair_distances[(triton.cdiv(m.shape[1], ROWS), m.shape[0])](
+        k, v, position, m, partner, *found, turn_back.axis_int32_D, turn_back.frequency_D,
+        *k.stride()[:2], *v.stride()[:2], position.stride(0), m.stride(0), partner.stride(0), history.start,
+        m.shape[1], P=turn_back.head_dim // 2, M=ROWS, num_warps=4,
+    )  # fmt: skip
+    return found
