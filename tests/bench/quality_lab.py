@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -272,6 +272,9 @@ class Runner:
         )
         self.seconds, self.latents = list[float](), list[Tensor]()
         self.kv_bytes, self.density = list[float](), list[float]()
+        self.held_bytes = list[int]()
+        """What the cache's tensors take of memory between two chunks, free slots and unpacked keys included."""
+        self._cache = parts.cache
         rollout = Rollout(model.dit, attention, Stopwatch(lab.device), parts.reuse, self.guard, parts.attend_prompt)
         self._chunks = rollout.run(lab.plan(walks, model))
 
@@ -283,11 +286,32 @@ class Runner:
         self.latents.append(chunk.latents_BTCHW.half().cpu())
         self.kv_bytes.append(chunk.kv_bytes / len(chunk.latents_BTCHW))
         self.density.append(chunk.density)
+        self.held_bytes.append(held_bytes(self._cache))
 
 
 def distances_at(mark: int) -> tuple[int, ...]:
     """How long ago the places were seen that a walk has left behind at this chunk; the sink's is none of them."""
     return tuple(distance for distance in DISTANCES if place_before(mark, distance) >= 1)
+
+
+def held_bytes(owner: object) -> int:
+    """Of all tensors that can be reached from an object of ours, each piece of memory once."""
+    pieces: dict[int, int] = {}
+    seen, waiting = set[int](), [owner]
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, Tensor):
+            pieces[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+        elif isinstance(one, Mapping):
+            waiting += one.values()
+        elif isinstance(one, list | tuple):
+            waiting += one
+        elif type(one).__module__.partition(".")[0] == "workers":
+            waiting += vars(one).values()
+    return sum(pieces.values())
 
 
 def full_bytes(model: LoadedModel, num_tokens: int) -> int:

@@ -38,7 +38,9 @@ def make_row(name: str, runner: Runner, first: Runner, frames: int) -> dict[str,
         "time_end_to_600": at[CHUNK_FRAMES * marks[-1]] / at[CHUNK_FRAMES * marks[0]],
         "density": runner.density[-1],
         "kv_bytes": int(runner.kv_bytes[-1]),
-        "peak_bytes_end_to_600": max(runner.kv_bytes) / max(runner.kv_bytes[: marks[0]]),
+        "peak_kv_bytes_end_to_600": max(runner.kv_bytes) / max(runner.kv_bytes[: marks[0]]),
+        "held_bytes": max(runner.held_bytes),
+        "held_bytes_end_to_600": max(runner.held_bytes) / max(runner.held_bytes[: marks[0]]),
     }
 
 

@@ -6,14 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.bench.quality_items import Item, claim, list_items, marks_of
+from tests.bench.quality_lab import held_bytes
 from tests.bench.quality_places import CHUNK_FRAMES, DISTANCES, GROUPS, place_before, sweep
 from tests.bench.quality_policies import ALL, config_of
 from tests.bench.quality_rows import adaptive_rows
 from tests.bench.quality_tables import SETTINGS, row
+from workers.cache.dense import DenseCache
+from workers.cache.temporal_merge import MergeSettings, TemporalCache
 from workers.config import RenderConfig
 from workers.config_tiles import TileCacheConfig
+from workers.contracts import KeyValues
+from workers.model.rope import grid_positions
+from workers.search.exact import ExactSearch
 from workers.worlds.clips import VIEW_SIZE
 
 
@@ -103,3 +110,18 @@ def test_losses_of_tables_are_paired_by_world() -> None:
     assert made["loss_to_dense_db"] == pytest.approx((2.5 + 1.5) / 2)
     assert made["loss_at_distance"] == {"42": 1.5, "600": 2.5}
     assert (made["n"], made["places"], made["kept"]) == (2, 4, SETTINGS[0].kept)
+
+
+def test_a_merging_cache_takes_its_memory_once_and_a_full_one_ever_more() -> None:
+    held: dict[str, list[int]] = {"temporal": [], "dense": []}
+    settings = MergeSettings(sink_tokens=16, recent_tokens=32, num_groups=320, min_cosine=0.9, storage="int8")
+    caches = {"temporal": TemporalCache(1, settings, ExactSearch().top1), "dense": DenseCache(1)}
+    generator = torch.Generator().manual_seed(0)
+    for time in range(40):
+        k, v = torch.randn(2, 1, 16, 2, 16, generator=generator)
+        for name, cache in caches.items():
+            cache.append(0, KeyValues(k, v, grid_positions(torch.tensor([time]), 4, 4)))
+            held[name].append(held_bytes(cache))
+            assert held[name][-1] >= cache.num_bytes
+    assert len(set(held["temporal"][4:])) == 1
+    assert held["dense"][-1] > 3 * held["dense"][9]
