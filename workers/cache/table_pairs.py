@@ -1,8 +1,8 @@
 """Which pairs of a full tile table merge: the rule of `pairs.py`, made of steps that a GPU takes for all slots at once.
 
-Pairs with the least loss merge, and of two links of a chain that follow one another only one at a time. Which one is
-decided where they meet: a link goes first if it loses less than the link of its partner and less than those of the keys
-whose partner it is. So no depth is counted, and no thread waits for another. What comes after are the rest, by loss.
+Pairs with the least loss merge, and of two links of a chain that follow one another only one at a time: every other
+link comes first (`pairs.every_other`, which follows pointers), then the rest. Letting each link go first that loses less
+than its neighbours needs no count along the chain, but lost twice as much on the one world that it was tried on.
 The heavier key of a pair stands for both, in its own place: a partner need not be an older slot then, but links still
 form trees, for merging what a link connects makes no circle.
 """
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from workers.cache.pairs import every_other
 from workers.cache.partners import History
 from workers.cache.unrotated import TurnBack
 
@@ -81,11 +82,8 @@ def choose_links(loss_NC: Tensor, partner_NC: Tensor, num_merges: int) -> Tensor
     toward = torch.where(is_link, partner_NC.long(), own)
     # Losses are not negative, so their bits are in their order; of equal ones the first slot's comes first.
     order = loss_NC.view(torch.int32).long() << _SLOT_BITS | own
-    of_partner = torch.where(is_link, order.gather(1, toward), _LATE)
-    least_of_children = torch.full_like(order, 2 * _LATE)
-    least_of_children.scatter_reduce_(1, toward, torch.where(is_link, order, 2 * _LATE), "amin")
-    goes_first = (order < of_partner) & (order < least_of_children)
-    rank = torch.where(is_link, order + torch.where(goes_first | (loss_NC == 0), 0, _LATE), 2 * _LATE)
+    is_early = every_other(toward) | (loss_NC == 0)
+    rank = torch.where(is_link, order + torch.where(is_early, 0, _LATE), 2 * _LATE)
     last = rank.kthvalue(num_merges, dim=-1, keepdim=True).values
     return torch.where((rank <= last) & is_link, toward, own)
 
