@@ -1,8 +1,8 @@
 """Which pairs of a full tile table merge: the rule of `pairs.py`, made of steps that a GPU takes for all slots at once.
 
 Pairs with the least loss merge, and of two links of a chain that follow one another only one at a time: every other
-link comes first (`pairs.every_other`, which follows pointers), then the rest. Letting each link go first that loses less
-than its neighbours needs no count along the chain, but lost twice as much on the one world that it was tried on.
+link comes first (`pairs.every_other`, which follows pointers), then the rest. Letting each link go first that loses
+less than its neighbours needs no count along the chain, but lost twice as much on the one world that it was tried on.
 The heavier key of a pair stands for both, in its own place: a partner need not be an older slot then, but links still
 form trees, for merging what a link connects makes no circle.
 """
