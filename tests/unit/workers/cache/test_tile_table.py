@@ -115,7 +115,7 @@ class Twin:
         self.groups = [group for group in self.groups if group.joined is None]
 
     def turns(self) -> Callable[[Group], tuple[bool, float, int]]:
-        """When the link of a group comes: those that lose less than the links they meet, then the rest, by loss."""
+        """When the link of a group comes: every other link of a chain, then the rest, by loss."""
         length = sum(float(group.v @ group.v) for group in self.groups) / len(self.groups)
         order: dict[Group, tuple[float, int]] = {}
         for index, group in enumerate(self.groups):
@@ -124,12 +124,15 @@ class Twin:
                 k, v = group.k - other.k, group.v - other.v
                 squared = float(k @ k) / (2 * math.sqrt(DIM)) + float(v @ v) / length
                 order[group] = squared * group.m * other.m / (group.m + other.m), index
-        rivals: dict[Group, list[tuple[float, int]]] = {group: [] for group in order}
-        for group in order:
-            if (other := partner(group).now()) in order:
-                rivals[group].append(order[other])
-                rivals[other].append(order[group])
-        return lambda group: (order[group] > min(rivals[group], default=order[group]), *order[group])
+        depth = {group: chain_length(group) for group in order}
+        odd = {group for group in order if depth[group] % 2}
+        early = odd if 2 * len(odd) >= len(order) else order.keys() - odd
+        return lambda group: (group not in early and order[group][0] > 0, *order[group])
+
+
+def chain_length(group: Group) -> int:
+    """Links from a group to the end of its chain."""
+    return 0 if group.partner is None else 1 + chain_length(group.partner.now())
 
 
 def partner(group: Group) -> Group:
