@@ -162,39 +162,30 @@ def _take(
     buffers: Buffers | None,
 ) -> KeyValues:
     """Keys at an index of each row; `head_R` counts batch x heads."""
-    if isinstance(keys, PackedKeys) and keys.are_all_packed:
-        return _unpack(keys, index_RL, there_RL, head_R, dtype, buffers)
     mass_RL: Tensor | None = None
-    if keys.log_mass_BNK is not None:
-        mass_RL = keys.log_mass_BNK.flatten(0, 1)[head_R].gather(1, index_RL)
+    if isinstance(keys, PackedKeys) and keys.are_all_packed:
+        taken = keys.take(index_RL, head_R, _room_for(index_RL, keys.head_dim, dtype, buffers))
+        k, v = (x.to(dtype) for x in (taken.k_BKND, taken.v_BKND))
+        mass_RL = None if taken.log_mass_BNK is None else taken.log_mass_BNK[:, 0]
+    else:
+        k, v = (_take_lines(x, index_RL, head_R, buffers).to(dtype)[:, :, None] for x in (keys.k_BKND, keys.v_BKND))
+        if keys.log_mass_BNK is not None:
+            mass_RL = keys.log_mass_BNK.flatten(0, 1)[head_R].gather(1, index_RL)
     if there_RL is not None:
         zeros_RL = mass_RL if mass_RL is not None else torch.zeros_like(index_RL, dtype=torch.float32)
         mass_RL = zeros_RL.masked_fill(~there_RL, -torch.inf)
-    taken = [_take_lines(x, index_RL, head_R, buffers).to(dtype)[:, :, None] for x in (keys.k_BKND, keys.v_BKND)]
     nowhere = keys.position_K3.new_zeros(1, 3).expand(index_RL.shape[1], 3)
-    return KeyValues(taken[0], taken[1], nowhere, None if mass_RL is None else mass_RL[:, None])
+    return KeyValues(k, v, nowhere, None if mass_RL is None else mass_RL[:, None])
 
 
-def _unpack(
-    keys: PackedKeys,
-    index_RL: Tensor,
-    there_RL: Tensor | None,
-    head_R: Tensor,
-    dtype: torch.dtype,
-    buffers: Buffers | None,
-) -> KeyValues:
-    """`_take` of keys that are still packed."""
-    out: tuple[Tensor, Tensor] | None = None
-    if buffers is not None and not index_RL.is_cuda and not torch.is_grad_enabled():
-        like = torch.empty(0, dtype=dtype)
-        shape = (*index_RL.shape, keys.head_dim)
-        out = buffers.take(shape, like), buffers.take(shape, like)
-    taken = keys.take(index_RL, head_R, out)
-    mass = taken.log_mass_BNK
-    if there_RL is not None and mass is not None:
-        mass = mass.masked_fill(~there_RL[:, None], -torch.inf)
-    nowhere = keys.position_K3.new_zeros(1, 3).expand(index_RL.shape[1], 3)
-    return KeyValues(taken.k_BKND.to(dtype), taken.v_BKND.to(dtype), nowhere, mass)
+def _room_for(
+    index_RL: Tensor, head_dim: int, dtype: torch.dtype, buffers: Buffers | None
+) -> tuple[Tensor, Tensor] | None:
+    """Memory for keys and values that are unpacked."""
+    if buffers is None or index_RL.is_cuda or torch.is_grad_enabled():
+        return None
+    shape, like = (*index_RL.shape, head_dim), torch.empty(0, dtype=dtype)
+    return buffers.take(shape, like), buffers.take(shape, like)
 
 
 def _take_lines(x_BKND: Tensor, index_RL: Tensor, head_R: Tensor, buffers: Buffers | None) -> Tensor:
