@@ -45,6 +45,7 @@ from workers.search.select import make_search
 _QUERIES_TOGETHER = 192
 """Queries of small pictures that share their choice of keys: less is gathered, and a CPU reads what is in its cache for
 three times as many queries."""
+_CLEAN_SHARE = 1 / 3
 _LARGEST_TILE = 128  # what tile-sparse kernels are made for
 
 
@@ -148,12 +149,15 @@ def _make_ann(config: AnnSelfAttentionConfig, frame_tokens: int) -> AttentionPol
     tile = config.tile or (max(8, frame_tokens // 2) if small else min(_LARGEST_TILE, frame_tokens))
     query_tile = config.query_tile or (_QUERIES_TOGETHER // frame_tokens * frame_tokens if small else tile)
     sees_some = config.seen_latent_frames is not None and config.target_recall is None
+    across_layers = config.seen_across == "model" and sees_some
     settings = AnnSettings(
         sink_tokens=config.sink_latent_frames * frame_tokens,
         recent_tokens=config.recent_latent_frames * frame_tokens,
         density=config.density,
         seen_keys=None if config.seen_latent_frames is None else config.seen_latent_frames * frame_tokens,
-        across_layers=config.seen_across == "model" and sees_some,
+        across_layers=across_layers,
+        at_once=across_layers and small,
+        clean_share=_clean_share(config, at_once=across_layers and small),
         target_recall=config.target_recall,
         query_tile=query_tile,
         key_tile=tile,
@@ -165,6 +169,12 @@ def _make_ann(config: AnnSelfAttentionConfig, frame_tokens: int) -> AttentionPol
         every_step=config.target_recall is not None,  # each noise level gets the density that it needs
     )
     return AnnSelfAttention(settings, make_search(config.search), None)
+
+
+def _clean_share(config: AnnSelfAttentionConfig, *, at_once: bool) -> float:
+    if config.seen_latent_frames is None or config.target_recall is not None:
+        return 1.0
+    return config.clean_pass_share or (_CLEAN_SHARE if at_once else 1.0)
 
 
 def _check_layers(config: AnnSelfAttentionConfig, num_layers: int) -> tuple[int, ...] | None:

@@ -6,7 +6,8 @@ so that a tile holds keys of one kind; in `time` order a tile is a piece of a pi
 tile sees are those with the highest estimated mass (`tile_mass.py`). On the bundled model time order has the higher
 recall at every density: after RoPE, attention goes by place and time more than by kind.
 
-Sink, newest keys and the chunk's own are dense. A selection is made once per chunk and shared by its steps.
+Sink, newest keys and the chunk's own are dense. A selection is made once per chunk and shared by its steps: from step to
+step the mass of a key hardly changes (on the bundled model the best choice of one step keeps 0.002 less in another).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from workers.attention.tile_mass import (
     TileMass,
     TileSample,
     estimate_mass,
+    keep_above,
     keep_mass,
     keep_most,
     keep_most_jointly,
@@ -58,6 +60,11 @@ class AnnSettings:
     across_layers: bool = False
     """From the second call of a chunk on, `seen_keys` is a mean over all layers, which compete for them. In the first
     one, whose noise looks everywhere, each layer has a third more."""
+    at_once: bool = False
+    """With `across_layers`: each layer ends at the mass at which they would end together (`keep_above`), in the first
+    call and for the whole chunk. What is seen is gathered once, not twice; it is about `seen_keys`."""
+    clean_share: float = 1.0
+    """Of `seen_keys`, what a clean pass sees, in (0, 1]: nothing is denoised there."""
     target_recall: float | None = None
     """In (0, 1]: take as many tiles as their estimated mass needs, whatever the density."""
     query_tile: int = 64
@@ -77,6 +84,14 @@ class AnnSettings:
         assert 0 < self.sample_share <= 1
         assert 0 < self.query_share <= 1
         assert not self.across_layers or (self.seen_keys is not None and not self.every_step)
+        assert self.across_layers or not self.at_once
+        assert 0 < self.clean_share <= 1
+        assert self.clean_share == 1 or self.seen_keys is not None
+
+    @property
+    def chooses_twice(self) -> bool:
+        """Once for each layer alone, then for all of them."""
+        return self.across_layers and not self.at_once
 
     @property
     def num_samples(self) -> int:
@@ -144,8 +159,11 @@ class AnnSelfAttention:
         kept = self._chosen.get(key)
         if kept is None or kept.cached is not cached or self._settings.every_step:
             kept = self._chosen[key] = self._choose(layer_index, q_BQND, cached, own, span)
-        elif self._settings.across_layers and not kept.is_joint:  # each layer has had its turn
+        elif self._settings.chooses_twice and not kept.is_joint:  # each layer has had its turn
             self._choose_jointly(moment.branch)
+        if moment.is_clean_pass and self._settings.clean_share < 1:
+            fewer = self._keep(kept.mass, self._settings.clean_share)
+            return plan_history(cached, own, span, replace(kept.tiles, visible_BNIJ=fewer))
         return plan_history(cached, own, span, kept.tiles)
 
     def _is_dense(self, num_keys: int) -> bool:
@@ -174,15 +192,20 @@ class AnnSelfAttention:
             shared=self._shared,
         )
         mass = estimate_mass(self._search, queries, indexed.sample, self._sample_rest(cached, own, span))
-        if s.seen_keys is not None and s.target_recall is None:
-            share = _FIRST_SHARE if s.across_layers else 1.0
-            visible = keep_most(mass, self._num_seen(s.seen_keys * share))
-        elif s.target_recall is None:
-            visible = keep_share(mass, min(1.0, s.density * self._factor))
-        else:
-            visible = keep_mass(mass, 1 - (1 - s.target_recall) / self._factor)
+        visible = self._keep(mass)
         tiles = Tiles(visible, query_tile, s.key_tile, query_order, indexed.key_order_BNK)
         return _Chosen(cached, tiles, mass)
+
+    def _keep(self, mass: TileMass, share: float = 1.0) -> Tensor:
+        """What a layer sees by itself, visible_BNIJ; a share of it where it is so many keys."""
+        s = self._settings
+        if s.target_recall is not None:
+            return keep_mass(mass, 1 - (1 - s.target_recall) / self._factor)
+        if s.seen_keys is None:
+            return keep_share(mass, min(1.0, s.density * self._factor))
+        if s.at_once:
+            return keep_above(mass, self._num_seen(s.seen_keys * share))
+        return keep_most(mass, self._num_seen(s.seen_keys * share * (_FIRST_SHARE if s.across_layers else 1.0)))
 
     def _choose_jointly(self, branch: int) -> None:
         """Tiles for all layers at once, by the masses that each found when it came first."""

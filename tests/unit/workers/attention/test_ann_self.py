@@ -186,6 +186,78 @@ def test_of_all_layers_the_heaviest_tiles_are_kept_and_each_row_has_some(num: in
         assert lightest >= max(float(x.masked_fill(visible, 0.0).max()) for x, visible in pairs)
 
 
+def test_a_layer_that_chooses_at_once_serves_all_steps_and_shows_a_clean_pass_less() -> None:
+    settings = replace(SETTINGS, seen_keys=6 * TILE, across_layers=True, at_once=True, clean_share=0.5)
+    policy = AnnSelfAttention(settings, QuantSearch(), None)
+    layers = [make_layer(seed) for seed in range(2)]
+    layers[1] = 0.01 * layers[1][0], *layers[1][1:]  # it looks everywhere alike
+    first = [tiles_of(policy.plan(i, Moment(5, 0, 4), *layer)) for i, layer in enumerate(layers)]
+    later = [tiles_of(policy.plan(i, Moment(5, 3, 4), *layer)) for i, layer in enumerate(layers)]
+    assert all(a is b for a, b in zip(first, later, strict=True))
+    rows = HEADS * 3
+    assert all(3 * rows <= int(tiles.visible_BNIJ.sum()) <= 12 * rows for tiles in first)
+    for i, layer in enumerate(layers):
+        clean = tiles_of(policy.plan(i, Moment(5, noise_level=0.0, is_clean_pass=True), *layer)).visible_BNIJ
+        assert bool((clean <= first[i].visible_BNIJ).all())
+        assert int(clean.sum()) <= 6 * rows
+    alone = AnnSelfAttention(settings, QuantSearch(), None)  # a clean pass that comes first chooses for itself
+    assert int(tiles_of(alone.plan(0, Moment(5, is_clean_pass=True), *layers[0])).visible_BNIJ.sum()) <= 6 * rows
+
+
+def slowly_above(mass: tile_mass.TileMass, num: int) -> Tensor:
+    """Plain twin of `keep_above`, batch by batch and tile by tile."""
+    visible = torch.zeros_like(mass.history_BNIJ, dtype=torch.bool)
+    batch, heads, rows, tiles = visible.shape
+    for b in range(batch):
+        places = [(n, i, j) for n in range(heads) for i in range(rows) for j in range(tiles)]
+        value = {(n, i, j): float(mass.history_BNIJ[b, n, i, j]) for n, i, j in places}
+        for n in range(heads):
+            for i in range(rows):
+                of_row = sorted(range(tiles), key=lambda j: -value[n, i, j])
+                for j in of_row[: min(tiles, -(-num // 16))]:
+                    value[n, i, j] += 2
+        ranked = sorted(places, key=lambda place: -value[place])
+        for rank, place in enumerate(ranked[: min(tiles, 2 * num) * heads * rows]):
+            is_due = rank < min(tiles, -(-num // 2)) * heads * rows
+            visible[(b, *place)] = is_due or value[place] > tile_mass._LEAST_MASS / num
+    return visible
+
+
+@pytest.mark.parametrize(("num", "sharpness"), [(1, 4), (5, 1), (5, 12), (12, 4), (40, 4)])
+def test_tiles_above_a_mass_are_kept_between_half_and_twice_as_many(num: int, sharpness: int) -> None:
+    g = torch.Generator().manual_seed(num)
+    history = torch.rand(2, 3, 2, 24, generator=g) ** sharpness
+    mass = tile_mass.TileMass(history / history.sum(-1, keepdim=True), torch.zeros(2, 3, 2))
+    kept = tile_mass.keep_above(mass, num)
+    assert torch.equal(kept, slowly_above(mass, num))
+    for b in range(2):
+        assert min(24, -(-num // 2)) * 6 <= int(kept[b].sum()) <= min(24, 2 * num) * 6
+
+
+def test_layers_that_would_end_at_that_mass_together_end_there_alone() -> None:
+    g = torch.Generator().manual_seed(1)
+    history = [torch.rand(1, 3, 2, 64, generator=g) ** 4 for _ in range(4)]
+    num = 16
+    ending = torch.cat([x.flatten() for x in history]).topk(4 * 6 * num + 1).values[-2:].mean()
+    scale = tile_mass._LEAST_MASS / num / float(ending)
+    masses = [tile_mass.TileMass(x * scale, torch.zeros(1, 3, 2)) for x in history]
+    for mass, together in zip(masses, tile_mass.keep_most_jointly(masses, num), strict=True):
+        assert torch.equal(tile_mass.keep_above(mass, num), together)
+
+
+@pytest.mark.parametrize("size", [1, 8, 32])
+def test_sums_of_groups_are_those_of_logsumexp(size: int) -> None:
+    logit = torch.randn(2, 3, 5, 4 * size, generator=torch.Generator().manual_seed(size)).mul(10)
+    logit[0, 0, 0] = -torch.inf  # nothing anywhere
+    logit[0, 0, 1, :size] = -torch.inf
+    expected = logit.double().unflatten(-1, (4, size)).logsumexp(-1)
+    found = tile_mass._group_lse(logit.clone(), size)
+    near = expected > logit.double().amax(-1, keepdim=True) - 80
+    torch.testing.assert_close(found.double()[near], expected[near], atol=1e-4, rtol=0)
+    assert bool((found[~near] <= expected[~near].clamp(min=-80)).all())
+    assert bool(found[0, 0, 0].isneginf().all())
+
+
 @pytest.mark.parametrize("step", [0.125, 0.3])
 def test_merged_entries_are_ordered_by_time_row_and_column(step: float) -> None:
     g = torch.Generator().manual_seed(9)
