@@ -25,7 +25,7 @@ Rotate = Callable[[KeyValues], KeyValues]
 _MAX_SHORTFALL = 1.5  # at 2 the worst head of the bundled model loses 0.04 recall more, at the same density
 _SURE_SHARE = 16
 """Where layers compete, a head has one in so many of its tiles for sure: an estimate may be wrong."""
-_LEAST_MASS = 0.16
+_LEAST_MASS = 0.15
 """Of a tile, times the number that is to be seen. Where the layers of the bundled model compete, they end at 0.14 to 0.18
 of it, whatever the camera looks at and however long the history is."""
 
