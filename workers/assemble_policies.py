@@ -145,12 +145,17 @@ def _make_baseline(config: PatternConfig, frame_tokens: int) -> AttentionPolicy:
 
 
 def _make_ann(config: AnnSelfAttentionConfig, frame_tokens: int) -> AttentionPolicy:
+    return AnnSelfAttention(ann_settings(config, frame_tokens), make_search(config.search), None)
+
+
+def ann_settings(config: AnnSelfAttentionConfig, frame_tokens: int) -> AnnSettings:
+    """Latent frames become tokens; small pictures get tiles, and a way to choose them, of their own."""
     small = frame_tokens <= _QUERIES_TOGETHER // 2
     tile = config.tile or (max(8, frame_tokens // 2) if small else min(_LARGEST_TILE, frame_tokens))
     query_tile = config.query_tile or (_QUERIES_TOGETHER // frame_tokens * frame_tokens if small else tile)
     sees_some = config.seen_latent_frames is not None and config.target_recall is None
     across_layers = config.seen_across == "model" and sees_some
-    settings = AnnSettings(
+    return AnnSettings(
         sink_tokens=config.sink_latent_frames * frame_tokens,
         recent_tokens=config.recent_latent_frames * frame_tokens,
         density=config.density,
@@ -168,7 +173,6 @@ def _make_ann(config: AnnSelfAttentionConfig, frame_tokens: int) -> AttentionPol
         num_buckets=config.num_buckets,
         every_step=config.target_recall is not None,  # each noise level gets the density that it needs
     )
-    return AnnSelfAttention(settings, make_search(config.search), None)
 
 
 def _clean_share(config: AnnSelfAttentionConfig, *, at_once: bool) -> float:

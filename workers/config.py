@@ -173,8 +173,8 @@ class AnnSelfAttentionConfig(Part):
         None,
         gt=0.0,
         le=1.0,
-        description="Of `seen_latent_frames`, what the clean pass sees; empty: a third with `seen_across: model` where a "
-        "latent frame has at most 96 tokens, else all.",
+        description="Of `seen_latent_frames`, what the clean pass sees; empty: a third with `seen_across: model` where "
+        "a latent frame has at most 96 tokens, else all.",
     )
     target_recall: float | None = Field(
         None, gt=0.0, le=1.0, description="Sets the density for each layer, head and noise level; empty keeps it."

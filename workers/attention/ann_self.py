@@ -6,8 +6,8 @@ so that a tile holds keys of one kind; in `time` order a tile is a piece of a pi
 tile sees are those with the highest estimated mass (`tile_mass.py`). On the bundled model time order has the higher
 recall at every density: after RoPE, attention goes by place and time more than by kind.
 
-Sink, newest keys and the chunk's own are dense. A selection is made once per chunk and shared by its steps: from step to
-step the mass of a key hardly changes (on the bundled model the best choice of one step keeps 0.002 less in another).
+Sink, newest keys and the chunk's own are dense. A selection is made once per chunk and shared by its steps: from step
+to step the mass of a key hardly changes (on the bundled model the best choice of one keeps 0.002 less in another).
 """
 
 from __future__ import annotations

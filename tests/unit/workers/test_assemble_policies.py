@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from workers.assemble_policies import make_policy, make_reuse
+from workers.assemble_policies import ann_settings, make_policy, make_reuse
 from workers.attention.gate import GatedAttention
 from workers.config import (
+    AnnSelfAttentionConfig,
     FlowCacheConfig,
     RadialAttentionConfig,
     RenderConfig,
@@ -71,3 +72,18 @@ def test_a_flow_budget_leaves_room_for_history() -> None:
     assert FlowCacheConfig(sink_latent_frames=2, recent_latent_frames=3, budget_latent_frames=8).importance == 0.07
     kinds = TypeAdapter(ReuseConfig).json_schema()["discriminator"]["mapping"]
     assert set(kinds) == {"none", "teacache", "flowcache"}
+
+
+@pytest.mark.parametrize(
+    ("frame_tokens", "given", "at_once", "clean_share"),
+    [(64, {}, True, 1 / 3), (64, {"clean_pass_share": 1.0}, True, 1.0), (1560, {}, False, 1.0), (64, None, False, 1.0)],
+)
+def test_small_pictures_choose_once_and_show_a_clean_pass_a_third(
+    frame_tokens: int, given: dict[str, float] | None, at_once: bool, clean_share: float
+) -> None:
+    record = {"policy": "annsa"} if given is None else {"policy": "fastar-quant", "attention": given}
+    config = RenderConfig.model_validate(record).attention
+    assert isinstance(config, AnnSelfAttentionConfig)
+    settings = ann_settings(config, frame_tokens)
+    assert (settings.at_once, settings.clean_share) == (at_once, clean_share)
+    assert settings.chooses_twice == (given is not None and not at_once)
