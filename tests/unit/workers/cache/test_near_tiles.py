@@ -50,7 +50,7 @@ class Slots:
 
 
 def test_a_store_is_searched_as_its_keys_are_and_little_of_it_is_read() -> None:
-    keys, means, num = make_pictures(80), TileMeans(), 60 * TILE
+    keys, means, num = make_pictures(80), TileMeans((1, HEADS, 80 * TILE, DIM), torch.device("cpu")), 60 * TILE
     store = Slots(keys)
     for turn in range(6):
         query = keys[:, :, 9 * TILE : 10 * TILE] + 1e-3
