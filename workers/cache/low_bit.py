@@ -16,6 +16,8 @@ from torch import Tensor
 Storage = Literal["model", "int8", "int4"]
 _INT4_CHANNELS = 32
 """Channels that share a scale in `int4`: 0.5 bits more per channel."""
+_RUN_BYTES = {"cpu": 2**19, "cuda": 2**26}
+"""Unpacked at once, where many vectors are gone through: on a CPU they stay in its cache, a GPU wants few calls."""
 
 
 class VectorStore:
@@ -46,6 +48,13 @@ class VectorStore:
         if storage == "model":
             return dim * dtype.itemsize
         return dim + 2 if storage == "int8" else dim // 2 + 2 * (dim // math.gcd(dim, _INT4_CHANNELS))
+
+    @property
+    def slots_at_once(self) -> int:
+        """How many slots of all heads to go through at a time."""
+        batch, heads = self._code.shape[:2]
+        most = _RUN_BYTES.get(self._code.device.type, _RUN_BYTES["cpu"])
+        return max(1, most // (batch * heads * self.dim * self.dtype.itemsize))
 
     @property
     def num_bytes(self) -> int:

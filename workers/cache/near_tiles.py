@@ -25,8 +25,6 @@ _NEWEST_TILES = 16
 """Of slots: the keys that were absorbed last are the likeliest partners."""
 _MEAN_DTYPE = torch.bfloat16
 """Of mean keys: they only say where to look."""
-_TILES_AT_ONCE = 8
-"""Unpacked together: they stay in a CPU's cache."""
 
 
 def nearest_in_tiles(nearest: Nearest, query_BNQD: Tensor, key_BNCD: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,6 +50,11 @@ def nearest_in_tiles(nearest: Nearest, query_BNQD: Tensor, key_BNCD: Tensor) -> 
 
 class KeyStore(Protocol):
     """Keys that lie in slots and are unpacked as far as they are looked at."""
+
+    @property
+    def slots_at_once(self) -> int:
+        """How many slots of all heads to go through at a time."""
+        ...
 
     def read_run(self, start: int, stop: int) -> Tensor:
         """Slots from `start` up to `stop`, [B, N, K, D]."""
@@ -91,8 +94,9 @@ class TileMeans:
 
     def read(self, store: KeyStore, num: int) -> Tensor:
         """Of the first `num` tiles, mean_BNJD; none of their slots is free in any head, or will be `forget` first."""
-        for first in range(self._num_known, num, _TILES_AT_ONCE):
-            stop = min(num, first + _TILES_AT_ONCE)
+        step = max(1, store.slots_at_once // TILE)
+        for first in range(self._num_known, num, step):
+            stop = min(num, first + step)
             self._mean_BNJD[:, :, first:stop] = _mean_directions(store.read_run(first * TILE, stop * TILE))
         self._num_known = max(self._num_known, num)
         return self._mean_BNJD[:, :, :num]

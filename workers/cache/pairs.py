@@ -20,9 +20,6 @@ from torch import Tensor
 
 from workers.cache.low_bit import take_slots
 
-_RUN = 512
-"""Slots unpacked at once."""
-
 
 class Merges(NamedTuple):
     """What becomes of the slots of a table, [B, N, C] of int64 both."""
@@ -38,6 +35,11 @@ class Vectors(Protocol):
 
     dtype: torch.dtype
     dim: int
+
+    @property
+    def slots_at_once(self) -> int:
+        """How many slots of all heads to go through at a time."""
+        ...
 
     def read_run(self, start: int, stop: int, out_BNKD: Tensor) -> Tensor:
         """Slots from `start` up to `stop`, [B, N, K, D]."""
@@ -92,10 +94,11 @@ def merge_loss(k_BNCD: Tensor, v_BNCD: Tensor, m_BNC: Tensor, other_BNC: Tensor)
 def loss_in_stores(keys: Vectors, values: Vectors, m_BNC: Tensor, other_BNC: Tensor) -> Tensor:
     """`merge_loss` of the first slots of stores, of which a run at a time is unpacked: it stays in a CPU's cache."""
     batch, heads, num = m_BNC.shape
-    room = torch.empty((2, batch * heads * _RUN * keys.dim), dtype=keys.dtype, device=m_BNC.device)
+    step = min(num, keys.slots_at_once)
+    room = torch.empty((2, batch * heads * step * keys.dim), dtype=keys.dtype, device=m_BNC.device)
     found = []
-    for start in range(0, num, _RUN):
-        other = other_BNC[:, :, start : start + _RUN]
+    for start in range(0, num, step):
+        other = other_BNC[:, :, start : start + step]
         own_BNRD, other_BNRD = (x[: other.numel() * keys.dim].view(*other.shape, keys.dim) for x in room)
         distances = []
         for x in (keys, values):

@@ -38,6 +38,8 @@ def test_what_was_seen_before_is_found_wherever_it_lies(first: int, num_queries:
 class Slots:
     """A store that counts what is unpacked."""
 
+    slots_at_once = 3 * TILE
+
     def __init__(self, keys: torch.Tensor) -> None:
         self.keys, self.num_read = keys, 0
 
