@@ -32,6 +32,8 @@ from tests.bench.quality_policies import ALL
 from tests.bench.quality_rows import failures, make_rows, read_pieces
 from tests.bench.record import RESULTS, report
 
+_ROW_NAME = ("part", "policy", "group", "frames")
+"""What tells a row of one result file from others, and is the same in two files that measured the same."""
 _TO_GATHER_S = 90.0
 """Kept for making the table when the minutes are short."""
 _NOTES = (
@@ -99,14 +101,16 @@ def gather(folder: Path, lab: QualityLab, measured_on: str | None) -> tuple[list
 
 
 def merge(names: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
-    """Rows of result files that were measured apart; each row keeps its device, commit and command."""
-    rows: list[dict[str, Any]] = []
+    """Rows of result files that were measured apart, the later in the place of the earlier of the same name; each row
+    keeps its device, commit and command."""
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     notes = []
     for name in names:
         record = json.loads((RESULTS / f"{name}.json").read_text())
-        rows += [row | {key: record[key] for key in ("device", "commit", "command")} for row in record["rows"]]
+        made_by = {key: record[key] for key in ("device", "commit", "command")}
+        rows |= {tuple(row.get(key) for key in _ROW_NAME): made_by | row for row in record["rows"]}
         notes.append(record["notes"])
-    return rows, " ".join(dict.fromkeys(notes))
+    return list(rows.values()), " ".join(dict.fromkeys(notes))
 
 
 def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.integration.test_render_tiles import SMALL, render
+from tests.tile_takes import SMALL, render
 from workers.assemble import LoadedModel, load_model
 from workers.assemble_tiles import TableSeat
 from workers.config import RenderConfig

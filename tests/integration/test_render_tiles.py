@@ -3,7 +3,6 @@ what is left when memory runs out."""
 
 from __future__ import annotations
 
-import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,14 @@ import torch
 from cluster.object_store import open_store
 from longtake import open_manifest
 from tests.killed_jobs import KilledJob, undisturbed
+from tests.tile_takes import SMALL, make_task, render
 from workers.actor import RenderActor
 from workers.assemble import LADDER, LoadedModel, load_model, prepare_take
 from workers.config import RenderConfig
 from workers.metrics import Stopwatch
-from workers.pipeline import TakeRecord, render_take, roll_out, utc_now
+from workers.pipeline import TakeRecord, roll_out, utc_now
 from workers.rollout import CleanChunk
-from workers.task import PromptSegment, RenderResult, RenderSetup, RenderTask
+from workers.task import RenderResult, RenderSetup
 from workers.video.decode import probe
 from workers.warm_up import warm_up
 
@@ -30,32 +30,10 @@ TINY: dict[str, Any] = {
     "video": {"width": 64, "height": 32},
     "sampling": {"num_steps": 2},
 }
-SMALL = {"budget_latent_frames": 15, "spare_latent_frames": 3}  # a history of three chunks, of which it frees one
-
-
-def make_task(num_frames: int, **fields: Any) -> RenderTask:
-    segments = (
-        PromptSegment(frame=0, prompt="a red valley, the camera pans left"),
-        PromptSegment(frame=num_frames // 2, prompt="a lake in a green valley, the camera pans down"),
-    )
-    return RenderTask(
-        item_id="a", sample_index=0, attempt="e1a1", segments=segments, seed=7, num_frames=num_frames,
-        **{"task_id": "a-0"} | fields,
-    )  # fmt: skip
 
 
 def make_model(policy: str = "fastar-tiles", **fields: Any) -> LoadedModel:
     return load_model(RenderConfig.model_validate({"policy": policy, **TINY, **fields}))
-
-
-class FreeTurn(contextlib.nullcontext[None]):
-    """A GPU that nobody else wants."""
-
-    held_s = 0.0
-
-
-def render(model: LoadedModel, root: Path, num_frames: int = 84, **task: Any) -> RenderResult:
-    return render_take(make_task(num_frames, **task), model, open_store(str(root)), FreeTurn(), lambda *_: None)
 
 
 @torch.inference_mode()

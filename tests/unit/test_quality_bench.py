@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests.bench import quality
 from tests.bench.quality_items import Item, claim, list_items, marks_of
 from tests.bench.quality_lab import held_bytes
 from tests.bench.quality_places import CHUNK_FRAMES, DISTANCES, GROUPS, place_before, sweep
@@ -83,6 +85,25 @@ def test_a_target_is_compared_with_fixed_settings_around_it() -> None:
     assert inside["recall_of_fixed_at_this_density"] == pytest.approx(0.8)
     assert inside["density_of_fixed_at_this_recall"] == pytest.approx(0.56)
     assert "recall_of_fixed_at_this_density" not in beyond
+
+
+def test_files_that_are_merged_say_where_each_row_is_from_and_the_later_measurement_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality, "RESULTS", tmp_path)
+    walk = {"part": "walk", "group": "still", "frames": 3000}
+    for name, device, rows in (
+        ("old", "one GPU", [walk | {"policy": "dense", "recall": 1.0}, walk | {"policy": "annsa", "recall": 0.8}]),
+        ("new", "another", [walk | {"policy": "annsa", "recall": 0.9}]),
+    ):
+        record = {"device": device, "commit": name, "command": name, "notes": name, "rows": rows}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    rows, notes = quality.merge(["old", "new"])
+    assert {(row["policy"], row["recall"], row["device"]) for row in rows} == {
+        ("dense", 1.0, "one GPU"),
+        ("annsa", 0.9, "another"),
+    }
+    assert notes == "old new"
 
 
 def test_a_piece_is_claimed_once(tmp_path: Path) -> None:

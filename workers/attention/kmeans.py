@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_SLICE_ELEMENTS = 2**24
-"""Distances held at once: 64 MB in float32."""
+_SLICE_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
+"""Distances held at once: 64 MB in float32, and fewer launches where a launch is dear."""
 
 
 class Clusters(NamedTuple):
@@ -61,9 +61,10 @@ def _update(x_BNKD: Tensor, centroid_BNCD: Tensor, weight_BNK: Tensor | None) ->
     total = torch.zeros_like(centroid_BNCD)
     count = centroid_BNCD.new_zeros(*centroid_BNCD.shape[:3])
     step = _slice_tokens(x_BNKD, centroid_BNCD)
+    cluster_C = torch.arange(centroid_BNCD.shape[2], device=x_BNKD.device)
     for start in range(0, x_BNKD.shape[2], step):
         part = x_BNKD[:, :, start : start + step]
-        member = F.one_hot(_nearest(part, centroid_BNCD), centroid_BNCD.shape[2]).to(part.dtype)
+        member = (_nearest(part, centroid_BNCD)[..., None] == cluster_C).to(part.dtype)
         if weight_BNK is not None:
             member = member * weight_BNK[:, :, start : start + step, None].to(part.dtype)
         total = total + member.transpose(-1, -2) @ part
@@ -78,4 +79,5 @@ def _nearest(x_BNKD: Tensor, centroid_BNCD: Tensor) -> Tensor:
 
 
 def _slice_tokens(x_BNKD: Tensor, centroid_BNCD: Tensor) -> int:
-    return max(1, _SLICE_ELEMENTS // max(1, x_BNKD.shape[0] * x_BNKD.shape[1] * centroid_BNCD.shape[2]))
+    elements = _SLICE_ELEMENTS.get(x_BNKD.device.type, _SLICE_ELEMENTS["cpu"])
+    return max(1, elements // max(1, x_BNKD.shape[0] * x_BNKD.shape[1] * centroid_BNCD.shape[2]))

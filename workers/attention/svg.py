@@ -42,6 +42,8 @@ class Mask(NamedTuple):
     visible_BNIJ: Tensor
     query_order_BNQ: Tensor
     key_order_BNK: Tensor
+    key_tile_BNK: Tensor
+    """The tile of each key, in the order in which they came."""
 
 
 class Masks(NamedTuple):
@@ -110,7 +112,8 @@ def make_masks(queries: Places, keys: Places, settings: SvgSettings) -> Masks:
     nearest = torch.argsort(distance, dim=-1, stable=True)[..., :num_seen]
     temporal = torch.zeros_like(distance, dtype=torch.bool).scatter(-1, nearest, True)
     as_they_come = torch.arange(queries.time.shape[-1], device=by_time.device)[None, None]
-    return Masks(Mask(spatial, as_they_come, by_time), Mask(temporal, query_order, by_place))
+    tile_of = [order.argsort(-1) // tile for order in (by_time, by_place)]
+    return Masks(Mask(spatial, as_they_come, by_time, tile_of[0]), Mask(temporal, query_order, by_place, tile_of[1]))
 
 
 def draw_sample(num_queries: int, num_samples: int, moment: Moment, layer_index: int) -> Tensor:
@@ -130,15 +133,11 @@ def profile_heads(
         span: The history among the cached keys.
         rows: What the sampled queries see of the history, spatial and temporal, each bool [B or 1, N or 1, M, K].
     """
-    dtype = torch.float64 if q_BMND.dtype == torch.float64 else torch.float32
-    keys = torch.cat((cached.k_BKND, own.k_BKND.to(cached.k_BKND.dtype)), 1).to(dtype)
-    values = torch.cat((cached.v_BKND, own.v_BKND.to(cached.v_BKND.dtype)), 1).to(dtype)
-    logit_BNMK = torch.einsum("bmnd,bknd->bnmk", q_BMND.to(dtype) / math.sqrt(q_BMND.shape[-1]), keys)
-    if cached.log_mass_BNK is not None:
-        logit_BNMK[..., : cached.num_tokens] += cached.log_mass_BNK[:, :, None].to(dtype)
+    logit_BNMK = torch.cat((_logits(q_BMND, cached), _logits(q_BMND, own)), -1)
 
     def attend(logit: Tensor) -> Tensor:
-        return torch.einsum("bnmk,bknd->bnmd", logit.softmax(-1), values)
+        to_cached, to_own = logit.softmax(-1).split((cached.num_tokens, own.num_tokens), -1)
+        return _weigh(to_cached, cached.v_BKND) + _weigh(to_own, own.v_BKND)
 
     exact = attend(logit_BNMK)
     errors = []
@@ -149,12 +148,26 @@ def profile_heads(
     return errors[1] < errors[0]
 
 
+def _logits(q_BMND: Tensor, keys: KeyValues) -> Tensor:
+    """At least float32, log m included; the product is of the keys as they are, because a copy of all is dearer."""
+    q_BMND = (_wide(q_BMND) / math.sqrt(q_BMND.shape[-1])).to(keys.k_BKND.dtype)
+    logit = _wide(torch.einsum("bmnd,bknd->bnmk", q_BMND, keys.k_BKND))
+    return logit if keys.log_mass_BNK is None else logit + keys.log_mass_BNK[:, :, None].to(logit.dtype)
+
+
+def _weigh(weight_BNMK: Tensor, v_BKND: Tensor) -> Tensor:
+    return _wide(torch.einsum("bnmk,bknd->bnmd", weight_BNMK.to(v_BKND.dtype), v_BKND))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def read_rows(mask: Mask, sample: Tensor, tile: int) -> Tensor:
     """What the sampled queries see, in the order in which the keys came: bool [B or 1, N or 1, M, K]."""
     query_tile = mask.query_order_BNQ[0, 0].argsort()[sample] // tile
-    key_tile = mask.key_order_BNK.argsort(-1) // tile
     rows = mask.visible_BNIJ[:, :, query_tile]
-    return rows.gather(-1, key_tile[:, :, None].expand(*rows.shape[:3], -1))
+    return rows.gather(-1, mask.key_tile_BNK[:, :, None].expand(*rows.shape[:3], -1))
 
 
 def _choose(is_temporal_BN: Tensor, masks: Masks, tile: int) -> Tiles:
@@ -164,7 +177,8 @@ def _choose(is_temporal_BN: Tensor, masks: Masks, tile: int) -> Tiles:
         where = is_temporal_BN.reshape(*is_temporal_BN.shape, *(1,) * (temporal.dim() - 2))
         return torch.where(where, temporal, spatial)
 
-    visible, query_order, key_order = (pick(t, s) for t, s in zip(masks.temporal, masks.spatial, strict=True))
+    both = zip(masks.temporal[:3], masks.spatial[:3], strict=True)
+    visible, query_order, key_order = (pick(temporal, spatial) for temporal, spatial in both)
     return Tiles(visible, tile, tile, query_order, key_order)
 
 
