@@ -25,7 +25,7 @@ from workers.task import PromptSegment, RenderTask
 
 FIELDS: dict[str, dict[str, object]] = {
     "fastar-tiles": {"cache": {"budget_latent_frames": 15, "spare_latent_frames": 3}},  # merges from chunk 6 on
-    "fastar-quant": {"cache": {"budget_latent_frames": 21}},
+    "fastar-quant": {"cache": {"budget_latent_frames": 23}},
 }
 
 

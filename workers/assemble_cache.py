@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from workers.cache.audit import AuditSample
 from workers.cache.budget import Geometry, count_groups
 from workers.cache.temporal_merge import MergeSettings, TemporalCache
 from workers.config import TemporalCacheConfig
@@ -33,10 +34,9 @@ def temporal_settings(
     sizes = backbone.num_layers, backbone.num_heads, backbone.head_dim
     geometry = Geometry(*sizes, frame_tokens, chunk * frame_tokens)
     budget = geometry.raw_bytes(config.budget_latent_frames * frame_tokens, torch.bfloat16)
-    # A chunk arrives before the oldest one leaves.
-    raw_tokens = (config.sink_latent_frames + max(config.recent_latent_frames, chunk)) * frame_tokens
+    raw_tokens = (config.sink_latent_frames + config.recent_latent_frames) * frame_tokens
     audit = AUDIT_TOKENS if is_guarded else 0
-    per_audit = backbone.num_layers * (backbone.dim * dtype.itemsize + 8 * backbone.num_heads + 12)
+    per_audit = backbone.num_layers * AuditSample.bytes_per_key(backbone.num_heads, backbone.dim, dtype)
     try:
         num_groups = count_groups(budget - audit * per_audit, raw_tokens, geometry, config.storage, dtype)
     except ValueError as error:

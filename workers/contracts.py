@@ -163,7 +163,7 @@ class KVCache(Protocol):
 
     @property
     def num_bytes(self) -> int:
-        """Keys and values in use, all layers."""
+        """Of all layers: what keys and values take, or all that is reserved, in a cache that reserves its budget."""
         ...
 
     def state(self) -> Mapping[str, Tensor]:

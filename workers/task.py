@@ -128,7 +128,7 @@ class RenderResult(Record):
     model_revision: str = Field(description="SHA-256 over the weight files.")
     backend: str = Field(description="Kernel that ran, with its version.")
     kv_policy: str
-    kv_bytes: int = Field(description="Size of the KV cache after the last chunk.")
+    kv_bytes: int = Field(description="What the KV cache takes after the last chunk, or all that it reserves.")
     kv_compression_ratio: float | None = None
     attn_density_mean: float | None = None
     attn_recall_probe: float | None = None

@@ -271,18 +271,21 @@ class Runner:
             model.config.guard, model.backbone, parts.cache, parts.policy, model.kernel, parts.reindex
         )
         self.seconds, self.latents = list[float](), list[Tensor]()
+        self.cpu_seconds = list[float]()
+        """Of all threads of this process: what others do on the machine counts less."""
         self.kv_bytes, self.density = list[float](), list[float]()
         self.held_bytes = list[int]()
-        """What the cache's tensors take of memory between two chunks, free slots and unpacked keys included."""
+        """What the cache's tensors take of memory, free slots and what it hands out to readers included."""
         self._cache = parts.cache
         rollout = Rollout(model.dit, attention, Stopwatch(lab.device), parts.reuse, self.guard, parts.attend_prompt)
         self._chunks = rollout.run(lab.plan(walks, model))
 
     def step(self) -> None:
         """One chunk."""
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         chunk = next(self._chunks)
         self.seconds.append(time.perf_counter() - started)
+        self.cpu_seconds.append(time.process_time() - cpu_started)
         self.latents.append(chunk.latents_BTCHW.half().cpu())
         self.kv_bytes.append(chunk.kv_bytes / len(chunk.latents_BTCHW))
         self.density.append(chunk.density)

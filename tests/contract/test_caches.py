@@ -99,15 +99,15 @@ class TestEveryCache:
                 assert torch.equal(values[0, where, head], kept.v_BKND[0, :, head])
                 assert torch.equal(times[where], positions_of_head(kept, head))
 
-    def test_counts_tokens_and_bytes_in_use(self, make: Callable[[], KVCache]) -> None:
+    def test_counts_tokens_and_bytes(self, make: Callable[[], KVCache]) -> None:
         cache = make()
         fill(cache, range(4))
         kept = cache.read(0)
         assert kept is not None
         assert cache.num_tokens == kept.num_tokens == len(positions_of_head(kept, 0))
-        # A merged key carries its record: time, cell, m and partner, 16 bytes in each of two heads.
-        records = 0 if kept.log_mass_BNK is None else LAYERS * 2 * 16 * (kept.num_tokens - 6 * TOKENS - 1)
-        assert cache.num_bytes == LAYERS * 2 * kept.num_tokens * 2 * 8 * 4 + records
+        in_use = LAYERS * 2 * kept.num_tokens * 2 * 8 * 4
+        # A cache that merges reserves its table at once: tests/unit/workers/cache/test_reserved.py.
+        assert cache.num_bytes == in_use if kept.log_mass_BNK is None else cache.num_bytes > in_use
 
     def test_restored_state_goes_on_like_the_unbroken_one(self, make: Callable[[], KVCache]) -> None:
         unbroken, resumed = make(), make()

@@ -198,7 +198,7 @@ def test_annca_keeps_exactly_the_tokens_with_a_query_in_their_bucket_padding_and
 ) -> None:
     q, keys = draw_prompt(seed, num_tokens, folded=folded)
     back_end = make_search(search)  # type: ignore[arg-type]
-    kept = AnnPromptAttention(back_end, 8).keep(q.transpose(1, 2), keys.k_BPND.transpose(1, 2), keys.log_mass_BP)
+    kept = AnnPromptAttention(back_end, 8).keep(0, q, keys)
     k_BNPD = keys.k_BPND.transpose(1, 2)
     q_code, k_code = (back_end.buckets(x, 8, k_BNPD) for x in (q.transpose(1, 2), k_BNPD))
     shared = (k_code[..., None] == q_code[:, :, None]).any(-1)

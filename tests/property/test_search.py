@@ -10,7 +10,8 @@ from torch import Tensor
 
 import workers.search.protocol as protocol
 from workers.search.exact import ExactSearch
-from workers.search.protocol import Search
+from workers.search.protocol import Search, bucketer
+from workers.search.quant import multiply, quantise, round_to_codes
 from workers.search.select import make_search
 
 NAMES = ("exact", "lsh", "quant", "faiss-lsh", "faiss-flat", "faiss-sq8")
@@ -69,6 +70,14 @@ class TestEverySearch:
         assert torch.equal(both[..., :30], SEARCHES[name].buckets(x, 8, x))
         assert len(both.unique()) > 4
 
+    @given(sizes, st.integers(0, 10_000))
+    def test_buckets_that_are_prepared_are_the_same(self, name: str, size: tuple[int, ...], seed: int) -> None:
+        batch, heads, queries, keys, head_dim = size
+        query, key = draw(seed, batch, heads, queries, head_dim), draw(seed + 1, batch, heads, keys, head_dim)
+        bucket_of = bucketer(SEARCHES[name], 8, key)
+        for x in (query, key):
+            assert torch.equal(bucket_of(x), SEARCHES[name].buckets(x, 8, key))
+
     def test_near_neighbours_are_found(self, name: str) -> None:
         query, key = draw_clusters(3, 1000, 64)
         truth, found = ExactSearch().top1(query, key), SEARCHES[name].top1(query, key)
@@ -96,3 +105,14 @@ def test_exact_search_is_exact(num_queries: int, num_keys: int, seed: int) -> No
     all_cosines = torch.nn.functional.cosine_similarity(query[:, :, :, None], key[:, :, None], dim=-1)
     torch.testing.assert_close(cosine, all_cosines.amax(-1), atol=1e-12, rtol=0)
     assert torch.equal(index, all_cosines.argmax(-1))
+
+
+@given(sizes, st.integers(0, 10_000))
+def test_what_codes_stand_for_needs_no_integers_between(size: tuple[int, ...], seed: int) -> None:
+    batch, heads, queries, keys, head_dim = size
+    query, key = draw(seed, batch, heads, queries, head_dim), draw(seed + 1, batch, heads, keys, head_dim)
+    query[0, 0, 0] = 0
+    codes = quantise(query)
+    assert torch.equal(round_to_codes(query), codes.decode())
+    assert int(codes.code_BNXD.abs().max()) <= 127
+    assert torch.equal(SEARCHES["quant"].similarity(query, key), multiply(codes, quantise(key)))

@@ -86,6 +86,11 @@ class AuditSample:
         stop = num_sink + num_slots
         return AuditKeys(self._k, self._position, owner, members, self._num_seen, num_sink, stop)
 
+    @staticmethod
+    def bytes_per_key(num_heads: int, dim: int, dtype: torch.dtype) -> int:
+        """Of one key in all heads: itself, position, draw and slots."""
+        return dim * dtype.itemsize + 3 * 4 + 8 + 8 * num_heads
+
     @property
     def num_bytes(self) -> int:
         """Of the sample."""

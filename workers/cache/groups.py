@@ -16,15 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workers.cache.low_bit import Storage, VectorStore
+from workers.cache.entry_records import EntryRecords
+from workers.cache.low_bit import Storage, VectorStore, take_slots
 from workers.cache.near_tiles import Nearest, TileMeans, nearest_in_store
-from workers.cache.pairs import choose_merges
+from workers.cache.pairs import choose_merges, loss_in_stores, toward_partners
 from workers.cache.slot_sums import sum_by_slot
 
-CELL_UNITS = 8
-"""Rows and columns are stored in eighths of a token."""
-SLOT_BYTES = 4 + 4 + 4 + 4
-"""Of a slot besides key and value: time, cell, m, partner."""
+SLOT_BYTES = 4 + 4
+"""Of a slot besides key, value and record: m and partner."""
 _FREE_SHARE = 8
 """A full table gives back one slot in so many, so that it is not compacted for every chunk."""
 
@@ -38,38 +37,44 @@ class Tokens:
     position_BNQ3: Tensor
 
 
+@dataclass(frozen=True)
+class TableForm:
+    """What a table is made for; all of its memory is reserved at once."""
+
+    shape_BNCD: tuple[int, int, int, int]
+    """Batch, heads, slots, channels."""
+    storage: Storage
+    """Of keys and values."""
+    num_before: int
+    """Entries that a reader sees before the groups."""
+    num_behind: int
+    """And the most behind them, at least 1."""
+
+
 class KeyGroups:
     """The table of one layer.
 
     Args:
-        shape_BNCD: Batch, heads, slots, channels.
-        storage, dtype: Of keys and values.
+        form: Sizes.
+        dtype: Of keys and values.
         device: Where the table lies.
         nearest: Who is near whom.
     """
 
-    def __init__(
-        self,
-        shape_BNCD: tuple[int, int, int, int],
-        storage: Storage,
-        dtype: torch.dtype,
-        device: torch.device,
-        nearest: Nearest,
-    ) -> None:
-        batch, heads, self.num_slots, dim = shape_BNCD
+    def __init__(self, form: TableForm, dtype: torch.dtype, device: torch.device, nearest: Nearest) -> None:
+        batch, heads, self.num_slots, dim = form.shape_BNCD
         # The last slot takes writes that are meant for nobody.
         slots = (batch, heads, self.num_slots + 1)
-        self.keys, self.values = (VectorStore((*slots, dim), storage, dtype, device) for _ in range(2))
-        self.time_BNC = torch.zeros(slots, dtype=torch.int32, device=device)
-        self.cell_BNC2 = torch.zeros((*slots, 2), dtype=torch.int16, device=device)
+        self.keys, self.values = (VectorStore((*slots, dim), form.storage, dtype, device) for _ in range(2))
+        self._wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.records = EntryRecords(form.shape_BNCD[:3], form.num_before, form.num_behind, self._wide, device)
         self.m_BNC = torch.zeros(slots, dtype=torch.int32, device=device)
         self.partner_BNC = torch.full(slots, -1, dtype=torch.int32, device=device)
         """The group that this one nearly joined, always an older slot; -1 for none."""
         self.count_BN = torch.zeros(slots[:2], dtype=torch.int64, device=device)
         self.num_used = 0
         """Slots up to the fullest head's last one."""
-        self._nearest, self._means = nearest, TileMeans()
-        self._wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self._nearest, self._means = nearest, TileMeans(form.shape_BNCD, device)
 
     def absorb(self, new: Tokens, min_cosine_BN1: Tensor) -> tuple[Tensor, Tensor | None]:
         """Let each key join its nearest group, or open one of its own.
@@ -81,6 +86,7 @@ class KeyGroups:
             The slot of each key [B, N, Q], and, when the table was compacted, where
             each old slot has gone [B, N, C].
         """
+        self.records.begin_change(self.num_used)
         index, cosine = self._match(new)
         joins = cosine >= min_cosine_BN1
         moved = self._make_room((~joins).sum(-1))
@@ -97,32 +103,28 @@ class KeyGroups:
         self.keys.read(self.num_used, k_BNCD)
         self.values.read(self.num_used, v_BNCD)
 
-    def read_records(self) -> tuple[Tensor, Tensor]:
-        """position_BNC3 (float32) and log m of the slots in use; -inf where a head has none."""
-        stop = self.num_used
-        cell = self.cell_BNC2[:, :, :stop].float() / CELL_UNITS
-        position = torch.cat((self.time_BNC[:, :, :stop, None].float(), cell), dim=-1)
-        return position, self.m_BNC[:, :, :stop].to(self._wide).log()
-
     def count_members(self, slot_BNA: Tensor) -> Tensor:
         """How many keys the groups in these slots hold."""
         return self.m_BNC.gather(2, slot_BNA)
 
     @property
     def num_bytes(self) -> int:
-        """Of the slots in use, up to the fullest head's last one."""
-        slots = self.m_BNC[:, :, : self.num_used].numel()
-        return slots * (self.keys.vector_bytes + self.values.vector_bytes + SLOT_BYTES)
+        """Reserved: what the table takes of memory, however many slots are in use."""
+        own = self.m_BNC.nbytes + self.partner_BNC.nbytes + self.count_BN.nbytes
+        return own + self.keys.num_bytes + self.values.num_bytes + self.records.num_bytes + self._means.num_bytes
 
     def state(self) -> Mapping[str, Tensor]:
         """Every tensor that decides what comes."""
         own = {name: getattr(self, name) for name in _STATE}
+        own |= {"position_BNC3": self.records.position_BNC3, "log_mass_BNC": self.records.log_mass_BNC}
         return own | {f"{n}.{k}": t for n, s in (("k", self.keys), ("v", self.values)) for k, t in s.state().items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Become the table that `state` came from."""
+        """Become the table that `state` came from (copied)."""
         for name in _STATE:
-            setattr(self, name, state[name].clone())
+            getattr(self, name).copy_(state[name])
+        self.records.position_BNC3.copy_(state["position_BNC3"])
+        self.records.log_mass_BNC.copy_(state["log_mass_BNC"])
         for name, store in (("k", self.keys), ("v", self.values)):
             store.restore({part: state[f"{name}.{part}"] for part in ("code", "scale")})
         self._means.forget()
@@ -159,7 +161,7 @@ class KeyGroups:
         self.values.write(slot, new.v_BNQD)
         self._means.forget(int(self.count_BN.min()))
         self._place(slot, new.position_BNQ3, torch.ones_like(slot, dtype=torch.int32))
-        self.count_BN = self.count_BN + opens_BNQ.sum(-1)
+        self.count_BN += opens_BNQ.sum(-1)
         self.num_used = int(self.count_BN.max())
         return slot
 
@@ -175,9 +177,7 @@ class KeyGroups:
         self.partner_BNC.scatter_(2, own, partner.to(torch.int32))
 
     def _place(self, slot_BNR: Tensor, position_BNR3: Tensor, m_BNR: Tensor) -> None:
-        time, cell = position_BNR3[..., 0].to(torch.int32), position_BNR3[..., 1:] * CELL_UNITS
-        self.time_BNC.scatter_(2, slot_BNR, time)
-        self.cell_BNC2.scatter_(2, _widen(slot_BNR, self.cell_BNC2), cell.round().to(torch.int16))
+        self.records.write(slot_BNR, position_BNR3, m_BNR)
         self.m_BNC.scatter_(2, slot_BNR, m_BNR)
         self.m_BNC[..., -1] = 0
 
@@ -193,21 +193,28 @@ class KeyGroups:
     def _compact(self, num_BN: Tensor) -> Tensor:
         """Let `num_BN` groups of each head join their partners, those with the least loss; where each slot has gone."""
         stop = self.num_used
-        partner, m = self.partner_BNC[:, :, :stop].long(), self.m_BNC[:, :, :stop]
-        root, keeper = choose_merges(self.keys.read(stop), self.values.read(stop), m, partner, num_BN)
-        survives = (root == torch.arange(stop, device=root.device)) & (m > 0)
-        target = torch.where(m > 0, (survives.cumsum(-1) - 1).gather(2, root), self.num_slots)
+        m, own = self.m_BNC[:, :, :stop], torch.arange(stop, device=num_BN.device)
+        toward = toward_partners(m, self.partner_BNC[:, :, :stop])
+        root, keeper = choose_merges(loss_in_stores(self.keys, self.values, m, toward), toward, m, num_BN)
+        survives = (root == own) & (m > 0)
+        rank = survives.cumsum(-1) - 1
+        target = torch.where(m > 0, rank.gather(2, root), self.num_slots)
         self._merge_values(root, int(num_BN.max()))
         # The slots that are left, side by side: each with its group's value and the key that stands for it.
-        place = torch.where(survives, target, self.num_slots)
-        self.values.move(torch.arange(stop, device=root.device).expand_as(root), place)
-        self.keys.move(keeper, place)
-        self.time_BNC, self.cell_BNC2 = (_moved(x, keeper, place) for x in (self.time_BNC, self.cell_BNC2))
-        partner = torch.where(partner >= 0, target.gather(2, root.gather(2, partner.clamp(min=0))), -1)
-        self.partner_BNC.fill_(-1).scatter_(2, place, partner.to(torch.int32))
-        self.m_BNC = torch.zeros_like(self.m_BNC).scatter_add_(2, target, m)
-        self.m_BNC[..., -1] = 0
-        self.count_BN = survives.sum(-1)
+        source = own.new_full((*m.shape[:2], stop + 1), -1)
+        source = source.scatter_(2, torch.where(survives, rank, stop), own.expand_as(root))[..., :stop]
+        is_any, held = source >= 0, source.clamp(min=0)
+        stands = torch.where(is_any, keeper.gather(2, held), -1)
+        partner = self.partner_BNC.gather(2, held).long()
+        partner = torch.where(is_any & (partner >= 0), target.gather(2, root.gather(2, partner.clamp(min=0))), -1)
+        self.partner_BNC.fill_(-1)[:, :, :stop] = partner.to(torch.int32)
+        self.values.rearrange(source)
+        self.keys.rearrange(stands)
+        m_all = torch.zeros_like(self.m_BNC).scatter_add_(2, target, m)
+        m_all[..., -1] = 0
+        self.m_BNC.copy_(m_all)
+        self.records.rearrange(stands, m_all)
+        self.count_BN.copy_(survives.sum(-1))
         self.num_used = int(self.count_BN.max())
         self._means.forget()
         return target
@@ -215,16 +222,31 @@ class KeyGroups:
     def _merge_values(self, root_BNC: Tensor, most: int) -> None:
         """Groups that others join (at most so many) get the mean value of all, in the slot of the root."""
         own = torch.arange(root_BNC.shape[2], device=root_BNC.device)
-        joining = (root_BNC != own).int().argsort(dim=-1, descending=True, stable=True)[..., :most]
+        joining = _first_true(root_BNC != own, most)  # slot 0, the oldest, joins nobody
         target = root_BNC.gather(2, joining)
         m = self.m_BNC.gather(2, joining) * (target != joining)
         m_root = self.m_BNC.gather(2, target)
         part = self.values.gather(joining).to(self._wide) * m[..., None]
         # A root that several join stands here once for each of them, every time with the sum over all.
-        joined = sum_by_slot(part, target, len(own)).gather(2, _widen(target, part))
-        m_all = torch.zeros_like(self.m_BNC).scatter_add_(2, target, m).gather(2, target) + m_root
+        place = _first_place(target, len(own))
+        joined = take_slots(sum_by_slot(part, place, target.shape[2]), place)
+        m_all = torch.zeros_like(m).scatter_add_(2, place, m).gather(2, place) + m_root
         mean = _mean(self.values.gather(target), m_root, joined, m_all)
         self.values.write(torch.where(target != joining, target, self.num_slots), mean)
+
+
+def _first_true(is_it_BNC: Tensor, num: int) -> Tensor:
+    """Where the first ones are, in order; too few are followed by slot 0."""
+    place = torch.where(is_it_BNC, is_it_BNC.cumsum(-1) - 1, num).clamp(max=num)
+    own = torch.arange(is_it_BNC.shape[2], device=place.device).expand_as(place)
+    return own.new_zeros((*place.shape[:2], num + 1)).scatter_(2, place, own)[..., :num]
+
+
+def _first_place(target_BNR: Tensor, num_slots: int) -> Tensor:
+    """For each entry, the first one with the same target: so sums need no room for all slots."""
+    own = torch.arange(target_BNR.shape[2], device=target_BNR.device).expand_as(target_BNR)
+    first = own.new_full((*target_BNR.shape[:2], num_slots), target_BNR.shape[2])
+    return first.scatter_reduce_(2, target_BNR, own, "amin").gather(2, target_BNR)
 
 
 def _mean(v_BNRD: Tensor, m_BNR: Tensor, sum_BNRD: Tensor, m_all_BNR: Tensor) -> Tensor:
@@ -232,14 +254,4 @@ def _mean(v_BNRD: Tensor, m_BNR: Tensor, sum_BNRD: Tensor, m_all_BNR: Tensor) ->
     return (v_BNRD.to(sum_BNRD.dtype) * m_BNR[..., None] + sum_BNRD) / m_all_BNR.clamp(min=1)[..., None]
 
 
-def _moved(x: Tensor, source_BNC: Tensor, place_BNC: Tensor) -> Tensor:
-    """What lies in some slots, in others; the rest is zero."""
-    content = x.gather(2, _widen(source_BNC, x))
-    return torch.zeros_like(x).scatter_(2, _widen(place_BNC, x), content)
-
-
-def _widen(index_BNR: Tensor, like: Tensor) -> Tensor:
-    return index_BNR if like.dim() == 3 else index_BNR[..., None].expand(*index_BNR.shape, like.shape[-1])
-
-
-_STATE = ("time_BNC", "cell_BNC2", "m_BNC", "partner_BNC", "count_BN")
+_STATE = ("m_BNC", "partner_BNC", "count_BN")

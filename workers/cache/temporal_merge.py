@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from workers.cache.audit import AuditSample, OwnerRecord
-from workers.cache.groups import KeyGroups, Tokens
+from workers.cache.groups import KeyGroups, TableForm, Tokens
 from workers.cache.low_bit import Storage
 from workers.cache.near_tiles import Nearest
+from workers.cache.uncompressed import Uncompressed
 from workers.contracts import AuditKeys, KeyValues
 from workers.packed_keys import PackedKeys
 
@@ -28,7 +29,7 @@ class MergeSettings:
 
     sink_tokens: int
     recent_tokens: int
-    """Newest keys kept as they are; whole chunks leave, so up to a chunk less one token more is held meanwhile."""
+    """Newest keys kept as they are."""
     num_groups: int
     """Groups per head and layer: the hard limit; at least a chunk's tokens and one latent frame's."""
     min_cosine: float
@@ -42,8 +43,8 @@ class MergeSettings:
 
 @dataclass
 class _Layer:
-    sink: KeyValues | None = None
-    recent: KeyValues | None = None
+    ends: Uncompressed | None = None
+    """Sink and newest keys."""
     groups: KeyGroups | None = None
     audit: AuditSample | None = None
     owners: OwnerRecord | None = None
@@ -53,19 +54,16 @@ class _Layer:
 class _Pack:
     """The entries of one layer as they are stored: sink, groups, recent."""
 
-    def __init__(self, sink: KeyValues | None, groups: KeyGroups, recent: KeyValues | None) -> None:
-        self._sink, self._groups, self._recent = sink, groups, recent
-        num_sink = 0 if sink is None else sink.num_tokens
-        self.packed = range(num_sink, num_sink + groups.num_used)
+    def __init__(self, ends: Uncompressed, groups: KeyGroups) -> None:
+        self._ends, self._groups = ends, groups
+        self.packed = range(ends.num_sink, ends.num_sink + groups.num_used)
         self.head_dim = groups.keys.dim
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         first, last = self.packed.start, self.packed.stop
-        if self._sink is not None and stop <= first:
-            part = self._sink.narrow(start, stop)
-            return part.k_BKND, part.v_BKND
-        if self._recent is not None and start >= last:
-            part = self._recent.narrow(start - last, stop - last)
+        if stop <= first or start >= last:
+            skipped = 0 if stop <= first else len(self.packed)
+            part = self._ends.view().narrow(start - skipped, stop - skipped)
             return part.k_BKND, part.v_BKND
         k, v = self._read_all()
         return k[:, start:stop], v[:, start:stop]
@@ -77,18 +75,15 @@ class _Pack:
         return self._groups.values.take(index_RL, row_R, out_RLD)
 
     def _read_all(self) -> tuple[Tensor, Tensor]:
-        raw = [part for part in (self._sink, self._recent) if part is not None]
-        some = raw[0].k_BKND
-        batch, _, heads, dim = some.shape
-        num_tokens = self._groups.num_used + sum(part.num_tokens for part in raw)
-        shape = (batch, heads, num_tokens, dim)
-        k, v = some.new_empty(shape), some.new_empty(shape)  # heads outside, as kernels want them
-        run = slice(self.packed.start, self.packed.stop)
-        self._groups.read_into(k[:, :, run], v[:, :, run])
-        for part, start in ((self._sink, 0), (self._recent, self.packed.stop)):
-            if part is not None:
-                run = slice(start, start + part.num_tokens)
-                k[:, :, run], v[:, :, run] = part.k_BKND.transpose(1, 2), part.v_BKND.transpose(1, 2)
+        raw = self._ends.view()
+        batch, num_raw, heads, dim = raw.k_BKND.shape
+        shape = (batch, heads, num_raw + len(self.packed), dim)
+        k, v = raw.k_BKND.new_empty(shape), raw.k_BKND.new_empty(shape)  # heads outside, as kernels want them
+        first, last = self.packed.start, self.packed.stop
+        self._groups.read_into(k[:, :, first:last], v[:, :, first:last])
+        for x, own in ((k, raw.k_BKND), (v, raw.v_BKND)):
+            x[:, :, :first] = own[:, :first].transpose(1, 2)
+            x[:, :, last:] = own[:, first:].transpose(1, 2)
         return k.transpose(1, 2), v.transpose(1, 2)
 
 
@@ -113,28 +108,18 @@ class TemporalCache:
         assert chunk.log_mass_BNK is None
         assert chunk.position_K3.dim() == 2
         layer = self._layers[layer_index]
-        chunk = self._own(chunk)
-        held = 0 if layer.sink is None else layer.sink.num_tokens
-        to_sink = min(chunk.num_tokens, self._settings.sink_tokens - held)
-        if to_sink > 0:
-            layer.sink = _join(layer.sink, chunk.narrow(0, to_sink))
-            chunk = chunk.narrow(to_sink, chunk.num_tokens)
-        if chunk.num_tokens == 0:
-            layer.view = None
-            return
-        recent = _join(layer.recent, chunk)
-        leaving = max(0, recent.num_tokens - self._settings.recent_tokens)
-        if leaving:
-            self._absorb(layer, recent.narrow(0, leaving))
-            recent = self._own(recent.narrow(leaving, recent.num_tokens))  # lets go of the longer memory
-        layer.recent, layer.view = recent, None
+        if layer.ends is None:
+            layer.ends = self._new_ends(chunk)
+        old, layer.view = layer.ends.append(chunk), None
+        if old is not None:
+            self._absorb(layer, old)
 
     def read(self, layer_index: int) -> KeyValues | None:
         layer = self._layers[layer_index]
-        if layer.view is None and layer.sink is None and layer.recent is None:
+        if layer.ends is None:
             return None
         if layer.view is None:
-            layer.view = self._assemble(layer)
+            layer.view = layer.ends.view() if layer.groups is None else _read_all(layer.ends, layer.groups)
         return layer.view
 
     def tighten(self, factor: float) -> None:
@@ -143,37 +128,34 @@ class TemporalCache:
 
     def audit(self, layer_index: int) -> AuditKeys | None:
         layer = self._layers[layer_index]
-        if layer.audit is None or layer.groups is None:
+        if layer.audit is None or layer.groups is None or layer.ends is None:
             return None
-        num_sink = 0 if layer.sink is None else layer.sink.num_tokens
-        return layer.audit.read(layer.groups.count_members, num_sink, layer.groups.num_used)
+        return layer.audit.read(layer.groups.count_members, layer.ends.num_sink, layer.groups.num_used)
 
     def owners(self, layer_index: int) -> Tensor | None:
         layer = self._layers[layer_index]
-        some = layer.sink or layer.recent
-        if layer.owners is None or some is None:
+        if layer.owners is None or layer.ends is None:
             return None
-        num_sink, num_recent = (0 if part is None else part.num_tokens for part in (layer.sink, layer.recent))
-        num_groups = 0 if layer.groups is None else layer.groups.num_used
-        return layer.owners.owners(num_sink, num_groups, num_recent, some)
+        ends, num_groups = layer.ends, 0 if layer.groups is None else layer.groups.num_used
+        return layer.owners.owners(ends.num_sink, num_groups, ends.num_recent, ends.view())
 
     @property
     def num_tokens(self) -> int:
         layer = self._layers[0]
-        raw = sum(part.num_tokens for part in (layer.sink, layer.recent) if part is not None)
+        raw = 0 if layer.ends is None else layer.ends.num_tokens
         return raw + (0 if layer.groups is None else layer.groups.num_used)
 
     @property
     def num_bytes(self) -> int:
-        return sum(self._layer_bytes(layer) for layer in self._layers)
+        """Reserved, all layers: constant from the first absorbed chunk on, and at most the budget."""
+        parts = (part for layer in self._layers for part in (layer.ends, layer.groups, layer.audit))
+        return sum(part.num_bytes for part in parts if part is not None)
 
     def state(self) -> Mapping[str, Tensor]:
         state = {"min_cosine": torch.tensor(self._min_cosine, dtype=torch.float64)}
         for index, layer in enumerate(self._layers):
-            for name, part in (("sink", layer.sink), ("recent", layer.recent)):
-                if part is not None:
-                    values = {"k": part.k_BKND, "v": part.v_BKND, "position": part.position_K3}
-                    state |= {f"{index}.{name}.{key}": tensor for key, tensor in values.items()}
+            if layer.ends is not None:
+                state |= {f"{index}.ends.{key}": tensor for key, tensor in layer.ends.state().items()}
             if layer.groups is not None:
                 state |= {f"{index}.groups.{key}": tensor for key, tensor in layer.groups.state().items()}
                 if layer.audit is not None:
@@ -184,15 +166,15 @@ class TemporalCache:
         self._min_cosine = float(state["min_cosine"])
         for index in range(len(self._layers)):
             layer = self._layers[index] = self._new_layer(index)
-            layer.sink, layer.recent = (_read_part(state, f"{index}.{name}") for name in ("sink", "recent"))
-            prefix = f"{index}.groups."
-            table = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-            if table:
-                assert layer.recent is not None
-                layer.groups = self._new_groups(layer.recent)
+            ends, table, sample = (_under(f"{index}.{name}.", state) for name in ("ends", "groups", "audit"))
+            if ends:
+                kept = KeyValues(ends["k"], ends["v"], ends["position"])
+                layer.ends = self._new_ends(kept)
+                layer.ends.append(kept)
+            if layer.ends is not None and table:
+                layer.groups = self._new_groups(layer.ends)
                 layer.groups.restore(table)
-            prefix = f"{index}.audit."
-            sample = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+                _show_ends(layer.ends, layer.groups)
             if sample and layer.audit is not None:
                 layer.audit.restore(sample)
 
@@ -201,47 +183,38 @@ class TemporalCache:
         audit = AuditSample(s.audit_tokens, index) if s.audit_tokens else None
         return _Layer(audit=audit, owners=OwnerRecord() if s.track_owners else None)
 
-    def _own(self, part: KeyValues) -> KeyValues:
-        dtype = self._dtype or part.k_BKND.dtype
-        k, v = (x.to(dtype, copy=True, memory_format=torch.contiguous_format) for x in (part.k_BKND, part.v_BKND))
-        return KeyValues(k, v, part.position_K3.clone())
+    def _new_ends(self, like: KeyValues) -> Uncompressed:
+        s = self._settings
+        return Uncompressed(like, s.sink_tokens, s.recent_tokens, self._dtype or like.k_BKND.dtype)
 
-    def _new_groups(self, like: KeyValues) -> KeyGroups:
-        batch, _, heads, dim = like.k_BKND.shape
-        shape = (batch, heads, self._settings.num_groups, dim)
-        s, k = self._settings, like.k_BKND
-        return KeyGroups(shape, s.storage, k.dtype, k.device, self._nearest)
+    def _new_groups(self, ends: Uncompressed) -> KeyGroups:
+        s, k = self._settings, ends.view().k_BKND
+        batch, _, heads, dim = k.shape
+        form = TableForm((batch, heads, s.num_groups, dim), s.storage, s.sink_tokens, s.recent_tokens)
+        return KeyGroups(form, k.dtype, k.device, self._nearest)
 
     def _absorb(self, layer: _Layer, old: KeyValues) -> None:
+        assert layer.ends is not None
         if layer.groups is None:
-            layer.groups = self._new_groups(old)
+            layer.groups = self._new_groups(layer.ends)
         threshold = torch.tensor(self._min_cosine, device=old.k_BKND.device).expand(1, old.k_BKND.shape[2], 1)
         slot, moved = layer.groups.absorb(_as_tokens(old), threshold)
+        _show_ends(layer.ends, layer.groups)
         if layer.audit is not None:
             layer.audit.follow(old, slot, moved)
         if layer.owners is not None:
             layer.owners.follow(slot, moved)
 
-    def _assemble(self, layer: _Layer) -> KeyValues:
-        """One view in the order sink, groups, recent; the groups are unpacked as far as somebody looks at them."""
-        raw = [part for part in (layer.sink, layer.recent) if part is not None]
-        if layer.groups is None:
-            return raw[0] if len(raw) == 1 else _join(*raw)
-        position, mass = layer.groups.read_records()
-        batch, heads, _ = mass.shape
-        positions, masses = [position], [mass]
-        for part in raw:
-            at = part.position_K3[None, None].expand(batch, heads, -1, 3)
-            side = 0 if part is layer.sink else len(positions)
-            positions.insert(side, at)
-            masses.insert(side, mass.new_zeros(()).expand(at.shape[:3]))
-        pack = _Pack(layer.sink, layer.groups, layer.recent)
-        return PackedKeys(pack, torch.cat(positions, 2).transpose(1, 2), torch.cat(masses, 2))
 
-    def _layer_bytes(self, layer: _Layer) -> int:
-        raw = sum(part.num_bytes for part in (layer.sink, layer.recent) if part is not None)
-        audit = 0 if layer.audit is None else layer.audit.num_bytes
-        return raw + audit + (0 if layer.groups is None else layer.groups.num_bytes)
+def _show_ends(ends: Uncompressed, groups: KeyGroups) -> None:
+    """Let readers of the table see where sink and newest keys are."""
+    position = ends.view().position_K3
+    groups.records.show(groups.num_used, position[: ends.num_sink], position[ends.num_sink :])
+
+
+def _read_all(ends: Uncompressed, groups: KeyGroups) -> KeyValues:
+    """One view in the order sink, groups, recent; the groups are unpacked as far as somebody looks at them."""
+    return PackedKeys(_Pack(ends, groups), *groups.records.read(ends.num_tokens + groups.num_used))
 
 
 def _as_tokens(frame: KeyValues) -> Tokens:
@@ -249,14 +222,6 @@ def _as_tokens(frame: KeyValues) -> Tokens:
     return Tokens(k, v, frame.position_K3[None, None].expand(*k.shape[:3], 3))
 
 
-def _join(a: KeyValues | None, b: KeyValues) -> KeyValues:
-    if a is None:
-        return b
-    pairs = ((a.k_BKND, b.k_BKND, 1), (a.v_BKND, b.v_BKND, 1), (a.position_K3, b.position_K3, 0))
-    return KeyValues(*(torch.cat((x, y), dim=dim) for x, y, dim in pairs))
-
-
-def _read_part(state: Mapping[str, Tensor], prefix: str) -> KeyValues | None:
-    if f"{prefix}.k" not in state:
-        return None
-    return KeyValues(*(state[f"{prefix}.{name}"].clone() for name in ("k", "v", "position")))
+def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Part of a state."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -6,7 +6,7 @@ attends like any other and then gives its keys to the cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import torch
@@ -91,7 +91,7 @@ class RolloutAttention:
         self._rotated: dict[int, tuple[KeyValues, KeyValues]] = {}
         self._joined: dict[int, _Joined] = {}
         self._counted: dict[int, tuple[Tiles, Tensor]] = {}
-        self._tables: dict[tuple[int, int], tuple[Tensor, Rotation]] = {}
+        self._tables: dict[Hashable, tuple[Tensor, Rotation]] = {}
         self._num_layers = backbone.num_layers
         self._num_calls = 0
         self._keys_seen = torch.zeros(())
@@ -237,11 +237,14 @@ class RolloutAttention:
 
     def _table(self, position: Tensor) -> Rotation:
         """Rotation of cached keys; layers that share their positions share it."""
-        key = position.data_ptr(), position.numel()
+        key: Hashable = position.data_ptr(), position.numel()
+        if position.dim() != 2:
+            one_K3 = _of_all_heads(position)
+            if one_K3 is None:  # every layer has its own: not worth keeping
+                return make_rotation(self._reindexed(position), self._head_dim, self._theta)
+            position, key = one_K3, one_K3.numpy().tobytes()  # written down in each layer, the same in all
         if key not in self._tables:
             table = make_rotation(self._reindexed(position), self._head_dim, self._theta)
-            if position.dim() != 2:  # every layer has its own: not worth keeping
-                return table
             # The positions are kept beside their table, so that their address cannot be given to others meanwhile.
             self._tables[key] = position, table
         return self._tables[key][1]
@@ -252,6 +255,13 @@ class RolloutAttention:
         at = position.clone()
         at[..., 0] = self._reindex(position[..., 0], self._now)
         return at
+
+
+def _of_all_heads(position_BKN3: Tensor) -> Tensor | None:
+    """[K, 3] where all heads keep the same tokens, as in uncompressed runs of a cache that merges; on a CPU alone."""
+    one_K3 = position_BKN3[0, :, 0]
+    is_same = position_BKN3.is_cpu and torch.equal(position_BKN3, one_K3[:, None].expand_as(position_BKN3))
+    return one_K3 if is_same else None
 
 
 def _runs_to_join(whole: list[PlanPart], cached: KeyValues, own: KeyValues) -> tuple[tuple[int, int], ...]:

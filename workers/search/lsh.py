@@ -7,6 +7,7 @@ better than independent directions do. Source: Charikar 2002 (sign bits), Ji et 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -46,13 +47,17 @@ class LshSearch:
         return rescore(query_BNQD, key_BNKD, index)
 
     def buckets(self, x_BNXD: Tensor, num_buckets: int, like_BNKD: Tensor) -> Tensor:
+        return self.bucketer(num_buckets, like_BNKD)(x_BNXD)
+
+    def bucketer(self, num_buckets: int, like_BNKD: Tensor) -> Callable[[Tensor], Tensor]:
         num_bits = num_buckets.bit_length() - 1
         if num_buckets != 2**num_bits:
             raise ValueError(f"num_buckets: {num_buckets} is not a power of two, which sign bits need")
         # What all have in common says nothing and would fill a few buckets with everything.
-        centred = x_BNXD.float() - like_BNKD.float().mean(2, keepdim=True)
-        bits = centred @ projection(x_BNXD.shape[-1], num_bits).to(x_BNXD.device) > 0
-        return (bits.long() << torch.arange(num_bits, device=x_BNXD.device)).sum(-1)
+        centre = like_BNKD.float().mean(2, keepdim=True)
+        directions = projection(like_BNKD.shape[-1], num_bits).to(like_BNKD.device)
+        place = torch.arange(num_bits, device=like_BNKD.device)
+        return lambda x_BNXD: (((x_BNXD.float() - centre) @ directions > 0).long() << place).sum(-1)
 
     def similarity(self, query_BNQD: Tensor, key_BNKD: Tensor) -> Tensor:
         agreement = multiply_codes(self._signs(query_BNQD), self._signs(key_BNKD))

@@ -7,12 +7,13 @@ exact in bfloat16, so this is the integer product (not yet run on a GPU). On a C
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from workers.search.protocol import Nearest, best_keys, landmark_buckets, rescore, unit
+from workers.search.protocol import Nearest, best_keys, landmark_buckets, landmarks, rescore, unit
 
 _NUM_CANDIDATES = 4  # near neighbours may differ by less than a code can tell
 
@@ -54,15 +55,37 @@ class QuantSearch:
     def buckets(self, x_BNXD: Tensor, num_buckets: int, like_BNKD: Tensor) -> Tensor:
         return landmark_buckets(self, x_BNXD, num_buckets, like_BNKD)
 
+    def bucketer(self, num_buckets: int, like_BNKD: Tensor) -> Callable[[Tensor], Tensor]:
+        marks = landmarks(num_buckets, like_BNKD)
+        if marks.is_cuda:
+            codes = quantise(marks)
+            return lambda x_BNXD: multiply(quantise(x_BNXD), codes).argmax(-1)
+        marks_BNDM = round_to_codes(marks).mT
+        return lambda x_BNXD: (round_to_codes(x_BNXD) @ marks_BNDM).argmax(-1)
+
     def similarity(self, query_BNQD: Tensor, key_BNKD: Tensor) -> Tensor:
-        return multiply(quantise(query_BNQD), quantise(key_BNKD))
+        if query_BNQD.is_cuda:
+            return multiply(quantise(query_BNQD), quantise(key_BNKD))
+        return round_to_codes(query_BNQD) @ round_to_codes(key_BNKD).mT
 
 
 def quantise(x_BNXD: Tensor) -> Codes:
     """Codes in [-127, 127]; the greatest component of each vector gets 127."""
     x = x_BNXD.float()
-    scale = (x.abs().amax(-1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = _scale(x)
     return Codes((x / scale[..., None]).round_().to(torch.int8), scale)
+
+
+def round_to_codes(x_BNXD: Tensor) -> Tensor:
+    """What the codes stand for, float32: `quantise` and `decode` without the integers between."""
+    x = x_BNXD.float()
+    scale = _scale(x)[..., None]
+    return (x / scale).round_().mul_(scale)
+
+
+def _scale(x_BNXD: Tensor) -> Tensor:
+    largest = torch.maximum(x_BNXD.amax(-1), -x_BNXD.amin(-1))  # both at once take several times as long on a CPU
+    return (largest / 127).clamp_(min=torch.finfo(torch.float32).tiny)
 
 
 def multiply(a: Codes, b: Codes) -> Tensor:

@@ -38,6 +38,8 @@ def test_what_was_seen_before_is_found_wherever_it_lies(first: int, num_queries:
 class Slots:
     """A store that counts what is unpacked."""
 
+    slots_at_once = 3 * TILE
+
     def __init__(self, keys: torch.Tensor) -> None:
         self.keys, self.num_read = keys, 0
 
@@ -50,7 +52,7 @@ class Slots:
 
 
 def test_a_store_is_searched_as_its_keys_are_and_little_of_it_is_read() -> None:
-    keys, means, num = make_pictures(80), TileMeans(), 60 * TILE
+    keys, means, num = make_pictures(80), TileMeans((1, HEADS, 80 * TILE, DIM), torch.device("cpu")), 60 * TILE
     store = Slots(keys)
     for turn in range(6):
         query = keys[:, :, 9 * TILE : 10 * TILE] + 1e-3

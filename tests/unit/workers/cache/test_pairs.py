@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.cache.pairs import choose_merges, every_other, merge_loss
+from workers.cache.low_bit import Storage, VectorStore
+from workers.cache.pairs import choose_merges, every_other, loss_in_stores, merge_loss, toward_partners
 
 HEADS, SLOTS, DIM = 3, 30, 4
 
@@ -33,7 +34,8 @@ def depth_of(slot: int, partner: list[int]) -> int:
 def test_the_links_with_the_least_loss_merge(seed: int, roots: int, num: int) -> None:
     k, m, partner = make_forest(seed, roots)
     v = torch.zeros_like(k)
-    root, keeper = choose_merges(k, v, m, partner, torch.full((1, HEADS), num))
+    toward = toward_partners(m, partner)
+    root, keeper = choose_merges(merge_loss(k, v, m, toward), toward, m, torch.full((1, HEADS), num))
     for head in range(HEADS):
         own_partner, members = partner[0, head].tolist(), m[0, head].tolist()
         linked = [slot for slot in range(SLOTS) if own_partner[slot] >= 0]
@@ -71,9 +73,9 @@ def test_no_two_links_of_a_chain_follow_one_another(length: int) -> None:
 def test_equal_keys_merge_first_all_of_a_chain() -> None:
     k = torch.tensor([1.0, 1.0, 1.0, 2.0, 2.1])[None, None, :, None]
     partner = torch.tensor([-1, 0, 1, 2, 3])[None, None]
-    root, _ = choose_merges(
-        k, torch.zeros_like(k), torch.ones(1, 1, 5, dtype=torch.int32), partner, torch.tensor([[2]])
-    )
+    m = torch.ones(1, 1, 5, dtype=torch.int32)
+    toward = toward_partners(m, partner)
+    root, _ = choose_merges(merge_loss(k, torch.zeros_like(k), m, toward), toward, m, torch.tensor([[2]]))
     assert root.flatten().tolist() == [0, 0, 0, 3, 4]
 
 
@@ -86,3 +88,34 @@ def test_the_loss_is_what_a_merge_adds_to_the_squared_distances() -> None:
     spread = (every - every.mean(0)).square().sum()
     found = merge_loss(k, v, m, torch.tensor([[[1, 0]]]))
     torch.testing.assert_close(found[0, 0, 0], spread, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("storage", ["model", "int8", "int4"])
+@pytest.mark.parametrize("num", [3, 512, 1200])
+def test_what_is_unpacked_run_by_run_loses_what_the_whole_would(storage: Storage, num: int) -> None:
+    generator = torch.Generator().manual_seed(num)
+    keys, values = (VectorStore((2, HEADS, num + 1, 32), storage, torch.float32, torch.device("cpu")) for _ in range(2))
+    slot = torch.arange(num).expand(2, HEADS, num)
+    for store in (keys, values):
+        store.write(slot, torch.randn(2, HEADS, num, 32, generator=generator))
+    keys.write(slot[..., 1:2], keys.gather(slot[..., :1]))  # equal keys lose nothing
+    m = torch.randint(0, 5, (2, HEADS, num), generator=generator, dtype=torch.int32)
+    other = torch.randint(0, num, (2, HEADS, num), generator=generator)
+    other[..., 1] = 0
+    found = loss_in_stores(keys, values, m, other)
+    want = merge_loss(*(store.read(num).contiguous() for store in (keys, values)), m, other)
+    torch.testing.assert_close(found, want, rtol=1e-6, atol=0)
+    assert bool((found[..., 1] == 0).all())
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), storage=st.sampled_from(["model", "int8", "int4"]))
+def test_rearranged_slots_hold_what_lay_in_their_sources_bit_for_bit(seed: int, storage: Storage) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    store = VectorStore((2, HEADS, 9, 8), storage, torch.float32, torch.device("cpu"))
+    store.write(torch.arange(9).expand(2, HEADS, 9), torch.randn(2, HEADS, 9, 8, generator=generator))
+    before, source = store.read(9).clone(), torch.randint(-1, 9, (2, HEADS, 6), generator=generator)
+    store.rearrange(source)
+    want = before.gather(2, source.clamp(min=0)[..., None].expand(-1, -1, -1, 8)) * (source >= 0)[..., None]
+    assert torch.equal(store.read(9)[:, :, :6], want)
+    assert not bool(store.read(9)[:, :, 6:].any())
