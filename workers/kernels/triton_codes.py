@@ -2,7 +2,7 @@
 
 Codes are whole numbers up to 127, which every dtype of a product holds exactly: a tile is converted and no more. The
 scale of a key multiplies its logits after the product, that of a value the weights before theirs. Equality with the
-reference was tested with Triton's interpreter in float32; it has not run on a GPU yet.
+reference was tested with Triton's interpreter in float32; the same tests pass on an H200. How fast it is there has not been measured.
 """
 
 from __future__ import annotations
