@@ -2,7 +2,8 @@
 
 Codes are whole numbers up to 127, which every dtype of a product holds exactly: a tile is converted and no more. The
 scale of a key multiplies its logits after the product, that of a value the weights before theirs. Equality with the
-reference was tested with Triton's interpreter in float32; the same tests pass on an H200. How fast it is there has not been measured.
+reference was tested with Triton's interpreter in float32, and the same tests pass on an H200; how fast it is there has
+not been measured.
 """
 
 from __future__ import annotations
