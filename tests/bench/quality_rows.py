@@ -19,6 +19,9 @@ from tests.bench.quality_places import CHUNK_FRAMES
 from tests.bench.quality_policies import ADAPTIVE, ALL, FAMILIES
 from workers.quality.reference import psnr_db, ssim
 
+_SAID = 60
+"""Letters of a failure: which memory ran out, not how much each process had of it."""
+
 Row = dict[str, Any]
 Values = dict[str, list[float]]
 """By world, in the order of the worlds."""
@@ -218,5 +221,7 @@ def _named(name: str, values: list[float], half: str | None = None) -> Row:
 
 
 def failures(folder: Path) -> list[str]:
-    """Pieces that failed, with the last line of what they said."""
-    return [f"{path.stem}: {path.read_text().strip().splitlines()[-1]}" for path in sorted(folder.glob("*.error"))]
+    """Pieces that failed, with the beginning of the last line of what they said."""
+    return [
+        f"{path.stem}: {path.read_text().strip().splitlines()[-1][:_SAID]}" for path in sorted(folder.glob("*.error"))
+    ]

@@ -14,12 +14,12 @@ Made by `python -m tests.bench.table` from `tests/bench/results/*.json`; every t
 
 
 def by_part(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Rows of each part of a bench, without what is said once for all."""
+    """Rows of each part of a bench, without what is said once for all; the commit stays where rows are of several."""
     parts: dict[str, list[dict[str, Any]]] = {}
+    is_of_several = len({row["commit"] for row in rows if row.get("commit")}) > 1
+    apart = ("command", "device") if is_of_several else ("command", "commit", "device")
     for row in rows:
-        shown = {
-            name: value for name, value in row.items() if name not in ("command", "commit", "device") or value is None
-        }
+        shown = {name: value for name, value in row.items() if name not in apart or value is None}
         parts.setdefault(row.get("part", ""), []).append(shown)
     return list(parts.values())
 
