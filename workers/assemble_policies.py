@@ -155,14 +155,15 @@ def ann_settings(config: AnnSelfAttentionConfig, frame_tokens: int) -> AnnSettin
     query_tile = config.query_tile or (_QUERIES_TOGETHER // frame_tokens * frame_tokens if small else tile)
     sees_some = config.seen_latent_frames is not None and config.target_recall is None
     across_layers = config.seen_across == "model" and sees_some
+    at_once = across_layers and small
     return AnnSettings(
         sink_tokens=config.sink_latent_frames * frame_tokens,
         recent_tokens=config.recent_latent_frames * frame_tokens,
         density=config.density,
         seen_keys=None if config.seen_latent_frames is None else config.seen_latent_frames * frame_tokens,
         across_layers=across_layers,
-        at_once=across_layers and small,
-        clean_share=_clean_share(config, at_once=across_layers and small),
+        at_once=at_once,
+        clean_share=(config.clean_pass_share or (_CLEAN_SHARE if at_once else 1.0)) if sees_some else 1.0,
         target_recall=config.target_recall,
         query_tile=query_tile,
         key_tile=tile,
@@ -173,12 +174,6 @@ def ann_settings(config: AnnSelfAttentionConfig, frame_tokens: int) -> AnnSettin
         num_buckets=config.num_buckets,
         every_step=config.target_recall is not None,  # each noise level gets the density that it needs
     )
-
-
-def _clean_share(config: AnnSelfAttentionConfig, *, at_once: bool) -> float:
-    if config.seen_latent_frames is None or config.target_recall is not None:
-        return 1.0
-    return config.clean_pass_share or (_CLEAN_SHARE if at_once else 1.0)
 
 
 def _check_layers(config: AnnSelfAttentionConfig, num_layers: int) -> tuple[int, ...] | None:

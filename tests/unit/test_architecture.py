@@ -80,6 +80,7 @@ WORKERS_RANK = {
     "denoise": 4,
     "metrics": 4,
     "packed_keys": 4,
+    "rows": 5,
     "contracts": 5,
     "config": 6,
     "config_part": 6,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from workers.attention.history import DenseRegion, Places, count_columns, cut_tiles, find_places, plan_history
 from workers.contracts import AttentionPlan, KeyValues, Moment, Tiles
+from workers.rows import wide
 
 
 @dataclass(frozen=True)
@@ -150,17 +151,13 @@ def profile_heads(
 
 def _logits(q_BMND: Tensor, keys: KeyValues) -> Tensor:
     """At least float32, log m included; the product is of the keys as they are, because a copy of all is dearer."""
-    q_BMND = (_wide(q_BMND) / math.sqrt(q_BMND.shape[-1])).to(keys.k_BKND.dtype)
-    logit = _wide(torch.einsum("bmnd,bknd->bnmk", q_BMND, keys.k_BKND))
+    q_BMND = (wide(q_BMND) / math.sqrt(q_BMND.shape[-1])).to(keys.k_BKND.dtype)
+    logit = wide(torch.einsum("bmnd,bknd->bnmk", q_BMND, keys.k_BKND))
     return logit if keys.log_mass_BNK is None else logit + keys.log_mass_BNK[:, :, None].to(logit.dtype)
 
 
 def _weigh(weight_BNMK: Tensor, v_BKND: Tensor) -> Tensor:
-    return _wide(torch.einsum("bnmk,bknd->bnmd", weight_BNMK.to(v_BKND.dtype), v_BKND))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return wide(torch.einsum("bnmk,bknd->bnmd", weight_BNMK.to(v_BKND.dtype), v_BKND))
 
 
 def read_rows(mask: Mask, sample: Tensor, tile: int) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor
 from workers.attention.history import DenseRegion, cut_tiles, plan_history
 from workers.attention.kmeans import Clusters, cluster, first_centroids, sum_by_cluster
 from workers.contracts import AttentionPlan, KeyValues, Moment, Tiles
+from workers.rows import wide
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Svg2Attention:
         held = self._query_centroids.get(key)
         if held is None:
             num = -(-q_BQND.shape[1] // settings.queries_per_cluster)
-            clusters = cluster(q_BQND, first_centroids(_wide(q_BQND), num, layer_index), settings.first_iterations)
+            clusters = cluster(q_BQND, first_centroids(wide(q_BQND), num, layer_index), settings.first_iterations)
         else:
             clusters = cluster(q_BQND, held, settings.later_iterations)
         self._query_centroids[key] = clusters.centroid_BNCD
@@ -141,7 +142,7 @@ def _cluster_history(
 ) -> _KeyClusters:
     history = cached.narrow(*span)
     num = min(settings.max_key_clusters, -(-history.num_tokens // settings.keys_per_cluster))
-    start = first_centroids(_wide(history.k_BKND), num, layer_index)
+    start = first_centroids(wide(history.k_BKND), num, layer_index)
     mass = history.log_mass_BNK
     weight = None if mass is None else mass.isfinite().to(start.dtype)
     clusters = cluster(history.k_BKND, start, settings.first_iterations, weight)
@@ -169,8 +170,3 @@ def _is_in_tile(label_BNK: Tensor, order_BNK: Tensor, num_clusters: int, tile: i
     label = cut_tiles(label_BNK.gather(-1, order_BNK).float(), tile, -1.0).long()
     held = torch.zeros(*label.shape[:3], num_clusters + 1, device=label.device)
     return held.scatter(-1, label.remainder(num_clusters + 1), 1.0)[..., :num_clusters]
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Clusters are found in float32, or in float64 where that is what is given."""
-    return x if x.dtype == torch.float64 else x.float()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workers.cache.low_bit import put_slots, take_slots
+from workers.rows import put_slots, take_slots
 
 CELL_UNITS = 8
 """Rows and columns are stored in eighths of a token."""

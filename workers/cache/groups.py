@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from workers.cache.entry_records import EntryRecords
-from workers.cache.low_bit import Storage, VectorStore, take_slots
+from workers.cache.low_bit import Storage, VectorStore
 from workers.cache.near_tiles import Nearest, TileMeans, nearest_in_store
 from workers.cache.pairs import choose_merges, loss_in_stores, toward_partners
 from workers.cache.slot_sums import sum_by_slot
+from workers.rows import take_slots
 
 SLOT_BYTES = 4 + 4
 """Of a slot besides key, value and record: m and partner."""

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from workers.rows import put_slots, take_slots
+
 Storage = Literal["model", "int8", "int4"]
 _INT4_CHANNELS = 32
 """Channels that share a scale in `int4`: 0.5 bits more per channel."""
@@ -146,29 +148,3 @@ class VectorStore:
         high.copy_(code >> 4)
         out.sub_(8).unflatten(-1, (-1, self._group)).mul_(scale.to(self.dtype)[..., None])
         return out
-
-
-def take_slots(x_BNCW: Tensor, slot_BNR: Tensor) -> Tensor:
-    """What lies in these slots, [B, N, R, W]: whole rows are several times faster than numbers one by one.
-
-    Args:
-        x_BNCW: Contiguous.
-        slot_BNR: int64.
-    """
-    width = x_BNCW.shape[-1]
-    if width == 0:
-        return x_BNCW.new_zeros((*slot_BNR.shape, 0))
-    return x_BNCW.view(-1, width).index_select(0, _lines(slot_BNR, x_BNCW)).view(*slot_BNR.shape, width)
-
-
-def put_slots(x_BNCW: Tensor, slot_BNR: Tensor, new_BNRW: Tensor) -> None:
-    """Replace these slots; where one is named twice, either row may win."""
-    if x_BNCW.shape[-1]:
-        x_BNCW.view(-1, x_BNCW.shape[-1]).index_copy_(0, _lines(slot_BNR, x_BNCW), new_BNRW.flatten(0, 2))
-
-
-def _lines(slot_BNR: Tensor, x_BNCW: Tensor) -> Tensor:
-    """Rows of all batches and heads under one another: which of them these slots are."""
-    batch, heads, num_slots = x_BNCW.shape[:3]
-    first = torch.arange(batch * heads, device=slot_BNR.device).view(batch, heads, 1) * num_slots
-    return (slot_BNR + first).flatten()

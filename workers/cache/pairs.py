@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from workers.cache.low_bit import take_slots
+from workers.rows import take_slots, wide
 
 
 class Merges(NamedTuple):
@@ -88,7 +88,7 @@ def choose_merges(loss_BNC: Tensor, toward_BNC: Tensor, m_BNC: Tensor, num_BN: T
 def merge_loss(k_BNCD: Tensor, v_BNCD: Tensor, m_BNC: Tensor, other_BNC: Tensor) -> Tensor:
     """What merging each group with another one adds to the squared distances within groups, at least float32."""
     of_keys, of_values = (_squared_distance(x, take_slots(x, other_BNC)) for x in (k_BNCD, v_BNCD))
-    return _loss(of_keys / _logits(k_BNCD.shape[-1]), of_values, _wide(v_BNCD).square().sum(-1), m_BNC, other_BNC)
+    return _loss(of_keys / _logits(k_BNCD.shape[-1]), of_values, wide(v_BNCD).square().sum(-1), m_BNC, other_BNC)
 
 
 def loss_in_stores(keys: Vectors, values: Vectors, m_BNC: Tensor, other_BNC: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def loss_in_stores(keys: Vectors, values: Vectors, m_BNC: Tensor, other_BNC: Ten
         for x in (keys, values):
             x.read_run(start, start + other.shape[2], own_BNRD)
             distances.append(_squared_distance(own_BNRD, x.gather(other, other_BNRD)))
-        found.append((*distances, _wide(own_BNRD).square().sum(-1)))
+        found.append((*distances, wide(own_BNRD).square().sum(-1)))
     of_keys, of_values, lengths = (torch.cat(parts, -1) for parts in zip(*found, strict=True))
     return _loss(of_keys / _logits(keys.dim), of_values, lengths, m_BNC, other_BNC)
 
@@ -121,16 +121,12 @@ def _loss(of_keys: Tensor, of_values: Tensor, lengths: Tensor, m_BNC: Tensor, ot
 
 def _squared_distance(x_BNRD: Tensor, other_BNRD: Tensor) -> Tensor:
     """The other ones may be written over."""
-    return _wide(other_BNRD).sub_(_wide(x_BNRD)).square_().sum(-1)
+    return wide(other_BNRD).sub_(wide(x_BNRD)).square_().sum(-1)
 
 
 def _logits(dim: int) -> float:
     """Squared distance of keys of so many channels that counts as one logit of a query like them."""
     return 2 * math.sqrt(dim)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _follow(root_BNC: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers.rows import take_slots, wide
+
 MAX_SCORES = 2**24
 """Scores held at once while all keys are looked through: 64 MiB in float32."""
 
@@ -138,20 +140,16 @@ def _winner(score: Tensor) -> tuple[Tensor, Tensor]:
 def rescore(query_BNQD: Tensor, key_BNKD: Tensor, index_BNQC: Tensor) -> Nearest:
     """The candidate with the highest true cosine."""
     query, cosines = unit(query_BNQD), []
-    # Whole rows by one index are several times faster than numbers one by one.
-    rows = key_BNKD.reshape(-1, key_BNKD.shape[-1])
-    batch, heads, num_keys, _ = key_BNKD.shape
-    first_BN1 = torch.arange(batch * heads, device=rows.device).view(batch, heads, 1) * num_keys
+    key_BNKD = key_BNKD.contiguous()
     for column in index_BNQC.unbind(-1):
-        chosen = rows.index_select(0, (column + first_BN1).flatten()).view(*column.shape, -1)
-        cosines.append((query * unit(chosen)).sum(-1))
+        cosines.append((query * unit(take_slots(key_BNKD, column))).sum(-1))
     cosine_BNQ, at = torch.stack(cosines, -1).max(-1)
     return Nearest(index_BNQC.gather(-1, at[..., None])[..., 0], cosine_BNQ)
 
 
 def unit(x: Tensor) -> Tensor:
     """Vectors of length 1 (0 stays 0), float32 or wider."""
-    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+    return F.normalize(wide(x), dim=-1)
 
 
 def landmark_buckets(search: Search, x_BNXD: Tensor, num_buckets: int, like_BNKD: Tensor) -> Tensor:

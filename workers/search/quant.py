@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from workers.search.protocol import Nearest, best_keys, landmark_buckets, landmarks, rescore, unit
+from workers.search.protocol import Nearest, best_keys, landmarks, rescore, unit
 
 _NUM_CANDIDATES = 4  # near neighbours may differ by less than a code can tell
 
@@ -53,20 +53,23 @@ class QuantSearch:
         return rescore(query_BNQD, key_BNKD, index)
 
     def buckets(self, x_BNXD: Tensor, num_buckets: int, like_BNKD: Tensor) -> Tensor:
-        return landmark_buckets(self, x_BNXD, num_buckets, like_BNKD)
+        return self.bucketer(num_buckets, like_BNKD)(x_BNXD)
 
     def bucketer(self, num_buckets: int, like_BNKD: Tensor) -> Callable[[Tensor], Tensor]:
-        marks = landmarks(num_buckets, like_BNKD)
-        if marks.is_cuda:
-            codes = quantise(marks)
-            return lambda x_BNXD: multiply(quantise(x_BNXD), codes).argmax(-1)
-        marks_BNDM = round_to_codes(marks).mT
-        return lambda x_BNXD: (round_to_codes(x_BNXD) @ marks_BNDM).argmax(-1)
+        similarity = _similarity_to(landmarks(num_buckets, like_BNKD))
+        return lambda x_BNXD: similarity(x_BNXD).argmax(-1)
 
     def similarity(self, query_BNQD: Tensor, key_BNKD: Tensor) -> Tensor:
-        if query_BNQD.is_cuda:
-            return multiply(quantise(query_BNQD), quantise(key_BNKD))
-        return round_to_codes(query_BNQD) @ round_to_codes(key_BNKD).mT
+        return _similarity_to(key_BNKD)(query_BNQD)
+
+
+def _similarity_to(key_BNKD: Tensor) -> Callable[[Tensor], Tensor]:
+    """Inner products of codes with these keys, which are coded once: query_BNQD -> BNQK."""
+    if key_BNKD.is_cuda:
+        codes = quantise(key_BNKD)
+        return lambda query_BNQD: multiply(quantise(query_BNQD), codes)
+    key_BNDK = round_to_codes(key_BNKD).mT
+    return lambda query_BNQD: round_to_codes(query_BNQD) @ key_BNDK
 
 
 def quantise(x_BNXD: Tensor) -> Codes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 
 from cluster.errors import StoreUnavailable
 from cluster.object_store import open_store
+from tests.tile_takes import FreeTurn
 from workers.assemble import LADDER, LoadedModel, in_full_precision, load_model, prepare_take
 from workers.config import BackboneConfig, RenderConfig, VideoConfig, WindowCacheConfig
 from workers.errors import BadPrompt, DeviceBroken, GpuOutOfMemory, RenderError, UploadFailed
@@ -103,12 +103,6 @@ def test_the_last_rung_never_widens_a_window() -> None:
     assert prepare_take(model, len(LADDER)).cache_name == "window-1+5"
     assert prepare_take(model, 0).decode_latent_frames is None
     assert prepare_take(model, 1).decode_latent_frames == 1
-
-
-class FreeTurn(contextlib.nullcontext[None]):
-    """A GPU that nobody else wants."""
-
-    held_s = 0.0
 
 
 def test_an_attempt_in_full_precision_computes_in_float32_and_says_so(tmp_path: Path) -> None:
