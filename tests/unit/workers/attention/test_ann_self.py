@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -206,7 +207,7 @@ def test_a_layer_that_chooses_at_once_serves_all_steps_and_shows_a_clean_pass_le
     assert int(tiles_of(alone.plan(0, Moment(5, is_clean_pass=True), *layers[0])).visible_BNIJ.sum()) <= 6 * rows
 
 
-def slowly_above(mass: tile_mass.TileMass, num: int) -> Tensor:
+def slowly_above(mass: tile_mass.TileMass, num: int, seen_before: list[Tensor] | None = None) -> Tensor:
     """Plain twin of `keep_above`, batch by batch and tile by tile."""
     visible = torch.zeros_like(mass.history_BNIJ, dtype=torch.bool)
     batch, heads, rows, tiles = visible.shape
@@ -218,24 +219,47 @@ def slowly_above(mass: tile_mass.TileMass, num: int) -> Tensor:
             num_sure = min(tiles, math.ceil(num / tile_mass._SURE_SHARE))
             sure |= {(n, i, j) for j in of_row[:num_sure]}
             others += [(n, i, j) for j in of_row[num_sure:]]
-        heavy = [place for place in others if value[place] > tile_mass._LEAST_MASS / num]
-        room = min(tiles, 2 * num) * heads * rows - len(sure)
-        for place in (*sure, *sorted(heavy, key=lambda place: -float(value[place]))[:room]):
+        others = sorted(others, key=lambda place: -float(value[place]))[
+            : min(tiles, 2 * num) * heads * rows - len(sure)
+        ]
+        least = tile_mass._LEAST_MASS / num
+        if seen_before is not None:
+            alone = (len(sure) + sum(float(value[place]) > least for place in others)) / (heads * rows)
+            mean = statistics.mean([alone, *(float(seen_B[b]) for seen_B in seen_before)])
+            least *= (mean / (tile_mass._USUAL * num)) ** tile_mass._FIRMNESS
+        for place in (*sure, *(place for place in others if value[place] > least)):
             visible[(b, *place)] = True
     return visible
 
 
+@pytest.mark.parametrize("seen_before", [None, [], [0.8, 1.3], [1.9]])
 @pytest.mark.parametrize(("num", "sharpness"), [(1, 4), (5, 1), (5, 12), (12, 4), (40, 4)])
 def test_tiles_above_a_mass_are_kept_beside_those_that_are_sure_and_at_most_twice_as_many(
-    num: int, sharpness: int
+    num: int, sharpness: int, seen_before: list[float] | None
 ) -> None:
     g = torch.Generator().manual_seed(num)
     history = torch.rand(2, 3, 2, 24, generator=g) ** sharpness
     mass = tile_mass.TileMass(history / history.sum(-1, keepdim=True), torch.zeros(2, 3, 2))
-    kept = tile_mass.keep_above(mass, num)
-    assert torch.equal(kept, slowly_above(mass, num))
+    seen = None if seen_before is None else [torch.tensor([x * num, num]) for x in seen_before]
+    kept = tile_mass.keep_above(mass, num, seen)
+    assert torch.equal(kept, slowly_above(mass, num, seen))
     assert int(kept.sum(-1).min()) >= min(24, math.ceil(num / tile_mass._SURE_SHARE))
     assert int(kept.flatten(1).sum(-1).max()) <= min(24, 2 * num) * 6
+
+
+@pytest.mark.parametrize("sharpness", [2, 12])
+def test_layers_make_up_for_what_those_before_them_saw_too_much_or_too_little(sharpness: int) -> None:
+    g, num = torch.Generator().manual_seed(sharpness), 12
+    history = [torch.rand(1, 4, 2, 96, generator=g) ** sharpness for _ in range(8)]
+    masses = [tile_mass.TileMass(x / x.sum(-1, keepdim=True), torch.zeros(1, 4, 2)) for x in history]
+    alone, seen = list[Tensor](), list[Tensor]()
+    for mass in masses:
+        for found, before in ((alone, None), (seen, seen)):
+            found.append(tile_mass.keep_above(mass, num, before).sum(-1, dtype=torch.float32).mean((1, 2)))
+    usual = tile_mass._USUAL * num
+    off, off_alone = (float(torch.stack(found).mean()) - usual for found in (seen, alone))
+    assert abs(off) < 0.5 * abs(off_alone)
+    assert off * off_alone > 0
 
 
 def test_a_head_whose_tiles_are_light_keeps_its_share_beside_one_whose_tiles_are_heavy() -> None:
