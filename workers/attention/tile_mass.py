@@ -30,7 +30,7 @@ are heavy: with one in 16 for sure, three such worlds lost 0.3 dB that they do n
 _LEAST_MASS = 0.16
 """Of a tile, times the number that is to be seen. On the bundled model a tenth more is seen with it than that number,
 in the next chunk and in views of the past."""
-_USUAL = 1.1
+_USUAL = 1.14
 """Times the number that is to be seen: what is usually seen so."""
 _FIRMNESS = 4
 """Power of what layers see, as a share of the usual number, by which the next one ends at another mass. Without it
