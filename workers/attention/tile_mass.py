@@ -26,7 +26,7 @@ _MAX_SHORTFALL = 1.5  # at 2 the worst head of the bundled model loses 0.04 reca
 _SURE_SHARE = 2
 """Of what is to be seen each head and query tile has one in so many for sure, the rest is competed for. With a slow
 camera a place lies in many tiles, each of them light, and the heads that look for it would lose them to heads whose few
-are heavy: with one in 16 for sure, three such worlds lost 0.3 dB that they do not lose now."""
+are heavy: with one in 16 for sure, three such worlds lost 0.2 to 0.3 dB that they do not lose now."""
 _LEAST_MASS = 0.16
 """Of a tile, times the number that is to be seen. On the bundled model a tenth more is seen with it than that number,
 in the next chunk and in views of the past."""
@@ -34,8 +34,8 @@ _USUAL = 1.14
 """Times the number that is to be seen: what is usually seen so."""
 _FIRMNESS = 4
 """Power of what layers see, as a share of the usual number, by which the next one ends at another mass. Without it
-chunks of the bundled model see 69 to 82 latent frames, with it 74 to 80; with 6 layers see more alike, and recall falls
-where all see the same."""
+chunks of the bundled model see 63 (of 99, at frame 440) to 82 latent frames (from frame 1000 on), with it 73 to 82.
+With 6 layers see more alike, and recall falls where all see the same."""
 
 Shared = dict[tuple[int, ...], tuple[Tensor, Tensor]]
 """Positions by address -> themselves (kept, so that the address is not given to others) and those of a sample: layers
