@@ -11,7 +11,7 @@ together, as if their heads were those of one layer. One video at a time.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
@@ -108,8 +108,8 @@ class TileTable:
             self._reset(layer, index)
         self._kernels = load_kernels(settings) if work == "kernels" else None
         self._views: dict[int, KeyValues] = {}
-        self.before_change: Callable[[int], None] | None = None
-        """Told the layer that is about to take over a chunk."""
+        self.before_change: Callable[[int, bool], None] = lambda layer_index, is_history: None
+        """Told the layer that is changes next, and whether more of it does than its newest chunks and what is free."""
         self.on_part: Callable[[str], None] | None = None
         """Told the name of each part of the work as it ends; for measurements."""
 
@@ -126,8 +126,7 @@ class TileTable:
 
     def remember(self, layer_index: int, position_T3: Tensor) -> None:
         """The chunk in hand is clean: it becomes the newest of the past."""
-        if self.before_change is not None:
-            self.before_change(layer_index)
+        self._announce([layer_index])
         self._take_over(self.layers[layer_index], position_T3)
         self._views.pop(layer_index, None)
 
@@ -139,9 +138,7 @@ class TileTable:
             return
         self._views.clear()
         for group, together in zip(self._groups, self._together, strict=True):
-            if self.before_change is not None:
-                for index in group:
-                    self.before_change(index)
+            self._announce(group)
             first = self.layers[group[0]]
             together = replace(
                 together, pointer=first.pointer, num_chunks=first.num_chunks, position_of=dict(first.position_of)
@@ -152,6 +149,13 @@ class TileTable:
                 layer = self.layers[index]
                 layer.pointer, layer.num_chunks = together.pointer, together.num_chunks
                 layer.position_of = dict(together.position_of)
+
+    def _announce(self, layer_indices: Iterable[int]) -> None:
+        """These layers are about to take over a chunk."""
+        for index in layer_indices:
+            layer, s = self.layers[index], self.settings
+            fills_sink, is_full = layer.num_chunks < s.sink_chunks, layer.pointer == s.history_tokens
+            self.before_change(index, fills_sink or is_full)
 
     def _take_over(self, layer: LayerTable, position_T3: Tensor) -> None:
         s = self.settings
@@ -212,6 +216,7 @@ class TileTable:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         self._views.clear()
         for index, layer in enumerate(self.layers):
+            self.before_change(index, True)
             for name in _TENSORS:
                 getattr(layer, name).copy_(state[f"{index}.{name}"])
             layer.place(state, index)
@@ -220,6 +225,7 @@ class TileTable:
         """Empty, for the next video."""
         self._views.clear()
         for index, layer in enumerate(self.layers):
+            self.before_change(index, True)
             self._reset(layer, index)
 
     @property
