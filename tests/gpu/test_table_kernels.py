@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from workers.attention.tile_choice import ChoiceSettings, Estimate, TileChoice, TileRuns
+from workers.cache import tile_table
+from workers.cache.pairs import every_other
 from workers.cache.table_layout import MergeRule, TableSettings, read_log_mass
 from workers.cache.tile_table import LayerTable, TableWork, TileTable
 from workers.contracts import KeyValues
@@ -72,6 +74,57 @@ def assert_same_layer(found: LayerTable, expected: LayerTable, sizes: TableSetti
     for name in ("k_NLW", "v_NLD"):
         a, b = (getattr(x, name)[:, run][live] for x in (found, expected))
         torch.testing.assert_close(a, b, **near)
+
+
+@pytest.mark.parametrize("rule", ["chains", "pairs"])
+@pytest.mark.parametrize(("like", "listed"), [(0.3, 4), (0.05, 1)])
+def test_members_that_are_listed_give_the_bits_of_those_that_add_themselves(
+    rule: MergeRule, like: float, listed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second case groups are larger than a list."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(tile_table, "_NUM_LISTED", listed)
+    sizes = replace(SIZES, num_layers=1, rule=rule)
+    tables = [TileTable(sizes, torch.float32, DEVICE, work=work) for work in ("kernels", "lists")]
+    generator = torch.Generator().manual_seed(1)
+    kinds = torch.randn(sizes.chunk_tokens, HEADS, DIM, generator=generator)
+    for index in range(6):
+        k = kinds + like * torch.randn(1, sizes.chunk_tokens, HEADS, DIM, generator=generator)
+        v = torch.randn(1, sizes.chunk_tokens, HEADS, DIM, generator=generator)
+        position = grid_positions(torch.arange(3) + 3 * index, ROWS, COLUMNS)
+        for table in tables:
+            append_together(table, [KeyValues(k.to(DEVICE), v.to(DEVICE), position.to(DEVICE))])
+    for name, tensor in tables[0].state().items():
+        assert torch.equal(tables[1].state()[name], tensor), name
+
+
+@pytest.mark.parametrize("num_kinds", [1, 3, 40])
+def test_lists_hold_who_is_given_up_and_the_rest_is_left(num_kinds: int) -> None:
+    pairs = pytest.importorskip("workers.cache.triton_pairs", exc_type=ImportError)
+    generator, shape, listed = torch.Generator().manual_seed(num_kinds), (3, 1500), 4
+    head_of = torch.randint(num_kinds, shape, generator=generator, dtype=torch.int32)
+    share = torch.rand(shape, generator=generator)
+    share = torch.where(torch.rand(shape, generator=generator) < 0.3, share, -1.0)
+    found = pairs.list_members(share.to(DEVICE), head_of.to(DEVICE), listed)
+    rest = found.rest_share.cpu()
+    for row in range(shape[0]):
+        for group in range(num_kinds):
+            mine = ((share[row] >= 0) & (head_of[row] == group)).nonzero().flatten().tolist()
+            held = found.listed[row, group, : min(listed, len(mine))].tolist()
+            assert int(found.tally[row, group]) == len(mine)
+            assert set(held) <= set(mine)
+            assert sorted(held + [slot for slot in mine if rest[row, slot] >= 0]) == mine
+    assert torch.equal(rest[rest >= 0], share[rest >= 0])
+
+
+def test_walking_along_chains_finds_every_other_link() -> None:
+    pairs = pytest.importorskip("workers.cache.triton_pairs", exc_type=ImportError)
+    generator = torch.Generator().manual_seed(0)
+    num = 2100
+    older = (torch.rand(3, num, generator=generator) * torch.arange(num)).int()
+    toward = torch.where(torch.rand(3, num, generator=generator) < 0.9, older, torch.arange(num, dtype=torch.int32))
+    toward[2] = (torch.arange(num) - 1).clamp(min=0)  # one long chain
+    assert torch.equal(pairs.walk_every_other(toward.to(DEVICE)).cpu(), every_other(toward.long()))
 
 
 @pytest.mark.parametrize("num_chunks", [3, 5, 7])

@@ -24,12 +24,15 @@ from workers.cache.table_layout import TableSettings, read_log_mass, write_log_m
 from workers.cache.unrotated import TurnBack, take_rows
 from workers.contracts import KeyValues
 from workers.model.rope import make_rotation, rotate
+from workers.rows import as_words
 from workers.search.nearest_rows import NearestRows, nearest_rows
 
 _LOG = logging.getLogger(__name__)
-TableWork = Literal["layers", "groups", "kernels"]
+TableWork = Literal["layers", "groups", "kernels", "lists"]
 """How chunks are taken over: layer by layer; in one go for all layers that become full together; or that by kernels of
-our own, on a GPU and for sizes that are powers of two."""
+our own, on a GPU and for sizes that are powers of two; or by those that list who merges (`Room.num_listed`)."""
+_NUM_LISTED = 4
+"""Most groups that become one are smaller."""
 
 
 class TableKernels(Protocol):
@@ -93,7 +96,7 @@ class TileTable:
         nearest: NearestRows = nearest_rows,
         work: TableWork = "layers",
     ) -> None:
-        if work == "kernels" and settings.kernels_lack:
+        if work in ("kernels", "lists") and settings.kernels_lack:
             _LOG.warning("Chunks are taken over by plain torch: %s.", settings.kernels_lack)
             work = "groups"
         self.settings, self.dtype, self.device = settings, dtype, device
@@ -106,7 +109,7 @@ class TileTable:
         self.layers = [self._layer(index) for index in range(settings.num_layers)]
         for index, layer in enumerate(self.layers):
             self._reset(layer, index)
-        self._kernels = load_kernels(settings) if work == "kernels" else None
+        self._kernels = load_kernels(settings) if work in ("kernels", "lists") else None
         self._views: dict[int, KeyValues] = {}
         self.before_change: Callable[[int, bool], None] = lambda layer_index, is_history: None
         """Told the layer that is changes next, and whether more of it does than its newest chunks and what is free."""
@@ -274,7 +277,7 @@ class TileTable:
 
     def _copy(self, layer: LayerTable, source: int, target: int) -> None:
         num = self.settings.chunk_tokens
-        for x in (layer.k_NLW, layer.v_NLD):
+        for x in (as_words(layer.k_NLW), as_words(layer.v_NLD)):
             x[:, target : target + num] = x[:, source : source + num]
 
     def _absorb(self, layer: LayerTable, source: int) -> None:
@@ -335,7 +338,7 @@ class TileTable:
         s = self.settings
         live = min(s.history_tokens, (layer.num_chunks - 1 - s.sink_chunks - s.recent_chunks) * s.chunk_tokens)
         merges = min(s.spare_tokens, max(0, live - s.kept_tokens))
-        return Room(s.kept_tokens, merges, s.rule, s.rate)
+        return Room(s.kept_tokens, merges, s.rule, s.rate, _NUM_LISTED if self._work == "lists" else 0)
 
     def _used(self, layer: LayerTable) -> History:
         stop = self.settings.history_tokens
