@@ -83,9 +83,10 @@ def test_members_that_are_listed_give_the_bits_of_those_that_add_themselves(
 ) -> None:
     """In the second case groups are larger than a list."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(tile_table, "_NUM_LISTED", listed)
+    monkeypatch.setattr(tile_table, "_LEAN_LISTED", listed)
+    monkeypatch.setattr(tile_table, "_LEAN_KEYS", 8)
     sizes = replace(SIZES, num_layers=1, rule=rule)
-    tables = [TileTable(sizes, torch.float32, DEVICE, work=work) for work in ("kernels", "lists")]
+    tables = [TileTable(sizes, torch.float32, DEVICE, work=work) for work in ("kernels", "lean")]
     generator = torch.Generator().manual_seed(1)
     kinds = torch.randn(sizes.chunk_tokens, HEADS, DIM, generator=generator)
     for index in range(6):
@@ -186,8 +187,10 @@ def test_in_bfloat16_every_key_counts_once_and_partners_are_as_near() -> None:
 
 
 @pytest.mark.parametrize("estimate", ["exact", "quant"])
-@pytest.mark.parametrize(("num_queries", "tiles"), [(100, 9), (40, 21)])
-def test_kernels_choose_the_tiles_that_the_plain_way_chooses(estimate: Estimate, num_queries: int, tiles: int) -> None:
+@pytest.mark.parametrize(("num_queries", "tiles", "keys_at_once"), [(100, 9, 128), (40, 21, 16)])
+def test_kernels_choose_the_tiles_that_the_plain_way_chooses(
+    estimate: Estimate, num_queries: int, tiles: int, keys_at_once: int
+) -> None:
     pytest.importorskip("triton")
     generator = torch.Generator().manual_seed(3)
     q = torch.randn(num_queries, HEADS, DIM + 16, generator=generator)
@@ -200,7 +203,9 @@ def test_kernels_choose_the_tiles_that_the_plain_way_chooses(estimate: Estimate,
     runs = TileRuns(candidates=((0, 3), (4, tiles - 1)), always=((tiles - 1, tiles),), num_tiles=tiles)
     chosen = []
     for fused in (True, False):
-        settings = ChoiceSettings(4, keys_per_tile=8, queries_per_tile=4, estimate=estimate, tile=16, fused=fused)
+        settings = ChoiceSettings(
+            4, keys_per_tile=8, queries_per_tile=4, estimate=estimate, tile=16, fused=fused, keys_at_once=keys_at_once
+        )
         chooser = TileChoice(settings, runs, num_queries, DIM, DEVICE)
         index = chooser.new_list(HEADS)
         chooser.choose(q, k, index)
