@@ -142,3 +142,29 @@ class FastRollout:
             else:
                 x = x + (after - sigma) * flow
         return x
+
+
+@torch.no_grad()
+def roll_out(
+    rollout: FastRollout,
+    given_BTCHW: Tensor,
+    first_free: int,
+    schedule: Schedule,
+    generator: torch.Generator,
+    *,
+    renoise: bool,
+    guidance: float = 1.0,
+    empty: list[PromptKeys] | None = None,
+) -> Tensor:
+    """Latents of a whole rollout whose chunks before ``first_free`` are given."""
+    chunks = rollout.times.shape[1] // rollout.frames
+    made = []
+    for index in range(chunks):
+        if index < first_free:
+            latents = given_BTCHW[:, index * rollout.frames : (index + 1) * rollout.frames]
+        else:
+            latents = rollout.denoise(index, schedule, generator, renoise=renoise, guidance=guidance, empty=empty)
+        made.append(latents)
+        if index + 1 < chunks:
+            rollout.write(index, latents)
+    return torch.cat(made, 1)

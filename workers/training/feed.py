@@ -277,9 +277,9 @@ def batches_ahead(feed: Feed, first: int) -> Iterator[Batch]:
     pool = ProcessPoolExecutor(PLANNERS, mp_context=multiprocessing.get_context("spawn"))
 
     def draw() -> None:
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream(feed.device)
         try:
-            with torch.cuda.stream(stream):
+            with torch.cuda.device(feed.device), torch.cuda.stream(stream):  # a new thread begins on the first GPU
                 for index, plan in _planned(feed, first, pool):
                     batch = feed.draw(index, plan)
                     event = torch.cuda.Event()

@@ -19,7 +19,7 @@ from workers.quality.following import recognise_biome, recognise_direction
 from workers.quality.landmarks import Quiz, make_quizzes
 from workers.quality.reference import psnr_db, sharpness, ssim
 from workers.quality.revisit import plan_revisit, seen_before
-from workers.training.fast_rollout import FastRollout, Visible, sees_all, sees_none, sees_window
+from workers.training.fast_rollout import FastRollout, Visible, roll_out, sees_all, sees_none, sees_window
 from workers.training.sequence import WorldModel
 from workers.training.vae_train import HELD_OUT_SEED
 from workers.worlds.camera import CameraMove, plan_camera, read_move
@@ -155,7 +155,6 @@ class Laboratory:
         result.pictures["true"] = truth[:, 6].cpu()
         return result
 
-    @torch.no_grad()
     def run(
         self,
         rollout: FastRollout,
@@ -167,26 +166,16 @@ class Laboratory:
         empty: list | None = None,  # type: ignore[type-arg]
     ) -> Tensor:
         """Latents of a rollout whose chunks before ``first_free`` are given."""
-        generator = torch.Generator(self.device).manual_seed(seed)
-        schedule = make_schedule(sampling.num_steps, sampling.shift)
-        chunks = rollout.times.shape[1] // self.chunk
-        made = []
-        for index in range(chunks):
-            if index < first_free:
-                latents = given[:, index * self.chunk : (index + 1) * self.chunk]
-            else:
-                latents = rollout.denoise(
-                    index,
-                    schedule,
-                    generator,
-                    renoise=sampling.renoise,
-                    guidance=sampling.guidance,
-                    empty=empty,
-                )
-            made.append(latents)
-            if index + 1 < chunks:
-                rollout.write(index, latents)
-        return torch.cat(made, 1)
+        return roll_out(
+            rollout,
+            given,
+            first_free,
+            make_schedule(sampling.num_steps, sampling.shift),
+            torch.Generator(self.device).manual_seed(seed),
+            renoise=sampling.renoise,
+            guidance=sampling.guidance,
+            empty=empty,
+        )
 
     @torch.no_grad()
     def follow(self, num: int, sampling: Sampling, num_words: int = 0) -> tuple[Tensor, Tensor]:

@@ -21,10 +21,13 @@ from workers.model.text_encoder import fold_padding
 from workers.model.vae import VideoVAE
 from workers.training import checkpoint
 from workers.training.distil import CELL_PX, VIEW_PX, shown_cells
+from workers.training.fast_rollout import FastRollout, roll_out
 from workers.training.memory_feed import RUN, MemoryBatch, MemoryFeedRecipe
 from workers.training.muon import Muon
 from workers.training.new_land import CriticRecipe, LandJudge, fade
+from workers.training.picture_metric import log_mean, picture_metric
 from workers.training.sequence import ParallelAttention, WorldModel
+from workers.training.team import Team
 
 TURNS = ((0, 0), (1, 0), (2, 0), (3, 0), (0, 1), (1, 1), (2, 1), (3, 1), (0, 2), (3, 2))
 """What happens to a batch, one step each: (denoising step, generation of the end of the context).
@@ -49,6 +52,9 @@ class MemoryRecipe:
             reference says of it.
         critic_weight: How strongly the critic of new land pushes; 0 is without one.
         fade_share: Probability that a context fades; what is asked for, and what is held to, does not.
+        own_ends: Of `FLIGHTS` batches, so many have contexts that the model itself rolls out from some chunk on, as a
+            long take does; only what the true part has shown is asked for.
+        own_from: Shares of a context between which that chunk is drawn.
     """
 
     muon_lr: float = 5e-4
@@ -71,6 +77,8 @@ class MemoryRecipe:
     critic_weight: float = 0.0
     critic: CriticRecipe = field(default_factory=CriticRecipe)
     fade_share: float = 0.0
+    own_ends: int = 0
+    own_from: tuple[float, float] = (0.25, 0.85)
     ema: float = 0.998
     seed: int = 1
 
@@ -103,27 +111,6 @@ class Flight:
     generation: int = 0
 
 
-def picture_metric(vae: VideoVAE, latents_BTCHW: Tensor, generator: torch.Generator, probes: int = 4) -> Tensor:
-    """What an error of a latent cell costs in the picture: e' G e is its squared error, as a mean over its pixels.
-
-    The mean of J'J over cells, J being the decoder's derivative: random pixel errors sent backwards have it as their
-    covariance.
-
-    Returns:
-        [channels, channels], float32.
-    """
-    channels, device = latents_BTCHW.shape[2], latents_BTCHW.device
-    total = torch.zeros(channels, channels, device=device)
-    for _ in range(probes):
-        latents = latents_BTCHW.detach().clone().requires_grad_()
-        frames = vae.decode(latents)
-        probe = torch.randn(frames.shape, device=device, generator=generator)
-        grads = torch.autograd.grad(frames, latents, probe)[0].movedim(2, -1).flatten(0, -2)
-        total += grads.mT @ grads / len(grads)
-    pixels = frames[0].numel() / (latents_BTCHW[0].numel() / channels)
-    return total / probes / pixels
-
-
 class MemoryTrainer:
     """The model, what it was, its running mean, the optimisers; one step of one flight at a time.
 
@@ -134,6 +121,7 @@ class MemoryTrainer:
         device: Of everything.
         plain: Compile nothing.
         before: The model of reference for new land; `start` if not given.
+        team: The processes that train together.
     """
 
     def __init__(
@@ -146,9 +134,10 @@ class MemoryTrainer:
         *,
         plain: bool = False,
         before: WorldModel | None = None,
+        team: Team | None = None,
     ) -> None:
         torch.manual_seed(recipe.seed)
-        self.recipe, self.feed, self.device = recipe, feed, device
+        self.recipe, self.feed, self.device, self.team = recipe, feed, device, team or Team(0, 1, device)
         self.backbone, self.chunk = start.backbone, start.backbone.chunk_latent_frames
         self.model = copy.deepcopy(start).to(device)
         self.before = copy.deepcopy(before or start).to(device).requires_grad_(False)
@@ -176,7 +165,7 @@ class MemoryTrainer:
         self.judge: LandJudge | None = None
         if recipe.critic_weight:
             channels, text_dim = self.backbone.latent_channels, self.backbone.text_dim
-            self.judge = LandJudge(recipe.critic, self.chunk, channels, text_dim, device)
+            self.judge = LandJudge(recipe.critic, self.chunk, channels, text_dim, device, self.team)
         self.early = slice(feed.runs * RUN * self.chunk, len(feed.cuts) * self.chunk)
         self.steps, self.seconds, self.boarded = 0, 0.0, 0
 
@@ -194,25 +183,66 @@ class MemoryTrainer:
         """Make a batch ready; the first one also gives the metric of the pictures."""
         if self.metric_CC is None:
             self.metric_CC = self._make_metric(batch.context_BTCHW[:, : 4 * self.chunk])
+            self.team.average([self.metric_CC])
         encoded = self.model.text_encoder(batch.rows_BPF, batch.num_tokens_B)
         folded = fold_padding(encoded, self.backbone.text_tokens)
         whole = context = batch.context_BTCHW
         if self.recipe.fade_share:
-            seed = self.recipe.seed * 2_000_003 + FLIGHTS * self.steps + self.boarded
-            context = fade(whole, self.chunk, self.recipe.fade_share, torch.Generator(self.device).manual_seed(seed))
+            generator = self._generator(2_000_003, FLIGHTS * self.steps + self.boarded)
+            context = fade(whole, self.chunk, self.recipe.fade_share, generator)
             self.boarded = (self.boarded + 1) % FLIGHTS
         true = torch.ones(whole.shape[1], dtype=torch.bool, device=self.device)
         return Flight(batch, folded.text_BPE, folded.log_mass_BP, context, whole, batch.camera_BTS2, true)
 
+    def _generator(self, prime: int, count: int) -> torch.Generator:
+        """Draws of this process at this point of the run."""
+        seed = self.recipe.seed * prime + count + 7_919_000_003 * self.team.rank
+        return torch.Generator(self.device).manual_seed(seed)
+
+    def warm_up(self, flight: Flight) -> None:
+        """Compile what a step runs, without taking one."""
+        generator = self._generator(3_000_017, 0)
+        context, whole, level = self._noisy_context(flight, generator)
+        noise, sigma = self._draw(flight.batch.questions_BSCHW, generator), self.schedule.sigmas[0]
+        self.attention.place(flight.batch.times_BT, flight.batch.question_times_BS)
+        self._flow(self.model, flight, context, level, noise, sigma).square().mean().backward()
+        with torch.no_grad():
+            self._flow(self.before, flight, whole, level, noise, sigma)
+        self.model.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def give_own_ends(self, flights: list[Flight]) -> None:
+        """From one chunk on, let the contexts of new flights be what the running mean makes of the same way."""
+        if not flights:
+            return
+        generator = self._generator(4_000_037, self.steps)
+        low, high = (round(share * self.feed.chunks) for share in self.recipe.own_from)
+        cut = int(torch.randint(max(1, low), high + 1, (), generator=torch.Generator().manual_seed(self.steps)))
+        texts = torch.cat([flight.text_BPE for flight in flights])
+        log_mass = torch.cat([flight.log_mass_BP for flight in flights])
+        rollout = FastRollout(
+            self.ema,
+            torch.cat([flight.camera_BTS2 for flight in flights]),
+            torch.cat([flight.batch.times_BT for flight in flights]),
+            self.ema.dit.project_prompt(texts, log_mass),
+        )
+        given = torch.cat([flight.whole_BTCHW for flight in flights])
+        made = roll_out(rollout, given, cut, self.schedule, generator, renoise=True)
+        true = torch.arange(given.shape[1], device=self.device) < cut * self.chunk
+        for flight, context in zip(flights, made.split(self.feed.batch), strict=True):
+            flight.context_BTCHW = flight.whole_BTCHW = context
+            flight.true_T = true
+
     def step(self, flight: Flight) -> dict[str, Tensor]:
         """One optimiser step on the next turn of a flight; returns means to be logged."""
         index, generation = TURNS[flight.turn]
-        generator = torch.Generator(self.device).manual_seed(self.recipe.seed * 1_000_003 + self.steps)
+        generator = self._generator(1_000_003, self.steps)
         if generation > flight.generation:
             flight.answers_BSCHW, flight.generation = _known(flight.estimate_BSCHW), generation
             self._put_own(flight)
         loss, values = self._loss(flight, index, generator)
         loss.backward()
+        self.team.average(parameter.grad for parameter in self.model.parameters())
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimiser in self.optimisers:
             optimiser.step()
@@ -255,7 +285,7 @@ class MemoryTrainer:
         flight.context_BTCHW = torch.cat([flight.context_BTCHW[:, :kept], own], 1)
         flight.whole_BTCHW = torch.cat([flight.whole_BTCHW[:, :kept], own], 1)
         flight.camera_BTS2 = torch.cat([flight.camera_BTS2[:, :kept], flight.batch.question_camera_BSS2[:, asked]], 1)
-        flight.true_T = torch.arange(kept + frames, device=self.device) < kept
+        flight.true_T = flight.true_T & (torch.arange(kept + frames, device=self.device) < kept)
 
     def _draw(self, like: Tensor, generator: torch.Generator) -> Tensor:
         return torch.randn(like.shape, device=self.device, generator=generator)
@@ -281,7 +311,7 @@ class MemoryTrainer:
         made = clean_estimate(x, self._flow(self.model, flight, context, level, x, sigma), sigma)
         flight.estimate_BSCHW = made.detach()
         by_true, by_any = self._shown(flight)
-        latents = _log_mean(self._cost(made - truth), by_true, _LATENT_FLOOR)
+        latents = log_mean(self._cost(made - truth), by_true, _LATENT_FLOOR)
         memory, values = self.recipe.latent_weight * latents, {"latents": latents.detach()}
         if index in self.recipe.picture_steps:
             picture, psnr = self._picture_loss(flight, made, by_true)
@@ -332,8 +362,6 @@ class MemoryTrainer:
         size = flight.context_BTCHW.shape[-1]
         camera = flight.batch.question_camera_BSS2
         by_any = shown_cells(camera, flight.camera_BTS2, self.counts_ST, size)
-        if flight.answers_BSCHW is None:
-            return by_any, by_any
         return shown_cells(camera, flight.camera_BTS2, self.counts_ST & flight.true_T, size), by_any
 
     def _cost(self, error_BSCHW: Tensor) -> Tensor:
@@ -362,14 +390,7 @@ class MemoryTrainer:
         assert mask.shape[-1] == VIEW_PX
         error_B = (error * mask).flatten(1).sum(1) / (mask.flatten(1).sum(1) + 1)
         psnr = -10 * (error_B.detach() / 4 + 1e-6).log10().mean()
-        return _log_mean(error, mask, _PICTURE_FLOOR), psnr
-
-
-def _log_mean(error: Tensor, counts: Tensor, floor: float) -> Tensor:
-    """Logarithm of each clip's mean error where it counts, averaged: a decibel is worth the same everywhere."""
-    share_B = counts.flatten(1).float().mean(1)
-    error_B = (error * counts).flatten(1).mean(1) / (share_B + 1e-4)
-    return ((error_B + floor).log() * share_B).sum() / (share_B.sum() + 1e-4)
+        return log_mean(error, mask, _PICTURE_FLOOR), psnr
 
 
 def _known(tensor: Any) -> Tensor:

@@ -1,4 +1,5 @@
-"""Run stage 3: `python -m workers.training.memory_run --start DIR --out DIR --minutes 10` (one GPU).
+"""Run stage 3: `python -m workers.training.memory_run --start DIR --out DIR --minutes 10` (one GPU), or with
+`torchrun --nproc-per-node N -m workers.training.memory_run ...` on N GPUs of one host, N batches a step.
 
 DIR/weights of the result is what we ship, written anew every two minutes; DIR/stage3.pt is where a run that stopped
 goes on. The same few tests before, in the middle and at the end say whether it was worth it.
@@ -11,7 +12,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from workers.training.memory import CYCLE, FLIGHTS, TURNS, MemoryRecipe, MemoryT
 from workers.training.memory_feed import MemoryFeed, MemoryFeedRecipe
 from workers.training.progress import Log
 from workers.training.sequence import WorldModel
+from workers.training.team import Team, join_team
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,9 @@ NEW_LAND_SHARES = (0.0, 0.0, 0.03, 0.1, 0.25, 0.5, 1.0, 1.0)
 """Of the context, what each of many questions about new land sees."""
 EXAMS = (("cut", 159), ("shifted", 159), ("rollout", 39))
 """Form and distance of the returns by which the result is judged, the most important one first."""
+
+TIMES = ("before", "middle", "after")
+"""When examinations can be held."""
 
 Exam = dict[str, float]
 
@@ -56,6 +61,8 @@ class MemoryRun:
         worlds: Held-out worlds of an examination.
         plain: Compile nothing: three times slower, for when a compiler fails.
         reference: Weights whose new land the model is held to; `start` if not given.
+        team: The processes that train together; the first one examines and writes.
+        exams: Which of "before", "middle", "after" are held; there is a verdict with the first and the last.
     """
 
     def __init__(
@@ -70,22 +77,27 @@ class MemoryRun:
         worlds: int,
         plain: bool = False,
         reference: Path | None = None,
+        team: Team | None = None,
+        exams: Sequence[str] = TIMES,
     ) -> None:
         self.began = time.monotonic()
         out.mkdir(parents=True, exist_ok=True)
         self.out, self.device, self.worlds = out, device, worlds
+        self.team, self.held = team or Team(0, 1, device), exams
         weights = open_weights(start)
         self.card, self.revision = dict(weights.card), weights.revision
         self.start, self.vae = _open_model(weights, backbone).to(device).eval(), VideoVAE().to(device).eval()
         weights.fill("vae", self.vae)
-        head = {"start": self.revision, "memory": asdict(recipe), "feed": asdict(feed)}
+        head: dict[str, Any] = {"start": self.revision, "memory": asdict(recipe), "feed": asdict(feed)}
         before: WorldModel | None = None
         if reference is not None:
             held_to = open_weights(reference)
             before = _open_model(held_to, backbone)
             head |= {"reference": held_to.revision}
-        self.log = Log(out / "log.jsonl", head)
-        self.trainer = MemoryTrainer(recipe, feed, self.start, self.vae, device, plain=plain, before=before)
+        self.log = Log(out / "log.jsonl", head | {"processes": self.team.size}) if self.team.leads else None
+        self.trainer = MemoryTrainer(
+            recipe, feed, self.start, self.vae, device, plain=plain, before=before, team=self.team
+        )
         if self.checkpoint.exists():
             self.trainer.load(self.checkpoint)
         self.feed = MemoryFeed(feed, backbone, self.vae, device)
@@ -101,8 +113,12 @@ class MemoryRun:
         first = next(batches)  # planning goes on beside the examination
         begin = time.monotonic()
         self.examine("before", self.start)
-        exam_s = time.monotonic() - begin
-        left = minutes * 60 - (time.monotonic() - self.began) - 2.2 * exam_s - 5
+        exams_s = (time.monotonic() - begin) * 2.2 if "before" in self.held else 0.0
+        if self.team.size > 1:
+            flight = self.trainer.board(first)
+            with self.team.one_after_another():
+                self.trainer.warm_up(flight)
+        left = self.team.agree(minutes * 60 - (time.monotonic() - self.began) - exams_s - 5)
         self._cycles(itertools.chain([first], batches), self.trainer.seconds, self.trainer.seconds + left)
         batches.close()  # type: ignore[attr-defined]
         self.examine("after", self.trainer.ema)
@@ -115,7 +131,7 @@ class MemoryRun:
         while trainer.seconds < total_s:
             begin = time.monotonic()
             self._cycle(batches, trainer.seconds / total_s, sums)
-            before, trainer.seconds = trainer.seconds, trainer.seconds + time.monotonic() - begin
+            before, trainer.seconds = trainer.seconds, self.team.agree(trainer.seconds + time.monotonic() - begin)
             if trainer.steps // CYCLE % LOG_EVERY == 0:
                 self._log_means(sums)
             if time.monotonic() - saved > SAVE_EVERY_S:
@@ -128,13 +144,16 @@ class MemoryRun:
     def _cycle(self, batches: Iterator[Any], progress: float, sums: list[dict[str, Tensor]]) -> None:
         """All turns of a few batches, in an order that the number of steps decides."""
         flights = [self.trainer.board(next(batches)) for _ in range(FLIGHTS)]
+        self.trainer.give_own_ends(flights[: self.trainer.recipe.own_ends])
         order = np.repeat(range(FLIGHTS), len(TURNS))
         for place in np.random.default_rng(self.trainer.steps).permutation(order):
             self.trainer.set_rate(progress)
             sums.append(self.trainer.step(flights[place]))
 
     def save(self) -> None:
-        """Checkpoint and weights."""
+        """Checkpoint and weights, by the first process."""
+        if self.log is None:
+            return
         self.trainer.save(self.checkpoint)
         model = self.trainer.ema
         parts = {"dit": model.dit, "text": model.text_encoder, "vae": self.vae}
@@ -147,7 +166,9 @@ class MemoryRun:
         self.log.write(stage="memory", step=self.trainer.steps, seconds=self.trainer.seconds, weights=revision)
 
     def examine(self, name: str, model: WorldModel) -> None:
-        """Memory, sharpness of new land and following, on held-out worlds."""
+        """Memory, sharpness of new land and following, on held-out worlds, if this examination is held."""
+        if name not in self.held or self.log is None:
+            return
         begin = time.monotonic()
         lab, sampling = Laboratory(model, self.vae, self.device), Sampling(renoise=True)
         exam: Exam = {}
@@ -163,7 +184,8 @@ class MemoryRun:
         self.log.write(stage="memory", exam=name, took=time.monotonic() - begin, **exam)
 
     def _log_means(self, sums: list[dict[str, Tensor]]) -> None:
-        if not sums:
+        if not sums or self.log is None:
+            sums.clear()
             return
         means: dict[str, Any] = {}
         for name in sorted({key for one in sums for key in one}):
@@ -173,10 +195,12 @@ class MemoryRun:
         self.log.write(stage="memory", step=self.trainer.steps, seconds=self.trainer.seconds, lr=lr, **means)
 
     def _judge(self) -> bool:
+        self.save()  # the card now holds the last examination
+        if self.log is None or not {"before", "after"} <= self.exams.keys():
+            return False
         before, after = self.exams["before"], self.exams["after"]
         closer = all(after[key] > before[key] for key in (f"{form}_{distance}_db" for form, distance in EXAMS))
         better = closer and after["sharpness"] >= 0.75 and after["follow"] >= 0.9
-        self.save()  # the card now holds the last examination
         (self.out / "summary.json").write_text(json.dumps({"better": better, **self.exams}, indent=1) + "\n")
         self.log.write(stage="memory", better=better)
         logger.info("BETTER than %s" if better else "NOT better than %s: keep the old weights", self.revision[:16])
@@ -210,6 +234,7 @@ def recipes_of(options: argparse.Namespace) -> tuple[MemoryRecipe, MemoryFeedRec
         keep_weight=options.keep,
         critic_weight=options.critic,
         fade_share=options.fade,
+        own_ends=options.own_ends,
         seed=options.seed,
     )
     return recipe, feed
@@ -232,22 +257,28 @@ def main() -> None:
     parser.add_argument("--critic", type=float, default=0.0, help="weight of a critic of new land")
     parser.add_argument("--new-land", action="store_true", help="twice as many questions about new land")
     parser.add_argument("--fade", type=float, default=0.0, help="share of contexts that lose their looks")
+    parser.add_argument("--own-ends", type=int, default=0, help=f"batches of {FLIGHTS} whose contexts end in rollouts")
+    parser.add_argument("--exams", nargs="*", choices=TIMES, default=TIMES, help="hold only these")
     parser.add_argument("--plain", action="store_true", help="compile nothing")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     keep_compiled_code(options.out)
     recipe, feed = recipes_of(options)
+    team = join_team(options.device)
+    feed = replace(feed, seed=feed.seed + 1000 * team.rank)
     run = MemoryRun(
         options.start,
         options.out,
         recipe,
         feed,
-        torch.device(options.device),
+        team.device,
         find_backbone("longtake-world"),
         worlds=options.worlds,
         plain=options.plain,
         reference=options.reference,
+        team=team,
+        exams=options.exams,
     )
     run.train(options.minutes)
 

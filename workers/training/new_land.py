@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from workers.denoise import add_noise
 from workers.training.distil import GUESSING
+from workers.training.team import Team
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,19 @@ class LandJudge:
         recipe: See there.
         chunk, channels, text_dim: Latent frames of a chunk, their channels, width of encoded captions.
         device: Of everything.
+        team: Whose critics are one.
     """
 
-    def __init__(self, recipe: CriticRecipe, chunk: int, channels: int, text_dim: int, device: torch.device) -> None:
-        self.recipe, self.chunk, self.device = recipe, chunk, device
+    def __init__(
+        self,
+        recipe: CriticRecipe,
+        chunk: int,
+        channels: int,
+        text_dim: int,
+        device: torch.device,
+        team: Team | None = None,
+    ) -> None:
+        self.recipe, self.chunk, self.device, self.team = recipe, chunk, device, team or Team(0, 1, device)
         self.critic = LandCritic(chunk * channels, text_dim, recipe.width).to(device)
         self.optimiser = torch.optim.AdamW(
             self.critic.parameters(), recipe.lr, betas=(0.5, 0.99), fused=device.type == "cuda"
@@ -113,10 +123,12 @@ class LandJudge:
         change = (self._ask(nudged, levels, captions) - answers).square().mean()
         self.optimiser.zero_grad(set_to_none=True)
         (loss + self.recipe.smooth * change).backward()
+        told = loss.detach().clone()
+        self.team.average([*(parameter.grad for parameter in self.critic.parameters()), told])
         nn.utils.clip_grad_norm_(self.critic.parameters(), 1.0)
         self.optimiser.step()
-        self.skill = self.skill.lerp(((GUESSING - loss.detach()) / self.recipe.certain).clamp(0, 1), 0.05)
-        return loss.detach()
+        self.skill = self.skill.lerp(((GUESSING - told) / self.recipe.certain).clamp(0, 1), 0.05)
+        return told
 
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on."""

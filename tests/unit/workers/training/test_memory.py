@@ -18,12 +18,13 @@ from workers.model.backbones import Backbone, find_backbone
 from workers.model.control import control_maps
 from workers.model.vae import VideoVAE
 from workers.training.distil import shown_cells
-from workers.training.fast_rollout import FastRollout
+from workers.training.fast_rollout import FastRollout, roll_out
 from workers.training.feed import batches_ahead
-from workers.training.memory import FLIGHTS, TURNS, Flight, MemoryRecipe, MemoryTrainer, picture_metric
+from workers.training.memory import FLIGHTS, TURNS, Flight, MemoryRecipe, MemoryTrainer
 from workers.training.memory_feed import RUN, MemoryBatch, MemoryFeed, MemoryFeedRecipe, plan_memory_batch
 from workers.training.memory_run import EXAMS, MemoryRun, recipes_of
 from workers.training.new_land import CriticRecipe
+from workers.training.picture_metric import picture_metric
 from workers.training.sequence import ParallelAttention, WorldModel
 from workers.worlds.clips import PATH_BOX
 
@@ -143,6 +144,30 @@ def test_the_end_of_the_context_becomes_the_models_own(flown: Flown, batch: Memo
     assert flight.true_T.tolist() == [True] * (9 - own) + [False] * own
 
 
+def test_contexts_that_the_model_rolls_out_itself_are_true_before_and_asked_for_there_alone(
+    model: WorldModel, vae: VideoVAE, batch: MemoryBatch
+) -> None:
+    trainer = trainer_of(model, vae, dataclasses.replace(RECIPE, own_ends=1, own_from=(0.6, 0.7)))
+    flight = trainer.board(batch)
+    trainer.give_own_ends([flight])
+    assert flight.true_T.tolist() == 6 * [True] + 3 * [False]
+    assert torch.equal(flight.context_BTCHW[:, :6], batch.context_BTCHW[:, :6])
+    keys = trainer.ema.dit.project_prompt(flight.text_BPE, flight.log_mass_BP)
+    rollout = FastRollout(trainer.ema, flight.camera_BTS2, batch.times_BT, keys)
+    generator = trainer._generator(4_000_037, 0)
+    made = roll_out(rollout, batch.context_BTCHW, 2, trainer.schedule, generator, renoise=True)
+    torch.testing.assert_close(flight.context_BTCHW, made)
+    by_true, by_any = trainer._shown(flight)
+    index = torch.arange(9) // 3
+    cuts = torch.tensor(FEED.cuts).repeat_interleave(3)
+    seen = (index[None] < cuts[:, None]) & flight.true_T
+    assert torch.equal(by_true, shown_cells(batch.question_camera_BSS2, batch.camera_BTS2, seen, 16))
+    assert (by_any | ~by_true).all()
+    for _ in TURNS[:5]:
+        trainer.step(flight)
+    assert flight.true_T.tolist() == 3 * [True] + 6 * [False]
+
+
 def test_a_memory_run_that_stopped_goes_on_as_if_it_never_had(
     flown: Flown, model: WorldModel, vae: VideoVAE, batch: MemoryBatch
 ) -> None:
@@ -250,6 +275,7 @@ def test_a_run_leaves_weights_log_and_verdict_and_goes_on_where_it_stopped(
 
 def test_the_command_line_decides_what_a_run_asks() -> None:
     usual = {"batch": 6, "chunks": 36, "shifted": 0.35, "seed": 1, "rate": 1.0, "own": 8, "keep": 10.0, "critic": 0.0}
+    usual |= {"own_ends": 0}
     plain = recipes_of(argparse.Namespace(**usual, fade=0.0, new_land=False))
     assert plain == (MemoryRecipe(), MemoryFeedRecipe())
     recipe, feed = recipes_of(argparse.Namespace(**usual | {"seed": 3, "critic": 6.0}, fade=0.2, new_land=True))
