@@ -19,7 +19,7 @@ from workers.assemble_tiles import choice_settings, runs_of, table_settings
 from workers.attention.tile_choice import TileChoice
 from workers.cache.shrink import find_families
 from workers.cache.table_layout import TableSettings
-from workers.cache.table_snapshot import decode, encode_into
+from workers.cache.table_snapshot import decode, encode
 from workers.cache.tile_table import LayerTable, TileTable
 from workers.config_tiles import TileAttentionConfig, TileCacheConfig
 from workers.contracts import AttentionPlan, KeyValues, Moment, PlanPart, Tiles
@@ -62,9 +62,7 @@ class TrackedTable(TileTable):
             return
         run = slice(self.settings.history_start + first, self.settings.history_start + layer.pointer)
         for x in (layer.k_NLW[:, run, : self.settings.head_dim], layer.v_NLD[:, run]):
-            code, scale = torch.empty_like(x, dtype=torch.int8), torch.empty_like(x[..., 0], dtype=torch.bfloat16)
-            encode_into(x, code, scale)
-            x.copy_(decode(code, scale, x.dtype))
+            x.copy_(decode(*encode(x), x.dtype))
 
 
 class PlainTable:

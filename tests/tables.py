@@ -12,7 +12,7 @@ from torch import Tensor
 from workers.assemble_tiles import tile_runs
 from workers.attention.tile_choice import ChoiceSettings, Estimate, TileChoice
 from workers.cache.table_layout import EXTRA_CHANNELS, TableSettings
-from workers.cache.table_snapshot import encode_into
+from workers.cache.table_snapshot import encode
 from workers.cache.tile_table import TableWork, TileTable
 from workers.kernels.listed_codes import CodedKeys
 from workers.kernels.listed_tiles import AttendTable, make_attend
@@ -59,14 +59,10 @@ def draw_listed(
 def code_table(k_NLW: Tensor, v_NLD: Tensor) -> CodedKeys:
     """A table as 8-bit codes."""
     dim = v_NLD.shape[-1]
-    parts = []
-    for x in (k_NLW[..., :dim], v_NLD):
-        code = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-        scale = torch.empty(x.shape[:-1], dtype=torch.bfloat16, device=x.device)
-        encode_into(x, code, scale)
-        parts += [code, scale]
     # A finite number stands where there is no key.
-    return CodedKeys(*parts, k_NLW[..., dim : dim + 2].float().sum(-1) / math.sqrt(dim))
+    return CodedKeys(
+        *encode(k_NLW[..., :dim]), *encode(v_NLD), k_NLW[..., dim : dim + 2].float().sum(-1) / math.sqrt(dim)
+    )
 
 
 def make_captured(

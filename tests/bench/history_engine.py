@@ -15,7 +15,7 @@ from tests.tables import make_captured
 from workers.assemble_tiles import size_table, tile_runs
 from workers.attention.tile_choice import Estimate, TileChoice
 from workers.cache.table_layout import MergeRule, TableSettings
-from workers.cache.tile_table import TileTable
+from workers.cache.tile_table import TableWork, TileTable
 from workers.contracts import PromptKeys
 from workers.denoise import Schedule, draw_noise, make_schedule, step_renoise
 from workers.kernels.listed_tiles import AttendTable
@@ -58,6 +58,8 @@ class Variant:
     queries_per_tile: int = 8
     kernels: bool = True
     """Chunks are taken over and tiles chosen by kernels of our own; else by plain torch, layer by layer."""
+    lean: bool = False
+    """By those that move and hold less; see `tile_table.TableWork`."""
     whole: bool = True
     """Rolled out over all frames."""
     with_pictures: bool = False
@@ -137,7 +139,7 @@ def make_engine(
     nearest: NearestRows = nearest_rows,
     compiled: Compiled = ALL,
     *,
-    kernels: Compiled = ("table", "pairs", "choice"),
+    kernels: Compiled = ("table", "pairs", "lean", "choice"),
     graphs: bool = True,
 ) -> Engine:
     backbone, device = settings.backbone, settings.device
@@ -155,6 +157,10 @@ def make_engine(
     kernels = kernels if variant.kernels and device.type == "cuda" else ()
     runs = tile_runs(sizes, always_sink=variant.always_sink, always_recent=variant.always_recent)
     num_candidates = sum(stop - first for first, stop in runs.candidates)
+    table_kernels = "lean" if variant.lean else {"pairs": "pairs", "chains": "table"}[variant.rule]
+    work: TableWork = "layers"
+    if table_kernels in kernels:
+        work = "lean" if variant.lean else "kernels"
     rollout = make_captured(
         model,
         sizes,
@@ -168,8 +174,9 @@ def make_engine(
         fp8=variant.fp8,
         backend=backend,
         compiled=compiled,
-        work="kernels" if ("pairs" if variant.rule == "pairs" else "table") in kernels else "layers",
+        work=work,
         fused="choice" in kernels,
+        keys_at_once=64 if variant.lean else 128,
         settings=CapturedSettings(variant.choose_at, graphs=graphs and device.type == "cuda"),
         keys_per_tile=min(sizes.tile, variant.keys_per_tile),
         queries_per_tile=min(sizes.tile, variant.queries_per_tile),

@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import torch
 from tests.bench.history_checks import check_compiled, choose_attend, choose_kernels, choose_nearest
 from tests.bench.history_engine import ALL, Compiled, Engine, Variant, make_engine, make_plan, warm_up
 from tests.bench.history_parts import ChunkClock, feed_forward_rows, parts_of_chunk, top_kernels, whole_chunk_ms
-from tests.bench.history_snapshot import snapshot_rows
+from tests.bench.history_snapshot import snapshot_row
 from tests.bench.record import report
 from tests.bench.rollout_models import make_vae, seconds_with_pictures
 from tests.bench.rollout_rows import RowResult, Settings, release_memory
@@ -44,6 +45,8 @@ VARIANTS = {
         Variant("fastar-fp8", fp8="large", with_pictures=True),
         Variant("fastar-layers", estimate="quant", kernels=False),
         Variant("pairs", estimate="quant", rule="pairs"),
+        Variant("pairs-lean", estimate="quant", rule="pairs", lean=True),
+        Variant("pairs-lean-exact", estimate="exact", rule="pairs", lean=True),
         Variant("pairs-57-seen-12", estimate="quant", rule="pairs", kept_chunks=12, density=12 / 57),
         *(
             Variant(f"pairs-120-seen-{seen}", estimate="quant", rule="pairs", kept_chunks=33, density=seen / 120)
@@ -216,8 +219,8 @@ def where_time_goes(variant: Variant, settings: Settings) -> list[dict[str, Any]
 
 
 def snapshots(variant: Variant, settings: Settings) -> list[dict[str, Any]]:
-    engine = engine_for(variant, settings)
-    warm_up(engine, settings)
+    """A row with all streams at one priority; on a GPU one more, where the rollout has a higher one than the copy."""
+    is_cuda = settings.device.type == "cuda"
 
     def chunk_seconds(rollout: Iterator[Any], num_chunks: int, after_chunk: Callable[[int], None]) -> Sequence[float]:
         clock = ChunkClock(settings.device)
@@ -228,8 +231,22 @@ def snapshots(variant: Variant, settings: Settings) -> list[dict[str, Any]]:
                 break
         return clock.seconds()
 
-    rows = snapshot_rows(engine, settings, chunk_seconds, compiled="table" in _CHOICES.compiled)
-    say(f"snapshot: {json.dumps(rows)}")
+    def make_row_at(priority: int) -> dict[str, Any]:
+        release_memory(settings.device)
+        own = torch.cuda.stream(torch.cuda.Stream(priority=priority)) if priority else nullcontext()
+        with own:
+            engine = engine_for(variant, settings)
+            warm_up(engine, settings)
+            row = snapshot_row(engine, settings, chunk_seconds, compiled="table" in _CHOICES.compiled)
+            if is_cuda:
+                torch.cuda.synchronize()
+        return {"policy": variant.name, "rollout_priority": priority} | row | {"peak_gb": peak_gb(settings.device)}
+
+    rows = []
+    for priority in (0, -1) if is_cuda else (0,):
+        row = attempt(f"snapshot at priority {priority}", lambda p=priority: make_row_at(p))
+        rows += [] if row is None else [row]
+        say(f"snapshot: {json.dumps(row)}")
     return rows
 
 
@@ -248,7 +265,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="checks, the table of parts, one row over 420 frames")
     parser.add_argument("--rows", nargs="*", default=None, choices=list(VARIANTS), help="rows, in this order")
     parser.add_argument("--parts", nargs="*", default=None, choices=list(VARIANTS), help="tables of where time goes")
-    parser.add_argument("--snapshot", action="store_true", help="what a snapshot costs while generation goes on")
+    parser.add_argument(
+        "--snapshot", nargs="?", const="pairs", choices=list(VARIANTS), help="what one costs while generation goes on"
+    )
     parser.add_argument("--kernels", default="auto", choices=["auto", "flash-attn-4", "triton", "torch"])
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--frames", type=int, default=3000)
@@ -304,11 +323,11 @@ def main(arguments: Sequence[str]) -> None:
             report(asked.name, results, notes)
         for part_name, table in tables[-1:] if not is_row else []:
             report(f"{asked.name}-parts-{part_name}", table, notes)
-    if asked.snapshot and time.monotonic() - began <= asked.seconds:
+    if asked.snapshot is not None and time.monotonic() - began <= asked.seconds:
         release_memory(device)
-        variant = replace(VARIANTS["fastar-exact"], **read_changes(asked.set))
+        variant = replace(VARIANTS[asked.snapshot], **read_changes(asked.set))
         made = attempt("snapshot", lambda: snapshots(variant, settings))
-        if made is not None:
+        if made:
             report(f"{asked.name}-snapshot", made, " ".join(lines))
     say(f"done after {time.monotonic() - began:.0f} s; results in {Path(__file__).parent / 'results'}")
 

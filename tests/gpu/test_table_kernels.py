@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from workers.attention.tile_choice import ChoiceSettings, Estimate, TileChoice, TileRuns
+from workers.cache import tile_table
+from workers.cache.pairs import every_other
 from workers.cache.table_layout import MergeRule, TableSettings, read_log_mass
 from workers.cache.tile_table import LayerTable, TableWork, TileTable
 from workers.contracts import KeyValues
@@ -74,6 +76,58 @@ def assert_same_layer(found: LayerTable, expected: LayerTable, sizes: TableSetti
         torch.testing.assert_close(a, b, **near)
 
 
+@pytest.mark.parametrize("rule", ["chains", "pairs"])
+@pytest.mark.parametrize(("like", "listed"), [(0.3, 4), (0.05, 1)])
+def test_members_that_are_listed_give_the_bits_of_those_that_add_themselves(
+    rule: MergeRule, like: float, listed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second case groups are larger than a list."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(tile_table, "_LEAN_LISTED", listed)
+    monkeypatch.setattr(tile_table, "_LEAN_KEYS", 8)
+    sizes = replace(SIZES, num_layers=1, rule=rule)
+    tables = [TileTable(sizes, torch.float32, DEVICE, work=work) for work in ("kernels", "lean")]
+    generator = torch.Generator().manual_seed(1)
+    kinds = torch.randn(sizes.chunk_tokens, HEADS, DIM, generator=generator)
+    for index in range(6):
+        k = kinds + like * torch.randn(1, sizes.chunk_tokens, HEADS, DIM, generator=generator)
+        v = torch.randn(1, sizes.chunk_tokens, HEADS, DIM, generator=generator)
+        position = grid_positions(torch.arange(3) + 3 * index, ROWS, COLUMNS)
+        for table in tables:
+            append_together(table, [KeyValues(k.to(DEVICE), v.to(DEVICE), position.to(DEVICE))])
+    for name, tensor in tables[0].state().items():
+        assert torch.equal(tables[1].state()[name], tensor), name
+
+
+@pytest.mark.parametrize("num_kinds", [1, 3, 40])
+def test_lists_hold_who_is_given_up_and_the_rest_is_left(num_kinds: int) -> None:
+    pairs = pytest.importorskip("workers.cache.triton_pairs", exc_type=ImportError)
+    generator, shape, listed = torch.Generator().manual_seed(num_kinds), (3, 1500), 4
+    head_of = torch.randint(num_kinds, shape, generator=generator, dtype=torch.int32)
+    share = torch.rand(shape, generator=generator)
+    share = torch.where(torch.rand(shape, generator=generator) < 0.3, share, -1.0)
+    found = pairs.list_members(share.to(DEVICE), head_of.to(DEVICE), listed)
+    rest = found.rest_share.cpu()
+    for row in range(shape[0]):
+        for group in range(num_kinds):
+            mine = ((share[row] >= 0) & (head_of[row] == group)).nonzero().flatten().tolist()
+            held = found.listed[row, group, : min(listed, len(mine))].tolist()
+            assert int(found.tally[row, group]) == len(mine)
+            assert set(held) <= set(mine)
+            assert sorted(held + [slot for slot in mine if rest[row, slot] >= 0]) == mine
+    assert torch.equal(rest[rest >= 0], share[rest >= 0])
+
+
+def test_walking_along_chains_finds_every_other_link() -> None:
+    pairs = pytest.importorskip("workers.cache.triton_pairs", exc_type=ImportError)
+    generator = torch.Generator().manual_seed(0)
+    num = 2100
+    older = (torch.rand(3, num, generator=generator) * torch.arange(num)).int()
+    toward = torch.where(torch.rand(3, num, generator=generator) < 0.9, older, torch.arange(num, dtype=torch.int32))
+    toward[2] = (torch.arange(num) - 1).clamp(min=0)  # one long chain
+    assert torch.equal(pairs.walk_every_other(toward.to(DEVICE)).cpu(), every_other(toward.long()))
+
+
 @pytest.mark.parametrize("num_chunks", [3, 5, 7])
 @pytest.mark.parametrize(("candidate_tiles", "rule"), [(0, "chains"), (3, "chains"), (3, "pairs")])
 def test_kernels_take_over_chunks_as_the_plain_way_does(num_chunks: int, candidate_tiles: int, rule: MergeRule) -> None:
@@ -133,8 +187,10 @@ def test_in_bfloat16_every_key_counts_once_and_partners_are_as_near() -> None:
 
 
 @pytest.mark.parametrize("estimate", ["exact", "quant"])
-@pytest.mark.parametrize(("num_queries", "tiles"), [(100, 9), (40, 21)])
-def test_kernels_choose_the_tiles_that_the_plain_way_chooses(estimate: Estimate, num_queries: int, tiles: int) -> None:
+@pytest.mark.parametrize(("num_queries", "tiles", "keys_at_once"), [(100, 9, 128), (40, 21, 16)])
+def test_kernels_choose_the_tiles_that_the_plain_way_chooses(
+    estimate: Estimate, num_queries: int, tiles: int, keys_at_once: int
+) -> None:
     pytest.importorskip("triton")
     generator = torch.Generator().manual_seed(3)
     q = torch.randn(num_queries, HEADS, DIM + 16, generator=generator)
@@ -147,7 +203,9 @@ def test_kernels_choose_the_tiles_that_the_plain_way_chooses(estimate: Estimate,
     runs = TileRuns(candidates=((0, 3), (4, tiles - 1)), always=((tiles - 1, tiles),), num_tiles=tiles)
     chosen = []
     for fused in (True, False):
-        settings = ChoiceSettings(4, keys_per_tile=8, queries_per_tile=4, estimate=estimate, tile=16, fused=fused)
+        settings = ChoiceSettings(
+            4, keys_per_tile=8, queries_per_tile=4, estimate=estimate, tile=16, fused=fused, keys_at_once=keys_at_once
+        )
         chooser = TileChoice(settings, runs, num_queries, DIM, DEVICE)
         index = chooser.new_list(HEADS)
         chooser.choose(q, k, index)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.bench import record, rollout, rollout_growing, rollout_native, rollout_table
+from tests.bench import record, rollout, rollout_growing, rollout_history, rollout_native, rollout_table
 from tests.bench.rollout_models import Stage
 from tests.bench.rollout_rows import (
     BASELINE,
@@ -111,6 +111,13 @@ def test_only_a_broken_device_asks_for_another_process() -> None:
 def test_no_row_is_begun_after_the_time_given() -> None:
     late = make_row("x", replace(TINY, ends_at=0.0), CPU, {})
     assert "time given" in late.notes
+
+
+def test_a_snapshot_under_way_is_timed_beside_chunks_without_and_compared_with_one_at_rest() -> None:
+    (row,) = rollout_history.snapshots(rollout_history.VARIANTS["pairs"], TINY)
+    assert row["equals_one_at_rest"]
+    assert row["snapshot_gb"] > 0
+    assert row["chunks_it_takes"] == 5
 
 
 def test_rows_come_in_the_order_in_which_they_are_missed_most() -> None:

@@ -48,6 +48,8 @@ class ChoiceSettings:
     tile: int = 128
     fused: bool = False
     """By kernels of our own, on a GPU; channels and samples are then powers of two. `lsh` has none."""
+    keys_at_once: int = 128
+    """That a kernel compares with at a time, a power of two: fewer take less of a multiprocessor."""
 
 
 class TileChoice:
@@ -122,7 +124,15 @@ class TileChoice:
         shape = (k_NLW.shape[0], len(self._query_S), len(self._is_candidate_J))
         lse_NSJ = torch.empty(shape, dtype=torch.float32, device=k_NLW.device)
         is_quant = self.settings.estimate == "quant"
-        tile_lse(q_QNW, k_NLW, (self._query_S, self._key_R), lse_NSJ, self._head_dim, quant=is_quant)
+        tile_lse(
+            q_QNW,
+            k_NLW,
+            (self._query_S, self._key_R),
+            lse_NSJ,
+            self._head_dim,
+            quant=is_quant,
+            keys_at_once=self.settings.keys_at_once,
+        )
         write_heaviest(lse_NSJ, self._is_candidate_J, self.num_chosen, index_NIJ)
 
     def mass(self, q_QNW: Tensor, k_NLW: Tensor) -> Tensor:

@@ -81,8 +81,9 @@ def _heaviest(  # type: ignore[no-untyped-def]
 
 
 def tile_lse(
-    q_QNW: Tensor, k_NLW: Tensor, places: tuple[Tensor, Tensor], lse_NSJ: Tensor, head_dim: int, *, quant: bool
-) -> None:
+    q_QNW: Tensor, k_NLW: Tensor, places: tuple[Tensor, Tensor], lse_NSJ: Tensor, head_dim: int, *, quant: bool,
+    keys_at_once: int,
+) -> None:  # fmt: skip
     """Log of the mass of a sample of each tile's keys, for a sample of the queries.
 
     Args:
@@ -92,12 +93,13 @@ def tile_lse(
         lse_NSJ: Written; float32, contiguous.
         head_dim: A power of two; so is the number of keys of a tile.
         quant: Products of 8-bit codes.
+        keys_at_once: A power of two.
     """
     query_place, key_place = places
     heads, num_queries, num_tiles = lse_NSJ.shape
     samples = len(key_place) // num_tiles
     rows = min(128, max(16, triton.next_power_of_2(num_queries)))
-    at_once = max(1, 128 // samples)
+    at_once = max(1, keys_at_once // samples)
     # As many programs as fill a large GPU several times; each a whole number of steps.
     part = at_once * max(1, triton.cdiv(num_tiles, 16 * at_once))
     _tile_lse[(triton.cdiv(num_queries, rows), heads, triton.cdiv(num_tiles, part))](

@@ -151,6 +151,10 @@ def every_other(toward_BNC: Tensor) -> Tensor:
         if jump.is_cpu and not bool(depth.gather(-1, jump).any()):  # all have come to their root
             break
         depth, jump = depth + depth.gather(-1, jump), jump.gather(-1, jump)
-    is_odd = depth % 2 == 1
+    return most_common_parity(depth % 2 == 1, linked)
+
+
+def most_common_parity(is_odd: Tensor, linked: Tensor) -> Tensor:
+    """Of the links of each head those whose distance from their root is odd, or even where those are more."""
     most_are_odd = 2 * is_odd.sum(-1, keepdim=True) >= linked.sum(-1, keepdim=True)
     return linked & (is_odd == most_are_odd)

@@ -49,6 +49,8 @@ class Look:
     """Tiles to look in beside the latent frame before; None compares all pairs."""
     tile: int
     nearest: NearestRows = nearest_rows
+    keys_at_once: int = 64
+    """Of a tile, that a kernel compares with at a time: fewer take fewer registers."""
 
 
 def find_partners(history: History, turn_back: TurnBack, new: slice, look: Look) -> Found:

@@ -51,6 +51,9 @@ class Room:
     rule: MergeRule
     rate: float
     """Of the falling weight, per squared distance."""
+    num_listed: int = 0
+    """Of the kernels: so many members of a group are summed from a list, and chains are walked along; 0: every member
+    is added by atomic sums, and chains are followed by doubling."""
 
 
 class Families(NamedTuple):
@@ -108,7 +111,7 @@ def find_families(history: History, v_NLD: Tensor, partner_NC: Tensor, turn_back
         v_NCD = v_NLD[:, history.start : history.start + num]
         found = find_distances(history, v_NCD, partner_NC, turn_back)
         loss = pair_loss(found, history.m_NC, partner_NC, turn_back.head_dim)
-        root = choose_links(loss, partner_NC, room.num_merges)
+        root = choose_links(loss, partner_NC, room.num_merges).long()
     else:
         cosine = _pair_cosine(history, partner_NC, turn_back)
         root = torch.where(_highest(cosine, room.num_merges), partner_NC.long(), own)

@@ -10,6 +10,7 @@ form trees, for merging what a link connects makes no circle.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,8 +21,8 @@ from workers.cache.partners import History
 from workers.cache.unrotated import TurnBack
 
 _SLOT_BITS = 24
-_LATE = 1 << (31 + _SLOT_BITS)
-"""Behind every loss, which is not negative and has 31 bits."""
+_EARLY, _NO_LINK = -(1 << 31), (1 << 31) - 1
+"""The sign of what comes first, and what comes behind every loss: those are not negative and have 31 bits."""
 
 
 class Distances(NamedTuple):
@@ -65,27 +66,34 @@ def pair_loss(found: Distances, m_NC: Tensor, partner_NC: Tensor, head_dim: int)
     return loss.masked_fill((partner_NC < 0) | ~live, torch.inf)
 
 
-def choose_links(loss_NC: Tensor, partner_NC: Tensor, num_merges: int) -> Tensor:
+def choose_links(
+    loss_NC: Tensor, partner_NC: Tensor, num_merges: int, find_early: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """Let so many keys of each head join their partners: the slot that each slot is linked to, itself where it is not.
 
     Args:
         loss_NC: float32; inf where there is no link.
-        partner_NC: -1 for none.
+        partner_NC: int32; -1 for none.
         num_merges: As many at most.
+        find_early: Does what `pairs.every_other` does, with slots of int32; None for that itself.
+    Returns:
+        int32 [N, C].
     """
-    num = loss_NC.shape[1]
-    assert num < 1 << _SLOT_BITS
-    own = torch.arange(num, device=loss_NC.device).expand_as(loss_NC)
+    own = torch.arange(loss_NC.shape[1], dtype=torch.int32, device=loss_NC.device).expand_as(loss_NC)
     if num_merges == 0:
         return own.contiguous()
     is_link = ~loss_NC.isinf()
-    toward = torch.where(is_link, partner_NC.long(), own)
-    # Losses are not negative, so their bits are in their order; of equal ones the first slot's comes first.
-    order = loss_NC.view(torch.int32).long() << _SLOT_BITS | own
-    is_early = every_other(toward) | (loss_NC == 0)
-    rank = torch.where(is_link, order + torch.where(is_early, 0, _LATE), 2 * _LATE)
+    toward = torch.where(is_link, partner_NC, own)
+    is_early = every_other(toward.long()) if find_early is None else find_early(toward)
+    # Losses are not negative, so their bits are in their order.
+    bits = loss_NC.view(torch.int32) & _NO_LINK
+    rank = torch.where(is_early | (bits == 0), bits | _EARLY, bits).masked_fill(~is_link, _NO_LINK)
     last = rank.kthvalue(num_merges, dim=-1, keepdim=True).values
-    return torch.where((rank <= last) & is_link, toward, own)
+    # Of equal ones the first slot's comes first.
+    before, equal = rank < last, rank == last
+    room = num_merges - before.sum(-1, keepdim=True)
+    chosen = before | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
+    return torch.where(chosen & is_link, toward, own)
 
 
 def heaviest(root_NC: Tensor, m_NC: Tensor) -> Tensor:
@@ -95,6 +103,7 @@ def heaviest(root_NC: Tensor, m_NC: Tensor) -> Tensor:
 
 def heaviest_of_root(root_NC: Tensor, m_NC: Tensor) -> Tensor:
     """The same where the slot is the root of a group."""
+    assert root_NC.shape[1] < 1 << _SLOT_BITS
     weight = m_NC.long() << _SLOT_BITS | torch.arange(root_NC.shape[1], device=root_NC.device)
     most = torch.zeros_like(weight).scatter_reduce_(1, root_NC, weight, "amax")
     return most & ((1 << _SLOT_BITS) - 1)

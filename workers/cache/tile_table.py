@@ -11,7 +11,7 @@ together, as if their heads were those of one layer. One video at a time.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
@@ -24,12 +24,15 @@ from workers.cache.table_layout import TableSettings, read_log_mass, write_log_m
 from workers.cache.unrotated import TurnBack, take_rows
 from workers.contracts import KeyValues
 from workers.model.rope import make_rotation, rotate
+from workers.rows import as_words
 from workers.search.nearest_rows import NearestRows, nearest_rows
 
 _LOG = logging.getLogger(__name__)
-TableWork = Literal["layers", "groups", "kernels"]
+TableWork = Literal["layers", "groups", "kernels", "lean"]
 """How chunks are taken over: layer by layer; in one go for all layers that become full together; or that by kernels of
-our own, on a GPU and for sizes that are powers of two."""
+our own, on a GPU and for sizes that are powers of two; or by kernels that move and hold less, not timed yet."""
+_LEAN_LISTED, _LEAN_KEYS = 4, 32
+"""Of `Room.num_listed`: most groups are smaller; of `Look.keys_at_once`: two programs fit a multiprocessor."""
 
 
 class TableKernels(Protocol):
@@ -93,12 +96,13 @@ class TileTable:
         nearest: NearestRows = nearest_rows,
         work: TableWork = "layers",
     ) -> None:
-        if work == "kernels" and settings.kernels_lack:
+        if work in ("kernels", "lean") and settings.kernels_lack:
             _LOG.warning("Chunks are taken over by plain torch: %s.", settings.kernels_lack)
             work = "groups"
         self.settings, self.dtype, self.device = settings, dtype, device
         self._turn_back = TurnBack(settings.head_dim, settings.theta, device)
-        self._look = Look(settings.frame_tokens, settings.candidate_tiles, settings.tile, nearest)
+        keys = _LEAN_KEYS if work == "lean" else 2 * _LEAN_KEYS
+        self._look = Look(settings.frame_tokens, settings.candidate_tiles, settings.tile, nearest, keys)
         self._fuse = Fuse()
         self._work = work
         self._groups = [range(first, settings.num_layers, settings.spare_chunks) for first in self._first_layers]
@@ -106,10 +110,10 @@ class TileTable:
         self.layers = [self._layer(index) for index in range(settings.num_layers)]
         for index, layer in enumerate(self.layers):
             self._reset(layer, index)
-        self._kernels = load_kernels(settings) if work == "kernels" else None
+        self._kernels = load_kernels(settings) if work in ("kernels", "lean") else None
         self._views: dict[int, KeyValues] = {}
-        self.before_change: Callable[[int], None] | None = None
-        """Told the layer that is about to take over a chunk."""
+        self.before_change: Callable[[int, bool], None] = lambda layer_index, is_history: None
+        """Told the layer that is changes next, and whether more of it does than its newest chunks and what is free."""
         self.on_part: Callable[[str], None] | None = None
         """Told the name of each part of the work as it ends; for measurements."""
 
@@ -126,8 +130,7 @@ class TileTable:
 
     def remember(self, layer_index: int, position_T3: Tensor) -> None:
         """The chunk in hand is clean: it becomes the newest of the past."""
-        if self.before_change is not None:
-            self.before_change(layer_index)
+        self._announce([layer_index])
         self._take_over(self.layers[layer_index], position_T3)
         self._views.pop(layer_index, None)
 
@@ -139,9 +142,7 @@ class TileTable:
             return
         self._views.clear()
         for group, together in zip(self._groups, self._together, strict=True):
-            if self.before_change is not None:
-                for index in group:
-                    self.before_change(index)
+            self._announce(group)
             first = self.layers[group[0]]
             together = replace(
                 together, pointer=first.pointer, num_chunks=first.num_chunks, position_of=dict(first.position_of)
@@ -152,6 +153,13 @@ class TileTable:
                 layer = self.layers[index]
                 layer.pointer, layer.num_chunks = together.pointer, together.num_chunks
                 layer.position_of = dict(together.position_of)
+
+    def _announce(self, layer_indices: Iterable[int]) -> None:
+        """These layers are about to take over a chunk."""
+        for index in layer_indices:
+            layer, s = self.layers[index], self.settings
+            fills_sink, is_full = layer.num_chunks < s.sink_chunks, layer.pointer == s.history_tokens
+            self.before_change(index, fills_sink or is_full)
 
     def _take_over(self, layer: LayerTable, position_T3: Tensor) -> None:
         s = self.settings
@@ -212,6 +220,7 @@ class TileTable:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         self._views.clear()
         for index, layer in enumerate(self.layers):
+            self.before_change(index, True)
             for name in _TENSORS:
                 getattr(layer, name).copy_(state[f"{index}.{name}"])
             layer.place(state, index)
@@ -220,6 +229,7 @@ class TileTable:
         """Empty, for the next video."""
         self._views.clear()
         for index, layer in enumerate(self.layers):
+            self.before_change(index, True)
             self._reset(layer, index)
 
     @property
@@ -268,7 +278,7 @@ class TileTable:
 
     def _copy(self, layer: LayerTable, source: int, target: int) -> None:
         num = self.settings.chunk_tokens
-        for x in (layer.k_NLW, layer.v_NLD):
+        for x in (as_words(layer.k_NLW), as_words(layer.v_NLD)):
             x[:, target : target + num] = x[:, source : source + num]
 
     def _absorb(self, layer: LayerTable, source: int) -> None:
@@ -329,7 +339,7 @@ class TileTable:
         s = self.settings
         live = min(s.history_tokens, (layer.num_chunks - 1 - s.sink_chunks - s.recent_chunks) * s.chunk_tokens)
         merges = min(s.spare_tokens, max(0, live - s.kept_tokens))
-        return Room(s.kept_tokens, merges, s.rule, s.rate)
+        return Room(s.kept_tokens, merges, s.rule, s.rate, _LEAN_LISTED if self._work == "lean" else 0)
 
     def _used(self, layer: LayerTable) -> History:
         stop = self.settings.history_tokens

@@ -207,7 +207,8 @@ def match(history: History, partner_NC: Tensor, turn_back: TurnBack, new: slice,
     _near_tiles[(stop_tile - first_tile, heads)](
         unit, k, position, m, chosen, found, best, partner_NC, *tables, *k.stride()[:2],
         position.stride(0), m.stride(0), partner_NC.stride(0), history.start, first_tile, before, new.start, new.stop,
-        chosen.shape[-1], TILE=tile, P=pairs, N=min(64, tile), PRECISION=precision, num_warps=8, num_stages=1,
+        chosen.shape[-1], TILE=tile, P=pairs, N=min(look.keys_at_once, tile), PRECISION=precision,
+        num_warps=8, num_stages=1,
     )  # fmt: skip
 
 

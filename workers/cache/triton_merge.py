@@ -2,8 +2,9 @@
 
 Pairs are compared where they lie, chains of merged pairs are followed by pointers, and each key that is given up adds
 itself to its group by atomic sums of whole numbers: their order does not matter, and a large group takes no longer than
-many small ones. What survives goes through a buffer of one layer, from which the layer is written again together with
-the means of its tiles.
+many small ones. Or the first of a group are listed and summed where the group is collected (`Room.num_listed`), and
+only the others add themselves: most groups are small. What survives goes through a buffer of one layer, from which the
+layer is written again together with the means of its tiles.
 """
 
 from __future__ import annotations
@@ -21,7 +22,14 @@ from workers.cache.shrink import Room
 from workers.cache.table_layout import NO_KEY
 from workers.cache.table_pairs import choose_links, heaviest_of_root, pair_loss
 from workers.cache.triton_match import ROWS, unit_halves
-from workers.cache.triton_pairs import compare_pairs, find_cosines, find_distances
+from workers.cache.triton_pairs import (
+    Members,
+    compare_pairs,
+    find_cosines,
+    find_distances,
+    list_members,
+    walk_every_other,
+)
 from workers.cache.unrotated import TurnBack
 
 _WEIGHT_UNITS = tl.constexpr(float(2**24))
@@ -95,6 +103,14 @@ def _total_weight(weight, added, slot, there):  # type: ignore[no-untyped-def]
     return own, own + tl.load(added + slot, mask=there, other=0).to(tl.float32) / _WEIGHT_UNITS
 
 
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _in_units(v, at_v, w, total, there, D: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Values that begin at these places, times their share of the group, in whole numbers."""
+    part = w / tl.maximum(total, 1e-30) * _VALUE_UNITS
+    value = tl.load(v + at_v[:, None] + tl.arange(0, D)[None, :], mask=there[:, None], other=0.0).to(tl.float32)
+    return tl.floor(value * part[:, None] + 0.5).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["first_row"])  # type: ignore[untyped-decorator, unused-ignore]
 def _add_values(  # type: ignore[no-untyped-def]
     v, weight, share, added, head_of, number, summed, stride_vn, stride_vl, stride_wn, start_k, first_row, num_slots,
@@ -109,13 +125,11 @@ def _add_values(  # type: ignore[no-untyped-def]
     given_up = w >= 0
     newest = tl.load(head_of + at, mask=given_up, other=0)
     _, total = _total_weight(weight + row * stride_wn, added + row * num_slots, newest, given_up)
-    part = w / tl.maximum(total, 1e-30) * _VALUE_UNITS
     channel = tl.arange(0, D)[None, :]
     at_v = row * stride_vn + (start_k + slot).to(tl.int64) * stride_vl
-    value = tl.load(v + at_v[:, None] + channel, mask=given_up[:, None], other=0.0).to(tl.float32)
+    units = _in_units(v, at_v, w, total, given_up, D)
     group = tl.load(number + row * num_slots + newest, mask=given_up, other=1) - 1
     at_sum = ((local * num_groups + group) * D)[:, None] + channel
-    units = tl.floor(value * part[:, None] + 0.5).to(tl.int32)
     tl.atomic_add(summed + at_sum, units, mask=(given_up & (group < num_groups))[:, None], sem="relaxed")
 
 
@@ -143,11 +157,11 @@ def _partner_of_group(partner, root, head_of, rank, slot, is_key, shift):  # typ
 
 @triton.jit(do_not_specialize=["first_row"])  # type: ignore[untyped-decorator, unused-ignore]
 def _collect(  # type: ignore[no-untyped-def]
-    k, v, position, m, weight, partner, source, added, joined, number, summed, root, head_of, rank,
-    new_k, new_v, new_position, new_m, new_weight, new_partner,
+    k, v, position, m, weight, partner, source, added, joined, tally, number, summed, member, share,
+    root, head_of, rank, new_k, new_v, new_position, new_m, new_weight, new_partner,
     stride_kn, stride_kl, stride_vn, stride_vl, stride_pn, stride_mn, stride_wn, stride_rn,
     start_k, first_row, num_slots, num_keep, num_groups, root_dim, no_key,
-    D: tl.constexpr, EXTRA: tl.constexpr, M: tl.constexpr,
+    D: tl.constexpr, EXTRA: tl.constexpr, M: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
     """One program: M slots as they will be, into the buffers of a layer."""
     place = tl.program_id(0) * M + tl.arange(0, M)
@@ -163,7 +177,14 @@ def _collect(  # type: ignore[no-untyped-def]
     channel = tl.arange(0, D)[None, :]
     group = tl.load(number + mine + slot, mask=is_key, other=1) - 1
     at_sum = ((local * num_groups + group) * D)[:, None] + channel
-    others = tl.load(summed + at_sum, mask=(is_key & (more > 0) & (group < num_groups))[:, None], other=0)
+    count = tl.load(tally + mine + slot, mask=is_key, other=0)
+    others = tl.load(summed + at_sum, mask=(is_key & (count > LISTED) & (group < num_groups))[:, None], other=0)
+    for which in tl.static_range(LISTED):
+        there = is_key & (count > which)
+        of = tl.load(member + (mine + slot) * LISTED + which, mask=there, other=0)
+        w = tl.load(share + mine + of, mask=there, other=0.0)
+        at_v = row * stride_vn + (start_k + of).to(tl.int64) * stride_vl
+        others += _in_units(v, at_v, w, total, there, D)
     at_v = row * stride_vn + (start_k + slot).to(tl.int64) * stride_vl
     value = tl.load(v + at_v[:, None] + channel, mask=is_key[:, None], other=0.0).to(tl.float32)
     value = value * (own / tl.maximum(total, 1e-30))[:, None] + others.to(tl.float32) / _VALUE_UNITS
@@ -244,8 +265,10 @@ class _Sums(NamedTuple):
     """Weights in whole numbers, int64."""
     joined: Tensor
     """Sum of m, int32."""
+    members: Members
+    """Where nobody is listed, the tally is the sum of m and the rest all: only whether there are any counts."""
     number: Tensor
-    """Of each group that gets any, from 1."""
+    """From 1, of each group that gets more than are listed."""
 
 
 def merge(
@@ -266,7 +289,8 @@ def merge(
     heads, num = m.shape
     if room.rule == "pairs":
         loss = pair_loss(find_distances(history, v, partner, turn_back), m, partner, turn_back.head_dim)
-        families = _find_families(choose_links(loss, partner, room.num_merges).int(), m, by_mass=True)
+        link = choose_links(loss, partner, room.num_merges, walk_every_other if room.num_listed else None)
+        families = _find_families(link, m, by_mass=True)
     else:
         link = _join_nearest(find_cosines(history, partner, turn_back), partner, room.num_merges)
         families = _find_families(link, m, by_mass=False)
@@ -279,13 +303,15 @@ def merge(
         weight.stride(0), history.start, num, room.num_keep, room.rate, P=turn_back.head_dim // 2, M=ROWS,
         FALLS=room.rate > 0, num_warps=4,
     )  # fmt: skip
-    sums = _Sums(share, added, joined, (joined > 0).cumsum(-1, dtype=torch.int32))
+    listed = room.num_listed
+    members = list_members(share, families.head_of, listed) if listed else Members(joined, joined, share)
+    sums = _Sums(share, added, joined, members, (members.tally > listed).cumsum(-1, dtype=torch.int32))
     buffers = _buffers(history, records, heads_at_once, room.num_keep)
-    # As many groups as keys are given up, at most.
-    groups = (heads_at_once, max(1, room.num_merges), turn_back.head_dim)
+    # As many groups as keys are given up, at most, if one is enough.
+    groups = (heads_at_once, max(1, room.num_merges // (listed + 1)), turn_back.head_dim)
     summed = torch.empty(groups, dtype=torch.int32, device=k.device)
     for first in range(0, heads, heads_at_once):
-        _move(history, records, turn_back, (source, sums, families), (summed, buffers), first, tile)
+        _move(history, records, turn_back, (source, sums, families), (summed, buffers), first, tile, listed)
 
 
 def _join_nearest(cosine: Tensor, partner: Tensor, num_merges: int) -> Tensor:
@@ -323,7 +349,7 @@ def _buffers(history: History, records: Sequence[Tensor], heads: int, num_keep: 
 
 def _move(
     history: History, records: Sequence[Tensor], turn_back: TurnBack,
-    found: tuple[Tensor, _Sums, _Families], to: tuple[Tensor, tuple[Tensor, ...]], first: int, tile: int,
+    found: tuple[Tensor, _Sums, _Families], to: tuple[Tensor, tuple[Tensor, ...]], first: int, tile: int, listed: int,
 ) -> None:  # fmt: skip
     """Heads from `first` on, as many as the buffers hold."""
     (source, sums, families), (summed, buffers) = found, to
@@ -335,13 +361,14 @@ def _move(
     strides = (*k.stride()[:2], *v.stride()[:2], *(x.stride(0) for x in (position, m, weight, partner)))
     summed.zero_()
     _add_values[(triton.cdiv(num, 32), heads)](
-        v, weight, sums.share, sums.added, families.head_of, sums.number, summed, *v.stride()[:2], weight.stride(0),
-        history.start, first, num, num_groups, D=dim, M=32, num_warps=4,
+        v, weight, sums.members.rest_share, sums.added, families.head_of, sums.number, summed, *v.stride()[:2],
+        weight.stride(0), history.start, first, num, num_groups, D=dim, M=32, num_warps=4,
     )  # fmt: skip
     _collect[(triton.cdiv(num_keep, 16), heads)](
-        k, v, position, m, weight, partner, source, sums.added, sums.joined, sums.number, summed, families.root,
-        families.head_of, families.rank, *buffers, *strides, history.start, first, num, num_keep, num_groups,
-        dim**0.5, NO_KEY, D=dim, EXTRA=extra, M=16, num_warps=4,
+        k, v, position, m, weight, partner, source, sums.added, sums.joined, sums.members.tally, sums.number, summed,
+        sums.members.listed, sums.share, families.root, families.head_of, families.rank, *buffers, *strides,
+        history.start, first, num, num_keep, num_groups, dim**0.5, NO_KEY,
+        D=dim, EXTRA=extra, M=16, LISTED=listed, num_warps=4,
     )  # fmt: skip
     high = float(torch.tensor(NO_KEY).to(k.dtype))
     _write_again[(mean.shape[1], heads)](

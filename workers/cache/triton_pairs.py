@@ -1,12 +1,15 @@
-"""Kernels that compare each key of a table with its partner, as both are now, where they lie."""
+"""Kernels that compare each key of a table with its partner, as both are now, and follow and list who merges."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.cache.pairs import most_common_parity
 from workers.cache.partners import History
 from workers.cache.table_pairs import Distances
 from workers.cache.triton_match import ROWS, load_halves, sin_cos, turn_by
@@ -72,6 +75,76 @@ def _pair_distances(  # type: ignore[no-untyped-def]
     tl.store(lengths + row * num_slots + slot, tl.sum(even_a * even_a + odd_a * odd_a, 1), mask=inside)
     even, odd = even_a - even_b, odd_a - odd_b
     tl.store(of_values + row * num_slots + slot, tl.sum(even * even + odd * odd, 1), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _walk(toward, is_odd, num_slots, M: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Whether the end of the chain of each slot is an odd number of links away."""
+    slot = tl.program_id(0) * M + tl.arange(0, M)
+    base = tl.program_id(1).to(tl.int64) * num_slots
+    inside = slot < num_slots
+    here, steps = tl.where(inside, slot, 0), tl.zeros([M], tl.int32)
+    beyond = tl.load(toward + base + here, mask=inside, other=0)
+    while tl.max((beyond != here).to(tl.int32), 0) > 0:
+        steps += (beyond != here).to(tl.int32)
+        here = beyond
+        beyond = tl.load(toward + base + here, mask=inside, other=0)
+    tl.store(is_odd + base + slot, (steps & 1).to(tl.int8), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _list_members(share, head_of, tally, member, rest, num_slots, LISTED: tl.constexpr, M: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Count who is given up to each group and list the first that come; the shares of the rest, -1 for others."""
+    slot = tl.program_id(0) * M + tl.arange(0, M)
+    base = tl.program_id(1).to(tl.int64) * num_slots
+    inside = slot < num_slots
+    w = tl.load(share + base + slot, mask=inside, other=-1.0)
+    given_up = w >= 0
+    group = base + tl.load(head_of + base + slot, mask=given_up, other=0)
+    place = tl.atomic_add(tally + group, 1, mask=given_up, sem="relaxed")
+    tl.store(member + group * LISTED + place, slot, mask=given_up & (place < LISTED))
+    tl.store(rest + base + slot, tl.where(given_up & (place >= LISTED), w, -1.0), mask=inside)
+
+
+def walk_every_other(toward: Tensor) -> Tensor:
+    """What `pairs.every_other` gives, with slots of int32, contiguous [N, C]."""
+    is_odd = torch.empty(toward.shape, dtype=torch.int8, device=toward.device)
+    _walk[(triton.cdiv(toward.shape[1], 1024), toward.shape[0])](
+        toward, is_odd, toward.shape[1], M=1024, num_warps=4
+    )  # fmt: skip
+    own = torch.arange(toward.shape[1], dtype=torch.int32, device=toward.device)
+    return most_common_parity(is_odd > 0, toward != own)
+
+
+class Members(NamedTuple):
+    """Who is given up to each group, [N, C]; at the slot that stands for it but for the last."""
+
+    tally: Tensor
+    """How many, int32."""
+    listed: Tensor
+    """The first of them, in any order: [N, C, listed] of int32, anything behind their number."""
+    rest_share: Tensor
+    """Weights of the others, -1 elsewhere."""
+
+
+def list_members(share: Tensor, head_of: Tensor, num_listed: int) -> Members:
+    """List so many of each group.
+
+    Args:
+        share: float32, -1 for a slot that is not given up.
+        head_of: Who stands for the group of each slot, int32.
+        num_listed: At least 1.
+    """
+    shape, device = share.shape, share.device
+    found = Members(
+        torch.zeros(shape, dtype=torch.int32, device=device),
+        torch.empty((*shape, num_listed), dtype=torch.int32, device=device),
+        torch.empty_like(share),
+    )
+    _list_members[(triton.cdiv(shape[1], 1024), shape[0])](
+        share, head_of, *found, shape[1], LISTED=num_listed, M=1024, num_warps=4
+    )
+    return found
 
 
 def find_cosines(history: History, partner: Tensor, turn_back: TurnBack) -> Tensor:

@@ -268,7 +268,9 @@ class CapturedRollout:
         return latents
 
     def _capture(self, choose: bool) -> None:
-        stream = torch.cuda.Stream()
+        # At the priority of the stream that the loop runs on: kernels of a graph keep the one they were captured at.
+        priority = torch.cuda.current_stream().priority
+        stream = torch.cuda.Stream(priority=priority)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # compiles, and fills the workspaces of libraries
@@ -278,6 +280,7 @@ class CapturedRollout:
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
         # Other threads go on with their own work meanwhile, such as decoding the chunk before.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        capturing = torch.cuda.Stream(priority=priority) if priority else None
+        with torch.cuda.graph(graph, pool=pool, stream=capturing, capture_error_mode="thread_local"):
             self.compute(choose)
         self._graphs[choose] = graph

@@ -39,7 +39,6 @@ FLIGHTS = 4
 CYCLE = FLIGHTS * len(TURNS)
 
 _LATENT_FLOOR = 1.5e-3  # the VAE's own error (34 dB, pixels in [-1, 1]), which stands beside that of the latents
-_PICTURE_FLOOR = 4e-4  # 40 dB: the logarithm must not chase clips that are nearly perfect
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,7 @@ class MemoryRecipe:
         own_ends: Of `FLIGHTS` batches, so many have contexts that the model itself rolls out from some chunk on, as a
             long take does; only what the true part has shown is asked for.
         own_from: Shares of a context between which that chunk is drawn.
+        picture_floor: Squared error (pixels in [-1, 1]) that is good enough: nearly perfect clips must not be chased.
     """
 
     muon_lr: float = 5e-4
@@ -78,7 +78,8 @@ class MemoryRecipe:
     critic: CriticRecipe = field(default_factory=CriticRecipe)
     fade_share: float = 0.0
     own_ends: int = 0
-    own_from: tuple[float, float] = (0.25, 0.85)
+    own_from: tuple[float, ...] = (0.25, 0.85)
+    picture_floor: float = 4e-4
     ema: float = 0.998
     seed: int = 1
 
@@ -390,7 +391,7 @@ class MemoryTrainer:
         assert mask.shape[-1] == VIEW_PX
         error_B = (error * mask).flatten(1).sum(1) / (mask.flatten(1).sum(1) + 1)
         psnr = -10 * (error_B.detach() / 4 + 1e-6).log10().mean()
-        return log_mean(error, mask, _PICTURE_FLOOR), psnr
+        return log_mean(error, mask, self.recipe.picture_floor), psnr
 
 
 def _known(tensor: Any) -> Tensor:

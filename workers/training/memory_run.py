@@ -1,5 +1,5 @@
 """Run stage 3: `python -m workers.training.memory_run --start DIR --out DIR --minutes 10` (one GPU), or with
-`torchrun --nproc-per-node N -m workers.training.memory_run ...` on N GPUs of one host, N batches a step.
+`torchrun --nproc-per-node N -m -- workers.training.memory_run ...` on N GPUs of one host, N batches a step.
 
 DIR/weights of the result is what we ship, written anew every two minutes; DIR/stage3.pt is where a run that stopped
 goes on. The same few tests before, in the middle and at the end say whether it was worth it.
@@ -235,6 +235,8 @@ def recipes_of(options: argparse.Namespace) -> tuple[MemoryRecipe, MemoryFeedRec
         critic_weight=options.critic,
         fade_share=options.fade,
         own_ends=options.own_ends,
+        own_from=tuple(options.own_from),
+        picture_floor=options.floor,
         seed=options.seed,
     )
     return recipe, feed
@@ -258,6 +260,11 @@ def main() -> None:
     parser.add_argument("--new-land", action="store_true", help="twice as many questions about new land")
     parser.add_argument("--fade", type=float, default=0.0, help="share of contexts that lose their looks")
     parser.add_argument("--own-ends", type=int, default=0, help=f"batches of {FLIGHTS} whose contexts end in rollouts")
+    shares = MemoryRecipe.own_from
+    parser.add_argument("--own-from", nargs=2, type=float, default=shares, help="shares of a context where they begin")
+    parser.add_argument(
+        "--floor", type=float, default=MemoryRecipe.picture_floor, help="squared error of a good picture"
+    )
     parser.add_argument("--exams", nargs="*", choices=TIMES, default=TIMES, help="hold only these")
     parser.add_argument("--plain", action="store_true", help="compile nothing")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -281,6 +288,7 @@ def main() -> None:
         exams=options.exams,
     )
     run.train(options.minutes)
+    team.part()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Several processes that train one model, one GPU each: every step takes the mean of their gradients.
 
-Begun by `torchrun --nproc-per-node N -m ...`; a process that was begun alone is a team of one, and all of this costs
-it nothing.
+Begun by `torchrun --nproc-per-node N -m -- MODULE ...` (`--`, because torchrun would take options of ours for its own);
+a process that was begun alone is a team of one, and all of this costs it nothing.
 """
 
 from __future__ import annotations
@@ -64,6 +64,11 @@ class Team:
             if turn == self.rank:
                 yield
             self.agree(0.0)
+
+    def part(self) -> None:
+        """End it; the others may go on for a while, but not together."""
+        if self.size > 1:
+            dist.destroy_process_group()
 
 
 def join_team(device: str) -> Team:

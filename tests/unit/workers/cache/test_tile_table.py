@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from workers.cache.table_layout import MergeRule, TableSettings, read_log_mass, write_log_mass
-from workers.cache.table_snapshot import TableSnapshot, restore_table
 from workers.cache.tile_table import TileTable
 from workers.contracts import KeyValues
 from workers.kernels.reference import attend_reference
@@ -267,28 +266,6 @@ def test_a_restored_table_goes_on_as_the_unbroken_one() -> None:
         assert b is not None
         assert torch.equal(a.k_BKND, b.k_BKND)
         assert torch.equal(a.v_BKND, b.v_BKND)
-
-
-def test_a_snapshot_restores_the_table_up_to_rounding_and_a_second_one_changes_nothing() -> None:
-    table, other = fill(SIZES, 9), TileTable(SIZES, torch.float32, CPU)
-    snapshot = TableSnapshot(table)
-    snapshot.begin()
-    state = {name: tensor.clone() for name, tensor in snapshot.finish().items()}
-    table.append(0, make_chunk(9))  # after the copy: not in it
-    restore_table(other, state)
-    again = TableSnapshot(other)
-    again.begin()
-    for name, tensor in again.finish().items():
-        assert torch.equal(tensor, state[name]), name
-    expected, found = fill(SIZES, 9), other
-    for layer in range(SIZES.num_layers):
-        a, b = expected.read(layer), found.read(layer)
-        assert a is not None
-        assert b is not None
-        torch.testing.assert_close(a.v_BKND, b.v_BKND, rtol=0, atol=0.02)
-        torch.testing.assert_close(a.k_BKND, b.k_BKND, rtol=0, atol=0.03)
-        assert torch.equal(a.position_K3, b.position_K3)
-        assert torch.equal(a.log_mass_BNK, b.log_mass_BNK)
 
 
 def test_a_cleared_table_is_a_new_one() -> None:

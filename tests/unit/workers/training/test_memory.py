@@ -275,10 +275,13 @@ def test_a_run_leaves_weights_log_and_verdict_and_goes_on_where_it_stopped(
 
 def test_the_command_line_decides_what_a_run_asks() -> None:
     usual = {"batch": 6, "chunks": 36, "shifted": 0.35, "seed": 1, "rate": 1.0, "own": 8, "keep": 10.0, "critic": 0.0}
-    usual |= {"own_ends": 0}
+    usual |= {"own_ends": 0, "own_from": (0.25, 0.85), "floor": 4e-4}
     plain = recipes_of(argparse.Namespace(**usual, fade=0.0, new_land=False))
     assert plain == (MemoryRecipe(), MemoryFeedRecipe())
-    recipe, feed = recipes_of(argparse.Namespace(**usual | {"seed": 3, "critic": 6.0}, fade=0.2, new_land=True))
-    assert (recipe.critic_weight, recipe.fade_share, recipe.seed, feed.seed) == (6.0, 0.2, 3, 6)
+    recipe, feed = recipes_of(
+        argparse.Namespace(**usual | {"seed": 3, "critic": 6.0, "floor": 1e-4}, fade=0.2, new_land=True)
+    )
+    assert (recipe.critic_weight, recipe.fade_share, recipe.picture_floor) == (6.0, 0.2, 1e-4)
+    assert (recipe.seed, feed.seed) == (3, 6)
     assert feed.cuts == 16 * (36,) + (0, 0, 1, 4, 9, 18, 36, 36)
     assert len(feed.cuts) == len(MemoryFeedRecipe().cuts)

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from workers.checkpoints.files import open_weights
 from workers.checkpoints.modules import BUNDLED_WEIGHTS
@@ -55,7 +54,7 @@ def take_part(rank: int, port: int, folder: Path) -> None:
             time.sleep(0.2)
             found["stretch"] = torch.tensor([begin, time.monotonic()], dtype=torch.float64)
         found |= train_together(team)
-        dist.destroy_process_group()
+        team.part()
     torch.save(found, folder / f"{rank}.pt")
 
 
