@@ -12,6 +12,7 @@ to step the mass of a key hardly changes (on the bundled model the best choice o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -138,11 +139,14 @@ class AnnSelfAttention:
         self._factor = 1.0
         self._indexed: dict[int, _Indexed] = {}
         self._chosen: dict[tuple[int, int], _Chosen] = {}
+        self._seen: dict[int, list[Tensor]] = {}
+        """Branch -> mean number of tiles that each layer sees which has chosen, [B] each."""
         self._shared: Shared = {}
 
     def begin_chunk(self, position_Q3: Tensor) -> None:
         self._indexed.clear()
         self._chosen.clear()
+        self._seen.clear()
         self._shared.clear()
 
     def tighten(self, factor: float) -> None:
@@ -158,7 +162,7 @@ class AnnSelfAttention:
         key = layer_index, moment.branch
         kept = self._chosen.get(key)
         if kept is None or kept.cached is not cached or self._settings.every_step:
-            kept = self._chosen[key] = self._choose(layer_index, q_BQND, cached, own, span)
+            kept = self._chosen[key] = self._choose(key, q_BQND, cached, own, span)
         elif self._settings.chooses_twice and not kept.is_joint:  # each layer has had its turn
             self._choose_jointly(moment.branch)
         if moment.is_clean_pass and self._settings.clean_share < 1:
@@ -173,9 +177,9 @@ class AnnSelfAttention:
         return (s.density if s.seen_keys is None else s.seen_keys / num_keys) * self._factor >= 1
 
     def _choose(
-        self, layer_index: int, q_BQND: Tensor, cached: KeyValues, own: KeyValues, span: tuple[int, int]
+        self, key: tuple[int, int], q_BQND: Tensor, cached: KeyValues, own: KeyValues, span: tuple[int, int]
     ) -> _Chosen:
-        s = self._settings
+        s, (layer_index, branch) = self._settings, key
         indexed = self._index(layer_index, cached, span)
         query_order = None
         if s.order == "bucket":
@@ -192,11 +196,14 @@ class AnnSelfAttention:
             shared=self._shared,
         )
         mass = estimate_mass(self._search, queries, indexed.sample, self._sample_rest(cached, own, span))
-        visible = self._keep(mass)
+        seen_before = self._seen.setdefault(branch, []) if s.at_once else None
+        visible = self._keep(mass, seen_before=seen_before)
+        if seen_before is not None:
+            seen_before.append(visible.sum(-1, dtype=torch.float32).mean((1, 2)))
         tiles = Tiles(visible, query_tile, s.key_tile, query_order, indexed.key_order_BNK)
         return _Chosen(cached, tiles, mass)
 
-    def _keep(self, mass: TileMass, share: float = 1.0) -> Tensor:
+    def _keep(self, mass: TileMass, share: float = 1.0, seen_before: Sequence[Tensor] | None = None) -> Tensor:
         """What a layer sees by itself, visible_BNIJ; a share of it where it is so many keys."""
         s = self._settings
         if s.target_recall is not None:
@@ -204,7 +211,7 @@ class AnnSelfAttention:
         if s.seen_keys is None:
             return keep_share(mass, min(1.0, s.density * self._factor))
         if s.at_once:
-            return keep_above(mass, self._num_seen(s.seen_keys * share))
+            return keep_above(mass, self._num_seen(s.seen_keys * share), seen_before)
         return keep_most(mass, self._num_seen(s.seen_keys * share * (_FIRST_SHARE if s.across_layers else 1.0)))
 
     def _choose_jointly(self, branch: int) -> None:
