@@ -92,14 +92,13 @@ def choose_nearest(settings: Settings, kernels: str) -> tuple[NearestRows, str]:
 
 
 def choose_kernels(settings: Settings) -> tuple[tuple[str, ...], list[str]]:
-    """Which of our kernels (of the table by either rule, lean ones, of the choice) agree with the plain ways."""
+    """Which of our kernels (of the table by either rule, of the choice) agree with the plain ways."""
     found, lines = list[str](), list[str]()
     if settings.device.type != "cuda":
         return (), ["Chunks are taken over and tiles chosen by plain torch."]
     checks: dict[str, Callable[[Settings], float]] = {
         "table": partial(_table_differs, rule="chains"),
         "pairs": partial(_table_differs, rule="pairs"),
-        "lean": partial(_table_differs, rule="pairs", work="lean"),
         "choice": _choice_differs,
     }
     for name, differs in checks.items():

@@ -58,8 +58,6 @@ class Variant:
     queries_per_tile: int = 8
     kernels: bool = True
     """Chunks are taken over and tiles chosen by kernels of our own; else by plain torch, layer by layer."""
-    lean: bool = False
-    """By those that move and hold less; see `tile_table.TableWork`."""
     whole: bool = True
     """Rolled out over all frames."""
     with_pictures: bool = False
@@ -139,7 +137,7 @@ def make_engine(
     nearest: NearestRows = nearest_rows,
     compiled: Compiled = ALL,
     *,
-    kernels: Compiled = ("table", "pairs", "lean", "choice"),
+    kernels: Compiled = ("table", "pairs", "choice"),
     graphs: bool = True,
 ) -> Engine:
     backbone, device = settings.backbone, settings.device
@@ -157,10 +155,8 @@ def make_engine(
     kernels = kernels if variant.kernels and device.type == "cuda" else ()
     runs = tile_runs(sizes, always_sink=variant.always_sink, always_recent=variant.always_recent)
     num_candidates = sum(stop - first for first, stop in runs.candidates)
-    table_kernels = "lean" if variant.lean else {"pairs": "pairs", "chains": "table"}[variant.rule]
-    work: TableWork = "layers"
-    if table_kernels in kernels:
-        work = "lean" if variant.lean else "kernels"
+    table_kernels = {"pairs": "pairs", "chains": "table"}[variant.rule]
+    work: TableWork = "kernels" if table_kernels in kernels else "layers"
     rollout = make_captured(
         model,
         sizes,
@@ -176,7 +172,6 @@ def make_engine(
         compiled=compiled,
         work=work,
         fused="choice" in kernels,
-        keys_at_once=64 if variant.lean else 128,
         settings=CapturedSettings(variant.choose_at, graphs=graphs and device.type == "cuda"),
         keys_per_tile=min(sizes.tile, variant.keys_per_tile),
         queries_per_tile=min(sizes.tile, variant.queries_per_tile),

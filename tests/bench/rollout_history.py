@@ -45,8 +45,7 @@ VARIANTS = {
         Variant("fastar-fp8", fp8="large", with_pictures=True),
         Variant("fastar-layers", estimate="quant", kernels=False),
         Variant("pairs", estimate="quant", rule="pairs"),
-        Variant("pairs-lean", estimate="quant", rule="pairs", lean=True),
-        Variant("pairs-lean-exact", estimate="exact", rule="pairs", lean=True),
+        Variant("pairs-exact", estimate="exact", rule="pairs"),
         Variant("pairs-57-seen-12", estimate="quant", rule="pairs", kept_chunks=12, density=12 / 57),
         *(
             Variant(f"pairs-120-seen-{seen}", estimate="quant", rule="pairs", kept_chunks=33, density=seen / 120)

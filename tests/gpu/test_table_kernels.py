@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from workers.attention.tile_choice import ChoiceSettings, Estimate, TileChoice, TileRuns
-from workers.cache import tile_table
+from workers.cache import table_layout
 from workers.cache.pairs import every_other
 from workers.cache.table_layout import MergeRule, TableSettings, read_log_mass
 from workers.cache.tile_table import LayerTable, TableWork, TileTable
@@ -83,17 +83,20 @@ def test_members_that_are_listed_give_the_bits_of_those_that_add_themselves(
 ) -> None:
     """In the second case groups are larger than a list."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(tile_table, "_LEAN_LISTED", listed)
-    monkeypatch.setattr(tile_table, "_LEAN_KEYS", 8)
     sizes = replace(SIZES, num_layers=1, rule=rule)
-    tables = [TileTable(sizes, torch.float32, DEVICE, work=work) for work in ("kernels", "lean")]
+    tables = []
+    for num_listed, keys_at_once in ((0, 16), (listed, 8)):
+        monkeypatch.setitem(table_layout.MEMBERS_LISTED, rule, num_listed)
+        monkeypatch.setitem(table_layout.KEYS_AT_ONCE, rule, keys_at_once)
+        tables.append(TileTable(sizes, torch.float32, DEVICE, work="kernels"))
     generator = torch.Generator().manual_seed(1)
     kinds = torch.randn(sizes.chunk_tokens, HEADS, DIM, generator=generator)
     for index in range(6):
         k = kinds + like * torch.randn(1, sizes.chunk_tokens, HEADS, DIM, generator=generator)
         v = torch.randn(1, sizes.chunk_tokens, HEADS, DIM, generator=generator)
         position = grid_positions(torch.arange(3) + 3 * index, ROWS, COLUMNS)
-        for table in tables:
+        for table, num_listed in zip(tables, (0, listed), strict=True):
+            monkeypatch.setitem(table_layout.MEMBERS_LISTED, rule, num_listed)
             append_together(table, [KeyValues(k.to(DEVICE), v.to(DEVICE), position.to(DEVICE))])
     for name, tensor in tables[0].state().items():
         assert torch.equal(tables[1].state()[name], tensor), name

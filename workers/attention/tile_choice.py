@@ -48,7 +48,7 @@ class ChoiceSettings:
     tile: int = 128
     fused: bool = False
     """By kernels of our own, on a GPU; channels and samples are then powers of two. `lsh` has none."""
-    keys_at_once: int = 128
+    keys_at_once: int = 64
     """That a kernel compares with at a time, a power of two: fewer take less of a multiprocessor."""
 
 

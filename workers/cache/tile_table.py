@@ -20,7 +20,7 @@ from torch import Tensor
 
 from workers.cache.partners import History, Look, find_partners
 from workers.cache.shrink import Fuse, Room, Survivors, shrink
-from workers.cache.table_layout import TableSettings, read_log_mass, write_log_mass
+from workers.cache.table_layout import KEYS_AT_ONCE, MEMBERS_LISTED, TableSettings, read_log_mass, write_log_mass
 from workers.cache.unrotated import TurnBack, take_rows
 from workers.contracts import KeyValues
 from workers.model.rope import make_rotation, rotate
@@ -28,11 +28,9 @@ from workers.rows import as_words
 from workers.search.nearest_rows import NearestRows, nearest_rows
 
 _LOG = logging.getLogger(__name__)
-TableWork = Literal["layers", "groups", "kernels", "lean"]
+TableWork = Literal["layers", "groups", "kernels"]
 """How chunks are taken over: layer by layer; in one go for all layers that become full together; or that by kernels of
-our own, on a GPU and for sizes that are powers of two; or by kernels that move and hold less, not timed yet."""
-_LEAN_LISTED, _LEAN_KEYS = 4, 32
-"""Of `Room.num_listed`: most groups are smaller; of `Look.keys_at_once`: two programs fit a multiprocessor."""
+our own, on a GPU and for sizes that are powers of two."""
 
 
 class TableKernels(Protocol):
@@ -96,12 +94,12 @@ class TileTable:
         nearest: NearestRows = nearest_rows,
         work: TableWork = "layers",
     ) -> None:
-        if work in ("kernels", "lean") and settings.kernels_lack:
+        if work == "kernels" and settings.kernels_lack:
             _LOG.warning("Chunks are taken over by plain torch: %s.", settings.kernels_lack)
             work = "groups"
         self.settings, self.dtype, self.device = settings, dtype, device
         self._turn_back = TurnBack(settings.head_dim, settings.theta, device)
-        keys = _LEAN_KEYS if work == "lean" else 2 * _LEAN_KEYS
+        keys = KEYS_AT_ONCE[settings.rule]
         self._look = Look(settings.frame_tokens, settings.candidate_tiles, settings.tile, nearest, keys)
         self._fuse = Fuse()
         self._work = work
@@ -110,7 +108,7 @@ class TileTable:
         self.layers = [self._layer(index) for index in range(settings.num_layers)]
         for index, layer in enumerate(self.layers):
             self._reset(layer, index)
-        self._kernels = load_kernels(settings) if work in ("kernels", "lean") else None
+        self._kernels = load_kernels(settings) if work == "kernels" else None
         self._views: dict[int, KeyValues] = {}
         self.before_change: Callable[[int, bool], None] = lambda layer_index, is_history: None
         """Told the layer that is changes next, and whether more of it does than its newest chunks and what is free."""
@@ -339,7 +337,7 @@ class TileTable:
         s = self.settings
         live = min(s.history_tokens, (layer.num_chunks - 1 - s.sink_chunks - s.recent_chunks) * s.chunk_tokens)
         merges = min(s.spare_tokens, max(0, live - s.kept_tokens))
-        return Room(s.kept_tokens, merges, s.rule, s.rate, _LEAN_LISTED if self._work == "lean" else 0)
+        return Room(s.kept_tokens, merges, s.rule, s.rate, MEMBERS_LISTED[s.rule])
 
     def _used(self, layer: LayerTable) -> History:
         stop = self.settings.history_tokens
