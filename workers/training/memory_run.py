@@ -157,11 +157,14 @@ class MemoryRun:
         self.trainer.save(self.checkpoint)
         model = self.trainer.ema
         parts = {"dit": model.dit, "text": model.text_encoder, "vae": self.vae}
-        minutes = {**self.card.get("gpu_minutes", {}), "stage3": round(self.trainer.seconds / 60, 1)}
-        steps = {**self.card.get("steps", {}), "stage3": self.trainer.steps}
-        gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
-        card = {**self.card, "stage3_start": self.revision, "stage3_device": gpu}
-        card |= {"gpu_minutes": minutes, "steps": steps, "stage3_exams": self.exams}
+        spent = {"gpu_minutes": self.team.size * self.trainer.seconds / 60, "steps": self.trainer.steps}
+        card, gpu = dict(self.card), torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
+        for name, more in spent.items():  # what earlier runs of this stage have spent stays in
+            before = self.card.get(name, {})
+            card[name] = {**before, "stage3": round(before.get("stage3", 0) + more, 1)}
+        starts = self.card.get("stage3_start", [])
+        starts = [starts] if isinstance(starts, str) else starts
+        card |= {"stage3_start": [*starts, self.revision], "stage3_device": gpu, "stage3_exams": self.exams}
         revision = save_weights(self.out / "weights", parts, card)
         self.log.write(stage="memory", step=self.trainer.steps, seconds=self.trainer.seconds, weights=revision)
 

@@ -250,7 +250,9 @@ def test_a_run_leaves_weights_log_and_verdict_and_goes_on_where_it_stopped(
     monkeypatch.setattr(MemoryRun, "examine", examine)
     monkeypatch.setattr("workers.training.memory_run.LOG_EVERY", 1)
     parts = {"dit": model.dit, "text": model.text_encoder, "vae": vae}
-    first = save_weights(tmp_path / "start", parts, {"name": "tiny", "steps": {"stage1": 5}})
+    first = save_weights(
+        tmp_path / "start", parts, {"name": "tiny", "steps": {"stage1": 5, "stage3": 7}, "stage3_start": "0"}
+    )
     recipe = dataclasses.replace(RECIPE, picture_steps=())
 
     def run() -> MemoryRun:
@@ -266,7 +268,8 @@ def test_a_run_leaves_weights_log_and_verdict_and_goes_on_where_it_stopped(
     assert not begun.train(0.0)
     made = open_weights(tmp_path / "out" / "weights")
     assert made.revision != first
-    assert made.card["steps"] == {"stage1": 5, "stage3": begun.trainer.steps}
+    assert made.card["steps"] == {"stage1": 5, "stage3": 7 + begun.trainer.steps}
+    assert made.card["stage3_start"] == ["0", first]
     made.fill("dit", WorldModel(backbone).dit)
     lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert any("latents" in line for line in lines)
