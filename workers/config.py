@@ -158,9 +158,14 @@ class AnnSelfAttentionConfig(Part):
         "time", description="How keys are put into tiles: pieces of a picture, or keys of one bucket (the paper's)."
     )
     num_buckets: int = Field(64, ge=2, le=4096, description="Buckets of a head in `bucket` order; a power of two.")
-    tile: int | None = Field(None, ge=8, le=1024, description="Keys of a tile; empty: a latent frame, at most 128.")
+    tile: int | None = Field(
+        None, ge=8, le=1024, description="Keys of a tile; empty: a latent frame, at most 128, or half of one as below."
+    )
     query_tile: int | None = Field(
-        None, ge=8, le=1024, description="Queries of a tile; empty: the latent frames that fit into 192, or as `tile`."
+        None,
+        ge=8,
+        le=1024,
+        description="Queries of a tile; empty: as `tile`, or with `seen_latent_frames` those that fit into 192.",
     )
     sink_latent_frames: int = Field(3, ge=0, description="First latent frames, seen by all.")
     recent_latent_frames: int = Field(6, ge=1, description="Newest latent frames, seen by all.")

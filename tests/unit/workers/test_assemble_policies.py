@@ -87,3 +87,13 @@ def test_small_pictures_choose_once_and_show_a_clean_pass_a_third(
     settings = ann_settings(config, frame_tokens)
     assert (settings.at_once, settings.clean_share) == (at_once, clean_share)
     assert settings.chooses_twice == (given is not None and not at_once)
+
+
+@pytest.mark.parametrize("policy", ["annsa", "fastar-adaptive", "fastar-quant"])
+def test_queries_of_small_pictures_choose_together_only_where_a_fixed_number_is_seen(policy: str) -> None:
+    config = RenderConfig.model_validate({"policy": policy}).attention
+    assert isinstance(config, AnnSelfAttentionConfig)
+    settings, expected = ann_settings(config, 64), {"fastar-quant": (32, 192)}.get(policy, (64, 64))
+    assert (settings.key_tile, settings.query_tile) == expected
+    large = ann_settings(config, 1560)
+    assert (large.key_tile, large.query_tile) == (128, 128)
