@@ -19,7 +19,7 @@ from tests.bench.rollout_rows import Settings
 from tests.tables import draw_listed
 from workers.attention.tile_choice import ChoiceSettings, TileChoice, TileRuns
 from workers.cache.table_layout import MergeRule, TableSettings
-from workers.cache.tile_table import TableWork, TileTable
+from workers.cache.tile_table import TileTable
 from workers.kernels.listed_tiles import AttendTable, ListedName, attend_listed_plain, make_attend
 from workers.model.rope import grid_positions, make_rotation, rotate
 from workers.search.nearest_rows import NearestRows, make_triton_nearest_rows, nearest_rows
@@ -92,7 +92,7 @@ def choose_nearest(settings: Settings, kernels: str) -> tuple[NearestRows, str]:
 
 
 def choose_kernels(settings: Settings) -> tuple[tuple[str, ...], list[str]]:
-    """Which of our kernels (of the table by either rule, of the choice) agree with the plain ways."""
+    """Which of our kernels (of the table by either rule, of the choice) agree with the plain ways; lines say so."""
     found, lines = list[str](), list[str]()
     if settings.device.type != "cuda":
         return (), ["Chunks are taken over and tiles chosen by plain torch."]
@@ -114,14 +114,13 @@ def choose_kernels(settings: Settings) -> tuple[tuple[str, ...], list[str]]:
     return tuple(found), lines
 
 
-def _table_differs(settings: Settings, rule: MergeRule, work: TableWork = "kernels") -> float:
+def _table_differs(settings: Settings, rule: MergeRule) -> float:
     """Share of slots whose key, partner or m is another one, in float32."""
     rows, columns, device = 10, 16, settings.device
     sizes = TableSettings(
         3, 2, settings.backbone.head_dim, 3 * rows * columns, rows * columns, kept_chunks=2, spare_chunks=2, rule=rule
     )
-    ways: tuple[TableWork, ...] = (work, "groups")
-    tables = [TileTable(sizes, torch.float32, device, work=way) for way in ways]
+    tables = [TileTable(sizes, torch.float32, device, work=work) for work in ("kernels", "groups")]
     generator = torch.Generator().manual_seed(0)
     shape = (2, 3, 2, sizes.chunk_tokens, sizes.head_dim)
     kv = torch.randn(shape, generator=generator)

@@ -15,7 +15,7 @@ from tests.tables import make_captured
 from workers.assemble_tiles import size_table, tile_runs
 from workers.attention.tile_choice import Estimate, TileChoice
 from workers.cache.table_layout import MergeRule, TableSettings
-from workers.cache.tile_table import TableWork, TileTable
+from workers.cache.tile_table import TileTable
 from workers.contracts import PromptKeys
 from workers.denoise import Schedule, draw_noise, make_schedule, step_renoise
 from workers.kernels.listed_tiles import AttendTable
@@ -155,8 +155,6 @@ def make_engine(
     kernels = kernels if variant.kernels and device.type == "cuda" else ()
     runs = tile_runs(sizes, always_sink=variant.always_sink, always_recent=variant.always_recent)
     num_candidates = sum(stop - first for first, stop in runs.candidates)
-    table_kernels = {"pairs": "pairs", "chains": "table"}[variant.rule]
-    work: TableWork = "kernels" if table_kernels in kernels else "layers"
     rollout = make_captured(
         model,
         sizes,
@@ -170,7 +168,7 @@ def make_engine(
         fp8=variant.fp8,
         backend=backend,
         compiled=compiled,
-        work=work,
+        work="kernels" if ("pairs" if variant.rule == "pairs" else "table") in kernels else "layers",
         fused="choice" in kernels,
         settings=CapturedSettings(variant.choose_at, graphs=graphs and device.type == "cuda"),
         keys_per_tile=min(sizes.tile, variant.keys_per_tile),
