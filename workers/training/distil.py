@@ -187,11 +187,8 @@ class Distiller:
         """The running mean of the student makes the clips of this batch by itself, chunk after chunk."""
         keys = self.ema.prompt_keys(batch.rows_BPF, batch.num_tokens_B)
         rollout = FastRollout(self.ema, batch.camera_BTS2, batch.times_BT, keys)
-        made = []
-        for index in range(batch.latents_BTCHW.shape[1] // self.chunk):
-            made.append(rollout.denoise(index, self.schedule, self.generator, renoise=True))
-            rollout.write(index, made[-1])
-        self.own, self.own_batch = torch.cat(made, 1), batch
+        made = rollout.run(lambda chunk: rollout.denoise(chunk, self.schedule, self.generator, renoise=True))
+        self.own, self.own_batch = made, batch
 
     def save(self, path: Path) -> None:
         """All weights and optimisers; own histories are made anew."""

@@ -143,28 +143,23 @@ class FastRollout:
                 x = x + (after - sigma) * flow
         return x
 
+    @torch.no_grad()
+    def run(self, denoise: Callable[[int], Tensor], given_BTCHW: Tensor | None = None, first_free: int = 0) -> Tensor:
+        """Latents of all chunks, each written before the next.
 
-@torch.no_grad()
-def roll_out(
-    rollout: FastRollout,
-    given_BTCHW: Tensor,
-    first_free: int,
-    schedule: Schedule,
-    generator: torch.Generator,
-    *,
-    renoise: bool,
-    guidance: float = 1.0,
-    empty: list[PromptKeys] | None = None,
-) -> Tensor:
-    """Latents of a whole rollout whose chunks before ``first_free`` are given."""
-    chunks = rollout.times.shape[1] // rollout.frames
-    made = []
-    for index in range(chunks):
-        if index < first_free:
-            latents = given_BTCHW[:, index * rollout.frames : (index + 1) * rollout.frames]
-        else:
-            latents = rollout.denoise(index, schedule, generator, renoise=renoise, guidance=guidance, empty=empty)
-        made.append(latents)
-        if index + 1 < chunks:
-            rollout.write(index, latents)
-    return torch.cat(made, 1)
+        Args:
+            denoise: Makes the chunk of this index.
+            given_BTCHW: What the chunks before ``first_free`` are.
+            first_free: From this chunk on they are made.
+        """
+        chunks = self.times.shape[1] // self.frames
+        made = []
+        for index in range(chunks):
+            if index >= first_free:
+                made.append(denoise(index))
+            else:
+                assert given_BTCHW is not None
+                made.append(given_BTCHW[:, index * self.frames : (index + 1) * self.frames])
+            if index + 1 < chunks:
+                self.write(index, made[-1])
+        return torch.cat(made, 1)

@@ -19,7 +19,7 @@ from workers.quality.following import recognise_biome, recognise_direction
 from workers.quality.landmarks import Quiz, make_quizzes
 from workers.quality.reference import psnr_db, sharpness, ssim
 from workers.quality.revisit import plan_revisit, seen_before
-from workers.training.fast_rollout import FastRollout, Visible, roll_out, sees_all, sees_none, sees_window
+from workers.training.fast_rollout import FastRollout, Visible, sees_all, sees_none, sees_window
 from workers.training.sequence import WorldModel
 from workers.training.vae_train import HELD_OUT_SEED
 from workers.worlds.camera import CameraMove, plan_camera, read_move
@@ -166,16 +166,15 @@ class Laboratory:
         empty: list | None = None,  # type: ignore[type-arg]
     ) -> Tensor:
         """Latents of a rollout whose chunks before ``first_free`` are given."""
-        return roll_out(
-            rollout,
-            given,
-            first_free,
-            make_schedule(sampling.num_steps, sampling.shift),
-            torch.Generator(self.device).manual_seed(seed),
-            renoise=sampling.renoise,
-            guidance=sampling.guidance,
-            empty=empty,
-        )
+        schedule = make_schedule(sampling.num_steps, sampling.shift)
+        generator = torch.Generator(self.device).manual_seed(seed)
+
+        def denoise(chunk: int) -> Tensor:
+            return rollout.denoise(
+                chunk, schedule, generator, renoise=sampling.renoise, guidance=sampling.guidance, empty=empty
+            )
+
+        return rollout.run(denoise, given, first_free)
 
     @torch.no_grad()
     def follow(self, num: int, sampling: Sampling, num_words: int = 0) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from workers.model.text_encoder import fold_padding
 from workers.model.vae import VideoVAE
 from workers.training import checkpoint
 from workers.training.distil import CELL_PX, VIEW_PX, shown_cells
-from workers.training.fast_rollout import FastRollout, roll_out
+from workers.training.fast_rollout import FastRollout
 from workers.training.memory_feed import RUN, MemoryBatch, MemoryFeedRecipe
 from workers.training.muon import Muon
 from workers.training.new_land import CriticRecipe, LandJudge, fade
@@ -93,7 +93,7 @@ class Flight:
         text_BPE, log_mass_BP: Its encoded prompts.
         context_BTCHW, camera_BTS2: The context as it is now.
         whole_BTCHW: The same where nothing has faded.
-        true_T: Which context frames are true.
+        true_T: Which context frames are true; None while all are.
         turn: The next of `TURNS`.
         estimate_BSCHW: The model's last clean estimate of the questions.
         answers_BSCHW: Its answers of which the end of the context was made.
@@ -105,7 +105,7 @@ class Flight:
     context_BTCHW: Tensor
     whole_BTCHW: Tensor
     camera_BTS2: Tensor
-    true_T: Tensor
+    true_T: Tensor | None = None
     turn: int = 0
     estimate_BSCHW: Tensor | None = None
     answers_BSCHW: Tensor | None = None
@@ -192,8 +192,7 @@ class MemoryTrainer:
             generator = self._generator(2_000_003, FLIGHTS * self.steps + self.boarded)
             context = fade(whole, self.chunk, self.recipe.fade_share, generator)
             self.boarded = (self.boarded + 1) % FLIGHTS
-        true = torch.ones(whole.shape[1], dtype=torch.bool, device=self.device)
-        return Flight(batch, folded.text_BPE, folded.log_mass_BP, context, whole, batch.camera_BTS2, true)
+        return Flight(batch, folded.text_BPE, folded.log_mass_BP, context, whole, batch.camera_BTS2)
 
     def _generator(self, prime: int, count: int) -> torch.Generator:
         """Draws of this process at this point of the run."""
@@ -219,16 +218,12 @@ class MemoryTrainer:
         generator = self._generator(4_000_037, self.steps)
         low, high = (round(share * self.feed.chunks) for share in self.recipe.own_from)
         cut = int(torch.randint(max(1, low), high + 1, (), generator=torch.Generator().manual_seed(self.steps)))
-        texts = torch.cat([flight.text_BPE for flight in flights])
-        log_mass = torch.cat([flight.log_mass_BP for flight in flights])
-        rollout = FastRollout(
-            self.ema,
-            torch.cat([flight.camera_BTS2 for flight in flights]),
-            torch.cat([flight.batch.times_BT for flight in flights]),
-            self.ema.dit.project_prompt(texts, log_mass),
+        each = [(f.camera_BTS2, f.batch.times_BT, f.text_BPE, f.log_mass_BP, f.whole_BTCHW) for f in flights]
+        camera, times, texts, log_mass, given = (torch.cat(parts) for parts in zip(*each, strict=True))
+        rollout = FastRollout(self.ema, camera, times, self.ema.dit.project_prompt(texts, log_mass))
+        made = rollout.run(
+            lambda chunk: rollout.denoise(chunk, self.schedule, generator, renoise=True), given, first_free=cut
         )
-        given = torch.cat([flight.whole_BTCHW for flight in flights])
-        made = roll_out(rollout, given, cut, self.schedule, generator, renoise=True)
         true = torch.arange(given.shape[1], device=self.device) < cut * self.chunk
         for flight, context in zip(flights, made.split(self.feed.batch), strict=True):
             flight.context_BTCHW = flight.whole_BTCHW = context
@@ -286,7 +281,8 @@ class MemoryTrainer:
         flight.context_BTCHW = torch.cat([flight.context_BTCHW[:, :kept], own], 1)
         flight.whole_BTCHW = torch.cat([flight.whole_BTCHW[:, :kept], own], 1)
         flight.camera_BTS2 = torch.cat([flight.camera_BTS2[:, :kept], flight.batch.question_camera_BSS2[:, asked]], 1)
-        flight.true_T = flight.true_T & (torch.arange(kept + frames, device=self.device) < kept)
+        true = torch.arange(kept + frames, device=self.device) < kept
+        flight.true_T = true if flight.true_T is None else flight.true_T & true
 
     def _draw(self, like: Tensor, generator: torch.Generator) -> Tensor:
         return torch.randn(like.shape, device=self.device, generator=generator)
@@ -363,6 +359,8 @@ class MemoryTrainer:
         size = flight.context_BTCHW.shape[-1]
         camera = flight.batch.question_camera_BSS2
         by_any = shown_cells(camera, flight.camera_BTS2, self.counts_ST, size)
+        if flight.true_T is None:
+            return by_any, by_any
         return shown_cells(camera, flight.camera_BTS2, self.counts_ST & flight.true_T, size), by_any
 
     def _cost(self, error_BSCHW: Tensor) -> Tensor:

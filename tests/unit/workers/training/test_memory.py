@@ -18,7 +18,7 @@ from workers.model.backbones import Backbone, find_backbone
 from workers.model.control import control_maps
 from workers.model.vae import VideoVAE
 from workers.training.distil import shown_cells
-from workers.training.fast_rollout import FastRollout, roll_out
+from workers.training.fast_rollout import FastRollout
 from workers.training.feed import batches_ahead
 from workers.training.memory import FLIGHTS, TURNS, Flight, MemoryRecipe, MemoryTrainer
 from workers.training.memory_feed import RUN, MemoryBatch, MemoryFeed, MemoryFeedRecipe, plan_memory_batch
@@ -155,7 +155,9 @@ def test_contexts_that_the_model_rolls_out_itself_are_true_before_and_asked_for_
     keys = trainer.ema.dit.project_prompt(flight.text_BPE, flight.log_mass_BP)
     rollout = FastRollout(trainer.ema, flight.camera_BTS2, batch.times_BT, keys)
     generator = trainer._generator(4_000_037, 0)
-    made = roll_out(rollout, batch.context_BTCHW, 2, trainer.schedule, generator, renoise=True)
+    made = rollout.run(
+        lambda chunk: rollout.denoise(chunk, trainer.schedule, generator, renoise=True), batch.context_BTCHW, 2
+    )
     torch.testing.assert_close(flight.context_BTCHW, made)
     by_true, by_any = trainer._shown(flight)
     index = torch.arange(9) // 3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
-import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.servers import free_port
 from workers.checkpoints.files import open_weights
 from workers.checkpoints.modules import BUNDLED_WEIGHTS
 from workers.model.backbones import find_backbone
@@ -92,9 +92,7 @@ def train_together(team: Team) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_two_processes_average_wait_and_stay_one_model(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("spawn")
     members = [context.Process(target=take_part, args=(rank, port, tmp_path)) for rank in range(2)]
     for member in members:
