@@ -38,7 +38,7 @@ FLIGHTS = 4
 """Batches between which the steps change, so that neighbouring steps differ in place and noise level."""
 CYCLE = FLIGHTS * len(TURNS)
 
-_LATENT_FLOOR = 1.5e-3  # the VAE's own error (34 dB, pixels in [-1, 1]), which stands beside that of the latents
+_LATENT_FLOOR = 3.75  # picture floors: with the usual one the VAE's own error, which stands beside that of latents
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,8 @@ class MemoryTrainer:
         made = clean_estimate(x, self._flow(self.model, flight, context, level, x, sigma), sigma)
         flight.estimate_BSCHW = made.detach()
         by_true, by_any = self._shown(flight)
-        latents = log_mean(self._cost(made - truth), by_true, _LATENT_FLOOR)
+        floor = _LATENT_FLOOR * self.recipe.picture_floor
+        latents = log_mean(self._cost(made - truth), by_true, floor)
         memory, values = self.recipe.latent_weight * latents, {"latents": latents.detach()}
         if index in self.recipe.picture_steps:
             picture, psnr = self._picture_loss(flight, made, by_true)
