@@ -37,6 +37,7 @@ from workers.errors import ConfigUnsupported
 from workers.model.attend import Reindex, RelativeTime, RolloutAttention
 from workers.model.backbones import Backbone
 from workers.model.dit import attend_prompt_dense
+from workers.model_limits import unknown_layer
 from workers.quality.guard import RecallGuard
 from workers.reuse.flowcache import FlowReuse
 from workers.reuse.teacache import TeaCache, TeaCacheSettings
@@ -181,10 +182,9 @@ def ann_settings(config: AnnSelfAttentionConfig, frame_tokens: int) -> AnnSettin
 
 
 def _check_layers(config: AnnSelfAttentionConfig, num_layers: int) -> tuple[int, ...] | None:
-    if config.layers is not None and max(config.layers, default=0) >= num_layers:
-        raise ConfigUnsupported(
-            f"attention.layers: {max(config.layers)} is not a layer of this model: they go from 0 to {num_layers - 1}"
-        )
+    unknown = unknown_layer(config, num_layers)
+    if unknown:
+        raise ConfigUnsupported(unknown)
     return config.layers
 
 
