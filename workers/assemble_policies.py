@@ -10,7 +10,7 @@ from workers.attention.ann_self import AnnSelfAttention, AnnSettings
 from workers.attention.calibrate import read_calibration
 from workers.attention.dense import DenseAttention
 from workers.attention.estimate import RecallProbe
-from workers.attention.gate import GatedAttention
+from workers.attention.gate import Gate, GatedAttention, GatedPromptAttention
 from workers.attention.history import DenseRegion
 from workers.attention.radial import RadialAttention, RadialSettings
 from workers.attention.streaming import StreamingAttention
@@ -84,7 +84,11 @@ def make_prompt_attention(config: PromptAttentionConfig) -> PromptAttention:
     """
     if isinstance(config, DensePromptConfig):
         return attend_prompt_dense
-    return AnnPromptAttention(make_search(config.search), config.num_buckets)
+    chosen = AnnPromptAttention(make_search(config.search), config.num_buckets)
+    if config.dense_step_share == 0.0 and config.layers is None:
+        return chosen
+    gate = Gate(config.dense_step_share, None if config.layers is None else frozenset(config.layers))
+    return GatedPromptAttention(chosen, attend_prompt_dense, gate)
 
 
 def make_reindex(config: PositionsConfig) -> Reindex | None:
@@ -182,7 +186,7 @@ def ann_settings(config: AnnSelfAttentionConfig, frame_tokens: int) -> AnnSettin
 
 
 def _check_layers(config: AnnSelfAttentionConfig, num_layers: int) -> tuple[int, ...] | None:
-    unknown = unknown_layer(config, num_layers)
+    unknown = unknown_layer("attention", config.layers, num_layers)
     if unknown:
         raise ConfigUnsupported(unknown)
     return config.layers

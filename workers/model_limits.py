@@ -5,11 +5,11 @@ before an actor starts. Loads without torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from workers.config import (
+    AnnPromptConfig,
     AnnSelfAttentionConfig,
-    AttentionConfig,
     FlowCacheConfig,
     RenderConfig,
     TemporalCacheConfig,
@@ -30,9 +30,11 @@ def conflicts_with_model(config: RenderConfig, backbone: Backbone) -> Iterator[s
         except ValueError as error:
             yield str(error)
     yield from budget_conflicts(config, backbone)
-    unknown = unknown_layer(config.attention, backbone.num_layers)
-    if unknown:
-        yield unknown
+    for field, part in (("attention", config.attention), ("prompt_attention", config.prompt_attention)):
+        if isinstance(part, AnnSelfAttentionConfig | AnnPromptConfig):
+            unknown = unknown_layer(field, part.layers, backbone.num_layers)
+            if unknown:
+                yield unknown
 
 
 def kernel_conflict(config: RenderConfig, backbone: Backbone) -> str | None:
@@ -45,14 +47,11 @@ def kernel_conflict(config: RenderConfig, backbone: Backbone) -> str | None:
     return None if reason is None else f"kernel.name: {name!r} cannot run: {reason}"
 
 
-def unknown_layer(attention: AttentionConfig, num_layers: int) -> str | None:
+def unknown_layer(field: str, layers: Collection[int] | None, num_layers: int) -> str | None:
     """A layer that is named and that the model does not have."""
-    if not isinstance(attention, AnnSelfAttentionConfig) or max(attention.layers or (0,)) < num_layers:
+    if not layers or max(layers) < num_layers:
         return None
-    return (
-        f"attention.layers: {max(attention.layers or (0,))} is not a layer of this model: they go from 0 to "
-        f"{num_layers - 1}"
-    )
+    return f"{field}.layers: {max(layers)} is not a layer of this model: they go from 0 to {num_layers - 1}"
 
 
 def budget_conflicts(config: RenderConfig, backbone: Backbone) -> Iterator[str]:
