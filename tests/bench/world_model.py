@@ -229,7 +229,7 @@ def measure(parts: dict[str, Callable[[], Iterator[Row]]], seconds: float, keep_
 
 def row_name(row: Row) -> tuple[Any, ...]:
     """What a row measures: two rows of one name are two measurements of the same."""
-    return row["figure"], row.get("form"), row.get("distance")
+    return row["figure"], row.get("form"), row.get("distance"), row.get("dtype")
 
 
 def part_name(row: Row) -> str:
@@ -251,11 +251,11 @@ def collect(records: list[dict[str, Any]]) -> dict[str, Any]:
     A row of a later record replaces one of the same name and names its own device, command and commit.
 
     Raises:
-        ValueError: The records are of different weights or settings.
+        ValueError: The records are of different weights.
     """
     first, rows = records[0], list[Row]()
     for record in records:
-        if record["notes"] != first["notes"]:
+        if _weights_of(record) != _weights_of(first):
             raise ValueError(f"{record['command']}: {record['notes']!r}, not {first['notes']!r}")
         own = {name: record[name] for name in ("device", "command", "commit")} if record is not first else {}
         fresh = [row | own for row in record["rows"]]
@@ -264,6 +264,11 @@ def collect(records: list[dict[str, Any]]) -> dict[str, Any]:
     rows = [row for row in rows if row["value"] is not None or part_name(row) not in measured]
     judged = [row | {"medians_in_band": medians_in_band(row)} if row["figure"] == "drift_band" else row for row in rows]
     return first | {"rows": judged}
+
+
+def _weights_of(record: dict[str, Any]) -> str:
+    """What the notes of a record begin with."""
+    return str(record["notes"]).partition(";")[0]
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 `python -m tests.bench.world_model_cpu`: rollout and VAE decode with all cores of the machine; encoding and upload are
 not in it. Chunks are timed when the cache has its final size: a window of 24 latent frames, and 180 latent frames of
-full history.
+full history. `world_model --collect` puts the rows beside what the same weights can do.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from tests.bench.record import report
+from tests.bench.world_model import WEIGHTS
 from workers.assemble import load_model, prepare_take
+from workers.checkpoints.files import open_weights
 from workers.config import BackboneConfig, CacheConfig, DenseCacheConfig, RenderConfig, VideoConfig, WindowCacheConfig
 from workers.metrics import Stopwatch
 from workers.model.attend import RolloutAttention
@@ -69,7 +71,9 @@ def main() -> None:
                 row | {"least": min(fps), "greatest": max(fps), "goal": goal, "threads": torch.get_num_threads()}
             )
     load = os.getloadavg()[0]
-    report("world_model_cpu", rows, f"median of {options.timed} chunks of 12 video frames; load average {load:.1f}")
+    weights = f"weights {open_weights(WEIGHTS).revision[:16]}"
+    notes = f"{weights}; median of {options.timed} chunks of 12 video frames; load average {load:.1f}"
+    report("world_model_cpu", rows, notes)
 
 
 if __name__ == "__main__":

@@ -52,3 +52,13 @@ def test_records_of_different_weights_are_not_put_together() -> None:
     other = record("second", revisit("cut", 30.0), notes="weights fedcba9876543210; 4 denoising steps")
     with pytest.raises(ValueError, match="second: 'weights fedcba"):
         collect([record("first", revisit("cut", 33.0)), other])
+
+
+def test_frames_per_second_stand_beside_what_the_same_weights_can_do() -> None:
+    row = {"figure": "cpu_fps", "form": "full 180", "value": 15.0}
+    fps = [row | {"dtype": dtype} for dtype in ("float32", "bfloat16")]
+    timed = record("speed", *fps, notes="weights 0123456789abcdef; median of 8 chunks")
+    rows = collect([record("first", revisit("cut", 33.0)), timed])["rows"]
+    assert [(row["figure"], row.get("dtype")) for row in rows] == [
+        ("revisit", None), ("cpu_fps", "float32"), ("cpu_fps", "bfloat16"),
+    ]  # fmt: skip
