@@ -166,8 +166,8 @@ class AnnSelfAttention:
         elif self._settings.chooses_twice and not kept.is_joint:  # each layer has had its turn
             self._choose_jointly(moment.branch)
         if moment.is_clean_pass and self._settings.clean_share < 1:
-            fewer = self._keep(kept.mass, self._settings.clean_share)
-            return plan_history(cached, own, span, replace(kept.tiles, visible_BNIJ=fewer))
+            fewer = _fewer(kept.tiles, self._keep(kept.mass, self._settings.clean_share))
+            return plan_history(cached, own, span, fewer)
         return plan_history(cached, own, span, kept.tiles)
 
     def _is_dense(self, num_keys: int) -> bool:
@@ -200,7 +200,10 @@ class AnnSelfAttention:
         visible = self._keep(mass, seen_before=seen_before)
         if seen_before is not None:
             seen_before.append(visible.sum(-1, dtype=torch.float32).mean((1, 2)))
-        tiles = Tiles(visible, query_tile, s.key_tile, query_order, indexed.key_order_BNK)
+        # The heaviest first: a clean pass that sees fewer sees the first of them.
+        first = mass.history_BNIJ.masked_fill(~visible, -1.0) if s.clean_share < 1 else None
+        tile_order = None if first is None else first.argsort(dim=-1, descending=True, stable=True)
+        tiles = Tiles(visible, query_tile, s.key_tile, query_order, indexed.key_order_BNK, tile_order)
         return _Chosen(cached, tiles, mass)
 
     def _keep(self, mass: TileMass, share: float = 1.0, seen_before: Sequence[Tensor] | None = None) -> Tensor:
@@ -258,6 +261,18 @@ class AnnSelfAttention:
         batch, heads = own.k_BKND.shape[0], own.k_BKND.shape[2]
         weights = [sample.log_weight_BNS.expand(batch, heads, -1) for sample in samples]
         return TileSample(torch.cat([sample.k_BNSD for sample in samples], 2), torch.cat(weights, -1), 1)
+
+
+def _fewer(tiles: Tiles, visible_BNIJ: Tensor) -> Tiles:
+    """Fewer tiles for the same rows; where they are the first of what a row sees, nothing need be gathered for them."""
+    fewer = replace(tiles, visible_BNIJ=visible_BNIJ, tile_order_BNIJ=None)
+    if tiles.tile_order_BNIJ is None:
+        return fewer
+    count_BNI1 = visible_BNIJ.sum(-1, keepdim=True)
+    is_first = torch.arange(visible_BNIJ.shape[-1], device=count_BNI1.device) < count_BNI1
+    are_first = torch.equal(visible_BNIJ.gather(-1, tiles.tile_order_BNIJ), is_first)
+    is_part = bool((count_BNI1 <= tiles.visible_BNIJ.sum(-1, keepdim=True)).all())
+    return replace(fewer, first_of=tiles) if are_first and is_part else fewer
 
 
 def _order_by_time(history: KeyValues) -> Tensor | None:
