@@ -58,6 +58,7 @@ class _Pack:
         self._ends, self._groups = ends, groups
         self.packed = range(ends.num_sink, ends.num_sink + groups.num_used)
         self.head_dim = groups.keys.dim
+        self.lineage = groups, groups.num_changes
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         first, last = self.packed.start, self.packed.stop
