@@ -103,9 +103,9 @@ def _attend_halves(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: 
     if bias_half is not None and bool(bias_half[..., 0].isneginf().any()):  # a half without keys says nothing
         is_empty = bias_half.isneginf().all(-1)
         out, lse = out.masked_fill(is_empty[..., None], 0.0), lse.masked_fill(is_empty, -torch.inf)
-    both = lse.logsumexp(0, keepdim=True)
-    share = (lse - both.masked_fill(both.isneginf(), 0.0)).exp_().to(out.dtype)
-    return torch.lerp(out[:1], out[1:], share[1:, ..., None]), both
+    both = torch.logaddexp(lse[:1], lse[1:])
+    share = (lse[1:] - both.clamp(min=torch.finfo(both.dtype).min)).exp_().to(out.dtype)
+    return torch.lerp(out[:1], out[1:], share[..., None]), both
 
 
 def _call_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:

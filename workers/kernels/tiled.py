@@ -66,7 +66,8 @@ def attend_tiled(
     q_BNQD = q_BQND.transpose(1, 2)
     if tiles.query_order_BNQ is not None:
         q_BNQD = q_BNQD.gather(2, tiles.query_order_BNQ[..., None].expand_as(q_BNQD))
-    q_BNQD = F.pad(q_BNQD, (0, 0, 0, num_tiles * tiles.query_tile - num_queries))
+    if num_tiles * tiles.query_tile > num_queries:  # to pad by nothing is to copy
+        q_BNQD = F.pad(q_BNQD, (0, 0, 0, num_tiles * tiles.query_tile - num_queries))
     q_RQ1D = q_BNQD.reshape(-1, tiles.query_tile, 1, head_dim)
     # Rows that see nothing are computed by nobody: 0 and -inf.
     out_RQ1D = torch.zeros_like(q_RQ1D)
