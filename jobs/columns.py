@@ -91,7 +91,7 @@ COLUMNS: tuple[Column, ...] = tuple(
         ("method", "kv_bytes", _I64, "bytes", "What the KV cache takes after the last chunk, or all that it reserves."),
         ("method", "kv_compression_ratio", _F32, "", "Keys of the whole history / keys kept; null if not measured."),
         ("method", "attn_density_mean", _F32, "", "Attended pairs / dense pairs, mean; null if not measured."),
-        ("method", "attn_recall_probe", _F32, "", "Dense softmax mass on what was kept; null if not measured."),
+        ("method", "attn_recall_probe", _F32, "", "Strict recall (docs/memory.md) by the guard, mean; null: no guard."),
         ("method", "guard_tightened", _I32, "chunks", "So many made the guard tighten; null: no guard."),
         ("method", "guard_dense_chunks", _I32, "chunks", "So many it rendered again, densely; null: no guard."),
         ("cost", "gpu_seconds", _F64, "s", "Time in which the successful attempt held the GPU."),
@@ -127,7 +127,7 @@ CHUNK_COLUMNS: tuple[Column, ...] = tuple(
         ("seconds", _F64, "s", "From the end of the chunk before to the end of this one, pictures included."),
         ("kv_bytes", _I64, "bytes", "What the KV cache takes after the chunk, or all that it reserves."),
         ("density", _F32, "", "Attended pairs / dense pairs; null if not measured."),
-        ("recall", _F32, "", "Estimated dense softmax mass on what was kept; null if not measured."),
+        ("recall", _F32, "", "Strict recall (docs/memory.md) as the guard estimates it; null: no guard."),
         ("guard", _S, "", "What the quality guard did after it: tightened, relaxed, dense (made again); or null."),
         ("finished_at", TIMESTAMP, "UTC", "When the take was complete."),
     )

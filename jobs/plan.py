@@ -23,6 +23,7 @@ from workers.errors import RenderError
 from workers.geometry import Workload
 from workers.model import backbones
 from workers.model.backbones import find_backbone
+from workers.model_limits import conflicts_with_model, kernel_conflict
 
 BUNDLED_WEIGHTS = Path(backbones.__file__).parents[1] / "training" / "weights"
 SEEDED_MODEL = "tiny-test"
@@ -123,7 +124,7 @@ def make_plan(
 
 
 def check_model(spec: JobSpec) -> Path | None:
-    """Can this model be rendered with, at this size? Returns the folder of its bundled weights, if it has some.
+    """Can this model be rendered with, at this size and as asked? Returns the folder of its bundled weights.
 
     Raises:
         SpecError: Names the field.
@@ -131,10 +132,11 @@ def check_model(spec: JobSpec) -> Path | None:
     try:
         backbone = find_backbone(spec.render.backbone.name)
         backbone.latent_size(spec.render.video.width, spec.render.video.height)
-        if spec.render.cache.kind == "tiles":
-            spec.render.cache.chunks(backbone.chunk_latent_frames)
-    except (RenderError, ValueError) as error:
+    except RenderError as error:
         raise SpecError(f"render.{error}") from error
+    problems = [*conflicts_with_model(spec.render, backbone), kernel_conflict(spec.render, backbone)]
+    if any(problems):
+        raise SpecError("\n".join(f"render.{problem}" for problem in problems if problem))
     if backbone.text is None and spec.render.backbone.checkpoint is None:
         raise SpecError(
             f"render.backbone.checkpoint: {backbone.name} needs published weights; "

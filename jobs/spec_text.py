@@ -20,6 +20,10 @@ from jobs.spec import JobSpec
 
 FieldPath = tuple[str, ...]
 
+_BOUNDS = {"gt": "greater than", "ge": "greater than or equal to", "lt": "less than", "le": "less than or equal to"}
+_BEYOND_A_BOUND = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
+"""Faults of which pydantic names only the bound that was passed."""
+
 
 def build_spec(
     *, file: Path | None = None, assignments: Sequence[str] = (), flags: Mapping[FieldPath, Any] | None = None
@@ -109,7 +113,15 @@ def _put(data: dict[str, Any], path: FieldPath, value: Any, origins: dict[FieldP
 
 
 def _explain(fault: Any, origins: Mapping[FieldPath, str]) -> str:
-    path, names = _field_path(JobSpec, tuple(str(part) for part in fault["loc"]))
+    path, names, bounds = _field_path(JobSpec, tuple(str(part) for part in fault["loc"]))
+    message, given = fault["msg"].removeprefix("Value error, "), fault.get("input")
+    shown = "" if isinstance(given, dict) else f" (given: {json.dumps(given, default=str, ensure_ascii=False)[:80]})"
+    if fault["type"] == "value_error" and (named := _named_in(message)):
+        path, message, shown = *named, ""
+    elif fault["type"] == "union_tag_invalid":
+        path, message, shown = (*path, "kind"), f"{fault['ctx']['tag']!r} is none of {', '.join(_kinds_at(path))}", ""
+    elif fault["type"] in _BEYOND_A_BOUND and bounds:
+        message = f"input should be {bounds}"
     origin = next((origins[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origins), None)
     where = f"{origin}: " if origin else ""
     field = ".".join(path)
@@ -120,19 +132,31 @@ def _explain(fault: Any, origins: Mapping[FieldPath, str]) -> str:
     if fault["type"] == "missing":
         return f"{where}{field}: missing; give it in the file or as a flag"
     if fault["type"] == "union_tag_not_found":
-        given = ", ".join(".".join(known) for known in origins if known[: len(path)] == path)
-        return f"{field}.kind: missing beside {given}; say which: {', '.join(_kinds_at(path))}"
-    message = fault["msg"].removeprefix("Value error, ")
-    given = fault.get("input")
-    shown = "" if isinstance(given, dict) else f" (given: {json.dumps(given, default=str, ensure_ascii=False)[:80]})"
+        beside = ", ".join(".".join(known) for known in origins if known[: len(path)] == path)
+        return f"{field}.kind: missing beside {beside}; say which: {', '.join(_kinds_at(path))}"
     return f"{where}{field}: {message[0].lower() + message[1:]}{shown}"
 
 
-def _field_path(model: type[BaseModel], loc: tuple[str, ...]) -> tuple[FieldPath, list[str]]:
-    """The path as the user writes it (tags of unions taken out), and the field names known at its last level."""
+def _named_in(message: str) -> tuple[FieldPath, str] | None:
+    """A rule over several fields of a render says itself which one it is about: `cache.budget_latent_frames: ...`."""
+    name, _, rest = message.partition(": ")
+    path = ("render", *name.split("."))
+    models: list[type[BaseModel]] = [JobSpec]
+    for part in path:
+        if not any(part in one.model_fields for one in models):
+            return None
+        models = [inner for one in models if part in one.model_fields for inner in _inner(one, part)]
+    return path, rest
+
+
+def _field_path(model: type[BaseModel], loc: tuple[str, ...]) -> tuple[FieldPath, list[str], str]:
+    """The path as the user writes it (tags of unions taken out), the field names known at its last level, and its
+    bounds in words, if it has some.
+    """
     models: list[type[BaseModel]] = [model]
     path: list[str] = []
     names: list[str] = []
+    bounds = ""
     for part in loc:
         known = {name: field for one in models for name, field in one.model_fields.items()}
         tagged = [one for one in models if part in _tags(one)]
@@ -143,8 +167,19 @@ def _field_path(model: type[BaseModel], loc: tuple[str, ...]) -> tuple[FieldPath
             continue  # a branch of a plain union, such as `int`
         names = list(known)
         path.append(part)
+        bounds = _bounds(known[part].metadata) if part in known else ""
         models = models_in(known[part].annotation) if part in known else []
-    return tuple(path), names
+    return tuple(path), names, bounds
+
+
+def _bounds(metadata: Sequence[Any]) -> str:
+    """What a number must be, from the constraints of its field."""
+    found = {name: getattr(one, name) for one in metadata for name in _BOUNDS if hasattr(one, name)}
+    return " and ".join(f"{words} {_plain(found[name])}" for name, words in _BOUNDS.items() if name in found)
+
+
+def _plain(number: float) -> str:
+    return str(int(number) if number == int(number) else number)
 
 
 def _kinds_at(path: FieldPath) -> list[str]:

@@ -28,6 +28,8 @@ from workers.cache.temporal_merge import MergeSettings
 from workers.cache.window import WindowCache
 from workers.checkpoints.modules import load_modules
 from workers.config import (
+    AnnPromptConfig,
+    AnnSelfAttentionConfig,
     CacheConfig,
     DenseCacheConfig,
     FlowCacheConfig,
@@ -50,6 +52,7 @@ from workers.model.text_encoder import PromptEncoder
 from workers.model.vae import PictureDecoder
 from workers.rollouts.native import native_parts
 from workers.rollouts.select import check_rollout
+from workers.search.select import check_search
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +113,7 @@ def load_model(config: RenderConfig) -> LoadedModel:
     Raises:
         ConfigUnsupported: The model, its size or its weights cannot be rendered with.
         CheckpointMismatch: Weights are missing, damaged, or of another model.
-        KernelUnavailable: The kernel asked for cannot run here.
+        KernelUnavailable: The kernel or a search asked for cannot run here.
     """
     backbone = find_backbone(config.backbone.name)
     backbone.latent_size(config.video.width, config.video.height)
@@ -119,6 +122,9 @@ def load_model(config: RenderConfig) -> LoadedModel:
     keep_to_one_choice_of_kernels()
     dtype = _DTYPES[config.backbone.dtype]
     kernel = select_kernel(config.kernel.name, device, _kernel_need(config, backbone, dtype))
+    for part in (config.cache, config.attention, config.prompt_attention):
+        if isinstance(part, TemporalCacheConfig | AnnSelfAttentionConfig | AnnPromptConfig):
+            check_search(part.search, device)
     modules = load_modules(backbone, config.backbone, device, dtype)
     if config.backbone.compiled and config.cache.kind != "tiles":  # a table's loop has its own pieces
         compile_around_attention(modules.dit)

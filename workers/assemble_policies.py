@@ -10,7 +10,7 @@ from workers.attention.ann_self import AnnSelfAttention, AnnSettings
 from workers.attention.calibrate import read_calibration
 from workers.attention.dense import DenseAttention
 from workers.attention.estimate import RecallProbe
-from workers.attention.gate import GatedAttention
+from workers.attention.gate import Gate, GatedAttention, GatedPromptAttention
 from workers.attention.history import DenseRegion
 from workers.attention.radial import RadialAttention, RadialSettings
 from workers.attention.streaming import StreamingAttention
@@ -37,6 +37,7 @@ from workers.errors import ConfigUnsupported
 from workers.model.attend import Reindex, RelativeTime, RolloutAttention
 from workers.model.backbones import Backbone
 from workers.model.dit import attend_prompt_dense
+from workers.model_limits import unknown_layer
 from workers.quality.guard import RecallGuard
 from workers.reuse.flowcache import FlowReuse
 from workers.reuse.teacache import TeaCache, TeaCacheSettings
@@ -83,7 +84,11 @@ def make_prompt_attention(config: PromptAttentionConfig) -> PromptAttention:
     """
     if isinstance(config, DensePromptConfig):
         return attend_prompt_dense
-    return AnnPromptAttention(make_search(config.search), config.num_buckets)
+    chosen = AnnPromptAttention(make_search(config.search), config.num_buckets)
+    if config.dense_step_share == 0.0 and config.layers is None:
+        return chosen
+    gate = Gate(config.dense_step_share, None if config.layers is None else frozenset(config.layers))
+    return GatedPromptAttention(chosen, attend_prompt_dense, gate)
 
 
 def make_reindex(config: PositionsConfig) -> Reindex | None:
@@ -181,10 +186,9 @@ def ann_settings(config: AnnSelfAttentionConfig, frame_tokens: int) -> AnnSettin
 
 
 def _check_layers(config: AnnSelfAttentionConfig, num_layers: int) -> tuple[int, ...] | None:
-    if config.layers is not None and max(config.layers, default=0) >= num_layers:
-        raise ConfigUnsupported(
-            f"attention.layers: {max(config.layers)} is not a layer of this model: they go from 0 to {num_layers - 1}"
-        )
+    unknown = unknown_layer("attention", config.layers, num_layers)
+    if unknown:
+        raise ConfigUnsupported(unknown)
     return config.layers
 
 

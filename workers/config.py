@@ -270,9 +270,14 @@ class AnnPromptConfig(Part):
     kind: Literal["annca"] = "annca"
     search: SearchName = Field("quant", description="What makes the buckets.")
     num_buckets: int = Field(16, ge=2, le=4096, description="Buckets of a head, a power of two; more keep fewer rows.")
+    dense_step_share: float = Field(0.0, ge=0.0, le=1.0, description="Share of the first steps that stay dense.")
+    # a list in files
+    layers: tuple[int, ...] | None = Field(None, strict=False, description="Layers that choose; empty means all.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.layers is not None and any(layer < 0 for layer in self.layers):
+            raise ValueError(f"prompt_attention.layers: {self.layers} names a layer below 0")
         if self.num_buckets & (self.num_buckets - 1):
             raise ValueError(f"prompt_attention.num_buckets: {self.num_buckets} is not a power of two in [2, 4096]")
         return self

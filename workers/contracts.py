@@ -210,6 +210,15 @@ class PromptAttention(Protocol):
         ...
 
 
+@runtime_checkable
+class FollowsCalls(Protocol):
+    """Marks a `PromptAttention` that must know which denoising step it serves."""
+
+    def follow(self, moment: Moment) -> None:
+        """The next call of the model belongs to this moment."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Attending:
     """A layer that is about to attend, as a probe sees it. Views: nothing in here is kept without a copy."""

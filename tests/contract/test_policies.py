@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from workers.attention.ann_self import AnnSelfAttention, AnnSettings
 from workers.attention.dense import DenseAttention
 from workers.attention.gate import GatedAttention
 from workers.attention.history import DenseRegion
@@ -25,6 +26,7 @@ from workers.contracts import (
     Tiles,
 )
 from workers.kernels.reference import ReferenceKernel
+from workers.search.select import make_search
 
 ROWS, COLUMNS, HEADS, DIM, CHUNK = 3, 5, 2, 8, 3
 FRAME = ROWS * COLUMNS
@@ -45,6 +47,26 @@ class Made:
 POLICIES: dict[str, Made] = {
     "dense": Made(DenseAttention, DenseAttention),
     "streaming": Made(lambda: StreamingAttention(REGION), lambda: StreamingAttention(DenseRegion(SINK, EVERYWHERE))),
+    "annsa": Made(
+        lambda: AnnSelfAttention(
+            AnnSettings(SINK, RECENT, 0.3, query_tile=4, key_tile=TILE), make_search("quant"), None
+        ),
+        lambda: AnnSelfAttention(
+            AnnSettings(SINK, RECENT, 0.9999, query_tile=4, key_tile=TILE), make_search("quant"), None
+        ),
+    ),
+    "annsa-by-bucket": Made(
+        lambda: AnnSelfAttention(
+            AnnSettings(SINK, RECENT, 0.3, query_tile=4, key_tile=TILE, order="bucket", num_buckets=4),
+            make_search("lsh"),
+            None,
+        ),
+        lambda: AnnSelfAttention(
+            AnnSettings(SINK, RECENT, 0.9999, query_tile=4, key_tile=TILE, order="bucket", num_buckets=4),
+            make_search("lsh"),
+            None,
+        ),
+    ),
     "radial": Made(
         lambda: RadialAttention(RadialSettings(REGION, TILE)),
         lambda: RadialAttention(RadialSettings(REGION, TILE, decay=1e6)),

@@ -62,8 +62,10 @@ def test_a_policy_renders_and_forgets_between_takes(tmp_path: Path, policy: Poli
 
 
 def test_a_budget_that_holds_too_little_is_refused_before_the_first_take(tmp_path: Path) -> None:
-    with pytest.raises(ConfigUnsupported, match=r"cache\.budget_latent_frames: 13: .* is too small: .* take [\d,]+"):
+    with pytest.raises(ConfigUnsupported, match=r"cache\.budget_latent_frames: 13 is below 20, .* chunk of 3"):
         load(tmp_path, policy="tempcache", cache={"budget_latent_frames": 13})
+    with pytest.raises(ConfigUnsupported, match=r"cache\.budget_latent_frames: 20: .* is too small: .* take [\d,]+"):
+        load(tmp_path, policy="tempcache", cache={"budget_latent_frames": 20})
 
 
 def test_a_layer_that_does_not_exist_is_refused(tmp_path: Path) -> None:

@@ -8,11 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import workers.search.faiss_index as faiss_index
 import workers.search.protocol as protocol
+from workers.errors import KernelUnavailable
 from workers.search.exact import ExactSearch
 from workers.search.protocol import Search, bucketer
 from workers.search.quant import multiply, quantise, round_to_codes
-from workers.search.select import make_search
+from workers.search.select import check_search, make_search
 
 NAMES = ("exact", "lsh", "quant", "faiss-lsh", "faiss-flat", "faiss-sq8")
 SEARCHES: dict[str, Search] = {name: make_search(name) for name in NAMES}  # type: ignore[arg-type]
@@ -96,6 +98,24 @@ class TestEverySearch:
         monkeypatch.setattr(protocol, "MAX_SCORES", 200)
         # More pieces bring more candidates, so an approximate search may find a nearer one.
         assert bool((SEARCHES[name].top1(query, key).cosine_BNQ >= whole - 1e-6).all())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_back_end_that_cannot_search_on_a_gpu_is_refused_at_load(name: str) -> None:
+    check_search(name, torch.device("cpu"))  # type: ignore[arg-type]
+    if name == "faiss-lsh":
+        with pytest.raises(KernelUnavailable, match=r"search: 'faiss-lsh' runs on the CPU only.*take 'lsh'"):
+            check_search(name, torch.device("cuda"))  # type: ignore[arg-type]
+    elif not name.startswith("faiss"):
+        check_search(name, torch.device("cuda"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("faiss")])
+def test_a_missing_package_is_one_line_that_says_how_to_get_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faiss_index, "faiss", None)
+    monkeypatch.setattr(faiss_index, "_why_not", "No module named 'faiss'", raising=False)
+    with pytest.raises(KernelUnavailable, match=rf"search: '{name}' needs the package faiss \(pip install .*No module"):
+        check_search(name, torch.device("cpu"))  # type: ignore[arg-type]
 
 
 @given(st.integers(1, 20), st.integers(1, 300), st.integers(0, 1000))

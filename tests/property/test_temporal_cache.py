@@ -133,10 +133,51 @@ def test_a_full_table_keeps_some_members_key_and_the_mean_value(seed: int, slots
     check_members(cache, chunks, lambda time, same_key: True)
 
 
-def test_threshold_above_one_with_room_is_dense() -> None:
-    generator = torch.Generator().manual_seed(0)
-    cache, chunks = make_cache(num_groups=200, min_cosine=1.01), []
-    for index in range(6):
+def totals(cache: TemporalCache, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each of these keys and head: how many stand under it, and their mean value."""
+    kept = cache.read(0)
+    assert kept is not None
+    mass = (
+        torch.zeros(1, HEADS, kept.num_tokens, dtype=torch.float64) if kept.log_mass_BNK is None else kept.log_mass_BNK
+    )
+    same = (kept.k_BKND[0, :, None] == keys).all(-1)  # [K, thing, N]
+    m = same * mass[0].exp().T[:, None]
+    count = m.sum(0)
+    return count, torch.einsum("kin,knd->ind", m, kept.v_BKND[0]) / count.clamp(min=1)[..., None]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    cuts=st.lists(st.integers(1, 4), min_size=1, max_size=12),
+    things=st.integers(1, 9),
+    min_cosine=st.sampled_from([1.1, 1 - 1e-9]),
+)
+def test_it_does_not_matter_in_which_order_keys_come_together(
+    seed: int, cuts: list[int], things: int, min_cosine: float
+) -> None:
+    """Merging is associative in (m, mean value): however the history is cut, what stands under a key is the same."""
+    generator = torch.Generator().manual_seed(seed)
+    frames = [make_chunk(generator, index, frames=1, things=things) for index in range(sum(cuts))]
+    one_by_one, in_pieces = (make_cache(min_cosine=min_cosine, num_groups=45) for _ in range(2))
+    for frame in frames:
+        one_by_one.append(0, frame)
+    for size in cuts:
+        piece, frames = frames[:size], frames[size:]
+        in_pieces.append(0, join(piece))
+    table = torch.randn(things, HEADS, DIM, generator=torch.Generator().manual_seed(things), dtype=torch.float64)
+    (count, mean), (other_count, other_mean) = totals(one_by_one, table), totals(in_pieces, table)
+    assert count.sum(0).round().tolist() == [sum(cuts) * TOKENS] * HEADS
+    torch.testing.assert_close(other_count, count, atol=1e-9, rtol=0)
+    torch.testing.assert_close(other_mean, mean, atol=1e-12, rtol=0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), num_chunks=st.integers(1, 9), above=st.floats(1e-6, 1.0))
+def test_threshold_above_one_with_room_is_dense(seed: int, num_chunks: int, above: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    cache, chunks = make_cache(num_groups=200, min_cosine=1 + above), []
+    for index in range(num_chunks):
         chunks.append(make_chunk(generator, 3 * index))
         cache.append(0, chunks[-1])
     kept = cache.read(0)

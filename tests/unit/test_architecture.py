@@ -22,6 +22,7 @@ NAMED_EXCEPTIONS = {
     ("jobs.render", "workers.model.backbones"),
     ("jobs.weights", "workers.model.backbones"),
     ("jobs.plan", "workers.geometry"),
+    ("jobs.plan", "workers.model_limits"),
     # What models are published, what they need and cost: facts without torch.
     ("jobs.models", "workers.registry"),
 }
@@ -69,6 +70,8 @@ WORKERS_RANK = {
     "checkpoints": 2,
     "registry": 2,
     "geometry": 3,
+    "model_limits": 2,
+    "kernel_limits": 4,
     "releases": 4,
     "worlds": 2,
     "cache": 2,

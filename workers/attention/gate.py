@@ -7,11 +7,65 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from workers.attention.dense import plan_dense
-from workers.contracts import AttentionPlan, AttentionPolicy, KeyValues, Moment, PlansAfterRope, Tightens
+from workers.contracts import (
+    AttentionPlan,
+    AttentionPolicy,
+    KeyValues,
+    Moment,
+    PlansAfterRope,
+    PromptAttention,
+    PromptKeys,
+    Tightens,
+)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Which calls of which layers stay dense.
+
+    The floor(share * steps) first steps of each chunk do. The clean pass counts as the last step, so it does only if
+    all steps do.
+    """
+
+    dense_step_share: float
+    """In [0, 1]."""
+    sparse_layers: frozenset[int] | None = None
+    """None means all."""
+
+    def is_dense(self, layer_index: int, moment: Moment) -> bool:
+        if self.sparse_layers is not None and layer_index not in self.sparse_layers:
+            return True
+        step = moment.num_steps - 1 if moment.is_clean_pass else moment.step_index
+        # A share such as 0.3 of 10 steps is 3, not the 2 that rounding in binary would make of it.
+        return step < math.floor(self.dense_step_share * moment.num_steps + 1e-9)
+
+
+class GatedPromptAttention:
+    """A choice of prompt rows in some steps and layers, all rows in the others.
+
+    Args:
+        policy: Asked where it is not dense.
+        dense: All rows.
+        gate: Where that is. The steps are heard of through `follow`, before each call.
+    """
+
+    def __init__(self, policy: PromptAttention, dense: PromptAttention, gate: Gate) -> None:
+        self._policy, self._dense, self._gate = policy, dense, gate
+        self._moment: Moment | None = None
+
+    def follow(self, moment: Moment) -> None:
+        """See `FollowsCalls`."""
+        self._moment = moment
+
+    def __call__(self, layer_index: int, q_BQND: Tensor, keys: PromptKeys) -> Tensor:
+        assert self._moment is not None, "whoever calls the model announces each call first"
+        is_dense = self._gate.is_dense(layer_index, self._moment)
+        return (self._dense if is_dense else self._policy)(layer_index, q_BQND, keys)
 
 
 class GatedAttention:
@@ -19,16 +73,15 @@ class GatedAttention:
 
     Args:
         policy: Asked where it is not dense.
-        dense_step_share: In [0, 1]: floor(share * steps) first steps of each chunk are dense. The clean pass counts as
-            the last step, so it is dense only if all are.
+        dense_step_share: As of a `Gate`.
         sparse_layers: Layers that are given to the policy; None means all.
     """
 
     def __init__(
         self, policy: AttentionPolicy, *, dense_step_share: float, sparse_layers: Collection[int] | None = None
     ) -> None:
-        self._policy, self._dense_step_share = policy, dense_step_share
-        self._sparse_layers = None if sparse_layers is None else frozenset(sparse_layers)
+        self._policy = policy
+        self._gate = Gate(dense_step_share, None if sparse_layers is None else frozenset(sparse_layers))
         if isinstance(policy, PlansAfterRope):
             self.plans_after_rope = policy.plans_after_rope
 
@@ -48,8 +101,4 @@ class GatedAttention:
         return self._policy.plan(layer_index, moment, q_BQND, cached, own)
 
     def is_dense(self, layer_index: int, moment: Moment) -> bool:
-        if self._sparse_layers is not None and layer_index not in self._sparse_layers:
-            return True
-        step = moment.num_steps - 1 if moment.is_clean_pass else moment.step_index
-        # A share such as 0.3 of 10 steps is 3, not the 2 that rounding in binary would make of it.
-        return step < math.floor(self._dense_step_share * moment.num_steps + 1e-9)
+        return self._gate.is_dense(layer_index, moment)

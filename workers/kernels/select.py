@@ -1,6 +1,7 @@
 """Which kernel computes attention here: resolved once, at load, or refused with the reason.
 
-What a kernel can do is data (`CAPABILITIES`); `choose` is a function of plain values and of a way to load a kernel.
+What a kernel can do is data (`CAPABILITIES`, `kernel_limits.py`); `choose` is a function of plain values and of a way
+to load a kernel.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from workers.config import KernelName
 from workers.contracts import Kernel
 from workers.errors import KernelUnavailable
+from workers.kernel_limits import KERNEL_LIMITS
 
 logger = logging.getLogger(__name__)
 
@@ -56,11 +58,9 @@ class Capability(NamedTuple):
 
     name: KernelName
     devices: tuple[str, ...]
-    dtypes: tuple[torch.dtype, ...]
-    head_dims: range | tuple[int, ...]
     compute: ComputeRange
-    log_mass: ComputeRange | None
-    """On which of those GPUs it can add log m; None: on none."""
+    log_mass: ComputeRange
+    """On which of those GPUs it can add log m, if it can (`kernel_limits.py`)."""
     tiles: ComputeRange
 
 
@@ -68,19 +68,17 @@ _ALL: ComputeRange = ((0, 0), (99, 9))
 _FROM_AMPERE: ComputeRange = ((8, 0), (99, 9))
 _TO_HOPPER: ComputeRange = ((8, 0), (9, 0))
 _HOPPER: ComputeRange = ((9, 0), (9, 0))
-_ANY_HEAD_DIM = range(1, 4097)
-_PLAIN = (torch.float32, *_HALF)
 # Best first for a render without tiles, as measured on an H100. FlashAttention-4 knows 128 + 16 channels on Hopper
 # alone, and what gathers tiles needs log m for the padding.
 CAPABILITIES: tuple[Capability, ...] = (
-    Capability("flash-attn-4", ("cuda",), _HALF, range(8, 129, 8), ((9, 0), (11, 9)), _HOPPER, _HOPPER),
-    Capability("flashinfer", ("cuda",), _HALF, (64, 128, 256), _TO_HOPPER, None, _TO_HOPPER),
-    Capability("flash-attn-3", ("cuda",), _HALF, range(8, 241, 8), _HOPPER, _HOPPER, _HOPPER),
-    Capability("sdpa", ("cpu", "cuda"), _PLAIN, _ANY_HEAD_DIM, _FROM_AMPERE, _ALL, _ALL),
-    Capability("flash-attn-2", ("cuda",), _HALF, range(8, 241, 8), _TO_HOPPER, _ALL, _ALL),
-    Capability("triton", ("cuda",), _PLAIN, range(16, 257, 8), _FROM_AMPERE, _ALL, _ALL),
-    Capability("flex", ("cpu", "cuda"), _PLAIN, range(16, 257, 16), _FROM_AMPERE, _ALL, _ALL),
-    Capability("reference", ("cpu", "cuda", "mps"), (*_PLAIN, torch.float64), _ANY_HEAD_DIM, _ALL, _ALL, _ALL),
+    Capability("flash-attn-4", ("cuda",), ((9, 0), (11, 9)), _HOPPER, _HOPPER),
+    Capability("flashinfer", ("cuda",), _TO_HOPPER, _ALL, _TO_HOPPER),
+    Capability("flash-attn-3", ("cuda",), _HOPPER, _HOPPER, _HOPPER),
+    Capability("sdpa", ("cpu", "cuda"), _FROM_AMPERE, _ALL, _ALL),
+    Capability("flash-attn-2", ("cuda",), _TO_HOPPER, _ALL, _ALL),
+    Capability("triton", ("cuda",), _FROM_AMPERE, _ALL, _ALL),
+    Capability("flex", ("cpu", "cuda"), _FROM_AMPERE, _ALL, _ALL),
+    Capability("reference", ("cpu", "cuda", "mps"), _ALL, _ALL, _ALL),
 )
 _WITH_TILES: tuple[KernelName, ...] = ("flash-attn-4", "flashinfer", "triton", "flash-attn-3", "sdpa")
 """Those that skip tiles before those that gather."""
@@ -132,14 +130,11 @@ def why_not(capability: Capability, hardware: Hardware, need: KernelNeed) -> str
         return f"it computes on {' and '.join(capability.devices)}, not on {hardware.device_type}"
     if not _covers(capability.compute, hardware):
         return f"it needs compute capability {_span(capability.compute)}, {_this(hardware)}"
-    if need.dtype not in capability.dtypes:
-        allowed = ", ".join(map(_plain, capability.dtypes))
-        return f"backbone.dtype is {_plain(need.dtype)}, it computes in {allowed}"
-    if need.head_dim not in capability.head_dims:
-        return f"the head dimension of backbone.name is {need.head_dim}, it takes {_dims(capability.head_dims)}"
-    if need.log_mass and capability.log_mass is None:
-        return "cache.kind merges keys, and it cannot add log m"
-    if need.log_mass and capability.log_mass is not None and not _covers(capability.log_mass, hardware):
+    dtype = str(need.dtype).removeprefix("torch.")
+    beyond = KERNEL_LIMITS[capability.name].why_not(dtype, need.head_dim, merges=need.log_mass)
+    if beyond is not None:
+        return beyond
+    if need.log_mass and not _covers(capability.log_mass, hardware):
         return f"cache.kind merges keys, and it adds log m on {_span(capability.log_mass)} alone, {_this(hardware)}"
     if need.tiles and not _covers(capability.tiles, hardware):
         return f"attention.kind is sparse, and it takes tiles on {_span(capability.tiles)} alone, {_this(hardware)}"
@@ -199,13 +194,3 @@ def _span(span: ComputeRange) -> str:
 def _this(hardware: Hardware) -> str:
     assert hardware.compute is not None, "asked only for CUDA"
     return "this GPU has {}.{}".format(*hardware.compute)
-
-
-def _dims(dims: range | tuple[int, ...]) -> str:
-    if isinstance(dims, tuple):
-        return ", ".join(map(str, dims))
-    return f"{dims[0]} to {dims[-1]}" + (f" in steps of {dims.step}" if dims.step > 1 else "")
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

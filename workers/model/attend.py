@@ -17,6 +17,7 @@ from workers.contracts import (
     AttentionPlan,
     AttentionPolicy,
     AttentionProbe,
+    FollowsCalls,
     Kernel,
     KeyValues,
     KVCache,
@@ -93,6 +94,7 @@ class RolloutAttention:
         self._counted: dict[int, tuple[Tiles, Tensor]] = {}
         self._tables: dict[Hashable, tuple[Tensor, Rotation]] = {}
         self._num_layers = backbone.num_layers
+        self._followers: list[FollowsCalls] = []
         self._num_calls = 0
         self._keys_seen = torch.zeros(())
 
@@ -115,6 +117,13 @@ class RolloutAttention:
         """
         self._moment, self._remembered = moment, remembered
         self._num_calls += 1
+        for follower in self._followers:
+            follower.follow(moment)
+
+    def announce_to(self, other: object) -> None:
+        """Let the cross-attention of the same calls know of each, if it asks which step it serves."""
+        if isinstance(other, FollowsCalls):
+            self._followers.append(other)
 
     def take_mean_keys(self) -> float:
         """Keys that a query saw on average over the calls and layers since the last time this was asked."""

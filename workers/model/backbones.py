@@ -157,7 +157,7 @@ class Backbone:
         pitch_h, pitch_w = self.spatial_stride * self.patch[1], self.spatial_stride * self.patch[2]
         if width % pitch_w or height % pitch_h:
             raise ConfigUnsupported(
-                f"{width}x{height} pixels do not divide into tokens of {pitch_w}x{pitch_h} pixels of {self.name}"
+                f"video: {width}x{height} pixels do not divide into tokens of {pitch_w}x{pitch_h} pixels of {self.name}"
             )
         return height // self.spatial_stride, width // self.spatial_stride
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 
 from workers.config import RenderConfig
-from workers.config_reuse import NoReuseConfig
 from workers.contracts import ChunkJudge, StepReuse
 from workers.errors import ConfigUnsupported
 from workers.metrics import Stopwatch
 from workers.model.attend import RolloutAttention
 from workers.model.backbones import Backbone
 from workers.model.dit import AttendPrompt, CausalDiT, attend_prompt_dense
+from workers.model_limits import conflicts_with_model
 from workers.rollout import Rollout
 from workers.rollouts.rolling_window import RollingWindowRollout
 
@@ -19,29 +19,13 @@ logger = logging.getLogger(__name__)
 
 
 def check_rollout(backbone: Backbone, config: RenderConfig) -> None:
-    """Refuse what this model's rollout cannot do; note what it was not trained for.
+    """Refuse what this model cannot do; note what it was not trained for.
 
     Raises:
         ConfigUnsupported: Names the field.
     """
-    if config.cache.kind == "native" and backbone.native is None:
-        raise ConfigUnsupported(f"cache.kind: native: {backbone.name} has no window of its own")
-    if backbone.rollout != "chunkwise" and not isinstance(config.reuse, NoReuseConfig):
-        raise ConfigUnsupported(
-            f"reuse.kind: {config.reuse.kind} goes by the steps of one chunk; {backbone.name} denoises several at once"
-        )
-    if not backbone.renders_alone:
-        raise ConfigUnsupported(
-            f"backbone.name: {backbone.name} takes a picture beside the noise; it is loaded as the base of others only"
-        )
-    if backbone.rollout == "clipwise" and config.guard.enabled:
-        raise ConfigUnsupported(f"guard.enabled: {backbone.name} makes whole clips, which no guard watches yet")
-    if config.cache.kind == "tiles" and (backbone.rollout != "chunkwise" or backbone.image_dim):
-        how = "takes pictures" if backbone.rollout == "chunkwise" else f"renders {backbone.rollout}"
-        raise ConfigUnsupported(
-            f"cache.kind: tiles: its loop denoises one chunk at a time from text alone, and {backbone.name} {how}; "
-            "take policy: fastar-quant"
-        )
+    for problem in conflicts_with_model(config, backbone):
+        raise ConfigUnsupported(problem)
     native, asked = backbone.native, config.sampling
     if native is not None and (asked.num_steps, asked.shift) != (native.num_steps, native.shift):
         logger.warning(

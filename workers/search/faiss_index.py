@@ -124,11 +124,22 @@ def _search_heads(search: FaissFlatSearch | FaissLshSearch, query: Tensor, key: 
     return torch.stack(found).view(*query.shape[:3], num).to(query.device)
 
 
-def _to_device(index: Any, device: torch.device, name: str) -> Any:
+def require_device(name: str, device: torch.device) -> None:
+    """Refuse a device that this back end cannot search on.
+
+    Raises:
+        KernelUnavailable: The message says what to take instead.
+    """
     if device.type == "cpu":
-        return index
+        return
     if name == "faiss-lsh":
         raise KernelUnavailable(f"search: {name!r} runs on the CPU only, keys are on {device}; take 'lsh'")
     if not hasattr(faiss, "StandardGpuResources"):
         raise KernelUnavailable(f"search: {name!r} needs faiss-gpu for keys on {device}; take 'exact' or 'quant'")
+
+
+def _to_device(index: Any, device: torch.device, name: str) -> Any:
+    require_device(name, device)
+    if device.type == "cpu":
+        return index
     return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device.index or 0, index)

@@ -119,6 +119,16 @@ def test_retry_reopens_the_failures_that_were_chosen(tmp_path: Path) -> None:
         (["render", "--config", "nope.yaml"], "nope.yaml: cannot be read"),
         (["verify", "nowhere", "--rerender", "many"], "give a share"),
         (["plan", "p.txt", "--out", "o", "--frames", "0"], "greater than or equal to 1"),
+        (["plan", "p.txt", "--out", "o", "--kernel-name", "flashinfer"], "render.kernel.name: 'flashinfer' cannot run"),
+        (["render", "p.txt", "--out", "o", "--kernel-name", "flex", *TINY], "head dimension of backbone.name is 40"),
+        (
+            ["render", "p.txt", "--out", "o", "--policy", "annsa", "--attention-layers", "[0, 9]", *TINY],
+            "render.attention.layers: 9 is not a layer of this model: they go from 0 to 2",
+        ),
+        (
+            ["render", "p.txt", "--out", "o", "--policy", "tempcache", "--cache-budget-latent-frames", "12", *TINY],
+            "render.cache.budget_latent_frames: 12 is below 20",
+        ),
         (["frobnicate"], "No such command"),
     ],
 )

@@ -61,6 +61,32 @@ def test_unknown_fields_name_file_line_and_nearest_field(tmp_path: Path) -> None
         ("prompts: {url: a}\nout: o\nwhen: 2026-01-01\n", "not a spec"),
         ("a: !!python/object:os.system {}\n", "not YAML"),
         ("prompts: {url: a}\nout: o\nrender: {video: {width: 100}}\n", "job.yaml:3: render.video.width"),
+        (
+            "prompts: {url: a}\nout: o\nrender:\n  policy: tempcache\n  cache:\n    budget_latent_frames: 11\n",
+            "job.yaml:6: render.cache.budget_latent_frames: 11 is below 12, the sum of sink_latent_frames 3, ",
+        ),
+        (
+            "prompts: {url: a}\nout: o\nrender: {policy: tempcache, cache: {min_cosine: 1.5}}\n",
+            "job.yaml:3: render.cache.min_cosine: 1.5 is outside of [-1, 1]",
+        ),
+        (
+            "prompts: {url: a}\nout: o\nrender: {policy: annsa, attention: {density: 1.5}}\n",
+            "render.attention.density: input should be greater than 0 and less than or equal to 1 (given: 1.5)",
+        ),
+        (
+            "prompts: {url: a}\nout: o\nrender: {cache: {kind: hash}}\n",
+            "job.yaml:3: render.cache.kind: 'hash' is none of dense, window, temporal, flow, native, tiles",
+        ),
+        (
+            "prompts: {url: a}\nout: o\nrender: {policy: annsa, attention: {search: hnsw}}\n",
+            "render.attention.search: input should be 'exact', 'lsh', 'quant', "
+            "'faiss-lsh', 'faiss-flat' or 'faiss-sq8'",
+        ),
+        ("prompts: {url: a}\nout: o\nrender: {policy: best}\n", "render.policy: input should be 'dense', 'window', "),
+        (
+            "prompts: {url: a}\nout: o\nrender: {policy: fastar-tiles, guard: {enabled: true}}\n",
+            "job.yaml:3: render.guard.enabled: true does not go with cache.kind: tiles",
+        ),
     ],
 )
 def test_faults_say_where_and_what(tmp_path: Path, text: str, words: str) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
-from workers.attention.gate import GatedAttention
+from workers.attention.gate import Gate, GatedAttention, GatedPromptAttention
 from workers.attention.history import DenseRegion
 from workers.attention.streaming import StreamingAttention
-from workers.contracts import AttentionPlan, KeyValues, Moment
+from workers.contracts import AttentionPlan, KeyValues, Moment, PromptKeys
 
 
 def sparse_steps(num_steps: int, share: float) -> list[int]:
@@ -39,3 +42,29 @@ def test_layers_outside_of_the_sparse_set_see_everything() -> None:
 
     seen = {layer: sum(part.stop - part.start for part in plan(layer).parts) for layer in range(6)}
     assert seen == {0: 12, 1: 8, 2: 12, 3: 12, 4: 8, 5: 12}
+
+
+def test_prompt_rows_are_left_out_behind_the_same_gate_only() -> None:
+    asked: list[tuple[str, int, int]] = []
+    now = Moment(0)
+
+    def named(name: str) -> Callable[[int, Tensor, PromptKeys], Tensor]:
+        def attend(layer_index: int, q_BQND: Tensor, keys: PromptKeys) -> Tensor:
+            asked.append((name, layer_index, now.step_index))
+            return q_BQND
+
+        return attend
+
+    gated = GatedPromptAttention(named("chosen"), named("dense"), Gate(0.3, frozenset((0, 2))))
+    x = torch.zeros(1, 6, 2, 8)
+    with pytest.raises(AssertionError, match="announces each call first"):
+        gated(0, x, PromptKeys(x, x))
+    for step in range(4):
+        now = Moment(7, step, 4)
+        gated.follow(now)
+        for layer in range(3):
+            gated(layer, x, PromptKeys(x, x))
+    assert {(layer, step) for name, layer, step in asked if name == "chosen"} == {
+        (layer, step) for layer in (0, 2) for step in (1, 2, 3)
+    }
+    assert len(asked) == 12

@@ -2,18 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.plain_rollouts import COLUMNS, FRAMES, ROWS, TINY, TOKENS, make_model
-from workers.assemble_policies import make_policy
+from workers.assemble_policies import make_policy, make_prompt_attention
 from workers.attention.ann_cross import AnnPromptAttention
 from workers.attention.dense import DenseAttention
 from workers.cache.dense import DenseCache
 from workers.cache.temporal_merge import MergeSettings, TemporalCache
 from workers.config import (
+    AnnPromptConfig,
     AnnSelfAttentionConfig,
     AttentionConfig,
     RadialAttentionConfig,
@@ -71,6 +73,7 @@ def chunk_roll(rolling: bool) -> Roll:
         cache: KVCache, policy: AttentionPolicy | None = None, attend_prompt: AttendPrompt = attend_prompt_dense
     ) -> list[CleanChunk]:
         kind, attention = RollingWindowRollout if rolling else Rollout, attention_over(cache, TINY, policy)
+        attention.announce_to(attend_prompt)
         return list(kind(model, attention, Stopwatch(CPU), attend_prompt=attend_prompt).run(plan))
 
     return roll
@@ -101,6 +104,7 @@ def clip_roll() -> Roll:
         cache: KVCache, policy: AttentionPolicy | None = None, attend_prompt: AttendPrompt = attend_prompt_dense
     ) -> list[CleanChunk]:
         attention = attention_over(cache, LONGVIE, policy)
+        attention.announce_to(attend_prompt)
         rollout = ClipwiseRollout(model, branch, attention, SdpaKernel(), Stopwatch(CPU), attend_prompt)
         return list(rollout.run(plan))
 
@@ -171,3 +175,15 @@ def test_sparse_prompt_attention_goes_with_every_rollout(roll: Roll) -> None:
     sparse = roll(DenseCache(TINY.num_layers), None, AnnPromptAttention(make_search("exact"), num_buckets=3))
     assert all(bool(torch.isfinite(c.latents_BTCHW).all()) for c in sparse)
     assert 1e-6 < worst(sparse, full) < 5
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_dense"), [({"dense_step_share": 1.0}, True), ({"layers": []}, True), ({"layers": [1]}, False)]
+)
+def test_prompt_rows_are_left_out_in_the_configured_steps_and_layers_of_every_rollout(
+    roll: Roll, fields: dict[str, Any], is_dense: bool
+) -> None:
+    dense = roll(DenseCache(TINY.num_layers))
+    config = AnnPromptConfig.model_validate({"num_buckets": 64} | fields)
+    found = roll(DenseCache(TINY.num_layers), attend_prompt=make_prompt_attention(config))
+    assert (worst(found, dense) == 0.0) is is_dense
