@@ -25,8 +25,8 @@ class Pack(Protocol):
     """Entries that are packed; those before and behind them are kept as they are."""
     head_dim: int
     lineage: Hashable
-    """Equal in packs of which the later one holds what the earlier one held, in the same places, and perhaps more behind
-    it or where a head had nothing: newer keys."""
+    """Equal in packs of which the later one holds what the earlier one held, in the same places, and perhaps newer keys
+    behind it or where a head had nothing."""
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values of some entries, [B, K, N, D]; without a copy where none of them is packed."""
@@ -129,7 +129,7 @@ class PackedKeys(KeyValues):
 
     @property
     def lineage(self) -> Hashable | None:
-        """See `Pack`; None where the keys that `take` gives are others in every chunk, or not all of them are packed."""
+        """See `Pack`; None where `take` gives other keys in every chunk, or not all of them are packed."""
         return (self.pack.lineage, self.start) if self.turns_alike and self.are_all_packed else None
 
     @property

@@ -241,6 +241,7 @@ class AnnSelfAttention:
             return known
         s, history = self._settings, cached.narrow(*span)
         lineage = history.lineage if isinstance(history, PackedKeys) and s.order == "time" else None
+        order: Tensor | None
         if known is not None and lineage is not None and known.lineage == lineage:
             order, sample = self._grow(known, history)
         else:
