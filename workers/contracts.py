@@ -65,6 +65,12 @@ class Tiles:
     query_order_BNQ: Tensor | None = None
     """int64: which query stands at each place; None leaves them as they come."""
     key_order_BNK: Tensor | None = None
+    tile_order_BNIJ: Tensor | None = None
+    """int64: in which order a kernel that gathers tiles lays down those that are seen, which come first in it; None
+    leaves them in theirs."""
+    first_of: Tiles | None = None
+    """Other tiles of which each row sees as many as these show, the first in their order: what was gathered for them
+    serves these too."""
 
     def mean_keys(self, num_queries: int, num_keys: int) -> Tensor:
         """Keys that a query sees on average over batch and heads; a number in a tensor, so that nothing waits."""

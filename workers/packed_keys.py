@@ -6,7 +6,7 @@ A cache that stores its history in few bits gives out `PackedKeys` in the place 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Protocol
 
 import torch
@@ -24,6 +24,9 @@ class Pack(Protocol):
     packed: range
     """Entries that are packed; those before and behind them are kept as they are."""
     head_dim: int
+    lineage: Hashable
+    """Equal in packs of which the later one holds what the earlier one held, in the same places, and perhaps newer keys
+    behind it or where a head had nothing."""
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values of some entries, [B, K, N, D]; without a copy where none of them is packed."""
@@ -46,15 +49,23 @@ class PackedKeys(KeyValues):
         position_BKN3, log_mass_BNK: Of these entries.
         start: Of the first one in the view.
         turn: What is done to keys that are unpacked; None leaves them as they are stored.
+        turns_alike: Whether a key is turned in the same way whenever it is asked for.
     """
 
     def __init__(
-        self, pack: Pack, position_BKN3: Tensor, log_mass_BNK: Tensor, start: int = 0, turn: Turn | None = None
+        self,
+        pack: Pack,
+        position_BKN3: Tensor,
+        log_mass_BNK: Tensor,
+        start: int = 0,
+        turn: Turn | None = None,
+        turns_alike: bool = True,
     ) -> None:
         for name, value in {
             "pack": pack,
             "start": start,
             "turn": turn,
+            "turns_alike": turns_alike,
             "position_K3": position_BKN3,
             "log_mass_BNK": log_mass_BNK,
             "_plain": {},
@@ -65,6 +76,7 @@ class PackedKeys(KeyValues):
     pack: Pack
     start: int
     turn: Turn | None
+    turns_alike: bool
     _plain: dict[tuple[int, int], KeyValues]
     _runs: dict[tuple[int, int], PackedKeys]
     """Runs by their first and last entry in the view: the same object each time, so that what is unpacked is kept."""
@@ -103,12 +115,22 @@ class PackedKeys(KeyValues):
             return self._plain_run(first, last)
         if (first, last) not in self._runs:
             position, mass = self.position_K3[:, start:stop], self._mass[..., start:stop]
-            self._runs[first, last] = PackedKeys(self.pack, position, mass, first, self.turn)
+            self._runs[first, last] = PackedKeys(self.pack, position, mass, first, self.turn, self.turns_alike)
         return self._runs[first, last]
 
-    def turned(self, turn: Turn) -> PackedKeys:
-        """The same keys after RoPE."""
-        return PackedKeys(self.pack, self.position_K3, self._mass, self.start, turn)
+    def turned(self, turn: Turn, alike: bool = False) -> PackedKeys:
+        """The same keys after RoPE.
+
+        Args:
+            turn: Does it.
+            alike: Whether it does the same to a key in every chunk.
+        """
+        return PackedKeys(self.pack, self.position_K3, self._mass, self.start, turn, alike)
+
+    @property
+    def lineage(self) -> Hashable | None:
+        """See `Pack`; None where `take` gives other keys in every chunk, or not all of them are packed."""
+        return (self.pack.lineage, self.start) if self.turns_alike and self.are_all_packed else None
 
     @property
     def are_all_packed(self) -> bool:

@@ -3,6 +3,7 @@
 import gc
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -146,6 +147,25 @@ def test_gathered_keys_serve_later_steps_and_go_with_their_source() -> None:
     gc.collect()
     assert memory.num_bytes == 0, "the keys are gone"
     assert tiles is not None
+
+
+def test_the_first_tiles_of_what_was_gathered_are_not_gathered_again() -> None:
+    torch.manual_seed(8)
+    keys, tiles = make_part(20, 61, (4, 8), share=0.5)
+    mass = torch.rand(tiles.visible_BNIJ.shape).masked_fill(~tiles.visible_BNIJ, -1.0)
+    order = mass.argsort(dim=-1, descending=True)
+    part = TiledKeys(keys, replace(tiles, tile_order_BNIJ=order))
+    count = (tiles.visible_BNIJ.sum(-1, keepdim=True) * torch.rand(*tiles.visible_BNIJ.shape[:3], 1)).long()
+    fewer = torch.zeros_like(tiles.visible_BNIJ).scatter_(-1, order, torch.arange(order.shape[-1]) < count)
+    assert 0 < int(fewer.sum()) < int(tiles.visible_BNIJ.sum())
+    first = TiledKeys(keys, replace(part.tiles, visible_BNIJ=fewer, tile_order_BNIJ=None, first_of=part.tiles))
+    q = torch.randn(BATCH, 20, HEADS, HEAD_DIM, dtype=torch.float64)
+    for memory in (GroupMemory(), GroupMemory(0)):  # the second keeps nothing
+        for seen in (part, first):
+            found = attend_tiled(q, seen, dense_reference, memory)
+            for got, want in zip(found, attend_by_hand(q, seen), strict=True):
+                torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+        assert memory.find(*first, torch.float64) is None
 
 
 def test_gathered_keys_go_with_their_tiles() -> None:

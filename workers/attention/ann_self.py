@@ -12,7 +12,7 @@ to step the mass of a key hardly changes (on the bundled model the best choice o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -34,6 +34,7 @@ from workers.attention.tile_mass import (
     sample_tiles,
 )
 from workers.contracts import AttentionPlan, KeyValues, Moment, Tiles
+from workers.packed_keys import PackedKeys
 from workers.search.protocol import Search
 
 _STEPS = 8
@@ -115,10 +116,14 @@ class _Chosen:
 class _Indexed:
     """What is known of one layer's keys until they change."""
 
-    cached: KeyValues
-    """Kept, so that its identity is not given to another."""
+    cached: KeyValues | None
+    """Kept, so that its identity is not given to another; None in a later chunk."""
     sample: TileSample
     key_order_BNK: Tensor | None
+    lineage: Hashable | None = None
+    num_keys: int = 0
+    num_steady_tiles: int = 0
+    """Of keys in the order of time: full in all heads, so that later keys come behind them."""
 
 
 class AnnSelfAttention:
@@ -144,7 +149,9 @@ class AnnSelfAttention:
         self._shared: Shared = {}
 
     def begin_chunk(self, position_Q3: Tensor) -> None:
-        self._indexed.clear()
+        # What comes into a history comes behind it: most of what is known of it still holds.
+        known = self._indexed.items()
+        self._indexed = {layer: replace(x, cached=None) for layer, x in known if x.lineage is not None}
         self._chosen.clear()
         self._seen.clear()
         self._shared.clear()
@@ -166,8 +173,8 @@ class AnnSelfAttention:
         elif self._settings.chooses_twice and not kept.is_joint:  # each layer has had its turn
             self._choose_jointly(moment.branch)
         if moment.is_clean_pass and self._settings.clean_share < 1:
-            fewer = self._keep(kept.mass, self._settings.clean_share)
-            return plan_history(cached, own, span, replace(kept.tiles, visible_BNIJ=fewer))
+            fewer = _fewer(kept.tiles, self._keep(kept.mass, self._settings.clean_share))
+            return plan_history(cached, own, span, fewer)
         return plan_history(cached, own, span, kept.tiles)
 
     def _is_dense(self, num_keys: int) -> bool:
@@ -200,7 +207,10 @@ class AnnSelfAttention:
         visible = self._keep(mass, seen_before=seen_before)
         if seen_before is not None:
             seen_before.append(visible.sum(-1, dtype=torch.float32).mean((1, 2)))
-        tiles = Tiles(visible, query_tile, s.key_tile, query_order, indexed.key_order_BNK)
+        # The heaviest first: a clean pass that sees fewer sees the first of them.
+        first = mass.history_BNIJ.masked_fill(~visible, -1.0) if s.clean_share < 1 else None
+        tile_order = None if first is None else first.argsort(dim=-1, descending=True, stable=True)
+        tiles = Tiles(visible, query_tile, s.key_tile, query_order, indexed.key_order_BNK, tile_order)
         return _Chosen(cached, tiles, mass)
 
     def _keep(self, mass: TileMass, share: float = 1.0, seen_before: Sequence[Tensor] | None = None) -> Tensor:
@@ -230,12 +240,32 @@ class AnnSelfAttention:
         if known is not None and known.cached is cached:
             return known
         s, history = self._settings, cached.narrow(*span)
-        key_order = self._order_by_bucket(history) if s.order == "bucket" else _order_by_time(history)
-        sample = sample_tiles(
-            history, s.key_tile, s.num_samples, self._rotate, key_order_BNK=key_order, shared=self._shared
-        )
-        known = self._indexed[layer_index] = _Indexed(cached, sample, key_order)
+        lineage = history.lineage if isinstance(history, PackedKeys) and s.order == "time" else None
+        order: Tensor | None
+        if known is not None and lineage is not None and known.lineage == lineage:
+            order, sample = self._grow(known, history)
+        else:
+            order = self._order_by_bucket(history) if s.order == "bucket" else _order_by_time(history)
+            sample = sample_tiles(
+                history, s.key_tile, s.num_samples, self._rotate, key_order_BNK=order, shared=self._shared
+            )
+        steady = 0 if lineage is None else _count_existing(history) // s.key_tile
+        known = self._indexed[layer_index] = _Indexed(cached, sample, order, lineage, history.num_tokens, steady)
         return known
+
+    def _grow(self, known: _Indexed, history: KeyValues) -> tuple[Tensor, TileSample]:
+        """Order and sample of a history that was known before it got more keys: its steady tiles stay as they are."""
+        s, steady = self._settings, known.num_steady_tiles
+        assert known.key_order_BNK is not None
+        first, rest = known.key_order_BNK.split((steady * s.key_tile, known.num_keys - steady * s.key_tile), -1)
+        new = torch.arange(known.num_keys, history.num_tokens, device=rest.device).expand(*rest.shape[:2], -1)
+        rest = torch.cat((rest, new), -1)
+        order = torch.cat((first, rest.gather(-1, _order_of_times(*_times(history, rest)))), -1)
+        more = sample_tiles(history, s.key_tile, s.num_samples, self._rotate, key_order_BNK=order, first_tile=steady)
+        num, before = steady * s.num_samples, known.sample
+        weight = torch.cat((before.log_weight_BNS[..., :num], more.log_weight_BNS), -1)
+        keys = torch.cat((before.k_BNSD[:, :, :num], more.k_BNSD), 2)
+        return order, TileSample(keys, weight, steady + more.num_tiles)
 
     def _order_by_bucket(self, history: KeyValues) -> Tensor:
         k_BNKD = history.k_BKND.transpose(1, 2)
@@ -260,14 +290,43 @@ class AnnSelfAttention:
         return TileSample(torch.cat([sample.k_BNSD for sample in samples], 2), torch.cat(weights, -1), 1)
 
 
+def _fewer(tiles: Tiles, visible_BNIJ: Tensor) -> Tiles:
+    """Fewer tiles for the same rows; where they are the first of what a row sees, nothing need be gathered for them."""
+    fewer = replace(tiles, visible_BNIJ=visible_BNIJ, tile_order_BNIJ=None)
+    if tiles.tile_order_BNIJ is None:
+        return fewer
+    count_BNI1 = visible_BNIJ.sum(-1, keepdim=True)
+    is_first = torch.arange(visible_BNIJ.shape[-1], device=count_BNI1.device) < count_BNI1
+    are_first = torch.equal(visible_BNIJ.gather(-1, tiles.tile_order_BNIJ), is_first)
+    is_part = bool((count_BNI1 <= tiles.visible_BNIJ.sum(-1, keepdim=True)).all())
+    return replace(fewer, first_of=tiles) if are_first and is_part else fewer
+
+
 def _order_by_time(history: KeyValues) -> Tensor | None:
     """Single keys come in order of time, row and column; entries that heads merged for themselves are put into it."""
     if history.position_K3.dim() == 2:
         return None
-    time, row, column = history.position_K3.transpose(1, 2).unbind(-1)
-    if history.log_mass_BNK is not None:
-        time = time.masked_fill(history.log_mass_BNK.isneginf(), torch.inf)
-    if time.is_cpu and history.num_tokens and all(_is_in_steps(x) for x in (row, column)):
+    return _order_of_times(*_times(history))
+
+
+def _times(history: KeyValues, index_BNR: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Time, row and column of all entries or of some, [B, N, R]; those that stand for no key are at the end of time."""
+    position_BNK3, mass = history.position_K3.transpose(1, 2), history.log_mass_BNK
+    if index_BNR is not None:
+        position_BNK3 = position_BNK3.gather(2, index_BNR[..., None].expand(*index_BNR.shape, 3))
+        mass = None if mass is None else mass.gather(-1, index_BNR)
+    time, row, column = position_BNK3.unbind(-1)
+    return time if mass is None else time.masked_fill(mass.isneginf(), torch.inf), row, column
+
+
+def _count_existing(history: KeyValues) -> int:
+    """Entries of the head that has fewest."""
+    mass = history.log_mass_BNK
+    return history.num_tokens if mass is None else int((~mass.isneginf()).sum(-1).min())
+
+
+def _order_of_times(time: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    if time.is_cpu and time.numel() and all(_is_in_steps(x) for x in (row, column)):
         return torch.argsort(_one_number(time, row, column), dim=-1, stable=True)
     order = torch.argsort(column, dim=-1, stable=True)
     for key in (row, time):

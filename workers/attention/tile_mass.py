@@ -85,8 +85,9 @@ def sample_tiles(
     *,
     key_order_BNK: Tensor | None = None,
     shared: Shared | None = None,
+    first_tile: int = 0,
 ) -> TileSample:
-    """Look at `num_samples` keys of each tile.
+    """Look at `num_samples` keys of each tile, from `first_tile` on.
 
     Args:
         keys: Before RoPE.
@@ -96,7 +97,8 @@ def sample_tiles(
         key_order_BNK: Which key stands at each place.
         shared: What other layers found.
     """
-    place_S, weight_S = sample_places(keys.num_tokens, tile, num_samples, keys.position_K3.device)
+    places = sample_places(keys.num_tokens, tile, num_samples, keys.position_K3.device)
+    place_S, weight_S = (x[first_tile * num_samples :] for x in places)
     sample = take_keys(keys, place_S if key_order_BNK is None else key_order_BNK[:, :, place_S])
     position = keys.position_K3
     if shared is not None and key_order_BNK is None and position.dim() == 2:
@@ -106,7 +108,7 @@ def sample_tiles(
     log_weight = weight_S.log()[None, None]
     if sample.log_mass_BNK is not None:
         log_weight = log_weight + sample.log_mass_BNK.float()
-    return TileSample(k_BSND.transpose(1, 2), log_weight, -(-keys.num_tokens // tile))
+    return TileSample(k_BSND.transpose(1, 2), log_weight, -(-keys.num_tokens // tile) - first_tile)
 
 
 def take_keys(keys: KeyValues, index: Tensor) -> KeyValues:

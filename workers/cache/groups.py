@@ -75,6 +75,8 @@ class KeyGroups:
         self.count_BN = torch.zeros(slots[:2], dtype=torch.int64, device=device)
         self.num_used = 0
         """Slots up to the fullest head's last one."""
+        self.num_changes = 0
+        """How often slots that held a group have got another key, place or m."""
         self._nearest, self._means = nearest, TileMeans(form.shape_BNCD, device)
 
     def absorb(self, new: Tokens, min_cosine_BN1: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -94,6 +96,7 @@ class KeyGroups:
         if moved is not None:
             index = torch.where(index >= 0, moved.gather(2, index.clamp(min=0)), index)
         if bool(joins.any()):
+            self.num_changes += 1
             self._join(new, index, joins)
         slot = torch.where(joins, index, self._open(new, ~joins))
         self._remember_partners(new, torch.where(joins, -1, cosine), index, slot)
@@ -129,6 +132,7 @@ class KeyGroups:
         for name, store in (("k", self.keys), ("v", self.values)):
             store.restore({part: state[f"{name}.{part}"] for part in ("code", "scale")})
         self._means.forget()
+        self.num_changes += 1
         self.num_used = int(self.count_BN.max())
 
     def _match(self, new: Tokens) -> tuple[Tensor, Tensor]:
@@ -218,6 +222,7 @@ class KeyGroups:
         self.count_BN.copy_(survives.sum(-1))
         self.num_used = int(self.count_BN.max())
         self._means.forget()
+        self.num_changes += 1
         return target
 
     def _merge_values(self, root_BNC: Tensor, most: int) -> None:

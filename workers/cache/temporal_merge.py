@@ -8,7 +8,7 @@ key by the query's top-1; we compare keys before RoPE, because their cosine does
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +58,7 @@ class _Pack:
         self._ends, self._groups = ends, groups
         self.packed = range(ends.num_sink, ends.num_sink + groups.num_used)
         self.head_dim = groups.keys.dim
+        self.lineage: Hashable = (groups, groups.num_changes)
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         first, last = self.packed.start, self.packed.stop

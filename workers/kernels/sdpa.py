@@ -81,8 +81,8 @@ def attend_sdpa(
     else:
         bias = None if keys.log_mass_BNK is None else keys.log_mass_BNK.to(q.dtype)[:, :, None, :]
         out, lse_BNQ = (_attend_efficient if is_cuda else _attend_cpu)(q, k, v, bias, scale)
-        if bias is not None:
-            # Where no key exists the operators report 0 for the log-sum-exp.
+        # Where no key exists the operators report 0 for the log-sum-exp. A CPU asks one key of each row first.
+        if bias is not None and (is_cuda or bool(bias[..., 0].isneginf().any())):
             lse_BNQ = lse_BNQ.masked_fill(bias.isneginf().all(-1), -torch.inf)
     return out.transpose(1, 2), lse_BNQ.transpose(1, 2)
 
@@ -100,12 +100,12 @@ def _attend_halves(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: 
     halves = [x[0, 0].unflatten(0, (2, -1))[:, None] for x in (k, v)]
     bias_half = None if bias is None else bias[0, 0].unflatten(-1, (2, -1)).transpose(0, 1)[:, None]
     out, lse = _call_cpu(q.expand(2, -1, -1, -1), halves[0], halves[1], bias_half, scale)
-    if bias_half is not None:  # a half without keys says nothing
+    if bias_half is not None and bool(bias_half[..., 0].isneginf().any()):  # a half without keys says nothing
         is_empty = bias_half.isneginf().all(-1)
         out, lse = out.masked_fill(is_empty[..., None], 0.0), lse.masked_fill(is_empty, -torch.inf)
-    both = lse.logsumexp(0, keepdim=True)
-    share = (lse - both.masked_fill(both.isneginf(), 0.0)).exp().to(out.dtype)
-    return (out * share[..., None]).sum(0, keepdim=True), both
+    both = torch.logaddexp(lse[:1], lse[1:])
+    share = (lse[1:] - both.clamp(min=torch.finfo(both.dtype).min)).exp_().to(out.dtype)
+    return torch.lerp(out[:1], out[1:], share[..., None]), both
 
 
 def _call_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:

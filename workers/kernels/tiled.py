@@ -66,15 +66,16 @@ def attend_tiled(
     q_BNQD = q_BQND.transpose(1, 2)
     if tiles.query_order_BNQ is not None:
         q_BNQD = q_BNQD.gather(2, tiles.query_order_BNQ[..., None].expand_as(q_BNQD))
-    q_BNQD = F.pad(q_BNQD, (0, 0, 0, num_tiles * tiles.query_tile - num_queries))
+    if num_tiles * tiles.query_tile > num_queries:  # to pad by nothing is to copy
+        q_BNQD = F.pad(q_BNQD, (0, 0, 0, num_tiles * tiles.query_tile - num_queries))
     q_RQ1D = q_BNQD.reshape(-1, tiles.query_tile, 1, head_dim)
     # Rows that see nothing are computed by nobody: 0 and -inf.
     out_RQ1D = torch.zeros_like(q_RQ1D)
     lse_type = torch.float64 if q_BQND.dtype == torch.float64 else torch.float32
     lse_RQ1 = torch.full(q_RQ1D.shape[:-1], -torch.inf, dtype=lse_type, device=q_BQND.device)
     for row_R, keys in _groups(part, q_BQND.dtype, memory):
-        out, lse = attend_dense(q_RQ1D[row_R], keys)
-        out_RQ1D[row_R], lse_RQ1[row_R] = out, lse
+        rows = slice(int(row_R), int(row_R) + 1) if len(row_R) == 1 and row_R.is_cpu else row_R
+        out_RQ1D[rows], lse_RQ1[rows] = attend_dense(q_RQ1D[rows], keys)
     out_BNQD = out_RQ1D.view(batch, heads, -1, head_dim)[:, :, :num_queries]
     lse_BNQ = lse_RQ1.view(batch, heads, -1)[..., :num_queries]
     if tiles.query_order_BNQ is not None:
@@ -91,6 +92,10 @@ def _groups(part: TiledKeys, dtype: torch.dtype, memory: GroupMemory | None) -> 
         if kept is not None:
             yield from kept
             return
+        whole = None if part.tiles.first_of is None else memory.find(part.keys, part.tiles.first_of, dtype)
+        if whole is not None:
+            yield from _first_tiles(whole, part.tiles)
+            return
     gathered: list[RowGroup] | None = None if memory is None else []
     buffers = None if memory is None else memory.buffers
     for group in _gather(part, dtype, buffers):
@@ -103,14 +108,28 @@ def _groups(part: TiledKeys, dtype: torch.dtype, memory: GroupMemory | None) -> 
         memory.keep(*part, dtype, tuple(gathered), num_bytes=_num_bytes(gathered))
 
 
+def _first_tiles(whole: tuple[RowGroup, ...], tiles: Tiles) -> Iterator[RowGroup]:
+    """Views of what was gathered for the tiles that these are the first of, row by row."""
+    lengths = (tiles.visible_BNIJ.sum(-1).flatten() * tiles.key_tile).tolist()
+    for row_R, keys in whole:
+        for place, row in enumerate(row_R.tolist()):
+            if not lengths[row]:
+                continue
+            k, v = (x[place : place + 1, : lengths[row]] for x in (keys.k_BKND, keys.v_BKND))
+            mass = None if keys.log_mass_BNK is None else keys.log_mass_BNK[place : place + 1, :, : lengths[row]]
+            yield RowGroup(row_R[place : place + 1], KeyValues(k, v, keys.position_K3[: lengths[row]], mass))
+
+
 def _gather(part: TiledKeys, dtype: torch.dtype, buffers: Buffers | None) -> Iterator[RowGroup]:
     keys, tiles = part
     visible_BNIJ = tiles.visible_BNIJ
     rows_each = visible_BNIJ.shape[2]
     count_R = visible_BNIJ.sum(-1).flatten()
     order_R = count_R.argsort(descending=True, stable=True)
-    # The tiles that a row sees come first, in their order; int32 sorts faster than bool.
-    seen_RJ = visible_BNIJ.flatten(0, 2).int().argsort(dim=-1, descending=True, stable=True)
+    if tiles.tile_order_BNIJ is not None:
+        seen_RJ = tiles.tile_order_BNIJ.flatten(0, 2)
+    else:  # the tiles that a row sees come first, in their order; int32 sorts faster than bool
+        seen_RJ = visible_BNIJ.flatten(0, 2).int().argsort(dim=-1, descending=True, stable=True)
     bytes_per_tile = 2 * tiles.key_tile * keys.head_dim * dtype.itemsize
     counts: list[int] = count_R[order_R].tolist()
     start = 0

@@ -170,7 +170,7 @@ class RolloutAttention:
     def rotate_cached(self, keys: KeyValues) -> KeyValues:
         """Keys of the cache after RoPE, at the positions that this chunk sees them at."""
         if isinstance(keys, PackedKeys):  # as far as they are unpacked
-            return keys.turned(self._turn)
+            return keys.turned(self._turn, alike=self._reindex is None)
         return KeyValues(
             rotate(keys.k_BKND, self._table(keys.position_K3)), keys.v_BKND, keys.position_K3, keys.log_mass_BNK
         )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from workers.contracts import PromptKeys, StepReuse
 from workers.model.backbones import Backbone
+from workers.model.gelu import TanhGelu
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer_index, q_BQND, k_BQND, v_BQND) -> out_BQND, with q and k before RoPE."""
@@ -136,7 +137,7 @@ class Layer(nn.Module):
         self.self_attn = SelfAttention(backbone)
         self.norm3 = nn.LayerNorm(dim, backbone.eps)
         self.cross_attn = CrossAttention(backbone)
-        self.ffn = nn.Sequential(nn.Linear(dim, backbone.ffn_dim), nn.GELU("tanh"), nn.Linear(backbone.ffn_dim, dim))
+        self.ffn = nn.Sequential(nn.Linear(dim, backbone.ffn_dim), TanhGelu(), nn.Linear(backbone.ffn_dim, dim))
 
     def forward(
         self,

@@ -8,14 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from workers.attention.ann_self import AnnSelfAttention, AnnSettings
 from workers.attention.tile_mass import take_keys
 from workers.cache.low_bit import Storage
 from workers.cache.temporal_merge import MergeSettings, TemporalCache
-from workers.contracts import KeyValues, TiledKeys, Tiles
+from workers.contracts import KeyValues, Moment, TiledKeys, Tiles
 from workers.kernels.sdpa import SdpaKernel
 from workers.model.rope import grid_positions, make_rotation, rotate, rotate_in_place
 from workers.packed_keys import PackedKeys
 from workers.search.exact import ExactSearch
+from workers.search.quant import QuantSearch
 
 HEADS, DIM, FRAME, THETA = 2, 16, 16, 10000.0
 ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
@@ -122,3 +124,38 @@ def test_attention_over_packed_keys_equals_that_over_plain_ones(start: int) -> N
         for _ in range(2):  # gathered, and from memory
             for found, expected in zip(kernel.attend(q, (TiledKeys(history, tiles),)), want, strict=True):
                 torch.testing.assert_close(found, expected, **ROUNDING)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("every", [0, 5])
+def test_what_is_known_of_a_history_still_holds_when_it_grows(every: int, alike: bool) -> None:
+    """A policy that goes on chooses as one that sees the history for the first time; keys join now and then or never,
+    so that heads hold equally many groups or not."""
+    cache = TemporalCache(1, MergeSettings(FRAME, 2 * FRAME, 24 * FRAME, 0.97, "int8"), ExactSearch().top1)
+    settings = AnnSettings(FRAME, 2 * FRAME, 0.3, query_tile=FRAME, key_tile=8, sample_share=1 / 4)
+    goes_on, g = AnnSelfAttention(settings, QuantSearch(), None), torch.Generator().manual_seed(5)
+    k, before, num_alike, num_uneven = torch.randn(1, FRAME, HEADS, DIM, generator=g), None, 0, 0
+    for chunk in range(60):
+        is_near = every > 0 and chunk % every == 0
+        k = k + 0.2 * torch.randn(k.shape, generator=g) if is_near else torch.randn(k.shape, generator=g)
+        at = grid_positions(torch.tensor([chunk]), 4, 4)
+        own, q = KeyValues(k, k, at), torch.randn(k.shape, generator=g)
+        cached = cache.read(0)
+        if isinstance(cached, PackedKeys):
+            seen = cached.turned(turn, alike)
+            goes_on.begin_chunk(at)
+            fresh = AnnSelfAttention(settings, QuantSearch(), None)
+            found, want = (x.plan(0, Moment(chunk), q, seen, own) for x in (goes_on, fresh))
+            for a, b in zip(found.parts, want.parts, strict=True):
+                assert (a.source, a.start, a.stop) == (b.source, b.start, b.stop)
+                if a.tiles is not None and b.tiles is not None:
+                    assert torch.equal(a.tiles.visible_BNIJ, b.tiles.visible_BNIJ)
+                    assert torch.equal(cast(Tensor, a.tiles.key_order_BNK), cast(Tensor, b.tiles.key_order_BNK))
+            history = cast(PackedKeys, seen.narrow(FRAME, seen.num_tokens - 2 * FRAME))
+            if history.lineage is not None and history.lineage == before:
+                num_alike += 1
+                num_uneven += bool(cast(Tensor, history.log_mass_BNK).isneginf().any())
+            before = history.lineage
+        cache.append(0, own)
+    assert (num_alike > 10) == alike
+    assert (num_uneven > 5) == (alike and every > 0)

@@ -200,9 +200,10 @@ def test_a_layer_that_chooses_at_once_serves_all_steps_and_shows_a_clean_pass_le
     assert all(int(tiles.visible_BNIJ.sum(-1).min()) >= 3 for tiles in first)
     assert all(int(tiles.visible_BNIJ.sum()) <= 12 * rows for tiles in first)
     for i, layer in enumerate(layers):
-        clean = tiles_of(policy.plan(i, Moment(5, noise_level=0.0, is_clean_pass=True), *layer)).visible_BNIJ
-        assert bool((clean <= first[i].visible_BNIJ).all())
-        assert int(clean.sum()) <= 6 * rows
+        clean = tiles_of(policy.plan(i, Moment(5, noise_level=0.0, is_clean_pass=True), *layer))
+        assert clean.first_of is first[i], "nothing is gathered for it"
+        assert bool((clean.visible_BNIJ <= first[i].visible_BNIJ).all())
+        assert int(clean.visible_BNIJ.sum()) <= 6 * rows
     alone = AnnSelfAttention(settings, QuantSearch(), None)  # a clean pass that comes first chooses for itself
     assert int(tiles_of(alone.plan(0, Moment(5, is_clean_pass=True), *layers[0])).visible_BNIJ.sum()) <= 6 * rows
 

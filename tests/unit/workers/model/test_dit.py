@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from workers.model.backbones import BACKBONES, Backbone, find_backbone
 from workers.model.compiled import compile_around_attention
 from workers.model.dit import CausalDiT
+from workers.model.gelu import TanhGelu
 from workers.model.rope import grid_positions, make_rotation, rotate
 
 ROWS, COLUMNS = 3, 5  # not square, and both odd
@@ -263,6 +264,14 @@ def test_wan_sizes_have_the_published_number_of_parameters(name: str, num_tensor
         state = CausalDiT(BACKBONES[name]).state_dict()
     assert len(state) == num_tensors
     assert sum(p.numel() for p in state.values()) == num_parameters
+
+
+def test_gelu_by_a_sigmoid_equals_that_by_a_tanh() -> None:
+    x = torch.cat((torch.linspace(-50, 50, 4001), torch.tensor([-1e20, 1e20, 0.0, -0.0])))
+    want = F.gelu(x.double(), approximate="tanh").float()
+    with torch.inference_mode():
+        torch.testing.assert_close(TanhGelu()(x), want, atol=1e-6, rtol=1e-6)
+        assert bool(TanhGelu()(torch.tensor([math.nan])).isnan().all())
 
 
 def test_one_compilation_serves_all_layers() -> None:
