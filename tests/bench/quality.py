@@ -29,7 +29,7 @@ import torch
 from tests.bench.quality_items import PARTS, Item, Part, list_items, release_claims, work
 from tests.bench.quality_lab import QualityLab
 from tests.bench.quality_policies import ALL
-from tests.bench.quality_rows import failures, make_rows, read_pieces
+from tests.bench.quality_rows import add_times, failures, make_rows, read_pieces
 from tests.bench.record import RESULTS, report
 
 _ROW_NAME = ("part", "policy", "group", "frames")
@@ -42,7 +42,8 @@ _NOTES = (
     "of query and key computed, over those of dense full history. kv_share_of_full: of a bfloat16 cache of the whole "
     "history. revisit: hard cuts back to places last seen 42 to 600 latent frames before. psnr_db, ssim, "
     "one_step_error (RMS of latents): against dense with the same true history and noise; psnr_db_at_frame of free "
-    "rollouts. ci95: half the width over worlds. LPIPS is null: its weights are not bundled."
+    "rollouts. seconds_per_chunk_at: of quality_turns, by video frame. ci95: half the width over worlds. "
+    "LPIPS is null: its weights are not bundled."
 )
 
 
@@ -93,6 +94,9 @@ def gather(folder: Path, lab: QualityLab, measured_on: str | None) -> tuple[list
     """Rows of all pieces in the folder, and the notes, which name the machine of the pieces."""
     pieces = read_pieces(folder, lab.revision)
     rows = list(make_rows(pieces, lab))
+    turns = RESULTS / "quality_turns.json"
+    if turns.exists():
+        add_times(rows, json.loads(turns.read_text()), lab.revision)
     dtypes = sorted({found.record["dtype"] for found in pieces.values()})
     failed = failures(folder)
     devices = sorted({found.record.get("device", measured_on or "unknown") for found in pieces.values()})

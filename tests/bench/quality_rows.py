@@ -225,3 +225,18 @@ def failures(folder: Path) -> list[str]:
     return [
         f"{path.stem}: {path.read_text().strip().splitlines()[-1][:_SAID]}" for path in sorted(folder.glob("*.error"))
     ]
+
+
+def add_times(rows: Sequence[Row], turns: dict[str, Any], revision: str) -> None:
+    """Give walks of a policy the seconds of its chunks by video frame, as `quality_turns` timed them.
+
+    Args:
+        rows: Changed in place; what was not timed gets None.
+        turns: Record of `quality_turns`.
+        revision: Of the weights of the rows; other weights are not theirs.
+    """
+    is_same = f"weights {revision[:16]}" in turns["notes"]
+    timed = {row["policy"]: row["seconds_per_chunk_at"] for row in turns["rows"]} if is_same else {}
+    for row in rows:
+        if row["part"] == "walk":
+            row["seconds_per_chunk_at"] = timed.get(row["policy"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from tests.bench.quality_items import Item, claim, list_items, marks_of
 from tests.bench.quality_lab import held_bytes
 from tests.bench.quality_places import CHUNK_FRAMES, DISTANCES, GROUPS, place_before, sweep
 from tests.bench.quality_policies import ALL, config_of
-from tests.bench.quality_rows import adaptive_rows
+from tests.bench.quality_rows import adaptive_rows, add_times
 from tests.bench.quality_tables import SETTINGS, row
 from workers.cache.dense import DenseCache
 from workers.cache.temporal_merge import MergeSettings, TemporalCache
@@ -148,3 +149,18 @@ def test_a_merging_cache_takes_its_memory_once_and_a_full_one_ever_more() -> Non
                 assert held[name][-1] == cache.num_bytes
     assert len(set(held["temporal"][4:])) == 1
     assert held["dense"][-1] > 3 * held["dense"][9]
+
+
+@pytest.mark.parametrize(("weights", "found"), [("0123456789abcdef", {"600": 1.1}), ("fedcba9876543210", None)])
+def test_seconds_per_chunk_come_from_the_bench_of_turns_if_it_had_the_same_weights(
+    weights: str, found: dict[str, float] | None
+) -> None:
+    rows: list[dict[str, Any]] = [{"part": "walk", "policy": name} for name in ("dense", "svg")]
+    rows.append({"part": "rollout", "policy": "dense"})
+    turns = {
+        "notes": f"weights {weights}; 2 threads.",
+        "rows": [{"policy": "dense", "seconds_per_chunk_at": {"600": 1.1}}],
+    }
+    add_times(rows, turns, "0123456789abcdef" * 4)
+    assert [row.get("seconds_per_chunk_at") for row in rows] == [found, None, None]
+    assert "seconds_per_chunk_at" not in rows[2]
