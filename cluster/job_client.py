@@ -13,7 +13,14 @@ from typing import Any, Literal, TypeVar, cast
 
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
-from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
+from tenacity import (
+    Retrying,
+    retry_if_exception,
+    retry_if_exception_type,
+    stop_after_attempt,
+    stop_after_delay,
+    wait_fixed,
+)
 
 from cluster.errors import ClusterUnreachable, NotFound
 from cluster.start import AUTH_HINT
@@ -22,6 +29,9 @@ T = TypeVar("T")
 
 AGENT_TIMEOUT_S = 90.0
 """A head that has just come up answers 500 "No available agent" until its agent has."""
+
+ANSWER_TIMEOUT_S = 60.0
+"""Ray itself waits for ever where a head takes a question and never answers it, as one that has just come up may."""
 
 ClusterJobStatus = Literal["pending", "running", "stopped", "succeeded", "failed"]
 
@@ -50,12 +60,22 @@ class ClusterJob:
         return self.status in ("stopped", "succeeded", "failed")
 
 
+class _Asking(JobSubmissionClient):
+    """Ray's client, which asks once more where no answer comes; what changes something is sent once, as before."""
+
+    def _do_request(self, method: str, endpoint: str, **more: Any) -> Any:
+        if method != "GET":
+            return super()._do_request(method, endpoint, **more)
+        asking = Retrying(stop=stop_after_attempt(2), retry=retry_if_exception_type(OSError), reraise=True)
+        return asking(super()._do_request, method, endpoint, **{"timeout": ANSWER_TIMEOUT_S, **more})
+
+
 class JobClient:
     """Raises ClusterUnreachable (every method) when nobody answers at the address, or not to our token."""
 
     def __init__(self, address: str | None = None) -> None:
         """`address`: http://HOST:8265; None takes RAY_ADDRESS or the local default, as `ray job` does."""
-        self._client = _translated(lambda: JobSubmissionClient(address))
+        self._client = _translated(lambda: _Asking(address))
 
     def submit(self, submission: Submission) -> str:
         """Start the job; returns its submission id. Trying again cannot start it twice: the id is chosen first."""
