@@ -134,9 +134,9 @@ def check_model(spec: JobSpec) -> Path | None:
         backbone.latent_size(spec.render.video.width, spec.render.video.height)
     except RenderError as error:
         raise SpecError(f"render.{error}") from error
-    problems = [*conflicts_with_model(spec.render, backbone), kernel_conflict(spec.render, backbone)]
-    if any(problems):
-        raise SpecError("\n".join(f"render.{problem}" for problem in problems if problem))
+    found = (*conflicts_with_model(spec.render, backbone), kernel_conflict(spec.render, backbone))
+    if problems := [f"render.{problem}" for problem in found if problem]:
+        raise SpecError("\n".join(problems))
     if backbone.text is None and spec.render.backbone.checkpoint is None:
         raise SpecError(
             f"render.backbone.checkpoint: {backbone.name} needs published weights; "

@@ -87,8 +87,7 @@ def make_prompt_attention(config: PromptAttentionConfig) -> PromptAttention:
     chosen = AnnPromptAttention(make_search(config.search), config.num_buckets)
     if config.dense_step_share == 0.0 and config.layers is None:
         return chosen
-    gate = Gate(config.dense_step_share, None if config.layers is None else frozenset(config.layers))
-    return GatedPromptAttention(chosen, attend_prompt_dense, gate)
+    return GatedPromptAttention(chosen, attend_prompt_dense, Gate(config.dense_step_share, config.layers))
 
 
 def make_reindex(config: PositionsConfig) -> Reindex | None:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from tests.bench.record import report
-from tests.bench.world_model import WEIGHTS
 from workers.assemble import load_model, prepare_take
 from workers.checkpoints.files import open_weights
+from workers.checkpoints.modules import BUNDLED_WEIGHTS
 from workers.config import BackboneConfig, CacheConfig, DenseCacheConfig, RenderConfig, VideoConfig, WindowCacheConfig
 from workers.metrics import Stopwatch
 from workers.model.attend import RolloutAttention
@@ -71,7 +71,7 @@ def main() -> None:
                 row | {"least": min(fps), "greatest": max(fps), "goal": goal, "threads": torch.get_num_threads()}
             )
     load = os.getloadavg()[0]
-    weights = f"weights {open_weights(WEIGHTS).revision[:16]}"
+    weights = f"weights {open_weights(BUNDLED_WEIGHTS).revision[:16]}"
     notes = f"{weights}; median of {options.timed} chunks of 12 video frames; load average {load:.1f}"
     report("world_model_cpu", rows, notes)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from workers.attention.radial import RadialAttention, RadialSettings
 from workers.attention.streaming import StreamingAttention
 from workers.attention.svg import SvgAttention, SvgSettings
 from workers.attention.svg2 import Svg2Attention, Svg2Settings
+from workers.config import SearchName
 from workers.contracts import (
     AttentionPlan,
     AttentionPolicy,
@@ -44,28 +46,18 @@ class Made:
     full: Callable[[], AttentionPolicy]
 
 
+def make_annsa(search: SearchName, density: float, **more: Any) -> AnnSelfAttention:
+    settings = AnnSettings(SINK, RECENT, density, query_tile=4, key_tile=TILE, **more)
+    return AnnSelfAttention(settings, make_search(search), None)
+
+
 POLICIES: dict[str, Made] = {
     "dense": Made(DenseAttention, DenseAttention),
     "streaming": Made(lambda: StreamingAttention(REGION), lambda: StreamingAttention(DenseRegion(SINK, EVERYWHERE))),
-    "annsa": Made(
-        lambda: AnnSelfAttention(
-            AnnSettings(SINK, RECENT, 0.3, query_tile=4, key_tile=TILE), make_search("quant"), None
-        ),
-        lambda: AnnSelfAttention(
-            AnnSettings(SINK, RECENT, 0.9999, query_tile=4, key_tile=TILE), make_search("quant"), None
-        ),
-    ),
+    "annsa": Made(lambda: make_annsa("quant", 0.3), lambda: make_annsa("quant", 0.9999)),
     "annsa-by-bucket": Made(
-        lambda: AnnSelfAttention(
-            AnnSettings(SINK, RECENT, 0.3, query_tile=4, key_tile=TILE, order="bucket", num_buckets=4),
-            make_search("lsh"),
-            None,
-        ),
-        lambda: AnnSelfAttention(
-            AnnSettings(SINK, RECENT, 0.9999, query_tile=4, key_tile=TILE, order="bucket", num_buckets=4),
-            make_search("lsh"),
-            None,
-        ),
+        lambda: make_annsa("lsh", 0.3, order="bucket", num_buckets=4),
+        lambda: make_annsa("lsh", 0.9999, order="bucket", num_buckets=4),
     ),
     "radial": Made(
         lambda: RadialAttention(RadialSettings(REGION, TILE)),

@@ -121,7 +121,6 @@ class _Indexed:
     sample: TileSample
     key_order_BNK: Tensor | None
     lineage: Hashable | None = None
-    num_keys: int = 0
     num_steady_tiles: int = 0
     """Of keys in the order of time: full in all heads, so that later keys come behind them."""
 
@@ -250,15 +249,16 @@ class AnnSelfAttention:
                 history, s.key_tile, s.num_samples, self._rotate, key_order_BNK=order, shared=self._shared
             )
         steady = 0 if lineage is None else _count_existing(history) // s.key_tile
-        known = self._indexed[layer_index] = _Indexed(cached, sample, order, lineage, history.num_tokens, steady)
+        known = self._indexed[layer_index] = _Indexed(cached, sample, order, lineage, steady)
         return known
 
     def _grow(self, known: _Indexed, history: KeyValues) -> tuple[Tensor, TileSample]:
         """Order and sample of a history that was known before it got more keys: its steady tiles stay as they are."""
         s, steady = self._settings, known.num_steady_tiles
         assert known.key_order_BNK is not None
-        first, rest = known.key_order_BNK.split((steady * s.key_tile, known.num_keys - steady * s.key_tile), -1)
-        new = torch.arange(known.num_keys, history.num_tokens, device=rest.device).expand(*rest.shape[:2], -1)
+        first, rest = known.key_order_BNK.tensor_split((steady * s.key_tile,), -1)
+        num_known = known.key_order_BNK.shape[-1]
+        new = torch.arange(num_known, history.num_tokens, device=rest.device).expand(*rest.shape[:2], -1)
         rest = torch.cat((rest, new), -1)
         order = torch.cat((first, rest.gather(-1, _order_of_times(*_times(history, rest)))), -1)
         more = sample_tiles(history, s.key_tile, s.num_samples, self._rotate, key_order_BNK=order, first_tile=steady)

@@ -34,7 +34,7 @@ class Gate:
 
     dense_step_share: float
     """In [0, 1]."""
-    sparse_layers: frozenset[int] | None = None
+    sparse_layers: Collection[int] | None = None
     """None means all."""
 
     def is_dense(self, layer_index: int, moment: Moment) -> bool:
@@ -81,7 +81,7 @@ class GatedAttention:
         self, policy: AttentionPolicy, *, dense_step_share: float, sparse_layers: Collection[int] | None = None
     ) -> None:
         self._policy = policy
-        self._gate = Gate(dense_step_share, None if sparse_layers is None else frozenset(sparse_layers))
+        self._gate = Gate(dense_step_share, sparse_layers)
         if isinstance(policy, PlansAfterRope):
             self.plans_after_rope = policy.plans_after_rope
 
