@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,13 +20,16 @@ from workers.cache.tile_table import TableWork, TileTable
 from workers.config import RenderConfig
 from workers.config_tiles import TileAttentionConfig, TileCacheConfig
 from workers.errors import ConfigUnsupported
+from workers.kernels.listed_parts import PartedAttention
+from workers.kernels.listed_tiles import AttendTable
 from workers.kernels.select import Hardware, KernelNeed
-from workers.kernels.select_listed import ListedChoice, choose_listed
+from workers.kernels.select_listed import ListedChoice, choose_listed, load_parted
 from workers.model.backbones import Backbone
 from workers.model.dit import CausalDiT
 from workers.model.rope import grid_positions
 from workers.model.static_layers import StaticLayers
 from workers.rollouts.captured import CapturedRollout, CapturedSettings
+from workers.rollouts.kept_history import FreshSlots, KeptHistory
 from workers.search.nearest_rows import NearestRows, make_triton_nearest_rows, nearest_rows
 
 logger = logging.getLogger(__name__)
@@ -161,6 +164,12 @@ def _why_no_kernels(config: RenderConfig, hardware: Hardware, sizes: tuple[int, 
     return "" if importlib.util.find_spec("triton") else "Triton is not installed"
 
 
+def keep_history(table: TileTable, runs: TileRuns, ways: PartedAttention) -> tuple[TileRuns, KeptHistory]:
+    """For calls that do not all look at the history: the tiles that those which look choose among, and the rest."""
+    s = table.settings
+    return replace(runs, always=()), KeptHistory(ways, FreshSlots.of(runs, s.chunk_tokens, s.tile), table.layers)
+
+
 class TableSeat:
     """The one table of an actor, used by one take at a time; made when it is first asked for.
 
@@ -221,13 +230,16 @@ class TableSeat:
         table, layers = TileTable(s, dit.dtype, device, ways.nearest, work), StaticLayers(dit)
         runs = runs_of(self._attention, s)
         choice = choice_settings(self._attention, s, runs, fused=ways.kernels)
+        attend: AttendTable | KeptHistory = ways.listed.attend
+        if self._attention.history_at is not None:
+            runs, attend = keep_history(table, runs, load_parted(ways.listed.name, s.tile))
         chooser = TileChoice(choice, runs, s.chunk_tokens, s.head_dim, device)
         if ways.compiled:
             _prepare_compiler()
             for part in (table, layers, chooser):
                 part.compile()
-        settings = CapturedSettings(self._attention.choose_at, ways.graphs, PROMPT_ROWS)
-        return CapturedRollout(dit, layers, table, (chooser, ways.listed.attend), self._latent_size, settings)
+        settings = CapturedSettings(self._attention.choose_at, ways.graphs, PROMPT_ROWS, self._attention.history_at)
+        return CapturedRollout(dit, layers, table, (chooser, attend), self._latent_size, settings)
 
 
 def _prepare_compiler() -> None:

@@ -101,6 +101,12 @@ class TileAttentionConfig(Part):
     choose_at: tuple[int, ...] = Field(
         (0,), min_length=1, strict=False, description="Denoising steps that choose anew; the first must be 0."
     )
+    history_at: tuple[int, ...] | None = Field(
+        None,
+        strict=False,
+        description="Denoising steps that look at the history; the others, and the clean pass, take what the newest of "
+        "them saw of it. Empty: all look.",
+    )
     always_sink: bool = Field(False, description="The sink is always seen, beside what the density allows.")
     always_recent: bool = Field(False, description="The newest chunks are always seen, likewise.")
 
@@ -108,6 +114,16 @@ class TileAttentionConfig(Part):
     def _check(self) -> Self:
         if self.choose_at[0] != 0 or list(self.choose_at) != sorted(set(self.choose_at)):
             raise ValueError(f"attention.choose_at: {list(self.choose_at)} must begin with 0 and rise")
+        looks = self.history_at
+        if looks is None:
+            return self
+        if not looks or looks[0] != 0 or list(looks) != sorted(set(looks)):
+            raise ValueError(f"attention.history_at: {list(looks)} must begin with 0 and rise")
+        if not set(self.choose_at) <= set(looks):
+            raise ValueError(
+                f"attention.choose_at: {list(self.choose_at)} must be among attention.history_at: {list(looks)}, for a "
+                "step that chooses tiles looks at them"
+            )
         return self
 
 
@@ -148,6 +164,9 @@ def _value_conflicts(render: Any) -> Iterator[str]:
         yield f"sampling.guidance: {sampling.guidance:g}: a tile table holds the keys of one branch; it must be 1"
     if render.kernel.name not in TABLE_KERNELS:
         yield f"kernel.name: {render.kernel.name} cannot read a tile table; allowed: {', '.join(TABLE_KERNELS)}"
-    if render.attention.kind == "tiles" and render.attention.choose_at[-1] >= sampling.num_steps:
-        last = render.attention.choose_at[-1]
-        yield f"attention.choose_at: {last} is no denoising step: they go from 0 to {sampling.num_steps - 1}"
+    if render.attention.kind != "tiles":
+        return
+    for name in ("choose_at", "history_at"):
+        last = max(getattr(render.attention, name) or (0,))
+        if last >= sampling.num_steps:
+            yield f"attention.{name}: {last} is no denoising step: they go from 0 to {sampling.num_steps - 1}"

@@ -1,8 +1,9 @@
 """The loop of one video over a tile table, on buffers that never move: each call of the model is one CUDA graph.
 
-The same order of work as `workers/rollout.py`, without guidance, reuse or probes. A call is captured twice: once with
-the choice of tiles in every layer, once with the tiles chosen before, which the later steps of a chunk share. Between
-clean pass and next chunk the table takes the chunk over; nothing but the check for NaN waits for the GPU.
+The same order of work as `workers/rollout.py`, without guidance, reuse or probes. A call is captured once with the
+choice of tiles in every layer and once with the tiles chosen before, which the later steps of a chunk share; where
+not all steps look at the history, once more without it (`kept_history.py`). Between clean pass and next chunk the
+table takes the chunk over; nothing but the check for NaN waits for the GPU.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from workers.model.dit import CausalDiT
 from workers.model.rope import Rotation, make_rotation
 from workers.model.static_layers import PromptTable, StaticLayers, Targets, hold_prompt
 from workers.rollout import CleanChunk, RolloutPlan, chunk_positions
+from workers.rollouts.kept_history import KeptHistory, Looked
 
 AttendTable = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """See `workers/kernels/listed_tiles.py`."""
@@ -72,6 +74,9 @@ class CapturedSettings:
     """Capture the calls; needs a GPU."""
     prompt_rows: int = 16
     """Prompts are filled up to a multiple of so many rows; where that changes, calls are captured anew."""
+    history_at: tuple[int, ...] | None = None
+    """Denoising steps that look at the history, those of `choose_at` among them; the others, and the clean pass, take
+    what the newest of them saw of it. None: all look."""
 
 
 def to_host(flag: Tensor) -> Callable[[], bool]:
@@ -96,8 +101,8 @@ class CapturedRollout:
         model: In evaluation mode; without image tokens.
         layers: Of that model.
         table: Fresh.
-        chooser: Of that table's tiles.
-        attend: Self-attention over listed tiles.
+        parts: The chooser of that table's tiles, and self-attention over listed tiles; where not all steps look at the
+            history, the chooser of the history's alone, and what keeps what was seen of it.
         latent_size: Height and width.
         settings: How it runs.
     """
@@ -107,12 +112,13 @@ class CapturedRollout:
         model: CausalDiT,
         layers: StaticLayers,
         table: Table,
-        parts: tuple[Chooser, AttendTable],
+        parts: tuple[Chooser, AttendTable | KeptHistory],
         latent_size: tuple[int, int],
         settings: CapturedSettings,
     ) -> None:
         self._model, self._layers, self.table, self._settings = model, layers, table, settings
         self.chooser, self._attend = parts
+        assert isinstance(self._attend, KeptHistory) == (settings.history_at is not None)
         b = model.backbone
         self._device, self._latent_size = model.head.modulation.device, latent_size
         self._rows, self._columns = b.token_grid(latent_size)
@@ -133,7 +139,7 @@ class CapturedRollout:
         self._lists = [self.chooser.new_list(b.num_heads) for _ in range(b.num_layers)]
         self._prompt: list[PromptTable] = []
         self._held: Sequence[PromptKeys] | None = None
-        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[bool, bool], torch.cuda.CUDAGraph] = {}
         self.on_part: Mark | None = None
         """Told `calls` after each call and `sampler` after what lies between two; for measurements."""
 
@@ -158,32 +164,39 @@ class CapturedRollout:
                 is_finite = to_host(torch.isfinite(latents).all())
             with stage("cache"):
                 if index + 1 < plan.num_chunks:
-                    self.call(latents, 0.0, choose=False)
+                    self.call(latents, 0.0, choose=False, look=self._settings.history_at is None)
                     noise = self._draw(plan, index + 1)  # now, while the GPU is busy
                 if not is_finite():  # waits for the denoising steps, not for the clean pass
                     raise NonFiniteLatents(f"chunk {index} holds NaN or infinity after its last denoising step")
                 if index + 1 < plan.num_chunks:
                     self.remember(position)
             self._mark("sampler")
-            density = min(1.0, self.chooser.num_slots_seen / ((index + 1) * len(position)))
+            density = min(1.0, self.slots_seen(plan.schedule.num_steps) / ((index + 1) * len(position)))
             yield CleanChunk(index, latents, self.table.num_bytes, density)
 
-    def call(self, latents: Tensor, timestep: float, *, choose: bool) -> Tensor:
+    def slots_seen(self, num_steps: int) -> float:
+        """By a query, empty ones included, on average over so many denoising steps of a chunk."""
+        steps, seen = self._settings.history_at, self.chooser.num_slots_seen
+        if not isinstance(self._attend, KeptHistory) or steps is None:
+            return seen
+        return seen * len(steps) / num_steps + self._attend.num_slots_fresh
+
+    def call(self, latents: Tensor, timestep: float, *, choose: bool, look: bool = True) -> Tensor:
         """Flow of the chunk in hand, float32; overwritten by the next call."""
         self._mark("sampler")
         self.load(latents, timestep)
-        self.replay(choose)
+        self.replay(choose, look)
         self._mark("calls")
         return self._flow
 
-    def replay(self, choose: bool) -> None:
+    def replay(self, choose: bool, look: bool = True) -> None:
         """One call on the buffers as they are, by its graph where calls are captured."""
         if not self._settings.graphs:
-            self.compute(choose)
+            self.compute(choose, look=look)
             return
-        if choose not in self._graphs:
-            self._capture(choose)
-        self._graphs[choose].replay()
+        if (choose, look) not in self._graphs:
+            self._capture(choose, look)
+        self._graphs[choose, look].replay()
 
     def _mark(self, part: str) -> None:
         if self.on_part is not None:
@@ -194,8 +207,9 @@ class CapturedRollout:
         self._latents.copy_(latents)
         self._timestep.fill_(timestep)
 
-    def compute(self, choose: bool, mark: Mark = lambda name: None) -> None:
-        """One call on the buffers as they are."""
+    def compute(self, choose: bool, mark: Mark = lambda name: None, *, look: bool = True) -> None:
+        """One call on the buffers as they are; one that chooses tiles looks at the history, too."""
+        assert look or not choose
         model, layers = self._model, self._layers
         x = model.embed_patches(self._latents)
         if self._control is not None:
@@ -211,8 +225,11 @@ class CapturedRollout:
             if choose:
                 self.chooser.choose(self._q_QNW, keys.k_NLW, listed)
                 mark("selection")
-            out = self._attend(self._q_QNW, keys.k_NLW, keys.v_NLD, listed)
-            mark("attention")
+            if isinstance(self._attend, KeptHistory):
+                out = self._attend.attend(index, self._q_QNW, keys, Looked(keys, listed) if look else None, mark)
+            else:
+                out = self._attend(self._q_QNW, keys.k_NLW, keys.v_NLD, listed)
+                mark("attention")
             x = layers.leave(weights, self._prompt[index], x, out, time_T6E)
             mark("output, cross-attention, feed-forward")
         self._flow.copy_(model.read_out(x[None], time_BTE, self._latent_size))
@@ -259,7 +276,9 @@ class CapturedRollout:
         schedule, is_euler = plan.schedule, self._model.backbone.sampler == "euler"
         latents = noise[0]
         for step, (sigma, timestep) in enumerate(zip(schedule.sigmas, schedule.timesteps, strict=True)):
-            flow = self.call(latents, timestep, choose=step in self._settings.choose_at)
+            looks = self._settings.history_at
+            choose, look = step in self._settings.choose_at, looks is None or step in looks
+            flow = self.call(latents, timestep, choose=choose, look=look)
             next_sigma = schedule.next_sigma(step)
             if is_euler or next_sigma == 0.0:
                 latents = step_euler(latents, flow, sigma, next_sigma)
@@ -267,14 +286,14 @@ class CapturedRollout:
                 latents = step_renoise(latents, flow, sigma, next_sigma, noise[step + 1])
         return latents
 
-    def _capture(self, choose: bool) -> None:
+    def _capture(self, choose: bool, look: bool) -> None:
         # At the priority of the stream that the loop runs on: kernels of a graph keep the one they were captured at.
         priority = torch.cuda.current_stream().priority
         stream = torch.cuda.Stream(priority=priority)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # compiles, and fills the workspaces of libraries
-                self.compute(choose)
+                self.compute(choose, look=look)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -282,5 +301,5 @@ class CapturedRollout:
         # Other threads go on with their own work meanwhile, such as decoding the chunk before.
         capturing = torch.cuda.Stream(priority=priority) if priority else None
         with torch.cuda.graph(graph, pool=pool, stream=capturing, capture_error_mode="thread_local"):
-            self.compute(choose)
-        self._graphs[choose] = graph
+            self.compute(choose, look=look)
+        self._graphs[choose, look] = graph
