@@ -30,11 +30,11 @@ _ORDER: dict[str, tuple[ListedName, ...]] = {
     "triton": ("triton", "torch"),
     "torch": ("torch",),
 }
-_BFLOAT16_ERROR = 0.02
+BFLOAT16_ERROR = 0.02
 """Largest root-mean-square difference over the size of the result: bfloat16 rounds inputs and weights to 0.4%."""
 
 
-def choose_attend(settings: Settings, kernels: str) -> tuple[str, AttendTable, list[str]]:
+def choose_attend(settings: Settings, kernels: str) -> tuple[ListedName, AttendTable, list[str]]:
     """The fastest attention over listed tiles that agrees with the reference."""
     tile = 128 if settings.frame_tokens >= 128 else 16
     lines = []
@@ -47,7 +47,7 @@ def choose_attend(settings: Settings, kernels: str) -> tuple[str, AttendTable, l
             traceback.print_exc()
             lines.append(f"attention by {name} left out: {type(problem).__name__}: {str(problem)[:200]}.")
             continue
-        if error <= _BFLOAT16_ERROR:
+        if error <= BFLOAT16_ERROR:
             lines.append(f"Attention by {name}: differs from the reference by {error:.2e}.")
             return name, attend, lines
         lines.append(f"attention by {name} left out: it differs from the reference by {error:.2e}.")

@@ -18,7 +18,8 @@ from workers.cache.table_layout import MergeRule, TableSettings
 from workers.cache.tile_table import TileTable
 from workers.contracts import PromptKeys
 from workers.denoise import Schedule, draw_noise, make_schedule, step_renoise
-from workers.kernels.listed_tiles import AttendTable
+from workers.kernels.listed_parts import make_parted
+from workers.kernels.listed_tiles import AttendTable, ListedName
 from workers.model.backbones import Backbone
 from workers.model.dit import CausalDiT
 from workers.model.static_layers import Fp8Linears
@@ -54,6 +55,10 @@ class Variant:
     estimate: Estimate = "exact"
     fp8: Fp8Linears = "none"
     choose_at: tuple[int, ...] = (0,)
+    history_at: tuple[int, ...] | None = None
+    """Denoising steps that look at the history; None: all, and the clean pass."""
+    dense_own: bool = True
+    """Where not all look: what all see is attended to by a dense kernel, if there is one; else by lists."""
     keys_per_tile: int = 16
     queries_per_tile: int = 8
     kernels: bool = True
@@ -92,6 +97,22 @@ class Engine:
     @property
     def choose_at(self) -> tuple[int, ...]:
         return self.variant.choose_at
+
+    @property
+    def num_calls(self) -> int:
+        """Of a chunk, the clean pass included."""
+        return len(self.schedule.sigmas) + 1
+
+    @property
+    def num_looking(self) -> int:
+        """Calls of a chunk that look at the history."""
+        at = self.variant.history_at
+        return self.num_calls if at is None else len(at)
+
+    @property
+    def slots_seen(self) -> float:
+        """By a query, mean of the denoising steps."""
+        return self.rollout.slots_seen(len(self.schedule.sigmas))
 
     @property
     def chunks_to_fill(self) -> int:
@@ -139,6 +160,7 @@ def make_engine(
     *,
     kernels: Compiled = ("table", "pairs", "choice"),
     graphs: bool = True,
+    attend_name: ListedName = "torch",
 ) -> Engine:
     backbone, device = settings.backbone, settings.device
     model = make_model(backbone, device, settings.dtype)
@@ -164,13 +186,16 @@ def make_engine(
         always_recent=variant.always_recent,
         estimate=variant.estimate,
         attend=attend,
+        parted=None if variant.history_at is None else make_parted(attend_name, sizes.tile, dense=variant.dense_own),
         nearest=nearest,
         fp8=variant.fp8,
         backend=backend,
         compiled=compiled,
         work="kernels" if ("pairs" if variant.rule == "pairs" else "table") in kernels else "layers",
         fused="choice" in kernels,
-        settings=CapturedSettings(variant.choose_at, graphs=graphs and device.type == "cuda"),
+        settings=CapturedSettings(
+            variant.choose_at, graphs=graphs and device.type == "cuda", history_at=variant.history_at
+        ),
         keys_per_tile=min(sizes.tile, variant.keys_per_tile),
         queries_per_tile=min(sizes.tile, variant.queries_per_tile),
     )

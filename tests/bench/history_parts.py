@@ -22,6 +22,7 @@ from workers.model.static_layers import LinearWeights, apply_linear, apply_linea
 COMPRESSION = ("selection", "moving chunks", "matching", "merging")
 _KINDS = (
     ("attention", re.compile("flash|attend_rows|attend_listed", re.I)),
+    ("composition", re.compile("compose_rows")),
     ("linear layers", re.compile("nvjet|gemm|cutlass|cublas", re.I)),
 )
 _REST = "norms, rotations, gates, cross-attention's softmax"
@@ -114,16 +115,28 @@ def whole_chunk_ms(engine: Engine, settings: Settings, num_chunks: int) -> float
 
 def kinds_of_calls(engine: Engine, whole_ms: float) -> dict[str, float]:
     """What the calls of a chunk consist of, by kind of kernel; the rest is idle."""
-    plain, choosing = (kernel_times(lambda c=choose: engine.rollout.replay(c)) for choose in (False, True))
-    num_choosing = len(engine.choose_at)
-    num_calls = len(engine.schedule.sigmas) + 1
-    found: dict[str, float] = {}
-    for name, (ms, _) in plain.items():
-        kind = next((kind for kind, pattern in _KINDS if pattern.search(name)), _REST)
-        found[kind] = found.get(kind, 0.0) + ms * num_calls
-    plain_ms, choosing_ms = (sum(ms for ms, _ in times.values()) for times in (plain, choosing))
-    found["selection"] = (choosing_ms - plain_ms) * num_choosing
+    rollout, is_apart = engine.rollout, engine.variant.history_at is not None
+    looking, choosing = (_by_kind(lambda c=choose: rollout.replay(c)) for choose in (False, True))  # type: ignore[misc]
+    taking = _by_kind(lambda: rollout.replay(False, False)) if is_apart else looking
+    num_looking, num_taking = engine.num_looking, engine.num_calls - engine.num_looking
+    found = {
+        kind: looking.get(kind, 0.0) * num_looking + taking.get(kind, 0.0) * num_taking for kind in looking | taking
+    }
+    if is_apart:  # a call that takes attends to what all see and to nothing else
+        found["attention to own keys"] = taking["attention"] * engine.num_calls
+        found["attention to the history"] = (looking["attention"] - taking["attention"]) * num_looking
+        del found["attention"]
+    found["selection"] = (sum(choosing.values()) - sum(looking.values())) * len(engine.choose_at)
     found["idle between kernels of a call"] = whole_ms - sum(found.values())
+    return found
+
+
+def _by_kind(run: Callable[[], None]) -> dict[str, float]:
+    """Milliseconds of one call."""
+    found: dict[str, float] = {}
+    for name, (ms, _) in kernel_times(run).items():
+        kind = next((kind for kind, pattern in _KINDS if pattern.search(name)), _REST)
+        found[kind] = found.get(kind, 0.0) + ms
     return found
 
 
@@ -167,11 +180,12 @@ def feed_forward_rows(settings: Settings, times: int = 20) -> list[dict[str, Any
 def top_kernels(engine: Engine, num: int = 20) -> list[dict[str, Any]]:
     """GPU time by kernel over one captured call with a choice of tiles, and over taking over a chunk."""
     rows = []
-    for what, run in (
-        ("call", lambda: engine.rollout.replay(True)),
-        ("chunk taken over", lambda: engine.rollout.remember(engine.position)),
-    ):
-        spare = engine.sizes.spare_chunks if what != "call" else 3  # each layer merges once
+    runs: dict[str, Callable[[], None]] = {"call": lambda: engine.rollout.replay(True)}
+    if engine.variant.history_at is not None:
+        runs["call that takes the history"] = lambda: engine.rollout.replay(False, False)
+    runs["chunk taken over"] = lambda: engine.rollout.remember(engine.position)
+    for what, run in runs.items():
+        spare = engine.sizes.spare_chunks if what == "chunk taken over" else 3  # each layer merges once
         times = sorted(kernel_times(run, spare).items(), key=lambda item: -item[1][0])
         rows += [
             {"kernel": f"{what}: {name[:80]}", "calls": calls, "ms": round(ms, 3)} for name, (ms, calls) in times[:num]

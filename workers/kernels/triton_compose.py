@@ -25,9 +25,9 @@ def compose_rows(  # type: ignore[no-untyped-def]
     token, head = row // heads, row % heads
     length_a = tl.load(lse_a + token * stride_at + head * stride_an, mask=is_row, other=0.0)
     length_b = tl.load(lse_b + token * stride_bt + head * stride_bn, mask=is_row, other=0.0)
-    share_b = 1.0 / (1.0 + tl.exp2((length_a - length_b) * 1.4426950408889634))
-    # Where neither saw a key the difference is no number.
-    share_b = tl.where(length_b == float("-inf"), 0.0, share_b)
+    # Where neither saw a key the difference would be no number.
+    length_a = tl.where(length_b == float("-inf"), 0.0, length_a)
+    share_b = 1.0 / (1.0 + tl.exp2(tl.minimum((length_a - length_b) * 1.4426950408889634, 126.0)))
     channel = tl.arange(0, BLOCK_D)
     place = row.to(tl.int64)[:, None] * head_dim + channel[None, :]
     there = is_row[:, None] & (channel < head_dim)[None, :]
