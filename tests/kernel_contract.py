@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from workers.contracts import Kernel, KeyValues, TiledKeys, Tiles
+from workers.contracts import Kernel, KernelPart, KeyValues, TiledKeys, Tiles
 from workers.kernels.reference import ReferenceKernel
 
 BATCH, HEADS = 2, 3
@@ -63,7 +63,7 @@ class KernelContract:
         made = [torch.rand(BATCH, HEADS, n, device=self.device).argsort(-1) if orders else None for n in sizes]
         return Tiles(visible, *tile, *made)
 
-    def check(self, q: Tensor, parts: tuple[KeyValues | TiledKeys, ...]) -> None:
+    def check(self, q: Tensor, parts: tuple[KernelPart, ...]) -> None:
         kernel = self.make()
         expected_out, expected_lse = ReferenceKernel().attend(q.double(), parts)
         for _ in range(2):  # the second time with what was planned or kept

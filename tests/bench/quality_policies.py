@@ -55,6 +55,8 @@ VARIANTS: dict[str, Record] = {
         "cache": {"budget_latent_frames": 120},
         "attention": {"density": 0.3},
     },
+    "fastar-quant, every step looks": {"policy": "fastar-quant", "attention": {"history_at": None}},
+    "fastar-quant, clean pass looks": {"policy": "fastar-quant", "attention": {"clean_pass_share": 1 / 3}},
     GUARDED: {"policy": "fastar-quant", "guard": {"enabled": True}},
 }
 
@@ -66,12 +68,13 @@ FAMILIES = {"annsa": "annsa", "fastar": "fastar-quant"}
 
 def _adaptive_table() -> dict[str, Record]:
     table: dict[str, Record] = {}
+    apart: Record = {"dense_step_share": 0.3, "history_at": None}  # each noise level by itself
     for family, policy in FAMILIES.items():
         for density in FIXED:
-            fixed: Record = {"density": density, "seen_latent_frames": None, "dense_step_share": 0.3}
+            fixed: Record = {"density": density, "seen_latent_frames": None, **apart}
             table[f"{family}, density {density}"] = {"policy": policy, "attention": fixed}
         for target in TARGETS:
-            adaptive: Record = {"target_recall": target, "dense_step_share": 0.3}
+            adaptive: Record = {"target_recall": target, **apart}
             table[f"{family}, recall {target}"] = {"policy": policy, "attention": adaptive}
     return table
 

@@ -17,7 +17,7 @@ from workers.assemble_policies import make_reindex
 from workers.attention.dense import DenseAttention
 from workers.cache.dense import DenseCache
 from workers.config import PositionsConfig
-from workers.contracts import Kernel, KeyValues, Moment, PromptKeys, TiledKeys
+from workers.contracts import Kernel, KernelPart, KeyValues, Moment, PromptKeys
 from workers.kernels.reference import ReferenceKernel
 from workers.kernels.sdpa import SdpaKernel
 from workers.model.attend import RolloutAttention
@@ -103,9 +103,9 @@ class Seen:
 
     def __init__(self) -> None:
         self.q = torch.empty(0)
-        self.parts: tuple[KeyValues | TiledKeys, ...] = ()
+        self.parts: tuple[KernelPart, ...] = ()
 
-    def attend(self, q_BQND: Tensor, parts: tuple[KeyValues | TiledKeys, ...]) -> tuple[Tensor, Tensor]:
+    def attend(self, q_BQND: Tensor, parts: tuple[KernelPart, ...]) -> tuple[Tensor, Tensor]:
         self.q, self.parts = q_BQND, parts
         return ReferenceKernel().attend(q_BQND, parts)
 
