@@ -147,11 +147,14 @@ class PlainTileChoice:
         runs = runs_of(config, settings)
         self._choice = choice_settings(config, settings, runs)
         self._runs = runs
+        self._history_at, self._is_always = config.history_at, (config.always_sink, config.always_recent)
+        self._looked = set[int]()
         self._chooser: TileChoice | None = None
         self._lists: dict[int, Tensor] = {}
 
     def begin_chunk(self, position_Q3: Tensor) -> None:
         self._lists.clear()
+        self._looked.clear()
 
     def plan(
         self, layer_index: int, moment: Moment, q_BQND: Tensor, cached: KeyValues | None, own: KeyValues
@@ -165,9 +168,30 @@ class PlainTileChoice:
         batch, heads = q_BQND.shape[0], q_BQND.shape[2]
         visible_BNIJ = self._lists[layer_index].unflatten(0, (batch, heads))
         tile = self._settings.tile
-        return AttentionPlan(
-            (PlanPart("cached", 0, cached.num_tokens, Tiles(visible_BNIJ, tile, tile)), everything_own)
+        if self._history_at is None:
+            return AttentionPlan(
+                (PlanPart("cached", 0, cached.num_tokens, Tiles(visible_BNIJ, tile, tile)), everything_own)
+            )
+        looks = not moment.is_clean_pass and moment.step_index in self._history_at
+        is_new = looks or layer_index not in self._looked
+        self._looked.add(layer_index)
+        first, last = self._fresh(layer_index, cached.num_tokens)
+        seen = Tiles(visible_BNIJ[..., first // tile : last // tile].contiguous(), tile, tile)
+        parts = (
+            PlanPart("cached", 0, first),
+            PlanPart("cached", first, last, seen, "kept" if is_new else "taken"),
+            PlanPart("cached", last, cached.num_tokens),
+            everything_own,
         )
+        return AttentionPlan(tuple(part for part in parts if part.stop > part.start))
+
+    def _fresh(self, layer_index: int, num_tokens: int) -> tuple[int, int]:
+        """Where the keys that are always seen end at the start of those read, and where they begin at their end."""
+        s, starts = self._settings, self._cache.table.layers[layer_index].position_of
+        is_sink, is_recent = self._is_always
+        sink = sum(s.chunk_tokens for start in starts if start < s.history_start)
+        recent = sum(s.chunk_tokens for start in starts if start >= s.recent_start)
+        return sink * is_sink, num_tokens - recent * is_recent
 
     def _choose(self, layer_index: int, q_BQND: Tensor, own: KeyValues) -> Tensor:
         """Which tiles of the read keys are seen, bool [B N, I, J]."""

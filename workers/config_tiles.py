@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from workers.config_part import Part
+from workers.config_part import Part, check_steps
 
 TABLE_KERNELS = ("auto", "flash-attn-4", "triton", "reference")
 """Values of `kernel.name` that can read a tile table."""
@@ -103,23 +103,20 @@ class TileAttentionConfig(Part):
     )
     history_at: tuple[int, ...] | None = Field(
         None,
+        min_length=1,
         strict=False,
-        description="Denoising steps that look at the history; the others, and the clean pass, take what the newest of "
-        "them saw of it. Empty: all look.",
+        description="Denoising steps that look at the history, the first of them 0; the others, and the clean pass, "
+        "take what the newest of them saw of it. Empty: all look.",
     )
     always_sink: bool = Field(False, description="The sink is always seen, beside what the density allows.")
     always_recent: bool = Field(False, description="The newest chunks are always seen, likewise.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.choose_at[0] != 0 or list(self.choose_at) != sorted(set(self.choose_at)):
-            raise ValueError(f"attention.choose_at: {list(self.choose_at)} must begin with 0 and rise")
         looks = self.history_at
-        if looks is None:
-            return self
-        if not looks or looks[0] != 0 or list(looks) != sorted(set(looks)):
-            raise ValueError(f"attention.history_at: {list(looks)} must begin with 0 and rise")
-        if not set(self.choose_at) <= set(looks):
+        check_steps("attention.choose_at", self.choose_at)
+        check_steps("attention.history_at", looks)
+        if looks is not None and not set(self.choose_at) <= set(looks):
             raise ValueError(
                 f"attention.choose_at: {list(self.choose_at)} must be among attention.history_at: {list(looks)}, for a "
                 "step that chooses tiles looks at them"

@@ -52,7 +52,7 @@ def test_a_tile_is_at_most_an_eighth_of_a_latent_frame(frame_tokens: int, tile: 
         ({"attention": {"choose_at": [0, 4]}}, r"attention\.choose_at: 4 is no denoising step: .* from 0 to 3"),
         ({"attention": {"history_at": [1, 2]}}, r"attention\.history_at: \[1, 2\] must begin with 0 and rise"),
         ({"attention": {"history_at": [0, 2, 2]}}, r"attention\.history_at: \[0, 2, 2\] must begin with 0 and rise"),
-        ({"attention": {"history_at": []}}, r"attention\.history_at: \[\] must begin with 0 and rise"),
+        ({"attention": {"history_at": []}}, r"attention\.tiles\.history_at\s+Tuple should have at least 1 item"),
         ({"attention": {"history_at": [0, 4]}}, r"attention\.history_at: 4 is no denoising step: .* from 0 to 3"),
         (
             {"attention": {"choose_at": [0, 2], "history_at": [0, 1]}},

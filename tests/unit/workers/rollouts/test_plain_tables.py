@@ -66,8 +66,18 @@ def latents(chunks: list[CleanChunk]) -> Tensor:
     return torch.cat([chunk.latents_BTCHW for chunk in chunks], 1)
 
 
-def test_it_makes_what_the_render_makes() -> None:
-    model = make_model(density=0.4, keys_per_tile=4)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"history_at": (0,)},
+        {"history_at": (0,), "always_recent": True},
+        {"history_at": (0, 1), "always_sink": True, "always_recent": True},
+        {"history_at": (0, 1), "choose_at": (0, 1), "always_sink": True},
+    ],
+)
+def test_it_makes_what_the_render_makes(fields: dict[str, Any]) -> None:
+    model = make_model(density=0.4, keys_per_tile=4, **fields)
     assert model.seat is not None
     rendered = list(model.seat.begin_take().run(make_plan(model, [1])))
     assert any(bool((layer.m_NC > 1).any()) for layer in model.seat.table.layers), "it must have merged"
