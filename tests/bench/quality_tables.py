@@ -42,12 +42,16 @@ _NOTES = (
     "keys kept; each table takes them over in the order of time. At the end the next chunk is made, and the camera "
     "cuts back to places seen so many latent frames ago. kept, seen: latent frames' worth of slots in the table, and "
     "of those that a query sees (its own chunk not counted); spare: of those kept, what a full history frees at once; "
-    "bits of a stored channel of the history. Losses are against dense attention over the same history, paired by "
-    "world and place; ci95 is half the width over worlds. recall as in docs/memory.md."
+    "bits of a stored channel of the history; history_at: steps that look at the history, for the others and the clean "
+    "pass (empty: all look); always_recent: the newest chunk, among those seen, is attended to afresh in each. Losses "
+    "are against dense attention over the same history, paired by world and place; ci95 is half the width over worlds. "
+    "recall as in docs/memory.md."
 )
 
 
-_COLUMNS = ("kept", "seen", "spare", "bits", "decay", "choose_at")
+_COLUMNS = ("kept", "seen", "spare", "bits", "decay", "choose_at", "history_at", "always_recent")
+_RECENT = 3
+"""Latent frames of the newest chunk."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +66,18 @@ class Setting:
     decay: float = 16.0
     choose_at: tuple[int, ...] = (0,)
     """Denoising steps that choose tiles."""
+    history_at: tuple[int, ...] | None = None
+    """Denoising steps that look at the history; None: all, and the clean pass."""
+    always_recent: bool = False
+    """The newest chunk is always seen, and counts among what is."""
 
     @property
     def record(self) -> dict[str, Any]:
         cache = {"merging": self.merging, "budget_latent_frames": self.kept, "spare_latent_frames": self.spare}
         cache["mass_decay"] = self.decay
-        attention = {"density": min(1.0, self.seen / self.kept), "choose_at": self.choose_at}
+        always = _RECENT if self.always_recent else 0
+        attention = {"density": min(1.0, (self.seen - always) / (self.kept - always)), "choose_at": self.choose_at}
+        attention |= {"history_at": self.history_at, "always_recent": self.always_recent}
         return {"policy": "fastar-tiles", "cache": cache, "attention": attention}
 
     def scaled(self, share: float) -> Setting:
@@ -78,6 +88,12 @@ class Setting:
     @property
     def columns(self) -> dict[str, Any]:
         return {"policy": self.merging} | {name: getattr(self, name) for name in _COLUMNS}
+
+    @property
+    def file_name(self) -> str:
+        """Without what most settings do not have."""
+        parts = [str(value) for value in self.columns.values() if value is not None and value is not False]
+        return "-".join(parts).replace(" ", "")
 
 
 SETTINGS = [
@@ -99,6 +115,12 @@ SETTINGS = [
     Setting("pairs", 48, 12),
     Setting("pairs", 81, 12),
     Setting("pairs", 120, 12, choose_at=(0, 1)),
+    Setting("pairs", 240, 24, history_at=(0,), always_recent=True),
+    Setting("pairs", 240, 24, history_at=(0,)),
+    Setting("pairs", 240, 24, always_recent=True),
+    Setting("pairs", 240, 48, history_at=(0,), always_recent=True),
+    Setting("pairs", 240, 24, choose_at=(0, 1), history_at=(0, 1), always_recent=True),
+    Setting("pairs", 180, 30, history_at=(0,), always_recent=True),
 ]
 """For 3000 frames, in the order of their worth; those of one table that follow one another fill it once."""
 
@@ -216,8 +238,8 @@ class World:
 
     def measure(self, setting: Setting | None) -> Figures:
         """Of one setting; None is dense attention."""
-        name = "dense" if setting is None else "-".join(str(value) for value in setting.columns.values())
-        path = self._folder / f"world-{self._index}-{self._frames}-{name.replace(' ', '')}.json"
+        name = "dense" if setting is None else setting.file_name
+        path = self._folder / f"world-{self._index}-{self._frames}-{name}.json"
         if path.exists():
             found: Figures = json.loads(path.read_text())
             return found
