@@ -2,7 +2,7 @@
 
 Their numbers are the latent frames kept and seen, the newest chunk among both: every call attends to it afresh, for the
 queries that look are those of noise. With `own` at the end it competes with the history, and only the own chunk is
-attended to afresh.
+attended to afresh. Beside them stand tables of the same sizes at which every call looks.
 """
 
 from __future__ import annotations
@@ -45,6 +45,10 @@ ONCE = (
     replace(_SMALL, name="pairs-once", rule="pairs"),
     *_FAITHFUL,
     replace(_FAITHFUL[1], name="pairs-180-seen-12-once-own", always_recent=False, density=12 / 180),
+    *(
+        replace(one, name=one.name.removesuffix("-once"), history_at=None, always_recent=False, density=density)
+        for one, density in zip(_FAITHFUL[1:], (12 / 180, 30 / 180, 24 / 240), strict=True)
+    ),
 )
 """Tiles are chosen by products of 16 bits, which is the faster way there."""
 

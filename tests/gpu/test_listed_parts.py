@@ -107,15 +107,20 @@ def test_parts_are_attention_over_both(
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:cutlass:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Argument aux_data:UserWarning")
+@pytest.mark.parametrize("name", ["torch", "triton", "flash-attn-4"])
 @pytest.mark.parametrize(
     "fields", [{"always_recent": True}, {}, {"history_at": (0, 2), "always_sink": True}, {"dense_own": False}]
 )
-def test_captured_calls_give_what_plain_calls_give(fields: dict[str, object]) -> None:
+def test_captured_calls_give_what_plain_calls_give(fields: dict[str, object], name: ListedName) -> None:
+    if name != "torch":
+        needs(name)
     backbone = replace(find_backbone("wan2.1-t2v-1.3b"), num_layers=2)
     settings = Settings(backbone, 208, 160, torch.device("cuda"), torch.bfloat16, 120)
     variant = replace(Variant("small", kept_chunks=2, spare_chunks=2, density=0.3, history_at=(0,)), **fields)
     latents = []
     for graphs in (True, False):
-        engine = make_engine(variant, settings, None, None, graphs=graphs)
+        engine = make_engine(variant, settings, None, None, graphs=graphs, attend_name=name)
         latents.append([c.latents_BTCHW.clone() for c in engine.rollout.run(make_plan(engine, settings, 9))][-1])
     assert torch.equal(*latents)

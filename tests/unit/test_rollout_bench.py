@@ -140,7 +140,8 @@ def test_rows_that_look_once_keep_and_see_what_their_names_say() -> None:
     for variant in ONCE:
         if "seen" not in variant.name:
             continue
-        _, kept, _, seen, *_ = variant.name.split("-")
+        _, kept, _, seen, *once = variant.name.split("-")
+        assert variant.history_at == ((0,) if once else None)
         assert 3 * (2 + variant.kept_chunks + variant.spare_chunks) == int(kept)
         chosen_of = int(kept) - 3 * variant.always_recent
         assert variant.density * chosen_of + 3 * variant.always_recent == pytest.approx(int(seen))
