@@ -282,6 +282,8 @@ class AnnSelfAttention:
         """Order and sample of a history that was known before it got more keys: its steady tiles stay as they are."""
         s, steady = self._settings, known.num_steady_tiles
         assert known.key_order_BNK is not None
+        if steady * s.key_tile >= history.num_tokens:  # nothing came: the same place is looked at from elsewhere
+            return known.key_order_BNK, known.sample
         first, rest = known.key_order_BNK.tensor_split((steady * s.key_tile,), -1)
         num_known = known.key_order_BNK.shape[-1]
         new = torch.arange(num_known, history.num_tokens, device=rest.device).expand(*rest.shape[:2], -1)
