@@ -102,7 +102,9 @@ class KeptHistory:
             )
             for _ in layers
         ]
-        listed = torch.tensor(fresh.list_of(slots // fresh.tile), dtype=torch.int32, device=k_NLW.device)
+        # Without a sink the last tiles are a table of their own: some kernels take longer for one that has more.
+        num_tiles = slots // fresh.tile if fresh.num_first else fresh.num_last
+        listed = torch.tensor(fresh.list_of(num_tiles), dtype=torch.int32, device=k_NLW.device)
         self._list_NIJ = listed.expand(heads, fresh.own_tiles, -1).contiguous()
 
     @property
@@ -141,9 +143,11 @@ class KeptHistory:
 
     def _attend_fresh(self, q_QNW: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
         f, k, v = self._fresh, keys.k_NLW, keys.v_NLD
-        if self._ways.run is None or f.num_first:
+        if f.num_first:
             return self._ways.listed(q_QNW, k, v, self._list_NIJ)
         start, head_dim = k.shape[1] - f.num_last * f.tile, v.shape[2]
+        if self._ways.run is None:
+            return self._ways.listed(q_QNW, k[:, start:], v[:, start:], self._list_NIJ)
         if not f.is_own_alone:
             return self._ways.run(q_QNW, k[:, start:], v[:, start:])
         # Its keys alone: no empty slot, log m 0, so the channels of log m need not be read.
