@@ -183,7 +183,6 @@ def ann_settings(config: AnnSelfAttentionConfig, frame_tokens: int) -> AnnSettin
         num_buckets=config.num_buckets,
         every_step=config.target_recall is not None,  # each noise level gets the density that it needs
         history_at=config.history_at,
-        clean_looks=config.clean_pass_share is not None,
     )
 
 

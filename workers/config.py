@@ -178,15 +178,15 @@ class AnnSelfAttentionConfig(Part):
         None,
         gt=0.0,
         le=1.0,
-        description="Of `seen_latent_frames`, what the clean pass sees; empty: nothing new with `history_at`, a third "
-        "with `seen_across: model` where a latent frame has at most 96 tokens, else all.",
+        description="Of `seen_latent_frames`, what the clean pass sees; empty: a third with `seen_across: model` where "
+        "a latent frame has at most 96 tokens, else all.",
     )
     history_at: tuple[int, ...] | None = Field(
         None,
         min_length=1,
         strict=False,
-        description="Denoising steps that look at the history, the first of them 0; the others, and the clean pass, "
-        "take what the newest of them saw of it (that pass not if `clean_pass_share` is given). Empty: all look.",
+        description="Denoising steps that look at the history, the first of them 0; the others take what the newest of "
+        "them saw of it. Empty: all look.",
     )
     target_recall: float | None = Field(
         None, gt=0.0, le=1.0, description="Sets the density for each layer, head and noise level; empty keeps it."

@@ -116,24 +116,12 @@ class Rollout:
             yield CleanChunk(index, latents, self._attention.cache.num_bytes, density)
 
     @torch.inference_mode()
-    def remember(self, plan: RolloutPlan, index: int, latents_BTCHW: Tensor, *, after_first_step: bool = False) -> None:
-        """Take clean latents from elsewhere as a chunk of the past: the video goes on from them.
-
-        Args:
-            plan: As of `run`.
-            index: Of the chunk.
-            latents_BTCHW: Clean.
-            after_first_step: Run the first denoising step before the clean pass, for policies whose clean pass goes by
-                what it saw.
-        """
+    def remember(self, plan: RolloutPlan, index: int, latents_BTCHW: Tensor) -> None:
+        """Take clean latents from elsewhere as a chunk of the past: the video goes on from them."""
         with self._stopwatch.stage("cache"):
             self._attention.begin_chunk(chunk_positions(plan, self._model.backbone, index, self._device))
             maps = plan.control(index)
             control = None if maps is None else self._model.embed_control(maps.to(self._device))
-            if after_first_step:
-                start, schedule = to_device(plan.noise(index, 0), self._device), plan.schedule
-                moment = Moment(index, 0, schedule.num_steps, schedule.sigmas[0])
-                self._flow(start, schedule.timesteps[0], moment, plan.prompt(index)[:1], control, plan.guidance)
             self._remember(plan, index, latents_BTCHW.to(self._device), plan.prompt(index), control)
             self._attention.end_chunk()
             self._attention.take_mean_keys()  # no chunk was made: its keys count for none

@@ -193,8 +193,6 @@ class Run:
             parts = _measurable(model, _off_table(model, prepare_take(model, 0)))
             meter = RecallMeter(parts.cache, num_queries=_QUERIES, dtype=torch.float32)
         self._plan, self._cache, self._meter = lab.plan(walks, model), parts.cache, meter
-        # A clean pass takes what the first step saw of the history, as it does when chunks are made.
-        self._looks_first = getattr(model.config.attention, "history_at", None) is not None
         attention, self._judge = make_attention(
             model.config.guard,
             model.backbone,
@@ -212,9 +210,7 @@ class Run:
     def remember(self, chunk: int) -> None:
         """The true chunk becomes history."""
         true = self._walks.latents_BTCHW[:, CHUNK_LATENTS * chunk : CHUNK_LATENTS * (chunk + 1)]
-        if self._meter is not None:
-            self._meter.only_records = True
-        self._rollout.remember(self._plan, chunk, true, after_first_step=self._looks_first)
+        self._rollout.remember(self._plan, chunk, true)
 
     def single_step(self, chunk: int, true_BTCHW: Tensor) -> Tensor:
         """Clean estimate of one step, from the true chunk noised to the level of that step."""
@@ -247,7 +243,6 @@ class Run:
         truth, before = seen
         assert self._meter is not None
         self._meter.forget_readings()
-        self._meter.only_records = False
         made = self._make(plan, chunk)
         frames = self._lab.decode(made.latents_BTCHW, before)
         batch = len(frames)

@@ -56,7 +56,6 @@ VARIANTS: dict[str, Record] = {
         "attention": {"density": 0.3},
     },
     "fastar-quant, every step looks": {"policy": "fastar-quant", "attention": {"history_at": None}},
-    "fastar-quant, clean pass looks": {"policy": "fastar-quant", "attention": {"clean_pass_share": 1 / 3}},
     GUARDED: {"policy": "fastar-quant", "guard": {"enabled": True}},
 }
 

@@ -185,8 +185,6 @@ class RecallMeter:
         storage: torch.dtype | None = None,
     ) -> None:
         self.readings: list[Reading] = []
-        self.only_records = False
-        """Nothing is measured meanwhile."""
         self._cache, self._num_queries, self._every, self._steps = cache, num_queries, every_chunks, steps
         self._dtype, self._storage = dtype, storage
         self._k: dict[int, list[Tensor]] = {}
@@ -198,7 +196,7 @@ class RecallMeter:
     def wants(self, layer_index: int, moment: Moment) -> bool:
         if moment.is_clean_pass:
             return True
-        is_step = not self.only_records and (self._steps is None or moment.step_index in self._steps)
+        is_step = self._steps is None or moment.step_index in self._steps
         return is_step and moment.branch == 0 and moment.chunk_index % self._every == 0
 
     def observe(self, attending: Attending) -> None:
