@@ -11,9 +11,10 @@ from torch import Tensor
 
 from workers.assemble_tiles import tile_runs
 from workers.attention.tile_choice import ChoiceSettings, Estimate, TileChoice
+from workers.cache.packed_table import make_table
 from workers.cache.table_layout import EXTRA_CHANNELS, TableSettings
 from workers.cache.table_snapshot import encode
-from workers.cache.tile_table import TableWork, TileTable
+from workers.cache.tile_table import TableWork
 from workers.kernels.listed_codes import CodedKeys
 from workers.kernels.listed_tiles import AttendTable, make_attend
 from workers.model.dit import CausalDiT
@@ -85,7 +86,7 @@ def make_captured(
 ) -> CapturedRollout:
     """Everything of one rollout; None compiles nothing."""
     device = model.head.modulation.device
-    table = TileTable(sizes, model.dtype, device, nearest, work)
+    table = make_table(sizes, model.dtype, device, nearest, work)
     layers = StaticLayers(model, fp8)
     runs = tile_runs(sizes, always_sink=always_sink, always_recent=always_recent)
     chosen = ChoiceSettings(num_chosen, estimate=estimate, tile=sizes.tile, **choice)

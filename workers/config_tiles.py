@@ -45,6 +45,11 @@ class TileCacheConfig(Part):
     candidate_tiles: int | None = Field(
         4, ge=0, description="Tiles in which a key looks for its nearest, beside the latent frame before; empty: all."
     )
+    storage: Literal["model", "int8", "int4"] = Field(
+        "model",
+        description="How the history lies: as computed, or as codes that are unpacked when a layer is read; int4 "
+        "has a scale for 32 channels, or one a vector where 32 does not divide a head's channels.",
+    )
     tile: int | None = Field(
         None, ge=8, le=LARGEST_TILE, description="Keys of a tile, a power of two; empty: an eighth of a latent frame."
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -41,12 +41,21 @@ class Table(Protocol):
     """See `workers/cache/tile_table.py`."""
 
     @property
+    def is_packed(self) -> bool: ...
+
+    @property
     def layers(self) -> Sequence[LayerKeys]: ...
 
     @property
     def num_bytes(self) -> int: ...
 
     def own(self, layer_index: int) -> tuple[Tensor, Tensor]: ...
+
+    def note_seen(self, layer_index: int, index_NIJ: Tensor) -> None: ...
+
+    def lay_out(
+        self, layer_index: int, part: Literal["keys", "values", "both"] = "both", *, seen_only: bool = False
+    ) -> LayerKeys: ...
 
     def remember_chunk(self, position_T3: Tensor) -> None: ...
 
@@ -205,18 +214,29 @@ class CapturedRollout:
         time_T6E = time_BT6E[0]
         mark("embed")
         for index, weights in enumerate(layers.weights):
-            keys, listed = self.table.layers[index], self._lists[index]
+            listed = self._lists[index]
             layers.enter(weights, x, time_T6E, self._rotation, self._targets[index])
             mark("queries, keys, values")
             if choose:
+                keys = self._lay_out(index, "keys", mark)
                 self.chooser.choose(self._q_QNW, keys.k_NLW, listed)
+                self.table.note_seen(index, listed)
                 mark("selection")
+            keys = self._lay_out(index, "values" if choose else "both", mark, seen_only=True)
             out = self._attend(self._q_QNW, keys.k_NLW, keys.v_NLD, listed)
             mark("attention")
             x = layers.leave(weights, self._prompt[index], x, out, time_T6E)
             mark("output, cross-attention, feed-forward")
         self._flow.copy_(model.read_out(x[None], time_BTE, self._latent_size))
         mark("head")
+
+    def _lay_out(
+        self, index: int, part: Literal["keys", "values", "both"], mark: Mark, *, seen_only: bool = False
+    ) -> LayerKeys:
+        keys = self.table.lay_out(index, part, seen_only=seen_only)
+        if self.table.is_packed:
+            mark("unpacking")
+        return keys
 
     def remember(self, position_Q3: Tensor) -> None:
         """The last call was a clean pass: its keys become history."""

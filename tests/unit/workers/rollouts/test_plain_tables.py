@@ -21,13 +21,13 @@ from workers.rollout import CleanChunk, Rollout, RolloutPlan
 SIZE, CHUNKS = (4, 8), 11
 
 
-def make_model(**attention: Any) -> LoadedModel:
+def make_model(storage: str = "model", **attention: Any) -> LoadedModel:
     record = {
         "policy": "fastar-tiles",
         "backbone": {"name": "tiny-test"},
         "video": {"width": 64, "height": 32},
         "sampling": {"num_steps": 2},
-        "cache": {"budget_latent_frames": 15, "spare_latent_frames": 3, "mass_decay": 0.5},
+        "cache": {"budget_latent_frames": 15, "spare_latent_frames": 3, "mass_decay": 0.5, "storage": storage},
         "attention": attention,
     }
     return load_model(RenderConfig.model_validate(record))
@@ -66,8 +66,10 @@ def latents(chunks: list[CleanChunk]) -> Tensor:
     return torch.cat([chunk.latents_BTCHW for chunk in chunks], 1)
 
 
-def test_it_makes_what_the_render_makes() -> None:
-    model = make_model(density=0.4, keys_per_tile=4)
+@pytest.mark.parametrize("storage", ["model", "int8", "int4"])
+def test_it_makes_what_the_render_makes(storage: str) -> None:
+    """Of a packed table: in 16 or 32 bits, and rounded as its codes are."""
+    model = make_model(storage, density=0.4, keys_per_tile=4)
     assert model.seat is not None
     rendered = list(model.seat.begin_take().run(make_plan(model, [1])))
     assert any(bool((layer.m_NC > 1).any()) for layer in model.seat.table.layers), "it must have merged"
