@@ -36,6 +36,7 @@ class TrackedTable(TileTable):
     def __init__(self, settings: TableSettings, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(replace(settings, storage="model"), dtype, device)
         self._as_if = settings
+        self.tokens_rounded = 0 if settings.storage == "model" else settings.frame_tokens
         self.slot_of: dict[int, Tensor] = {}
         """id of a layer -> slot_NT."""
 

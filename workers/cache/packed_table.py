@@ -51,6 +51,7 @@ class PackedTable(TileTable):
         s = settings
         self.workspace = Workspace(s, dtype, device)
         self._packing: Packing = PlainPacking() if self._kernels is None else load_kernels(s)
+        self.tokens_rounded = s.frame_tokens  # as far back as kernels make means anew
         tiles = s.num_slots // s.tile
         self._is_seen_LNJ = torch.ones(s.num_layers, s.num_heads, tiles, dtype=torch.uint8, device=device)
         self._is_end_NJ = torch.ones(s.num_heads, tiles, dtype=torch.uint8, device=device)
@@ -63,6 +64,11 @@ class PackedTable(TileTable):
 
     def note_seen(self, layer_index: int, index_NIJ: Tensor) -> None:
         self._is_seen_LNJ[layer_index].zero_().scatter_(1, index_NIJ.flatten(1).long(), 1)
+
+    @property
+    def seen_share(self) -> float:
+        """Of the tiles of all layers and heads, those that were noted; waits for the device."""
+        return float(self._is_seen_LNJ.float().mean())
 
     def lay_out(self, layer_index: int, part: Part = "both", *, seen_only: bool = False) -> LayerTable:
         return self._lay_out(self.layers[layer_index], part, self._is_seen_LNJ[layer_index] if seen_only else None)

@@ -91,6 +91,8 @@ class TileTable:
             self._reset(layer, index)
         self._kernels = load_kernels(settings) if work == "kernels" else None
         self._views: dict[int, KeyValues] = {}
+        self.tokens_rounded = 0
+        """Keys before the new ones that may be others than those of which their means were made."""
         self.before_change: Callable[[int, bool], None] = lambda layer_index, is_history: None
         """Told the layer that is changes next, and whether more of it does than its newest chunks and what is free."""
         self.on_part: Callable[[str], None] | None = None
@@ -275,7 +277,8 @@ class TileTable:
             self._kernels.match(self._history(layer), layer.partner_NC, self._turn_back, new, self._look)
         else:
             if s.candidate_tiles:
-                self._average(layer, new.start // s.tile, -(-s.chunk_tokens // s.tile) + 1)
+                first = max(0, new.start - self.tokens_rounded)
+                self._average(layer, first // s.tile, -(-(new.stop - first) // s.tile) + 1)
             slot, cosine = find_partners(self._history(layer), self._turn_back, new, self._look)
             layer.partner_NC[:, new] = torch.where(cosine.isneginf(), -1, slot).to(torch.int32)
         self._mark("matching")
