@@ -20,6 +20,7 @@ from workers.cache.packed_history import PackedLayer, Part, PlainPacking, Worksp
 from workers.cache.packed_table import PackedTable, make_table
 from workers.cache.table_layout import MergeRule, TableSettings
 from workers.cache.tile_table import TableWork
+from workers.model.backbones import find_backbone
 from workers.model.rope import grid_positions
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -148,6 +149,21 @@ def table_differs(storage: Storage, rule: MergeRule = "pairs", num_chunks: int =
     return worst
 
 
+def captured_differs(kernels: tuple[str, ...], storage: Storage = "int4") -> float:
+    """Largest difference of latents between calls captured as CUDA graphs and calls one by one; a few seconds."""
+    from tests.bench.history_engine import Variant, make_engine, make_plan
+    from tests.bench.rollout_rows import Settings
+
+    backbone = replace(find_backbone("wan2.1-t2v-1.3b"), num_layers=2)
+    settings = Settings(backbone, 208, 160, torch.device("cuda"), torch.bfloat16, 120)
+    variant = Variant("small", kept_chunks=2, spare_chunks=2, density=0.3, rule="pairs", storage=storage)
+    latents = []
+    for graphs in (True, False):
+        engine = make_engine(variant, settings, None, None, kernels=kernels, graphs=graphs)
+        latents.append([c.latents_BTCHW.clone() for c in engine.rollout.run(make_plan(engine, settings, 9))][-1])
+    return float((latents[0] - latents[1]).abs().max())
+
+
 def run_all() -> None:
     """All that there is to check; raises where something differs."""
     for (storage, head_dim, tile), part, some in product(SHAPES, PARTS, (False, True)):
@@ -159,6 +175,11 @@ def run_all() -> None:
         differs = table_differs(storage, rule)  # type: ignore[arg-type]
         print(f"a table in {storage} that merges {rule}: {differs:.2%} of slots differ from plain torch", flush=True)
         assert differs < 0.01
+    if not INTERPRETED:
+        for kernels in ((), ("pairs", "packing", "choice")):
+            differs = captured_differs(kernels)
+            print(f"captured calls, kernels {kernels}: latents differ by {differs} from plain calls", flush=True)
+            assert differs == 0
 
 
 def seconds(run: Callable[[], object], times: int = 20) -> float:

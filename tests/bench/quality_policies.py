@@ -55,6 +55,19 @@ VARIANTS: dict[str, Record] = {
         "cache": {"budget_latent_frames": 120},
         "attention": {"density": 0.3},
     },
+    **{
+        f"fastar-tiles, 186 latent frames, 12 seen{'' if storage == 'model' else f', {storage}'}": {
+            "policy": "fastar-tiles",
+            "cache": {
+                "merging": "pairs",
+                "budget_latent_frames": 186,
+                "spare_latent_frames": 15,
+                "storage": storage,
+            },
+            "attention": {"density": 12 / 186},
+        }
+        for storage in ("model", "int4")
+    },
     GUARDED: {"policy": "fastar-quant", "guard": {"enabled": True}},
 }
 

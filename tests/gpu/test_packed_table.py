@@ -3,18 +3,13 @@
 Where there is no pytest: `python -m tests.packed_checks`.
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from tests.bench.history_engine import Variant, make_engine, make_plan
-from tests.bench.rollout_rows import Settings
-from tests.packed_checks import INTERPRETED, PARTS, SHAPES, check_pack, check_unpack, table_differs
+from tests.packed_checks import INTERPRETED, PARTS, SHAPES, captured_differs, check_pack, check_unpack, table_differs
 from workers.cache.low_bit import Storage
 from workers.cache.packed_history import Part
 from workers.cache.table_layout import MergeRule
-from workers.model.backbones import find_backbone
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,11 +42,4 @@ def test_kernels_take_over_chunks_as_the_plain_way_does(storage: Storage, rule: 
 @pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
 @pytest.mark.parametrize("kernels", [(), ("pairs", "packing", "choice")])
 def test_captured_calls_give_what_plain_calls_give(kernels: tuple[str, ...]) -> None:
-    backbone = replace(find_backbone("wan2.1-t2v-1.3b"), num_layers=2)
-    settings = Settings(backbone, 208, 160, torch.device("cuda"), torch.bfloat16, 120)
-    variant = Variant("small", kept_chunks=2, spare_chunks=2, density=0.3, rule="pairs", storage="int4")
-    latents = []
-    for graphs in (True, False):
-        engine = make_engine(variant, settings, None, None, kernels=kernels, graphs=graphs)
-        latents.append([c.latents_BTCHW.clone() for c in engine.rollout.run(make_plan(engine, settings, 9))][-1])
-    assert torch.equal(*latents)
+    assert captured_differs(kernels) == 0

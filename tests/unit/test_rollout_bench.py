@@ -120,6 +120,22 @@ def test_a_snapshot_under_way_is_timed_beside_chunks_without_and_compared_with_o
     assert row["chunks_it_takes"] == 5
 
 
+def test_unpacking_and_packing_are_parts_of_their_own() -> None:
+    variant = replace(rollout_history.VARIANTS["pairs-180-seen-12-int4"], kept_chunks=2, spare_chunks=2)
+    rows = {row["part"]: row for row in rollout_history.where_time_goes(variant, TINY)}
+    for part in ("unpacking", "packing", "matching", "merging"):
+        assert rows[part]["ms_per_chunk"] > 0
+        assert rows[part]["least_gb"] > 0
+    assert rows["a chunk, captured"]["ms_per_chunk"] > 0
+
+
+def test_a_row_over_a_packed_table_says_so() -> None:
+    variant = replace(rollout_history.VARIANTS["pairs-180-seen-12-int4"], kept_chunks=2, spare_chunks=2, whole=False)
+    result = rollout_history.make_row(variant, replace(TINY, num_frames=120))
+    assert "history in int4" in result.notes
+    assert result.compression_share is not None
+
+
 def test_rows_come_in_the_order_in_which_they_are_missed_most() -> None:
     rollout.load_rows()
     names = rollout.in_order(list(ROWS))

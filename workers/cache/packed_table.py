@@ -51,6 +51,8 @@ class PackedTable(TileTable):
         s = settings
         self.workspace = Workspace(s, dtype, device)
         self._packing: Packing = PlainPacking() if self._kernels is None else load_kernels(s)
+        # A buffer of a whole layer would be as large as the workspace.
+        self.heads_at_once = max(num for num in range(1, s.num_heads // 4 + 2) if s.num_heads % num == 0)
         self.tokens_rounded = s.frame_tokens  # as far back as kernels make means anew
         tiles = s.num_slots // s.tile
         self._is_seen_LNJ = torch.ones(s.num_layers, s.num_heads, tiles, dtype=torch.uint8, device=device)

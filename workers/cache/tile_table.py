@@ -91,6 +91,8 @@ class TileTable:
             self._reset(layer, index)
         self._kernels = load_kernels(settings) if work == "kernels" else None
         self._views: dict[int, KeyValues] = {}
+        self.heads_at_once = settings.num_heads
+        """That a merge by kernels writes again together, through a buffer."""
         self.tokens_rounded = 0
         """Keys before the new ones that may be others than those of which their means were made."""
         self.before_change: Callable[[int, bool], None] = lambda layer_index, is_history: None
@@ -277,8 +279,7 @@ class TileTable:
             self._kernels.match(self._history(layer), layer.partner_NC, self._turn_back, new, self._look)
         else:
             if s.candidate_tiles:
-                first = max(0, new.start - self.tokens_rounded)
-                self._average(layer, first // s.tile, -(-(new.stop - first) // s.tile) + 1)
+                self._average_new(layer, new)
             slot, cosine = find_partners(self._history(layer), self._turn_back, new, self._look)
             layer.partner_NC[:, new] = torch.where(cosine.isneginf(), -1, slot).to(torch.int32)
         self._mark("matching")
@@ -289,6 +290,14 @@ class TileTable:
 
     def _history(self, layer: LayerTable) -> History:
         return History(layer.k_NLW, self.settings.history_start, layer.position_NC3, layer.m_NC, layer.mean_NJD)
+
+    def _average_new(self, layer: LayerTable, new: slice) -> None:
+        """Means of the tiles of these slots; of a table that rounds just those that kernels make."""
+        tile, first = self.settings.tile, max(0, new.start - self.tokens_rounded)
+        exact = -(-new.stop // tile) - first // tile
+        self._average(
+            layer, first // tile, exact if self.tokens_rounded else -(-self.settings.chunk_tokens // tile) + 1
+        )
 
     def _average(self, layer: LayerTable, first: int, num: int) -> None:
         """Means of these tiles, or of as many that end with the history."""
@@ -307,7 +316,7 @@ class TileTable:
         weight, partner = layer.weight_NC[:, :stop], layer.partner_NC[:, :stop]
         if self._kernels is not None:
             records = (layer.v_NLD, layer.m_NC[:, :stop], weight, partner)
-            self._kernels.merge(used, records, self._turn_back, room, heads_at_once=s.num_heads, tile=s.tile)
+            self._kernels.merge(used, records, self._turn_back, room, heads_at_once=self.heads_at_once, tile=s.tile)
             return
         self._rewrite(layer, shrink(used, layer.v_NLD, weight, partner, self._turn_back, room, self._fuse))
         if s.candidate_tiles:
