@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.plain_tables import plain_table_parts
-from workers.assemble import LoadedModel, load_model
+from workers.assemble import LoadedModel, load_model, prepare_take
 from workers.attention.measure import RecallMeter
 from workers.config import RenderConfig
 from workers.denoise import draw_noise
@@ -70,6 +70,7 @@ def latents(chunks: list[CleanChunk]) -> Tensor:
 def test_it_makes_what_the_render_makes(storage: str) -> None:
     """Of a packed table: in 16 or 32 bits, and rounded as its codes are."""
     model = make_model(storage, density=0.4, keys_per_tile=4)
+    assert prepare_take(model, 0).cache_name == "tiles-15-8" + {"model": ""}.get(storage, f"-{storage}")
     assert model.seat is not None
     rendered = list(model.seat.begin_take().run(make_plan(model, [1])))
     assert any(bool((layer.m_NC > 1).any()) for layer in model.seat.table.layers), "it must have merged"
