@@ -119,7 +119,7 @@ def check_pack(storage: Storage, head_dim: int, tile: int) -> None:
 
 
 def fill(sizes: TableSettings, num_chunks: int, work: TableWork) -> PackedTable:
-    """Chunks of keys near those of the chunk before."""
+    """Chunks of keys near those of the chunk before; between two, the workspace is full of what is not there."""
     table = make_table(sizes, torch.float32, DEVICE, work=work)
     assert isinstance(table, PackedTable)
     generator, s = torch.Generator().manual_seed(7), sizes
@@ -130,6 +130,8 @@ def fill(sizes: TableSettings, num_chunks: int, work: TableWork) -> PackedTable:
         for layer in range(s.num_layers):
             for own, new in zip(table.own(layer), kv[layer], strict=True):
                 own.copy_(new)
+        table.workspace.k_NLW[..., : s.head_dim + 2].normal_()
+        table.workspace.v_NLD.normal_()
         table.remember_chunk(grid_positions(torch.arange(3) + 3 * index, 2, s.frame_tokens // 2).to(DEVICE))
     return table
 

@@ -231,9 +231,13 @@ def _least_packing(engine: Engine) -> dict[str, tuple[float, float]]:
     keys, values = rows * s.num_slots * (coded + 2 * size + key), rows * s.num_slots * (coded + value)
     share, choices = table.seen_share, len(engine.choose_at)
     others = len(engine.schedule.sigmas) + 1 - choices
+    # Without a merge: what lies beside the history, the latent frame before, and at most so many near tiles.
+    near = min(-(-s.chunk_tokens // s.tile) * (s.candidate_tiles or 0) * s.tile, s.history_slots)
+    ends = rows * (s.num_slots - s.history_slots) * 2 * (key + value)
+    brought = ends + rows * (s.frame_tokens + near) * (coded + 2 * size + key)
     changed = s.chunk_tokens + s.kept_tokens / s.spare_chunks
     return {
         _UNPACKING: ((others * share * (keys + values) + choices * (keys + share * values)) / 1e9, 0.0),
-        "unpacking": ((keys + values / s.spare_chunks) / 1e9, 0.0),
+        "unpacking": (((keys + values) / s.spare_chunks + brought * (1 - 1 / s.spare_chunks)) / 1e9, 0.0),
         "packing": (rows * changed * (2 * coded + key + value) / 1e9, 0.0),
     }

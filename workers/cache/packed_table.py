@@ -7,6 +7,7 @@ that it came with. Layers take over a chunk one after another, since there is on
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -50,6 +51,9 @@ class PackedTable(TileTable):
         super().__init__(settings, dtype, device, nearest, work)
         s = settings
         self.workspace = Workspace(s, dtype, device)
+        self._growing: LayerTable | None = None
+        """Takes over a chunk with no more of its keys laid out than it needs."""
+        self._look = replace(self._look, bring=self._bring)
         self._packing: Packing = PlainPacking() if self._kernels is None else load_kernels(s)
         # A buffer of a whole layer would be as large as the workspace.
         self.heads_at_once = max(num for num in range(1, s.num_heads // 4 + 2) if s.num_heads % num == 0)
@@ -90,15 +94,36 @@ class PackedTable(TileTable):
         assert isinstance(layer, PackedLayer)
         merges = layer.pointer == self.settings.history_tokens
         self._mark("moving chunks")
-        laid_out = self._lay_out(layer, "both" if merges else "keys")
-        if not merges:
-            self._lay_out(layer, "values", self._is_end_NJ)
+        laid_out = self._lay_out(layer, "both") if merges else self._lay_out_newest(layer)
         self._mark("unpacking")
         super()._absorb(laid_out, source)
+        self._growing = None
         changed = slice(0 if merges else layer.pointer, laid_out.pointer)
         layer.pointer = laid_out.pointer
         self._pack(layer, changed)
         self._mark("packing")
+
+    def _lay_out_newest(self, layer: LayerTable) -> LayerTable:
+        """What a chunk needs that becomes history without a merge; other keys are brought as matching asks for them."""
+        s, pointer = self.settings, layer.pointer
+        self._lay_out(layer, "values", self._is_end_NJ)
+        if self._kernels is None:
+            return self._lay_out(layer, "keys")
+        self._growing, wanted, first = layer, self._is_end_NJ.clone(), s.history_start // s.tile
+        wanted[:, first + max(0, pointer - s.frame_tokens) // s.tile : first - (-pointer // s.tile)] = 1
+        return self._lay_out(layer, "keys", wanted)
+
+    def _bring(self, tile_NR: Tensor) -> None:
+        """Keys of these tiles of the history, but for those that were laid out, where new keys have come since."""
+        if self._growing is None:
+            return
+        s = self.settings
+        self._mark("matching")
+        first = s.history_start // s.tile
+        wanted = torch.zeros_like(self._is_end_NJ).scatter_(1, tile_NR.long() + first, 1)
+        wanted[:, first + max(0, self._growing.pointer - s.frame_tokens) // s.tile :] = 0
+        self._lay_out(self._growing, "keys", wanted)
+        self._mark("unpacking")
 
     def _pack(self, layer: PackedLayer, changed: slice) -> None:
         s = self.settings
