@@ -53,7 +53,8 @@ def encode(x_RD: Tensor, storage: CodedStorage) -> tuple[Tensor, Tensor]:
     x = x_RD.float().unflatten(-1, (-1, group_channels(x_RD.shape[-1], storage)))
     largest = x.abs().amax(-1).to(torch.bfloat16)
     largest = largest * (largest.float() >= LEAST)
-    per_step = limit / largest.float().clamp(min=LEAST)
+    most = largest.float().clamp(min=LEAST)
+    per_step = torch.full_like(most, limit) / most  # a number over a tensor would be a rounded reciprocal, times it
     code = (x * per_step[..., None] + 0.5).floor().clamp(-limit, limit).flatten(-2)
     if storage == "int8":
         return code.to(torch.int8), largest

@@ -128,7 +128,7 @@ def _pack_rows(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _code(x, most, limit, least):  # type: ignore[no-untyped-def]
-    """Whole numbers; `most` of each run of channels."""
+    """Whole numbers; `most` of each run of channels. Half a step rounds as in plain torch if nothing is fused here."""
     per_step = tl.div_rn(limit + tl.zeros_like(most), tl.maximum(most, least))
     code = tl.floor(x * per_step[:, :, None] + 0.5)
     return tl.minimum(tl.maximum(code, -limit), limit).to(tl.int32)
@@ -172,7 +172,7 @@ def pack(layer: PackedLayer, of: Workspace, s: TableSettings, new: slice) -> Non
     pack_slots[(triton.cdiv(new.stop - new.start, _PACKED_AT_ONCE), s.num_heads)](
         of.k_NLW, of.v_NLD, *tensors, new.start, new.stop, s.history_start, s.num_slots, s.history_slots,
         float(LIMITS[s.storage]), LEAST,
-        **_shape(s, s.storage), M=_PACKED_AT_ONCE, num_warps=4,
+        **_shape(s, s.storage), M=_PACKED_AT_ONCE, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 
