@@ -189,10 +189,10 @@ def _table_size(spec: JobSpec) -> list[str]:
         video.num_frames,
         spec.render.sampling.num_steps,
     )
-    wide = 2 if spec.render.backbone.dtype == "float32" else 1
+    itemsize = 4 if spec.render.backbone.dtype == "float32" else 2
     return [
-        f"the tile table takes about {wide * work.table_bytes(cache) / 2**30:.1f} GiB of each GPU, whatever the length "
-        "of a take"
+        f"the tile table takes about {work.table_bytes(cache, itemsize) / 2**30:.1f} GiB of each GPU, whatever the "
+        "length of a take"
     ]
 
 

@@ -17,10 +17,11 @@ from torch import Tensor
 from workers.assemble import LoadedModel
 from workers.assemble_tiles import choice_settings, runs_of, table_settings
 from workers.attention.tile_choice import TileChoice
+from workers.cache.layer_table import LayerTable
 from workers.cache.shrink import find_families
+from workers.cache.table_codes import round_trip
 from workers.cache.table_layout import TableSettings
-from workers.cache.table_snapshot import decode, encode
-from workers.cache.tile_table import LayerTable, TileTable
+from workers.cache.tile_table import TileTable
 from workers.config_tiles import TileAttentionConfig, TileCacheConfig
 from workers.contracts import AttentionPlan, KeyValues, Moment, PlanPart, Tiles
 
@@ -29,15 +30,13 @@ class TrackedTable(TileTable):
     """Remembers in which slot of the history each key is that ever came there.
 
     Args:
-        settings, dtype, device: Of the table.
-        in_8_bits: What stands in the history is rounded as codes with one scale a vector would hold it.
+        settings, dtype, device: Of the table. What it would pack is only rounded so.
     """
 
-    def __init__(
-        self, settings: TableSettings, dtype: torch.dtype, device: torch.device, *, in_8_bits: bool = False
-    ) -> None:
-        super().__init__(settings, dtype, device)
-        self._in_8_bits = in_8_bits
+    def __init__(self, settings: TableSettings, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(replace(settings, storage="model"), dtype, device)
+        self._as_if = settings
+        self.tokens_rounded = 0 if settings.storage == "model" else settings.frame_tokens
         self.slot_of: dict[int, Tensor] = {}
         """id of a layer -> slot_NT."""
 
@@ -57,21 +56,27 @@ class TrackedTable(TileTable):
         super()._shrink(layer)
         self._round(layer, 0)
 
+    @property
+    def num_bytes(self) -> int:
+        used = self._as_if.used_bytes
+        return sum(used(self.dtype, len(layer.position_of), layer.pointer) for layer in self.layers if layer.num_chunks)
+
     def _round(self, layer: LayerTable, first: int) -> None:
-        if not self._in_8_bits:
+        storage = self._as_if.storage
+        if storage == "model":
             return
         run = slice(self.settings.history_start + first, self.settings.history_start + layer.pointer)
         for x in (layer.k_NLW[:, run, : self.settings.head_dim], layer.v_NLD[:, run]):
-            x.copy_(decode(*encode(x), x.dtype))
+            x.copy_(round_trip(x, storage))
 
 
 class PlainTable:
     """A `KVCache` that tracks its owners; made when the first chunk says how many videos there are."""
 
-    def __init__(self, settings: TableSettings, *, in_8_bits: bool = False) -> None:
+    def __init__(self, settings: TableSettings) -> None:
         assert settings.chunk_tokens % settings.tile == 0, "tiles of the read keys must be tiles of the table"
         self._settings, self._read = settings, dict[int, KeyValues]()
-        self._batch, self._in_8_bits = 0, in_8_bits
+        self._batch = 0
         self._table: TrackedTable | None = None
 
     @property
@@ -84,8 +89,7 @@ class PlainTable:
         if self._table is None:
             self._batch = like_BKND.shape[0]
             settings = replace(self._settings, num_heads=self._batch * self._settings.num_heads)
-            dtype, device = like_BKND.dtype, like_BKND.device
-            self._table = TrackedTable(settings, dtype, device, in_8_bits=self._in_8_bits)
+            self._table = TrackedTable(settings, like_BKND.dtype, like_BKND.device)
         return self._table
 
     def append(self, layer_index: int, chunk: KeyValues) -> None:
@@ -172,7 +176,7 @@ class PlainTileChoice:
             return AttentionPlan(
                 (PlanPart("cached", 0, cached.num_tokens, Tiles(visible_BNIJ, tile, tile)), everything_own)
             )
-        looks = not moment.is_clean_pass and moment.step_index in self._history_at
+        looks = moment.is_clean_pass or moment.step_index in self._history_at
         is_new = looks or layer_index not in self._looked
         self._looked.add(layer_index)
         first, last = self._fresh(layer_index, cached.num_tokens)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from workers.assemble_tiles import keep_history, tile_runs
 from workers.attention.tile_choice import ChoiceSettings, Estimate, TileChoice
+from workers.cache.packed_table import make_table
 from workers.cache.table_layout import EXTRA_CHANNELS, TableSettings
 from workers.cache.table_snapshot import encode
-from workers.cache.tile_table import TableWork, TileTable
+from workers.cache.tile_table import TableWork
 from workers.kernels.listed_codes import CodedKeys
 from workers.kernels.listed_parts import PartedAttention, make_parted
 from workers.kernels.listed_tiles import AttendTable, make_attend
@@ -88,7 +89,7 @@ def make_captured(
 ) -> CapturedRollout:
     """Everything of one rollout; None compiles nothing. Where not all calls look at the history, `parted` attends."""
     device = model.head.modulation.device
-    table = TileTable(sizes, model.dtype, device, nearest, work)
+    table = make_table(sizes, model.dtype, device, nearest, work)
     layers = StaticLayers(model, fp8)
     runs = tile_runs(sizes, always_sink=always_sink, always_recent=always_recent)
     settings = settings or CapturedSettings(graphs=device.type == "cuda")

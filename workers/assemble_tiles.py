@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from workers.attention.tile_choice import ChoiceSettings, TileChoice, TileRuns
+from workers.cache.packed_table import make_table
 from workers.cache.table_layout import TableSettings
 from workers.cache.tile_table import TableWork, TileTable
 from workers.config import RenderConfig
@@ -75,6 +76,7 @@ def table_settings(config: TileCacheConfig, backbone: Backbone, latent_size: tup
         decay=config.mass_decay,
         candidate_tiles=config.candidate_tiles,
         tile=config.tile_for(rows * columns),
+        storage=config.storage,
         **chunks,
     )
 
@@ -227,7 +229,7 @@ class TableSeat:
         s, dit, ways = self.settings, self._dit, self.ways
         device = dit.head.modulation.device
         work: TableWork = "kernels" if ways.kernels else "groups"
-        table, layers = TileTable(s, dit.dtype, device, ways.nearest, work), StaticLayers(dit)
+        table, layers = make_table(s, dit.dtype, device, ways.nearest, work), StaticLayers(dit)
         runs = runs_of(self._attention, s)
         choice = choice_settings(self._attention, s, runs, fused=ways.kernels)
         attend: AttendTable | KeptHistory = ways.listed.attend

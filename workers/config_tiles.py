@@ -45,6 +45,11 @@ class TileCacheConfig(Part):
     candidate_tiles: int | None = Field(
         4, ge=0, description="Tiles in which a key looks for its nearest, beside the latent frame before; empty: all."
     )
+    storage: Literal["model", "int8", "int4"] = Field(
+        "model",
+        description="How the history lies: as computed, or as codes that are unpacked when a layer is read; int4 "
+        "has a scale for 32 channels, or one a vector where 32 does not divide a head's channels.",
+    )
     tile: int | None = Field(
         None, ge=8, le=LARGEST_TILE, description="Keys of a tile, a power of two; empty: an eighth of a latent frame."
     )
@@ -105,8 +110,8 @@ class TileAttentionConfig(Part):
         None,
         min_length=1,
         strict=False,
-        description="Denoising steps that look at the history, the first of them 0; the others, and the clean pass, "
-        "take what the newest of them saw of it. Empty: all look.",
+        description="Denoising steps that look at the history, the first of them 0; the others take what the newest of "
+        "them saw of it. Empty: all look.",
     )
     always_sink: bool = Field(False, description="The sink is always seen, beside what the density allows.")
     always_recent: bool = Field(False, description="The newest chunks are always seen, likewise.")

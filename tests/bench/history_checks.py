@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from tests.bench.history_engine import Compiled, Variant, make_engine, make_plan
 from tests.bench.rollout_rows import Settings
+from tests.packed_checks import table_differs
 from tests.tables import draw_listed
 from workers.attention.tile_choice import ChoiceSettings, TileChoice, TileRuns
 from workers.cache.table_layout import MergeRule, TableSettings
@@ -92,13 +93,14 @@ def choose_nearest(settings: Settings, kernels: str) -> tuple[NearestRows, str]:
 
 
 def choose_kernels(settings: Settings) -> tuple[tuple[str, ...], list[str]]:
-    """Which of our kernels (of the table by either rule, of the choice) agree with the plain ways; lines say so."""
+    """Which of our kernels (of the table by either rule or packed; the choice) agree with the plain ways; and words."""
     found, lines = list[str](), list[str]()
     if settings.device.type != "cuda":
         return (), ["Chunks are taken over and tiles chosen by plain torch."]
     checks: dict[str, Callable[[Settings], float]] = {
         "table": partial(_table_differs, rule="chains"),
         "pairs": partial(_table_differs, rule="pairs"),
+        "packing": lambda _: table_differs("int4"),
         "choice": _choice_differs,
     }
     for name, differs in checks.items():

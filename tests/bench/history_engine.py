@@ -14,6 +14,7 @@ from tests.bench.rollout_rows import Settings
 from tests.tables import make_captured
 from workers.assemble_tiles import size_table, tile_runs
 from workers.attention.tile_choice import Estimate, TileChoice
+from workers.cache.low_bit import Storage
 from workers.cache.table_layout import MergeRule, TableSettings
 from workers.cache.tile_table import TileTable
 from workers.contracts import PromptKeys
@@ -48,6 +49,8 @@ class Variant:
     """Tiles of the history in which a key looks for its partner."""
     rule: MergeRule = "chains"
     """Which pairs of a full history merge."""
+    storage: Storage = "model"
+    """Of the history."""
     density: float = 0.1
     """Share of the cached tiles that are chosen among: sink, history and newest chunks, unless always seen."""
     always_sink: bool = False
@@ -105,9 +108,9 @@ class Engine:
 
     @property
     def num_looking(self) -> int:
-        """Calls of a chunk that look at the history."""
+        """Calls of a chunk that look at the history, the clean pass among them."""
         at = self.variant.history_at
-        return self.num_calls if at is None else len(at)
+        return self.num_calls if at is None else len(at) + 1
 
     @property
     def slots_seen(self) -> float:
@@ -158,7 +161,7 @@ def make_engine(
     nearest: NearestRows = nearest_rows,
     compiled: Compiled = ALL,
     *,
-    kernels: Compiled = ("table", "pairs", "choice"),
+    kernels: Compiled = ("table", "pairs", "packing", "choice"),
     graphs: bool = True,
     attend_name: ListedName = "torch",
 ) -> Engine:
@@ -172,9 +175,11 @@ def make_engine(
         recent_chunks=variant.recent_chunks,
         candidate_tiles=variant.candidate_tiles,
         rule=variant.rule,
+        storage=variant.storage,
         tile=128 if settings.frame_tokens >= 128 else 16,
     )
     kernels = kernels if variant.kernels and device.type == "cuda" else ()
+    needed = {"pairs" if variant.rule == "pairs" else "table"} | ({"packing"} if sizes.storage != "model" else set())
     runs = tile_runs(sizes, always_sink=variant.always_sink, always_recent=variant.always_recent)
     num_candidates = sum(stop - first for first, stop in runs.candidates)
     rollout = make_captured(
@@ -191,7 +196,7 @@ def make_engine(
         fp8=variant.fp8,
         backend=backend,
         compiled=compiled,
-        work="kernels" if ("pairs" if variant.rule == "pairs" else "table") in kernels else "layers",
+        work="kernels" if needed <= set(kernels) else "layers",
         fused="choice" in kernels,
         settings=CapturedSettings(
             variant.choose_at, graphs=graphs and device.type == "cuda", history_at=variant.history_at

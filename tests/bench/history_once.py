@@ -45,6 +45,8 @@ ONCE = (
     replace(_SMALL, name="pairs-once", rule="pairs"),
     *_FAITHFUL,
     replace(_FAITHFUL[1], name="pairs-180-seen-12-once-own", always_recent=False, density=12 / 180),
+    replace(_FAITHFUL[1], name="pairs-180-seen-12-int4-once", storage="int4"),
+    replace(_FAITHFUL[3], name="pairs-240-seen-24-int4-once", storage="int4"),
     *(
         replace(one, name=one.name.removesuffix("-once"), history_at=None, always_recent=False, density=density)
         for one, density in zip(_FAITHFUL[1:], (12 / 180, 30 / 180, 24 / 240), strict=True)

@@ -17,10 +17,14 @@ import torch.nn.functional as F
 
 from tests.bench.history_engine import Engine, make_plan
 from tests.bench.rollout_rows import Settings
+from workers.cache.packed_table import PackedTable
+from workers.cache.table_codes import coded_bytes
 from workers.model.static_layers import LinearWeights, apply_linear, apply_linear_gelu
 
-COMPRESSION = ("selection", "moving chunks", "matching", "merging")
+_UNPACKING, _UNPACK = "unpacking in calls", re.compile("unpack_tiles")
+COMPRESSION = ("selection", "moving chunks", "matching", "merging", "unpacking", "packing", _UNPACKING)
 _KINDS = (
+    (_UNPACKING, _UNPACK),
     ("attention", re.compile("flash|attend_rows|attend_listed", re.I)),
     ("composition", re.compile("compose_rows")),
     ("linear layers", re.compile("nvjet|gemm|cutlass|cublas", re.I)),
@@ -126,7 +130,10 @@ def kinds_of_calls(engine: Engine, whole_ms: float) -> dict[str, float]:
         found["attention to own keys"] = taking["attention"] * engine.num_calls
         found["attention to the history"] = (looking["attention"] - taking["attention"]) * num_looking
         del found["attention"]
-    found["selection"] = (sum(choosing.values()) - sum(looking.values())) * len(engine.choose_at)
+    more = choosing.get(_UNPACKING, 0.0) - looking.get(_UNPACKING, 0.0)
+    found["selection"] = (sum(choosing.values()) - sum(looking.values()) - more) * len(engine.choose_at)
+    if _UNPACKING in choosing:
+        found[_UNPACKING] = found.get(_UNPACKING, 0.0) + more * len(engine.choose_at)
     found["idle between kernels of a call"] = whole_ms - sum(found.values())
     return found
 
@@ -198,6 +205,7 @@ def least_work(engine: Engine) -> dict[str, tuple[float, float]]:
     s, v, size = engine.sizes, engine.variant, engine.table.dtype.itemsize
     rows, key, value = s.num_layers * s.num_heads, s.width * size, s.head_dim * size
     tokens, frame, history, kept = s.chunk_tokens, s.frame_tokens, s.history_tokens, s.kept_tokens
+    packing = _least_packing(engine)
     tiles, query_tiles = s.num_slots // s.tile, -(-tokens // s.tile)
     looked_at = query_tiles * (s.candidate_tiles or 0) * s.tile
     compared = tokens * frame + query_tiles * s.tile * (s.candidate_tiles or 0) * s.tile
@@ -222,4 +230,27 @@ def least_work(engine: Engine) -> dict[str, tuple[float, float]]:
             choices * rows * (sampled[0] * key + sampled[1] * (key + tiles * 8)) / 1e9,
             choices * rows * sampled[0] * sampled[1] * s.head_dim * 2 / 1e12,
         ),
+        **packing,
+    }
+
+
+def _least_packing(engine: Engine) -> dict[str, tuple[float, float]]:
+    """Of a packed history: between codes and channels, each call for what is seen, each chunk for what changes."""
+    s, table = engine.sizes, engine.table
+    if not isinstance(table, PackedTable) or s.storage == "model":
+        return {}
+    size, rows = table.dtype.itemsize, s.num_layers * s.num_heads
+    coded, key, value = coded_bytes(s.head_dim, s.storage), s.width * size, s.head_dim * size
+    keys, values = rows * s.num_slots * (coded + 2 * size + key), rows * s.num_slots * (coded + value)
+    share, choices = table.seen_share, len(engine.choose_at)
+    others = len(engine.schedule.sigmas) + 1 - choices
+    # Without a merge: what lies beside the history, the latent frame before, and at most so many near tiles.
+    near = min(-(-s.chunk_tokens // s.tile) * (s.candidate_tiles or 0) * s.tile, s.history_slots)
+    ends = rows * (s.num_slots - s.history_slots) * 2 * (key + value)
+    brought = ends + rows * (s.frame_tokens + near) * (coded + 2 * size + key)
+    changed = s.chunk_tokens + s.kept_tokens / s.spare_chunks
+    return {
+        _UNPACKING: ((others * share * (keys + values) + choices * (keys + share * values)) / 1e9, 0.0),
+        "unpacking": (((keys + values) / s.spare_chunks + brought * (1 - 1 / s.spare_chunks)) / 1e9, 0.0),
+        "packing": (rows * changed * (2 * coded + key + value) / 1e9, 0.0),
     }

@@ -56,6 +56,19 @@ VARIANTS: dict[str, Record] = {
         "attention": {"density": 0.3},
     },
     "fastar-quant, every step looks": {"policy": "fastar-quant", "attention": {"history_at": None}},
+    **{
+        f"fastar-tiles, 186 latent frames, 12 seen{'' if storage == 'model' else f', {storage}'}": {
+            "policy": "fastar-tiles",
+            "cache": {
+                "merging": "pairs",
+                "budget_latent_frames": 186,
+                "spare_latent_frames": 15,
+                "storage": storage,
+            },
+            "attention": {"density": 12 / 186},
+        }
+        for storage in ("model", "int4")
+    },
     GUARDED: {"policy": "fastar-quant", "guard": {"enabled": True}},
 }
 

@@ -49,6 +49,7 @@ _NOTES = (
 )
 
 
+_STORED = {16: "model", 8: "int8", 4: "int4"}
 _COLUMNS = ("kept", "seen", "spare", "bits", "decay", "choose_at", "history_at", "always_recent")
 _RECENT = 3
 """Latent frames of the newest chunk."""
@@ -73,8 +74,12 @@ class Setting:
 
     @property
     def record(self) -> dict[str, Any]:
-        cache = {"merging": self.merging, "budget_latent_frames": self.kept, "spare_latent_frames": self.spare}
-        cache["mass_decay"] = self.decay
+        cache: dict[str, Any] = {
+            "merging": self.merging,
+            "budget_latent_frames": self.kept,
+            "spare_latent_frames": self.spare,
+        }
+        cache |= {"mass_decay": self.decay, "storage": _STORED[self.bits]}
         always = _RECENT if self.always_recent else 0
         attention = {"density": min(1.0, (self.seen - always) / (self.kept - always)), "choose_at": self.choose_at}
         attention |= {"history_at": self.history_at, "always_recent": self.always_recent}
@@ -121,6 +126,7 @@ SETTINGS = [
     Setting("pairs", 240, 48, history_at=(0,), always_recent=True),
     Setting("pairs", 240, 24, choose_at=(0, 1), history_at=(0, 1), always_recent=True),
     Setting("pairs", 180, 30, history_at=(0,), always_recent=True),
+    Setting("pairs", 240, 24, bits=4),
 ]
 """For 3000 frames, in the order of their worth; those of one table that follow one another fill it once."""
 
@@ -188,12 +194,12 @@ def fill(cache: KVCache, history: History, chunk_tokens: int) -> None:
             cache.append(layer, keys.narrow(start, start + chunk_tokens))
 
 
-def make_table(setting: Setting, model: LoadedModel) -> tuple[PlainTable, int]:
+def make_table(model: LoadedModel) -> tuple[PlainTable, int]:
     """An empty one, and the tokens of a chunk."""
     config = model.config.cache
     assert isinstance(config, TileCacheConfig)
     sizes = table_settings(config, model.backbone, model.latent_size)
-    return PlainTable(sizes, in_8_bits=setting.bits == 8), sizes.chunk_tokens
+    return PlainTable(sizes), sizes.chunk_tokens
 
 
 def parts_of(table: PlainTable, model: LoadedModel) -> TakeParts:
@@ -254,16 +260,12 @@ class World:
             parts = replace(prepare_take(model, 0), cache=history.cache)
             return look_back(lab, walks, model, parts, FilledMeter(history.cache, history))
         model = lab.model(setting.record)
-        of = model.config.cache, setting.bits
-        if self._table is None or self._table[0] != of:
-            table, chunk_tokens = make_table(setting, model)
+        if self._table is None or self._table[0] != model.config.cache:
+            table, chunk_tokens = make_table(model)
             fill(table, history, chunk_tokens)
-            self._table = of, table
+            self._table = model.config.cache, table
         table = self._table[1]
-        found = look_back(lab, walks, model, parts_of(table, model), FilledMeter(table, history))
-        dim = model.backbone.head_dim
-        found["kv_share_of_full"] *= (dim + 2) / (2 * dim) if setting.bits == 8 else 1.0
-        return found
+        return look_back(lab, walks, model, parts_of(table, model), FilledMeter(table, history))
 
     def _walks(self) -> Walks:
         return self._lab.walks("still", [self._index], self._frames)

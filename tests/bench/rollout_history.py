@@ -3,8 +3,9 @@
 `python -m tests.bench.rollout_history --quick` checks the kernels at small sizes, says where a chunk's time goes and
 rolls out one policy over 420 frames; without `--quick` all rows, those of the whole policy over all frames. Random
 weights: time and memory are those of the sizes, densities and budgets that stand in each row. Rows called `pairs` merge
-as `quality_tables` measures it; their numbers are the latent frames kept and seen. Rows called `once` look at the
-history in the first step of a chunk alone. A part that fails says so and takes no other along.
+as `quality_tables` measures it; their numbers are the latent frames kept and seen, and `int4` is how their history
+lies. Rows called `once` look at the history in the first step of a chunk and in the clean pass alone. A table of 180 is
+full after 61 chunks: `--frames` below 800 measures less. A part that fails says so and takes no other along.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from tests.bench.record import report
 from tests.bench.rollout_models import make_vae, seconds_with_pictures
 from tests.bench.rollout_rows import RowResult, Settings, release_memory
 from workers.assemble_tiles import tile_runs
+from workers.cache.packed_table import PackedTable
 from workers.kernels.listed_tiles import AttendTable, ListedName
 from workers.model.backbones import find_backbone
 from workers.search.nearest_rows import NearestRows, nearest_rows
@@ -53,6 +55,18 @@ VARIANTS = {
             for seen in (6, 12, 24, 48)
         ),
         *ONCE,
+        *(
+            Variant(
+                f"pairs-{slots}-seen-12-int4",
+                kept,
+                spare,
+                rule="pairs",
+                storage="int4",
+                estimate="quant",
+                density=12 / slots,
+            )
+            for slots, kept, spare in ((180, 48, 10), (186, 55, 5), (240, 68, 10))
+        ),
         Variant("tempcache", density=1.0, whole=False),
         Variant("annsa", density=0.28, kept_chunks=34, whole=False),
     )
@@ -179,6 +193,9 @@ def make_row(variant: Variant, settings: Settings) -> RowResult:
         f"tiles chosen at steps {variant.choose_at}"
         + ("" if variant.history_at is None else f"; history looked at in steps {variant.history_at} alone")
     ]
+    if isinstance(engine.table, PackedTable):
+        share = engine.table.seen_share
+        notes.append(f"history in {engine.sizes.storage}; {share:.0%} of all tiles are seen by some query")
     if not is_whole:
         notes.append(f"measured over {num_chunks} chunks; seconds_3000_frames goes on at their last pace")
     say(f"{variant.name}: {json.dumps({'chunk_ms': [round(s * 1e3, 1) for s in seconds[-10:]]})}")

@@ -130,7 +130,7 @@ def test_a_row_that_looks_at_the_history_once_says_what_is_seen(name: str, monke
     assert "history looked at in steps (0,) alone" in result.notes
     engine = rollout_history.engine_for(variant, settings)
     assert engine.num_calls == 3
-    assert engine.num_looking == 1
+    assert engine.num_looking == 2
     fresh = 16 * (2 if variant.always_recent else 1)  # chunks of 12 tokens in tiles of 16; two steps
     assert engine.slots_seen == fresh + 16 * engine.chooser.num_chosen / 2
     assert f"{round(engine.slots_seen)} slots seen" in result.notes
@@ -163,12 +163,28 @@ def test_attention_to_the_history_is_what_calls_that_take_it_spare(monkeypatch: 
     monkeypatch.setattr(history_parts, "kernel_times", times)
     found = history_parts.kinds_of_calls(engine, 40.0)
     assert found["attention to own keys"] == 3 * 2.0
-    assert found["attention to the history"] == 5.0
+    assert found["attention to the history"] == 2 * 5.0
     assert found["composition"] == 3 * 0.25
     assert found["linear layers"] == 3 * 7.0
     assert found["selection"] == 0.5
     assert sum(found.values()) == pytest.approx(40.0)
     assert set(calls) == {(False, True), (True, True), (False, False)}
+
+
+def test_unpacking_and_packing_are_parts_of_their_own() -> None:
+    variant = replace(rollout_history.VARIANTS["pairs-180-seen-12-int4"], kept_chunks=2, spare_chunks=2)
+    rows = {row["part"]: row for row in rollout_history.where_time_goes(variant, TINY)}
+    for part in ("unpacking", "packing", "matching", "merging"):
+        assert rows[part]["ms_per_chunk"] > 0
+        assert rows[part]["least_gb"] > 0
+    assert rows["a chunk, captured"]["ms_per_chunk"] > 0
+
+
+def test_a_row_over_a_packed_table_says_so() -> None:
+    variant = replace(rollout_history.VARIANTS["pairs-180-seen-12-int4"], kept_chunks=2, spare_chunks=2, whole=False)
+    result = rollout_history.make_row(variant, replace(TINY, num_frames=120))
+    assert "history in int4" in result.notes
+    assert result.compression_share is not None
 
 
 def test_rows_come_in_the_order_in_which_they_are_missed_most() -> None:

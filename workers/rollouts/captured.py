@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -43,12 +43,21 @@ class Table(Protocol):
     """See `workers/cache/tile_table.py`."""
 
     @property
+    def is_packed(self) -> bool: ...
+
+    @property
     def layers(self) -> Sequence[LayerKeys]: ...
 
     @property
     def num_bytes(self) -> int: ...
 
     def own(self, layer_index: int) -> tuple[Tensor, Tensor]: ...
+
+    def note_seen(self, layer_index: int, index_NIJ: Tensor) -> None: ...
+
+    def lay_out(
+        self, layer_index: int, part: Literal["keys", "values", "both"] = "both", *, seen_only: bool = False
+    ) -> LayerKeys: ...
 
     def remember_chunk(self, position_T3: Tensor) -> None: ...
 
@@ -75,8 +84,8 @@ class CapturedSettings:
     prompt_rows: int = 16
     """Prompts are filled up to a multiple of so many rows; where that changes, calls are captured anew."""
     history_at: tuple[int, ...] | None = None
-    """Denoising steps that look at the history, those of `choose_at` among them; the others, and the clean pass, take
-    what the newest of them saw of it. None: all look."""
+    """Denoising steps that look at the history, those of `choose_at` among them; the others take what the newest of
+    them saw of it. None: all look. The clean pass always does: one that takes loses a decibel of what is seen again."""
 
 
 def to_host(flag: Tensor) -> Callable[[], bool]:
@@ -164,7 +173,7 @@ class CapturedRollout:
                 is_finite = to_host(torch.isfinite(latents).all())
             with stage("cache"):
                 if index + 1 < plan.num_chunks:
-                    self.call(latents, 0.0, choose=False, look=self._settings.history_at is None)
+                    self.call(latents, 0.0, choose=False)
                     noise = self._draw(plan, index + 1)  # now, while the GPU is busy
                 if not is_finite():  # waits for the denoising steps, not for the clean pass
                     raise NonFiniteLatents(f"chunk {index} holds NaN or infinity after its last denoising step")
@@ -219,21 +228,36 @@ class CapturedRollout:
         time_T6E = time_BT6E[0]
         mark("embed")
         for index, weights in enumerate(layers.weights):
-            keys, listed = self.table.layers[index], self._lists[index]
+            listed = self._lists[index]
             layers.enter(weights, x, time_T6E, self._rotation, self._targets[index])
             mark("queries, keys, values")
             if choose:
+                keys = self._lay_out(index, "keys", mark)
                 self.chooser.choose(self._q_QNW, keys.k_NLW, listed)
+                self.table.note_seen(index, listed)
                 mark("selection")
             if isinstance(self._attend, KeptHistory):
-                out = self._attend.attend(index, self._q_QNW, keys, Looked(keys, listed) if look else None, mark)
+                looked = None
+                if look:
+                    keys = self._lay_out(index, "values" if choose else "both", mark, seen_only=True)
+                    looked = Looked(keys, listed)
+                out = self._attend.attend(index, self._q_QNW, self.table.layers[index], looked, mark)
             else:
+                keys = self._lay_out(index, "values" if choose else "both", mark, seen_only=True)
                 out = self._attend(self._q_QNW, keys.k_NLW, keys.v_NLD, listed)
                 mark("attention")
             x = layers.leave(weights, self._prompt[index], x, out, time_T6E)
             mark("output, cross-attention, feed-forward")
         self._flow.copy_(model.read_out(x[None], time_BTE, self._latent_size))
         mark("head")
+
+    def _lay_out(
+        self, index: int, part: Literal["keys", "values", "both"], mark: Mark, *, seen_only: bool = False
+    ) -> LayerKeys:
+        keys = self.table.lay_out(index, part, seen_only=seen_only)
+        if self.table.is_packed:
+            mark("unpacking")
+        return keys
 
     def remember(self, position_Q3: Tensor) -> None:
         """The last call was a clean pass: its keys become history."""

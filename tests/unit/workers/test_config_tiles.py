@@ -48,6 +48,7 @@ def test_a_tile_is_at_most_an_eighth_of_a_latent_frame(frame_tokens: int, tile: 
     [
         ({"cache": {"tile": 24}}, r"cache\.tile: 24 is not a power of two in \[8, 128\]"),
         ({"cache": {"budget_latent_frames": 20}}, r"cache\.budget_latent_frames: 20 is below 22, the sum of"),
+        ({"cache": {"storage": "fp8"}}, r"cache\.tiles\.storage\n *Input should be 'model', 'int8' or 'int4'"),
         ({"attention": {"choose_at": [1, 2]}}, r"attention\.choose_at: \[1, 2\] must begin with 0 and rise"),
         ({"attention": {"choose_at": [0, 4]}}, r"attention\.choose_at: 4 is no denoising step: .* from 0 to 3"),
         ({"attention": {"history_at": [1, 2]}}, r"attention\.history_at: \[1, 2\] must begin with 0 and rise"),

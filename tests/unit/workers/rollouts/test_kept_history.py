@@ -55,7 +55,7 @@ class ComposingAttention(RolloutAttention):
             # The first chunk is the sink, and no other.
             first, last = sink, max(TOKENS, whole.num_tokens - recent)
             parts += [whole.narrow(0, first), whole.narrow(last, whole.num_tokens)]
-            if not self._moment.is_clean_pass and self._moment.step_index in self._history_at:
+            if self._moment.is_clean_pass or self._moment.step_index in self._history_at:
                 self._seen[layer_index] = weigh(q, [whole.narrow(first, last)])
         sums, mass = weigh(q, parts)
         if layer_index in self._seen:
@@ -99,10 +99,9 @@ def test_it_is_the_slow_twin(model: CausalDiT, history_at: tuple[int, ...], sink
     assert_same(found, list(Rollout(model, twin, Stopwatch(CPU)).run(plan)))
 
 
-def test_where_all_steps_look_only_the_clean_pass_differs_from_one_attention(model: CausalDiT) -> None:
-    plan = make_plan(model, 2)
+def test_where_all_steps_look_it_is_one_attention(model: CausalDiT) -> None:
+    plan = make_plan(model, 6)
     whole, parted = roll(model, plan, None, num_chosen=3), roll(model, plan, (0, 1, 2), num_chosen=3)
-    # The first chunk's clean pass has no history to take.
     assert_same(parted, whole)
 
 
