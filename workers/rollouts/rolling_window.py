@@ -78,6 +78,7 @@ class RollingWindowRollout:
         self._calls = ModelCalls(model, attention)
         self._attention, self._stopwatch = attention, stopwatch
         self._judge, self._attend_prompt = judge, attend_prompt
+        attention.announce_to(attend_prompt)
         self._latents: dict[int, Tensor] = {}
         self._visible: list[int] = []  # chunks that there were to see, call by call
 
