@@ -279,11 +279,13 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the weights to measure")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--seconds", type=float, default=600.0, help="begin no further part after this time")
-    parser.add_argument("--collect", nargs="+", type=Path, help="measure nothing: make one file of these")
+    parser.add_argument(
+        "--collect", nargs="+", type=Path, help="measure nothing: make one file of these, called --name"
+    )
     options = parser.parse_args()
     if options.collect:
-        path = write_record(collect([json.loads(file.read_text()) for file in options.collect]), options.folder)
-        print(f"wrote {path}")
+        one = collect([json.loads(file.read_text()) for file in options.collect])
+        print(f"wrote {write_record(one | {'name': options.name}, options.folder)}")
         return
     lab, revision = load(torch.device("cuda" if torch.cuda.is_available() else "cpu"), options.weights)
     parts = parts_of(lab, options.worlds)
