@@ -15,8 +15,7 @@ from workers import registry
 from workers.assemble_tiles import table_settings
 from workers.cache.tile_table import TileTable
 from workers.checkpoints import fetch
-from workers.checkpoints.modules import BUNDLED_WEIGHTS
-from workers.config import WindowCacheConfig
+from workers.config import BUNDLED_WEIGHTS, WindowCacheConfig
 from workers.config_tiles import TileCacheConfig
 from workers.errors import CheckpointMismatch, ConfigUnsupported
 from workers.geometry import (
