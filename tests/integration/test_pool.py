@@ -317,6 +317,7 @@ def test_a_draining_node_is_announced_once(two_nodes: Cluster, listen: Start) ->
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_zombie_of_a_killed_raylet_is_ended(two_nodes: Cluster, listen: Start, tmp_path: Path) -> None:
     """Ray notices after 13 s and leaves the process running; the pool, on the same machine, ends it."""
     ear = listen(resources=ActorResources(num_gpus=2, num_cpus=0.1))
@@ -333,6 +334,7 @@ def test_the_zombie_of_a_killed_raylet_is_ended(two_nodes: Cluster, listen: Star
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_an_actor_killed_for_memory_is_told_apart(two_nodes: Cluster, listen: Start) -> None:
     """Ray's own memory monitor, made to believe that the node is full."""
     variables = {"RAY_memory_usage_threshold": "0.0001", "RAY_memory_monitor_refresh_ms": "250"}
