@@ -186,7 +186,8 @@ def test_an_idle_actor_that_dies_is_noticed(listen: Start) -> None:
 
 
 def test_a_hanging_run_shows_as_heartbeats_with_the_same_tick(listen: Start) -> None:
-    ear = listen(unresponsive_s=PATIENCE_S)  # that it never counts as silence: tests/unit/cluster/test_ray_pool.py
+    """That it never counts as silence: tests/unit/cluster/test_ray_pool.py."""
+    ear = listen(unresponsive_s=PATIENCE_S, heartbeat_s=0.05)
     actor = ear.pool.spawn()
     ear.ready(actor)
     ear.pool.submit(actor, "a", ("sleep", 600))
@@ -220,13 +221,14 @@ def test_killing_reports_the_open_calls_once_and_hears_nothing_later(listen: Sta
 
 
 def test_load_failures_carry_the_reason(listen: Start) -> None:
-    for worker, kind, text in (
+    expected = (
         (UnloadableWorker, RuntimeError, "weights are missing"),
         (DyingWorker, ActorLost, "died"),
         (EndlessLoader, ActorLoadFailed, "took over"),
-    ):
-        ear = listen(worker, load_timeout_s=1.0 if worker is EndlessLoader else PATIENCE_S)
-        actor = ear.pool.spawn()
+    )
+    ears = [listen(w, load_timeout_s=1.0 if w is EndlessLoader else PATIENCE_S) for w, _, _ in expected]
+    actors = [ear.pool.spawn() for ear in ears]
+    for ear, actor, (_, kind, text) in zip(ears, actors, expected, strict=True):
         ear.until(lambda _, ear=ear: bool(ear.of(ActorLoadFailure)))
         failure = ear.of(ActorLoadFailure)[0]
         assert failure.actor_id == actor
@@ -298,16 +300,17 @@ def test_a_removed_node_takes_its_actors_and_their_calls(two_nodes: Cluster, lis
     wait_until_dead(ear.pid(actor))
 
 
-def test_a_draining_node_is_announced_once(two_nodes: Cluster, listen: Start) -> None:
+def test_a_draining_node_is_announced_once(two_nodes: Cluster, listen: Start, tmp_path: Path) -> None:
     """Ray's private list of draining nodes, on the installed version, through its own command."""
     ear = listen(resources=ActorResources(num_gpus=2, num_cpus=0.1), draining_check_s=0.2)
     node = add_node(two_nodes, gpus_per_node=2)
     actor = ear.pool.spawn()
     ear.ready(actor)
-    ear.pool.submit(actor, "a", ("sleep", 3))
+    ear.pool.submit(actor, "a", ("wait_for", "bell"))
     node_id = ear.of(ActorReady)[0].node_id
     drain_node(two_nodes.address, node_id, deadline_s=600)
     ear.until(lambda _: bool(ear.of(NodeDraining)))
+    (tmp_path / "bell").touch()
     ear.until(lambda _: bool(ear.of(CallDone) or ear.of(ActorGone)))
     notice = ear.of(NodeDraining)
     assert [(event.node_id, event.actor_ids) for event in notice] == [(node_id, (actor,))]
