@@ -204,7 +204,6 @@ class Run:
             parts.reindex,
             probes=() if meter is None else (meter,),
         )
-        attention.announce_to(parts.attend_prompt)
         self._rollout = Rollout(
             model.dit, attention, Stopwatch(lab.device), parts.reuse, self._judge, attend_prompt=parts.attend_prompt
         )
@@ -273,7 +272,6 @@ class Runner:
         attention, self.guard = make_attention(
             model.config.guard, model.backbone, parts.cache, parts.policy, model.kernel, parts.reindex
         )
-        attention.announce_to(parts.attend_prompt)
         self.seconds, self.latents = list[float](), list[Tensor]()
         self.cpu_seconds = list[float]()
         """Of all threads of this process: what others do on the machine counts less."""

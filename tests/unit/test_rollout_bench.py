@@ -11,7 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.bench import history_parts, record, rollout, rollout_growing, rollout_history, rollout_native, rollout_table
+from tests.bench import (
+    history_parts,
+    history_snapshot,
+    record,
+    rollout,
+    rollout_growing,
+    rollout_history,
+    rollout_native,
+    rollout_table,
+)
 from tests.bench.history_once import ONCE
 from tests.bench.rollout_models import Stage
 from tests.bench.rollout_rows import (
@@ -115,7 +124,10 @@ def test_no_row_is_begun_after_the_time_given() -> None:
     assert "time given" in late.notes
 
 
-def test_a_snapshot_under_way_is_timed_beside_chunks_without_and_compared_with_one_at_rest() -> None:
+def test_a_snapshot_under_way_is_timed_beside_chunks_without_and_compared_with_one_at_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(history_snapshot, "_CYCLES", 1)  # more are for the median of times
     (row,) = rollout_history.snapshots(rollout_history.VARIANTS["pairs"], TINY)
     assert row["equals_one_at_rest"]
     assert row["snapshot_gb"] > 0
@@ -259,7 +271,7 @@ def test_the_dense_row_sees_everything_and_says_how_far_it_was_real() -> None:
 
 @pytest.mark.usefixtures("instant_pictures")
 @pytest.mark.parametrize(
-    "policy", ["radial", "flowcache + radial", *(pytest.param(n, marks=SLOW) for n in ("svg", "flowcache", "annca"))]
+    "policy", ["flowcache + radial", *(pytest.param(n, marks=SLOW) for n in ("radial", "svg", "flowcache", "annca"))]
 )
 def test_a_baseline_row_is_timed_through_the_product(policy: str) -> None:
     result = make_row(policy, TINY, CPU)

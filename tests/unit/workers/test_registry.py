@@ -16,8 +16,7 @@ from workers.assemble_tiles import table_settings
 from workers.cache.low_bit import Storage
 from workers.cache.packed_table import PackedTable, make_table
 from workers.checkpoints import fetch
-from workers.checkpoints.modules import BUNDLED_WEIGHTS
-from workers.config import WindowCacheConfig
+from workers.config import BUNDLED_WEIGHTS, WindowCacheConfig
 from workers.config_tiles import TileCacheConfig
 from workers.errors import CheckpointMismatch, ConfigUnsupported
 from workers.geometry import (
