@@ -105,8 +105,8 @@ class TileAttentionConfig(Part):
         None,
         min_length=1,
         strict=False,
-        description="Denoising steps that look at the history, the first of them 0; the others, and the clean pass, "
-        "take what the newest of them saw of it. Empty: all look.",
+        description="Denoising steps that look at the history, the first of them 0; the others take what the newest of "
+        "them saw of it. Empty: all look.",
     )
     always_sink: bool = Field(False, description="The sink is always seen, beside what the density allows.")
     always_recent: bool = Field(False, description="The newest chunks are always seen, likewise.")

@@ -4,7 +4,7 @@
 rolls out one policy over 420 frames; without `--quick` all rows, those of the whole policy over all frames. Random
 weights: time and memory are those of the sizes, densities and budgets that stand in each row. Rows called `pairs` merge
 as `quality_tables` measures it; their numbers are the latent frames kept and seen. Rows called `once` look at the
-history in the first step of a chunk alone. A part that fails says so and takes no other along.
+history in the first step of a chunk and the clean pass alone. A part that fails says so and takes no other along.
 """
 
 from __future__ import annotations
@@ -177,7 +177,11 @@ def make_row(variant: Variant, settings: Settings) -> RowResult:
         f"compiled: {', '.join(_CHOICES.compiled) or 'nothing'}; "
         f"kernels: {', '.join(_CHOICES.kernels if variant.kernels else ()) or 'none'}; fp8: {variant.fp8}; "
         f"tiles chosen at steps {variant.choose_at}"
-        + ("" if variant.history_at is None else f"; history looked at in steps {variant.history_at} alone")
+        + (
+            ""
+            if variant.history_at is None
+            else f"; history looked at in steps {variant.history_at} and the clean pass"
+        )
     ]
     if not is_whole:
         notes.append(f"measured over {num_chunks} chunks; seconds_3000_frames goes on at their last pace")

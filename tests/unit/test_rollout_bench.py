@@ -127,10 +127,10 @@ def test_a_row_that_looks_at_the_history_once_says_what_is_seen(name: str, monke
     monkeypatch.setattr(rollout_history, "fps_with_pictures", lambda *_: 1.0)
     variant, settings = rollout_history.VARIANTS[name], replace(TINY, num_frames=96)
     result = rollout_history.make_row(variant, settings)
-    assert "history looked at in steps (0,) alone" in result.notes
+    assert "history looked at in steps (0,) and the clean pass" in result.notes
     engine = rollout_history.engine_for(variant, settings)
     assert engine.num_calls == 3
-    assert engine.num_looking == 1
+    assert engine.num_looking == 2
     fresh = 16 * (2 if variant.always_recent else 1)  # chunks of 12 tokens in tiles of 16; two steps
     assert engine.slots_seen == fresh + 16 * engine.chooser.num_chosen / 2
     assert f"{round(engine.slots_seen)} slots seen" in result.notes
@@ -163,7 +163,7 @@ def test_attention_to_the_history_is_what_calls_that_take_it_spare(monkeypatch: 
     monkeypatch.setattr(history_parts, "kernel_times", times)
     found = history_parts.kinds_of_calls(engine, 40.0)
     assert found["attention to own keys"] == 3 * 2.0
-    assert found["attention to the history"] == 5.0
+    assert found["attention to the history"] == 2 * 5.0
     assert found["composition"] == 3 * 0.25
     assert found["linear layers"] == 3 * 7.0
     assert found["selection"] == 0.5

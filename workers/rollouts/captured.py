@@ -75,8 +75,8 @@ class CapturedSettings:
     prompt_rows: int = 16
     """Prompts are filled up to a multiple of so many rows; where that changes, calls are captured anew."""
     history_at: tuple[int, ...] | None = None
-    """Denoising steps that look at the history, those of `choose_at` among them; the others, and the clean pass, take
-    what the newest of them saw of it. None: all look."""
+    """Denoising steps that look at the history, those of `choose_at` among them; the others take what the newest of
+    them saw of it. None: all look. The clean pass always does, for what it writes is read ever after."""
 
 
 def to_host(flag: Tensor) -> Callable[[], bool]:
@@ -164,7 +164,7 @@ class CapturedRollout:
                 is_finite = to_host(torch.isfinite(latents).all())
             with stage("cache"):
                 if index + 1 < plan.num_chunks:
-                    self.call(latents, 0.0, choose=False, look=self._settings.history_at is None)
+                    self.call(latents, 0.0, choose=False)
                     noise = self._draw(plan, index + 1)  # now, while the GPU is busy
                 if not is_finite():  # waits for the denoising steps, not for the clean pass
                     raise NonFiniteLatents(f"chunk {index} holds NaN or infinity after its last denoising step")

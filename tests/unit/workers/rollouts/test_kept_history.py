@@ -55,7 +55,7 @@ class ComposingAttention(RolloutAttention):
             # The first chunk is the sink, and no other.
             first, last = sink, max(TOKENS, whole.num_tokens - recent)
             parts += [whole.narrow(0, first), whole.narrow(last, whole.num_tokens)]
-            if not self._moment.is_clean_pass and self._moment.step_index in self._history_at:
+            if self._moment.is_clean_pass or self._moment.step_index in self._history_at:
                 self._seen[layer_index] = weigh(q, [whole.narrow(first, last)])
         sums, mass = weigh(q, parts)
         if layer_index in self._seen:
@@ -99,11 +99,9 @@ def test_it_is_the_slow_twin(model: CausalDiT, history_at: tuple[int, ...], sink
     assert_same(found, list(Rollout(model, twin, Stopwatch(CPU)).run(plan)))
 
 
-def test_where_all_steps_look_only_the_clean_pass_differs_from_one_attention(model: CausalDiT) -> None:
-    plan = make_plan(model, 2)
-    whole, parted = roll(model, plan, None, num_chosen=3), roll(model, plan, (0, 1, 2), num_chosen=3)
-    # The first chunk's clean pass has no history to take.
-    assert_same(parted, whole)
+def test_where_all_steps_look_it_is_one_attention(model: CausalDiT) -> None:
+    plan, every = make_plan(model, 6), {"always_sink": True, "always_recent": True, "num_chosen": 4}
+    assert_same(roll(model, plan, (0, 1, 2), **every), roll(model, plan, None, **every))
 
 
 def test_taking_what_the_first_step_saw_changes_little_but_something(model: CausalDiT) -> None:
