@@ -176,18 +176,25 @@ class PlainTileChoice:
             return AttentionPlan(
                 (PlanPart("cached", 0, cached.num_tokens, Tiles(visible_BNIJ, tile, tile)), everything_own)
             )
-        looks = moment.is_clean_pass or moment.step_index in self._history_at
-        is_new = looks or layer_index not in self._looked
-        self._looked.add(layer_index)
         first, last = self._fresh(layer_index, cached.num_tokens)
         seen = Tiles(visible_BNIJ[..., first // tile : last // tile].contiguous(), tile, tile)
         parts = (
             PlanPart("cached", 0, first),
-            PlanPart("cached", first, last, seen, "kept" if is_new else "taken"),
+            PlanPart("cached", first, last, seen, self._result(layer_index, moment)),
             PlanPart("cached", last, cached.num_tokens),
             everything_own,
         )
         return AttentionPlan(tuple(part for part in parts if part.stop > part.start))
+
+    def _result(self, layer_index: int, moment: Moment) -> Literal["fresh", "kept", "taken"]:
+        """Of the history's attention in this call."""
+        if moment.is_clean_pass:
+            return "fresh"
+        assert self._history_at is not None
+        if layer_index in self._looked and moment.step_index not in self._history_at:
+            return "taken"
+        self._looked.add(layer_index)
+        return "kept"
 
     def _fresh(self, layer_index: int, num_tokens: int) -> tuple[int, int]:
         """Where the keys that are always seen end at the start of those read, and where they begin at their end."""

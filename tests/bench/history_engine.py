@@ -59,7 +59,7 @@ class Variant:
     fp8: Fp8Linears = "none"
     choose_at: tuple[int, ...] = (0,)
     history_at: tuple[int, ...] | None = None
-    """Denoising steps that look at the history; None: all, and the clean pass."""
+    """Denoising steps that look at the history; None: all. The clean pass always does."""
     dense_own: bool = True
     """Where not all look: what all see is attended to by a dense kernel, if there is one; else by lists."""
     keys_per_tile: int = 16
@@ -108,7 +108,7 @@ class Engine:
 
     @property
     def num_looking(self) -> int:
-        """Calls of a chunk that look at the history, the clean pass among them."""
+        """Calls of a chunk that look at the history, the clean pass always."""
         at = self.variant.history_at
         return self.num_calls if at is None else len(at) + 1
 

@@ -1,4 +1,4 @@
-"""Rows of `rollout_history` that look at the history in the first denoising step of a chunk alone, and their check.
+"""Rows of `rollout_history` that look at the history in one denoising step of a chunk, its first, and their check.
 
 Their numbers are the latent frames kept and seen, the newest chunk among both: every call attends to it afresh, for the
 queries that look are those of noise. With `own` at the end it competes with the history, and only the own chunk is
@@ -38,19 +38,32 @@ def _pairs(kept: int, seen: int, spare: int) -> Variant:
     )
 
 
+def _own(variant: Variant) -> Variant:
+    """The newest chunk competes with the history: of as many latent frames seen more are chosen."""
+    _, kept, _, seen, *_ = variant.name.split("-")
+    return replace(variant, name=f"{variant.name}-own", always_recent=False, density=int(seen) / int(kept))
+
+
+def _always(variant: Variant) -> Variant:
+    """Every call looks."""
+    own = _own(variant)
+    return replace(own, name=own.name.removesuffix("-once-own"), history_at=None)
+
+
+def _packed(variant: Variant) -> Variant:
+    """Its history lies in 4 bits."""
+    return replace(variant, name=f"{variant.name}-int4", storage="int4")
+
+
 _FAITHFUL = (_pairs(120, 12, 15), _pairs(180, 12, 30), _pairs(180, 30, 30), _pairs(240, 24, 30))
 ONCE = (
     replace(_SMALL, name="fastar-exact-once"),
     replace(_SMALL, name="fastar-exact-once-own", always_recent=False),
     replace(_SMALL, name="pairs-once", rule="pairs"),
     *_FAITHFUL,
-    replace(_FAITHFUL[1], name="pairs-180-seen-12-once-own", always_recent=False, density=12 / 180),
-    replace(_FAITHFUL[1], name="pairs-180-seen-12-int4-once", storage="int4"),
-    replace(_FAITHFUL[3], name="pairs-240-seen-24-int4-once", storage="int4"),
-    *(
-        replace(one, name=one.name.removesuffix("-once"), history_at=None, always_recent=False, density=density)
-        for one, density in zip(_FAITHFUL[1:], (12 / 180, 30 / 180, 24 / 240), strict=True)
-    ),
+    *(_own(variant) for variant in (_FAITHFUL[1], _pairs(240, 12, 30))),
+    *(_always(variant) for variant in _FAITHFUL[1:]),
+    *(_packed(_own(variant)) for variant in (_FAITHFUL[1], _pairs(240, 12, 30))),
 )
 """Tiles are chosen by products of 16 bits, which is the faster way there."""
 

@@ -42,8 +42,8 @@ _NOTES = (
     "keys kept; each table takes them over in the order of time. At the end the next chunk is made, and the camera "
     "cuts back to places seen so many latent frames ago. kept, seen: latent frames' worth of slots in the table, and "
     "of those that a query sees (its own chunk not counted); spare: of those kept, what a full history frees at once; "
-    "bits of a stored channel of the history; history_at: steps that look at the history, for the others and the clean "
-    "pass (empty: all look); always_recent: the newest chunk, among those seen, is attended to afresh in each. Losses "
+    "bits of a stored channel of the history; history_at: steps that look at the history, for the others too "
+    "(empty: all look); always_recent: the newest chunk, among those seen, is attended to afresh in each. Losses "
     "are against dense attention over the same history, paired by world and place; ci95 is half the width over worlds. "
     "recall as in docs/memory.md."
 )
@@ -68,7 +68,7 @@ class Setting:
     choose_at: tuple[int, ...] = (0,)
     """Denoising steps that choose tiles."""
     history_at: tuple[int, ...] | None = None
-    """Denoising steps that look at the history; None: all, and the clean pass."""
+    """Denoising steps that look at the history; None: all."""
     always_recent: bool = False
     """The newest chunk is always seen, and counts among what is."""
 

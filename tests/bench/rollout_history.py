@@ -191,7 +191,11 @@ def make_row(variant: Variant, settings: Settings) -> RowResult:
         f"compiled: {', '.join(_CHOICES.compiled) or 'nothing'}; "
         f"kernels: {', '.join(_CHOICES.kernels if variant.kernels else ()) or 'none'}; fp8: {variant.fp8}; "
         f"tiles chosen at steps {variant.choose_at}"
-        + ("" if variant.history_at is None else f"; history looked at in steps {variant.history_at} alone")
+        + (
+            ""
+            if variant.history_at is None
+            else f"; history looked at in steps {variant.history_at} and the clean pass"
+        )
     ]
     if isinstance(engine.table, PackedTable):
         share = engine.table.seen_share

@@ -139,7 +139,7 @@ def test_a_row_that_looks_at_the_history_once_says_what_is_seen(name: str, monke
     monkeypatch.setattr(rollout_history, "fps_with_pictures", lambda *_: 1.0)
     variant, settings = rollout_history.VARIANTS[name], replace(TINY, num_frames=96)
     result = rollout_history.make_row(variant, settings)
-    assert "history looked at in steps (0,) alone" in result.notes
+    assert "history looked at in steps (0,) and the clean pass" in result.notes
     engine = rollout_history.engine_for(variant, settings)
     assert engine.num_calls == 3
     assert engine.num_looking == 2
