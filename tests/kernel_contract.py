@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from workers.contracts import Kernel, KeyValues, TiledKeys, Tiles
+from workers.contracts import Attended, Kernel, KernelPart, KeyValues, TiledKeys, Tiles
 from workers.kernels.reference import ReferenceKernel
 
 BATCH, HEADS = 2, 3
@@ -63,7 +63,7 @@ class KernelContract:
         made = [torch.rand(BATCH, HEADS, n, device=self.device).argsort(-1) if orders else None for n in sizes]
         return Tiles(visible, *tile, *made)
 
-    def check(self, q: Tensor, parts: tuple[KeyValues | TiledKeys, ...]) -> None:
+    def check(self, q: Tensor, parts: tuple[KernelPart, ...]) -> None:
         kernel = self.make()
         expected_out, expected_lse = ReferenceKernel().attend(q.double(), parts)
         for _ in range(2):  # the second time with what was planned or kept
@@ -96,6 +96,14 @@ class KernelContract:
         tiled = TiledKeys(self.random_keys(num_keys, head_dim, dtype, mass), tiles)
         self.check(q, (tiled,))
         self.check(q, (tiled, self.random_keys(300, head_dim, dtype, False)))
+
+    def test_what_was_attended_before_counts_by_its_log_sum_exp(self, dtype: torch.dtype, mass: bool) -> None:
+        torch.manual_seed(4)
+        head_dim = self.head_dims[-1]
+        q = self.random_queries(190, head_dim, dtype)
+        before, after = (self.random_keys(num, head_dim, dtype, mass) for num in (300, 128))
+        out, lse = ReferenceKernel().attend(q.double(), (before,))
+        self.check(q, (after, Attended(out.to(dtype), lse.float())))
 
     def test_tiles_in_every_dtype_and_head_dimension(self, dtype: torch.dtype, head_dim: int, mass: bool) -> None:
         torch.manual_seed(2)

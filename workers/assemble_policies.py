@@ -163,7 +163,8 @@ def ann_settings(config: AnnSelfAttentionConfig, frame_tokens: int) -> AnnSettin
     tile = config.tile or (max(8, frame_tokens // 2) if small else min(_LARGEST_TILE, frame_tokens))
     query_tile = config.query_tile or (_QUERIES_TOGETHER // frame_tokens * frame_tokens if small else tile)
     across_layers = config.seen_across == "model" and sees_some
-    at_once = across_layers and small
+    # Where later calls take what the first one saw, there is no second choice for layers to compete in.
+    at_once = across_layers and (small or config.history_at is not None)
     return AnnSettings(
         sink_tokens=config.sink_latent_frames * frame_tokens,
         recent_tokens=config.recent_latent_frames * frame_tokens,
@@ -171,7 +172,7 @@ def ann_settings(config: AnnSelfAttentionConfig, frame_tokens: int) -> AnnSettin
         seen_keys=None if config.seen_latent_frames is None else config.seen_latent_frames * frame_tokens,
         across_layers=across_layers,
         at_once=at_once,
-        clean_share=(config.clean_pass_share or (_CLEAN_SHARE if at_once else 1.0)) if sees_some else 1.0,
+        clean_share=(config.clean_pass_share or (_CLEAN_SHARE if at_once and small else 1.0)) if sees_some else 1.0,
         target_recall=config.target_recall,
         query_tile=query_tile,
         key_tile=tile,
@@ -181,6 +182,7 @@ def ann_settings(config: AnnSelfAttentionConfig, frame_tokens: int) -> AnnSettin
         order=config.order,
         num_buckets=config.num_buckets,
         every_step=config.target_recall is not None,  # each noise level gets the density that it needs
+        history_at=config.history_at,
     )
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from workers import config_tiles
-from workers.config_part import Part
+from workers.config_part import Part, check_steps
 from workers.config_reuse import NoReuseConfig, ReuseConfig
 from workers.config_tiles import TileAttentionConfig, TileCacheConfig
 from workers.named_policies import PolicyName, fill_in
@@ -181,6 +181,13 @@ class AnnSelfAttentionConfig(Part):
         description="Of `seen_latent_frames`, what the clean pass sees; empty: a third with `seen_across: model` where "
         "a latent frame has at most 96 tokens, else all.",
     )
+    history_at: tuple[int, ...] | None = Field(
+        None,
+        min_length=1,
+        strict=False,
+        description="Denoising steps that look at the history, the first of them 0; the others take what the newest of "
+        "them saw of it. Empty: all look.",
+    )
     target_recall: float | None = Field(
         None, gt=0.0, le=1.0, description="Sets the density for each layer, head and noise level; empty keeps it."
     )
@@ -197,6 +204,7 @@ class AnnSelfAttentionConfig(Part):
             raise ValueError("attention.layers and attention.calibration: give one of them, both say which are sparse")
         if self.layers is not None and any(layer < 0 for layer in self.layers):
             raise ValueError(f"attention.layers: {self.layers} names a layer below 0")
+        check_steps("attention.history_at", self.history_at)
         return self
 
 
@@ -370,7 +378,9 @@ class RenderConfig(Part):
         return self
 
     @model_validator(mode="after")
-    def _tiles_go_together(self) -> Self:
+    def _goes_together(self) -> Self:
+        if isinstance(self.attention, AnnSelfAttentionConfig):
+            check_steps("attention.history_at", self.attention.history_at, self.sampling.num_steps)
         for problem in config_tiles.conflicts(self):
             raise ValueError(problem)
         return self

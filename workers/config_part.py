@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -9,3 +11,17 @@ class Part(BaseModel):
     """Base of every configuration part: frozen, strict types, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+def check_steps(field: str, steps: Sequence[int] | None, num_steps: int | None = None) -> None:
+    """Denoising steps begin with 0 and rise; with `num_steps`, all of them exist.
+
+    Raises:
+        ValueError: They do not; names the field.
+    """
+    if steps is None:
+        return
+    if not steps or steps[0] != 0 or list(steps) != sorted(set(steps)):
+        raise ValueError(f"{field}: {list(steps)} must begin with 0 and rise")
+    if num_steps is not None and steps[-1] >= num_steps:
+        raise ValueError(f"{field}: {steps[-1]} is no denoising step: they go from 0 to {num_steps - 1}")

@@ -105,6 +105,17 @@ class TiledKeys(NamedTuple):
     tiles: Tiles
 
 
+class Attended(NamedTuple):
+    """Attention over some keys that has been computed already; it counts beside others by its log-sum-exp."""
+
+    out_BQND: Tensor
+    lse_BQN: Tensor
+
+
+KernelPart = KeyValues | TiledKeys | Attended
+"""What a kernel composes under one softmax."""
+
+
 class PromptKeys(NamedTuple):
     """Cross-attention keys and values of one layer; they depend on the prompt alone."""
 
@@ -139,6 +150,10 @@ class PlanPart:
     stop: int
     tiles: Tiles | None = None
     """None: every query sees every key of the run."""
+    result: Literal["fresh", "kept", "taken"] = "fresh"
+    """Of the attention over this run: computed; computed and kept for later calls of the chunk; or not computed, but
+    that which this layer and branch kept last in the chunk, with the queries of then. A plan keeps or takes, not both.
+    """
 
 
 @dataclass(frozen=True)
@@ -236,6 +251,8 @@ class Attending:
     """Before RoPE."""
     rotate: Callable[[KeyValues], KeyValues]
     """RoPE of further keys of the past, at the times that this chunk sees them at."""
+    kept_q_BQND: Tensor | None = None
+    """After RoPE: with which queries the runs were seen that the plan takes."""
 
 
 @runtime_checkable
@@ -346,12 +363,12 @@ class Kernel(Protocol):
         """Name and version, as it stands in the manifest."""
         ...
 
-    def attend(self, q_BQND: Tensor, parts: tuple[KeyValues | TiledKeys, ...]) -> tuple[Tensor, Tensor]:
+    def attend(self, q_BQND: Tensor, parts: tuple[KernelPart, ...]) -> tuple[Tensor, Tensor]:
         """Softmax attention over the union of all parts.
 
         Args:
             q_BQND: Queries after RoPE; any real dtype.
-            parts: Disjoint keys after RoPE; each query sees at least one key of at least one part.
+            parts: Disjoint keys after RoPE, or the results over some; each query sees at least one key of at least one.
         Returns:
             out_BQND in the dtype of the queries, and the natural log-sum-exp of the logits, lse_BQN in float32 (float64
             for float64 inputs).

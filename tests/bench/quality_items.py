@@ -29,6 +29,8 @@ TUNING_WORLDS = 900
 """First of the worlds on which settings are chosen: none of those that the table is about."""
 _SHORT = 0.5
 """Of the frames: length of the walks by kind of world, for which the fast camera finds new land."""
+_TO_MAKE_ROOM_S = 20.0
+"""For which a process leaves its memory to the others when there is none for its next piece."""
 _LOOKED_AT = (100, 600, 1500, 3000)
 """Video frames of a free rollout that are compared with those of dense attention."""
 
@@ -107,15 +109,18 @@ def list_items(parts: Sequence[Part], policies: Sequence[str], worlds: int, batc
 
 def measure(item: Item, lab: QualityLab, folder: Path) -> None:
     """One piece; in two halves where it does not fit into the device's memory."""
+    found = None
     try:
-        figures, latents = (_measure_rollout if item.part == "rollout" else _measure_walk)(item, lab)
+        found = (_measure_rollout if item.part == "rollout" else _measure_walk)(item, lab)
     except torch.OutOfMemoryError:
         if item.num == 1:
             raise
+    if found is None:  # after the error, which holds what there was no room for
         torch.cuda.empty_cache()
         for half in item.halves():
             measure(half, lab, folder)
         return
+    figures, latents = found
     save_file({name: x.float().cpu().contiguous() for name, x in latents.items()}, folder / f"{item.name}.safetensors")
     record = asdict(item) | {"revision": lab.revision, "dtype": lab.dtype, "device": hardware()} | figures
     unfinished = folder / f"{item.name}.unfinished"
@@ -126,6 +131,9 @@ def measure(item: Item, lab: QualityLab, folder: Path) -> None:
 def work(items: Sequence[Item], lab: QualityLab, folder: Path, *, takes_heavy: bool, until: float) -> None:
     """Measure what nobody has claimed, until it is late; a piece that fails leaves its trace and does not stop others.
 
+    A piece for which there is no memory beside those of the other processes is given back, and tried once more when all
+    others have been claimed.
+
     Args:
         items: In the order in which they are tried.
         lab: The model.
@@ -133,20 +141,29 @@ def work(items: Sequence[Item], lab: QualityLab, folder: Path, *, takes_heavy: b
         takes_heavy: Also policies whose cache grows.
         until: `time.time()` from which on nothing new is begun.
     """
-    for item in items:
-        if time.time() > until:
-            return
-        if (is_heavy(item.policy) and not takes_heavy) or not claim(folder / f"{item.name}.claim"):
-            continue
-        started = time.perf_counter()
-        try:
-            measure(item, lab, folder)
-            print(f"{item.name}: {time.perf_counter() - started:.1f} s", flush=True)
-        except Exception:
-            (folder / f"{item.name}.error").write_text(traceback.format_exc())
-            print(f"{item.name} FAILED\n{traceback.format_exc()}", flush=True)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    for is_second_round in (False, True):
+        for item in items:
+            if time.time() > until:
+                return
+            path = folder / f"{item.name}.claim"
+            if (is_heavy(item.policy) and not takes_heavy) or not claim(path):
+                continue
+            started = time.perf_counter()
+            try:
+                measure(item, lab, folder)
+                print(f"{item.name}: {time.perf_counter() - started:.1f} s", flush=True)
+            except torch.OutOfMemoryError as error:
+                if is_second_round:
+                    (folder / f"{item.name}.error").write_text(f"{error}")
+                else:
+                    path.unlink()
+                    time.sleep(_TO_MAKE_ROOM_S)
+                print(f"{item.name}: no memory", flush=True)
+            except Exception:
+                (folder / f"{item.name}.error").write_text(traceback.format_exc())
+                print(f"{item.name} FAILED\n{traceback.format_exc()}", flush=True)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
 
 def release_claims(folder: Path) -> None:

@@ -68,6 +68,7 @@ VARIANTS: dict[str, Record] = {
         }
         for storage in ("model", "int4")
     },
+    "fastar-quant, every step looks": {"policy": "fastar-quant", "attention": {"history_at": None}},
     GUARDED: {"policy": "fastar-quant", "guard": {"enabled": True}},
 }
 
@@ -79,12 +80,13 @@ FAMILIES = {"annsa": "annsa", "fastar": "fastar-quant"}
 
 def _adaptive_table() -> dict[str, Record]:
     table: dict[str, Record] = {}
+    apart: Record = {"dense_step_share": 0.3, "history_at": None}  # each noise level by itself
     for family, policy in FAMILIES.items():
         for density in FIXED:
-            fixed: Record = {"density": density, "seen_latent_frames": None, "dense_step_share": 0.3}
+            fixed: Record = {"density": density, "seen_latent_frames": None, **apart}
             table[f"{family}, density {density}"] = {"policy": policy, "attention": fixed}
         for target in TARGETS:
-            adaptive: Record = {"target_recall": target, "dense_step_share": 0.3}
+            adaptive: Record = {"target_recall": target, **apart}
             table[f"{family}, recall {target}"] = {"policy": policy, "attention": adaptive}
     return table
 

@@ -17,7 +17,19 @@ from workers.assemble_policies import make_reindex
 from workers.attention.dense import DenseAttention
 from workers.cache.dense import DenseCache
 from workers.config import PositionsConfig
-from workers.contracts import Kernel, KeyValues, Moment, PromptKeys, TiledKeys
+from workers.contracts import (
+    Attended,
+    Attending,
+    AttentionPlan,
+    Kernel,
+    KernelPart,
+    KeyValues,
+    Moment,
+    PlanPart,
+    PromptKeys,
+    TiledKeys,
+    Tiles,
+)
 from workers.kernels.reference import ReferenceKernel
 from workers.kernels.sdpa import SdpaKernel
 from workers.model.attend import RolloutAttention
@@ -68,6 +80,23 @@ def test_any_partition_composes_to_attention_over_the_union(
     torch.testing.assert_close(lse, logit.logsumexp(-1).transpose(1, 2), atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), num=st.integers(2, 40), cut=st.integers(1, 39), merged=st.booleans())
+def test_what_was_attended_before_counts_like_its_keys(
+    kernel: Kernel, seed: int, num: int, cut: int, merged: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q, keys = draw(generator, BATCH, 5, HEADS, HEAD_DIM), draw_keys(generator, num, merged=merged)
+    before, after = pick(keys, torch.arange(min(cut, num - 1))), pick(keys, torch.arange(min(cut, num - 1), num))
+    expected = ReferenceKernel().attend(q, (keys,))
+    known = Attended(*kernel.attend(q, (before,)))
+    torch.testing.assert_close(kernel.attend(q, (after, known)), expected, atol=1e-10, rtol=0)
+    torch.testing.assert_close(kernel.attend(q, (known, after)), expected, atol=1e-10, rtol=0)
+    nothing = Attended(torch.zeros_like(q), torch.full(q.shape[:-1], -math.inf, dtype=q.dtype))
+    torch.testing.assert_close(kernel.attend(q, (keys, nothing)), expected, atol=1e-10, rtol=0)
+
+
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6), num_real=st.lists(st.integers(0, 9), min_size=BATCH, max_size=BATCH))
 def test_prompt_with_folded_padding_equals_all_of_its_rows(seed: int, num_real: list[int]) -> None:
@@ -103,9 +132,9 @@ class Seen:
 
     def __init__(self) -> None:
         self.q = torch.empty(0)
-        self.parts: tuple[KeyValues | TiledKeys, ...] = ()
+        self.parts: tuple[KernelPart, ...] = ()
 
-    def attend(self, q_BQND: Tensor, parts: tuple[KeyValues | TiledKeys, ...]) -> tuple[Tensor, Tensor]:
+    def attend(self, q_BQND: Tensor, parts: tuple[KernelPart, ...]) -> tuple[Tensor, Tensor]:
         self.q, self.parts = q_BQND, parts
         return ReferenceKernel().attend(q_BQND, parts)
 
@@ -165,3 +194,77 @@ def test_times_counted_from_the_newest_query_change_nothing_and_a_cap_changes_on
     key = torch.cat([c.k_BKND for c in chunks], 1)
     want = rotate(key, make_rotation(position, BACKBONE.head_dim, BACKBONE.rope_theta))
     torch.testing.assert_close(read, want, atol=1e-6, rtol=0)
+
+
+class LooksOnce:
+    """Sees two tiles of three of the cached keys and all own ones; of the cached ones only in some calls."""
+
+    def __init__(self, steps: tuple[int, ...]) -> None:
+        self.steps = steps
+        self.tiles: Tiles | None = None
+
+    def begin_chunk(self, position_Q3: Tensor) -> None:
+        """Each call says for itself what it does."""
+
+    def plan(
+        self, layer_index: int, moment: Moment, q_BQND: Tensor, cached: KeyValues | None, own: KeyValues
+    ) -> AttentionPlan:
+        everything_own = PlanPart("own", 0, own.num_tokens)
+        if cached is None:
+            return AttentionPlan((everything_own,))
+        visible = torch.tensor([True, False, True]).expand(1, BACKBONE.num_heads, 1, 3)
+        self.tiles = Tiles(visible, own.num_tokens, -(-cached.num_tokens // 3))
+        result = "fresh" if moment.is_clean_pass else "kept" if moment.step_index in self.steps else "taken"
+        return AttentionPlan((PlanPart("cached", 0, cached.num_tokens, self.tiles, result), everything_own))
+
+
+class Onlooker:
+    """Keeps what a probe is shown."""
+
+    def __init__(self) -> None:
+        self.shown: list[Attending] = []
+
+    def wants(self, layer_index: int, moment: Moment) -> bool:
+        return moment.chunk_index == 1
+
+    def observe(self, attending: Attending) -> None:
+        self.shown.append(attending)
+
+
+def one_call(attention: RolloutAttention, position: Tensor, moment: Moment, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = draw(generator, 3, 1, len(position), BACKBONE.num_heads, BACKBONE.head_dim).unbind(0)
+    attention.begin_call(moment)
+    return attention(0, q, k, v)
+
+
+@pytest.mark.parametrize("steps", [(0,), (0, 2), (0, 1, 2, 3)], ids=str)
+def test_steps_take_what_the_newest_looking_one_saw(steps: tuple[int, ...]) -> None:
+    """One softmax over old logits of the history and new ones of the own keys: with each step's own where all look."""
+    onlooker, policy = Onlooker(), LooksOnce(steps)
+    cache = DenseCache(BACKBONE.num_layers)
+    attention = RolloutAttention(BACKBONE, cache, policy, ReferenceKernel(), probes=(onlooker,))
+    positions = [torch.stack([torch.full((9,), float(t)), torch.arange(9.0), torch.zeros(9)], -1) for t in range(2)]
+    attention.begin_chunk(positions[0])
+    one_call(attention, positions[0], Moment(0, is_clean_pass=True), 1)
+    attention.begin_chunk(positions[1])
+    asked: dict[int, Tensor] = {}
+    for step in range(4):
+        attention.take_mean_keys()
+        out = one_call(attention, positions[1], Moment(1, step, 4), 10 + step)
+        shown = onlooker.shown[-1]
+        asked[step] = shown.q_BQND
+        looked = max(at for at in steps if at <= step)
+        assert shown.cached is not None
+        assert policy.tiles is not None
+        if looked < step:
+            assert torch.equal(shown.kept_q_BQND, asked[looked])
+        kept = Attended(*ReferenceKernel().attend(asked[looked], (TiledKeys(shown.cached, policy.tiles),)))
+        expected, _ = ReferenceKernel().attend(shown.q_BQND, (shown.own, kept))
+        torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
+        seen = 9 + (6 if looked == step else 0)  # two tiles of three keys
+        assert attention.take_mean_keys() * BACKBONE.num_layers == pytest.approx(seen)
+    attention.begin_chunk(positions[1])
+    policy.steps = ()
+    with pytest.raises(KeyError):  # nothing is taken from the chunk before
+        one_call(attention, positions[1], Moment(2, 1, 4), 5)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
-from tests.bench import quality
-from tests.bench.quality_items import Item, claim, list_items, marks_of
+from tests.bench import quality, quality_items
+from tests.bench.quality_items import Item, claim, list_items, marks_of, work
 from tests.bench.quality_lab import held_bytes
 from tests.bench.quality_places import CHUNK_FRAMES, DISTANCES, GROUPS, place_before, sweep
 from tests.bench.quality_policies import ALL, config_of
@@ -112,6 +114,30 @@ def test_a_piece_is_claimed_once(tmp_path: Path) -> None:
     assert not claim(tmp_path / "a.claim")
 
 
+def test_what_finds_no_memory_is_given_back_and_tried_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside others, a piece that is too large for the moment must not use up the whole list, nor stay claimed."""
+    pieces = [Item("walk", name, "still", 0, 2, 600) for name in ("dense", "tempcache", "window")]
+    asked: list[tuple[str, int]] = []
+
+    def measure(item: Item, lab: object) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        asked.append((item.policy, item.num))
+        if item.policy == "dense" or (item.policy == "tempcache" and len(asked) < 5):
+            raise torch.OutOfMemoryError("none left")
+        return {}, {"made": torch.zeros(item.num)}
+
+    monkeypatch.setattr(quality_items, "_measure_walk", measure)
+    monkeypatch.setattr(quality_items, "_TO_MAKE_ROOM_S", 0.0)
+    lab = SimpleNamespace(revision="0", dtype="float32")
+    work(pieces, cast(Any, lab), tmp_path, takes_heavy=True, until=time.time() + 60)
+    # Each as a whole, then its first half alone, and once more after the others.
+    first = [("dense", 2), ("dense", 1), ("tempcache", 2), ("tempcache", 1), ("window", 2)]
+    assert asked == [*first, ("dense", 2), ("dense", 1), ("tempcache", 2)]
+    assert {path.stem for path in tmp_path.glob("*.json")} == {piece.name for piece in pieces[1:]}
+    assert [path.stem for path in tmp_path.glob("*.error")] == [pieces[0].name]
+
+
 @pytest.mark.parametrize("frames", [1200, 3000])
 def test_every_table_that_is_tried_is_a_valid_render_and_keeps_its_share_of_a_shorter_walk(frames: int) -> None:
     share = frames / 3000
@@ -139,10 +165,10 @@ def test_a_merging_cache_takes_its_memory_once_and_a_full_one_ever_more() -> Non
     settings = MergeSettings(sink_tokens=16, recent_tokens=32, num_groups=320, min_cosine=0.9, storage="int8")
     caches = {"temporal": TemporalCache(1, settings, ExactSearch().top1), "dense": DenseCache(1)}
     generator = torch.Generator().manual_seed(0)
-    for time in range(40):
+    for at in range(40):
         k, v = torch.randn(2, 1, 16, 2, 16, generator=generator)
         for name, cache in caches.items():
-            cache.append(0, KeyValues(k, v, grid_positions(torch.tensor([time]), 4, 4)))
+            cache.append(0, KeyValues(k, v, grid_positions(torch.tensor([at]), 4, 4)))
             held[name].append(held_bytes(cache))
             assert held[name][-1] >= cache.num_bytes
             if name == "temporal":

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from workers.attention.history import DenseRegion, plan_history
+from workers.attention.history import DenseRegion, plan_history, plan_whole_history
 from workers.attention.tile_mass import (
     Rotate,
     Shared,
@@ -80,6 +80,9 @@ class AnnSettings:
     """In `bucket` order; a power of two."""
     every_step: bool = False
     """Choose anew in each step, not once per chunk."""
+    history_at: tuple[int, ...] | None = None
+    """Denoising steps that look at the history; the others take what the newest of them saw of it. None: all look. On
+    the bundled model one look is as good as four; a clean pass that takes too loses a decibel of what is seen again."""
 
     def __post_init__(self) -> None:
         assert 0 < self.density <= 1
@@ -143,6 +146,8 @@ class AnnSelfAttention:
         self._factor = 1.0
         self._indexed: dict[int, _Indexed] = {}
         self._chosen: dict[tuple[int, int], _Chosen] = {}
+        self._looked: set[tuple[int, int]] = set()
+        """Layer and branch that have looked at the history in this chunk."""
         self._seen: dict[int, list[Tensor]] = {}
         """Branch -> mean number of tiles that each layer sees which has chosen, [B] each."""
         self._shared: Shared = {}
@@ -152,6 +157,7 @@ class AnnSelfAttention:
         known = self._indexed.items()
         self._indexed = {layer: replace(x, cached=None) for layer, x in known if x.lineage is not None}
         self._chosen.clear()
+        self._looked.clear()
         self._seen.clear()
         self._shared.clear()
 
@@ -163,9 +169,16 @@ class AnnSelfAttention:
         self, layer_index: int, moment: Moment, q_BQND: Tensor, cached: KeyValues | None, own: KeyValues
     ) -> AttentionPlan:
         span = None if cached is None else self._region.history(cached.num_tokens)
-        if cached is None or span is None or span[0] >= span[1] or self._is_dense(span[1] - span[0]):
+        if cached is None or span is None or span[0] >= span[1]:
             return plan_history(cached, own, None, None)
         key = layer_index, moment.branch
+        result = self._result(key, moment)
+        if self._is_dense(span[1] - span[0]):
+            if result == "fresh":
+                return plan_history(cached, own, None, None)
+            return plan_whole_history(cached, own, span, result)
+        if result == "taken":
+            return plan_history(cached, own, span, self._chosen[key].tiles, result)
         kept = self._chosen.get(key)
         if kept is None or kept.cached is not cached or self._settings.every_step:
             kept = self._chosen[key] = self._choose(key, q_BQND, cached, own, span)
@@ -173,8 +186,18 @@ class AnnSelfAttention:
             self._choose_jointly(moment.branch)
         if moment.is_clean_pass and self._settings.clean_share < 1:
             fewer = _fewer(kept.tiles, self._keep(kept.mass, self._settings.clean_share))
-            return plan_history(cached, own, span, fewer)
-        return plan_history(cached, own, span, kept.tiles)
+            return plan_history(cached, own, span, fewer, result)
+        return plan_history(cached, own, span, kept.tiles, result)
+
+    def _result(self, key: tuple[int, int], moment: Moment) -> Literal["fresh", "kept", "taken"]:
+        """Of the history's attention in this call."""
+        steps = self._settings.history_at
+        if steps is None or moment.is_clean_pass:
+            return "fresh"
+        if key in self._looked and moment.step_index not in steps:
+            return "taken"
+        self._looked.add(key)
+        return "kept"
 
     def _is_dense(self, num_keys: int) -> bool:
         s = self._settings
@@ -256,6 +279,8 @@ class AnnSelfAttention:
         """Order and sample of a history that was known before it got more keys: its steady tiles stay as they are."""
         s, steady = self._settings, known.num_steady_tiles
         assert known.key_order_BNK is not None
+        if steady * s.key_tile >= history.num_tokens:  # nothing came: the same place is looked at from elsewhere
+            return known.key_order_BNK, known.sample
         first, rest = known.key_order_BNK.tensor_split((steady * s.key_tile,), -1)
         num_known = known.key_order_BNK.shape[-1]
         new = torch.arange(num_known, history.num_tokens, device=rest.device).expand(*rest.shape[:2], -1)

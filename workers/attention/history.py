@@ -7,6 +7,7 @@ history between. So a policy is asked only what it is good at, and none is handi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,22 +32,36 @@ class DenseRegion:
 
 
 def plan_history(
-    cached: KeyValues | None, own: KeyValues, span: tuple[int, int] | None, tiles: Tiles | None
+    cached: KeyValues | None,
+    own: KeyValues,
+    span: tuple[int, int] | None,
+    tiles: Tiles | None,
+    result: Literal["fresh", "kept", "taken"] = "fresh",
 ) -> AttentionPlan:
     """Everything outside of the span dense, the span by its tiles; without a span everything is dense.
 
     Args:
         span: The history, as `DenseRegion.history` gives it.
         tiles: What is seen of it; None leaves it out.
+        result: Of the history; see `PlanPart`.
     """
     parts = [PlanPart("own", 0, own.num_tokens)]
     if cached is not None and span is None:
         parts.insert(0, PlanPart("cached", 0, cached.num_tokens))
     elif cached is not None and span is not None:
         start, stop = span
-        between = [] if tiles is None else [PlanPart("cached", start, stop, tiles)]
+        between = [] if tiles is None else [PlanPart("cached", start, stop, tiles, result)]
         parts = [PlanPart("cached", 0, start), *between, PlanPart("cached", stop, cached.num_tokens), *parts]
     return AttentionPlan(tuple(part for part in parts if part.stop > part.start))
+
+
+def plan_whole_history(
+    cached: KeyValues, own: KeyValues, span: tuple[int, int], result: Literal["kept", "taken"]
+) -> AttentionPlan:
+    """`plan_history` where all of the span is seen."""
+    plan = plan_history(cached, own, span, None)
+    parts = sorted((*plan.parts, PlanPart("cached", *span, result=result)), key=lambda x: (x.source, x.start))
+    return AttentionPlan(tuple(parts))
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,6 +59,17 @@ def seen_keys(
     return seen
 
 
+def put_kept(logit_BNQK: Tensor, plan: AttentionPlan, kept_BNQK: Callable[[int, int], Tensor]) -> None:
+    """Write logits of the queries of then over those of cached runs whose attention a plan takes from an earlier call.
+
+    Args:
+        kept_BNQK: Makes them for a run of the cache, log m included if the others have it.
+    """
+    for part in plan.parts:
+        if part.result == "taken" and part.source == "cached":
+            logit_BNQK[..., part.start : part.stop] = kept_BNQK(part.start, part.stop)
+
+
 def exact_recall(
     original_BNQT: Tensor,
     own: tuple[Tensor, Tensor],
@@ -70,7 +81,8 @@ def exact_recall(
     Args:
         original_BNQT: Logits with every key of the history, uncompressed (T may be 0).
         own: Logits with the chunk's own keys, and which of them are seen; BNQK both.
-        cached: The same for the entries of the cache, log m included; None where it is empty.
+        cached: The same for the entries of the cache, log m included, those of runs that are taken from an earlier
+            call by its queries; None where it is empty.
         owner_BNT: Which cache entry holds each original key, -1 for none; needed where there is a cache.
     """
     own_logit, own_seen = own
@@ -210,6 +222,14 @@ class RecallMeter:
             assert attending.cached is not None, "the meter came after the first chunk"
             owner = self._owners(attending.layer_index, attending.cached, position)
             cached = look("cached", attending.cached)
+            if attending.kept_q_BQND is not None:
+                then_BQND, keys = attending.kept_q_BQND[:, queries].to(self._dtype), attending.cached
+
+                def seen_then(start: int, stop: int) -> Tensor:
+                    run = keys.narrow(start, stop)
+                    return scaled_logits(then_BQND, run.k_BKND, run.log_mass_BNK)
+
+                put_kept(cached[0], attending.plan, seen_then)
             strict_BNQ = exact_recall(original_BNQT, own, cached, owner)
             recall_BNQ = kept_mass(original_BNQT, own, cached[1], owner)
         means = (x.mean(-1).cpu() for x in (recall_BNQ, strict_BNQ))

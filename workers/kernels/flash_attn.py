@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.contracts import KeyValues, TiledKeys
+from workers.contracts import KernelPart, KeyValues, TiledKeys
 from workers.kernels.lse import attend_parts
 from workers.kernels.mass import through_channels
 from workers.kernels.skip_tiles import TileSkipper
@@ -108,7 +108,7 @@ class FlashAttnKernel:
             number = "unknown"
         return f"flash-attn-{self._generation} ({package} {number}, torch {torch.__version__})"
 
-    def attend(self, q_BQND: Tensor, parts: tuple[KeyValues | TiledKeys, ...]) -> tuple[Tensor, Tensor]:
+    def attend(self, q_BQND: Tensor, parts: tuple[KernelPart, ...]) -> tuple[Tensor, Tensor]:
         return attend_parts(self._attend_dense, self._attend_tiled, q_BQND, parts)
 
     def _attend_dense(self, q_BQND: Tensor, keys: KeyValues, scale: float | None = None) -> tuple[Tensor, Tensor]:

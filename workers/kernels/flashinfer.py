@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.contracts import KeyValues, TiledKeys, Tiles
+from workers.contracts import Attended, KernelPart, KeyValues, TiledKeys, Tiles
 from workers.kernels.lse import attend_parts
 
 _WORKSPACE_BYTES = 128 * 2**20
@@ -47,10 +47,10 @@ class FlashInferKernel:
     def version(self) -> str:
         return f"flashinfer ({flashinfer.__version__} {self._backend}, torch {torch.__version__})"
 
-    def attend(self, q_BQND: Tensor, parts: tuple[KeyValues | TiledKeys, ...]) -> tuple[Tensor, Tensor]:
+    def attend(self, q_BQND: Tensor, parts: tuple[KernelPart, ...]) -> tuple[Tensor, Tensor]:
         for part in parts:
             keys = part.keys if isinstance(part, TiledKeys) else part
-            assert keys.log_mass_BNK is None, "select_kernel asks for log m"
+            assert isinstance(keys, Attended) or keys.log_mass_BNK is None, "select_kernel asks for log m"
         return attend_parts(self._attend_dense, self._attend_tiled, q_BQND, parts)
 
     def _attend_dense(self, q_BQND: Tensor, keys: KeyValues) -> tuple[Tensor, Tensor]:

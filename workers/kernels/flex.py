@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from workers.contracts import KeyValues, TiledKeys, Tiles
+from workers.contracts import KernelPart, KeyValues, TiledKeys, Tiles
 from workers.kernels.lse import attend_parts
 from workers.kernels.tile_lists import list_tiles, split_tiles
 from workers.kernels.tiled import GroupMemory, attend_tiled
@@ -44,7 +44,7 @@ class FlexKernel:
     def version(self) -> str:
         return f"flex (torch {torch.__version__}{', compiled' if self._compiled else ''})"
 
-    def attend(self, q_BQND: Tensor, parts: tuple[KeyValues | TiledKeys, ...]) -> tuple[Tensor, Tensor]:
+    def attend(self, q_BQND: Tensor, parts: tuple[KernelPart, ...]) -> tuple[Tensor, Tensor]:
         return attend_parts(self._attend_dense, self._attend_tiled, q_BQND, parts)
 
     def _attend_dense(self, q_BQND: Tensor, keys: KeyValues) -> tuple[Tensor, Tensor]:

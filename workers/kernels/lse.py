@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from workers.contracts import KeyValues, TiledKeys
+from workers.contracts import Attended, KernelPart, KeyValues, TiledKeys
 
 
 def merge(out_a_BQND: Tensor, lse_a_BQN: Tensor, out_b_BQND: Tensor, lse_b_BQN: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,12 +26,16 @@ def attend_parts(
     attend_dense: Callable[[Tensor, KeyValues], tuple[Tensor, Tensor]],
     attend_tiled: Callable[[Tensor, TiledKeys], tuple[Tensor, Tensor]],
     q_BQND: Tensor,
-    parts: tuple[KeyValues | TiledKeys, ...],
+    parts: tuple[KernelPart, ...],
 ) -> tuple[Tensor, Tensor]:
     """Run a kernel for one set of keys on each part, and merge."""
-    results = [
-        attend_tiled(q_BQND, part) if isinstance(part, TiledKeys) else attend_dense(q_BQND, part) for part in parts
-    ]
+
+    def attend(part: KernelPart) -> tuple[Tensor, Tensor]:
+        if isinstance(part, Attended):
+            return part
+        return attend_tiled(q_BQND, part) if isinstance(part, TiledKeys) else attend_dense(q_BQND, part)
+
+    results = [attend(part) for part in parts]
     out_BQND, lse_BQN = results[0]
     for out_b_BQND, lse_b_BQN in results[1:]:
         out_BQND, lse_BQN = merge(out_BQND.to(lse_BQN.dtype), lse_BQN, out_b_BQND.to(lse_BQN.dtype), lse_b_BQN)

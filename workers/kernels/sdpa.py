@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.contracts import KeyValues, TiledKeys
+from workers.contracts import KernelPart, KeyValues, TiledKeys
 from workers.kernels.lse import attend_parts
 from workers.kernels.mass import through_channels
 from workers.kernels.reference import attend_reference
@@ -52,7 +52,7 @@ class SdpaKernel:
             route = f"cudnn {torch.backends.cudnn.version()}, flash for log m"
         return f"sdpa (torch {torch.__version__}, {route})"
 
-    def attend(self, q_BQND: Tensor, parts: tuple[KeyValues | TiledKeys, ...]) -> tuple[Tensor, Tensor]:
+    def attend(self, q_BQND: Tensor, parts: tuple[KernelPart, ...]) -> tuple[Tensor, Tensor]:
         return attend_parts(self._attend_dense, self._attend_tiled, q_BQND, parts)
 
     def _attend_tiled(self, q_BQND: Tensor, part: TiledKeys) -> tuple[Tensor, Tensor]:

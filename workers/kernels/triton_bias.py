@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.contracts import KeyValues, TiledKeys, Tiles
+from workers.contracts import KernelPart, KeyValues, Tiles
 from workers.kernels.lse import attend_parts
 from workers.kernels.tile_lists import TileLists
 
@@ -111,7 +111,7 @@ class TritonKernel:
     def version(self) -> str:
         return f"triton (triton {triton.__version__}, torch {torch.__version__})"
 
-    def attend(self, q_BQND: Tensor, parts: tuple[KeyValues | TiledKeys, ...]) -> tuple[Tensor, Tensor]:
+    def attend(self, q_BQND: Tensor, parts: tuple[KernelPart, ...]) -> tuple[Tensor, Tensor]:
         return attend_parts(
             lambda q, keys: self._attend(q, keys, None), lambda q, part: self._attend(q, *part), q_BQND, parts
         )

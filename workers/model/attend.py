@@ -6,19 +6,21 @@ attends like any other and then gives its keys to the cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from workers.contracts import (
+    Attended,
     Attending,
     AttentionPlan,
     AttentionPolicy,
     AttentionProbe,
     FollowsCalls,
     Kernel,
+    KernelPart,
     KeyValues,
     KVCache,
     Moment,
@@ -46,6 +48,14 @@ class _Joined(NamedTuple):
     source: KeyValues
     runs: tuple[tuple[int, int], ...]
     keys: KeyValues
+
+
+class _Kept(NamedTuple):
+    """What a layer saw of some keys, for the later calls of a chunk."""
+
+    attended: Attended
+    q_BQND: Tensor | None
+    """With which queries, if a probe may ask."""
 
 
 class RelativeTime:
@@ -92,6 +102,7 @@ class RolloutAttention:
         self._rotated: dict[int, tuple[KeyValues, KeyValues]] = {}
         self._joined: dict[int, _Joined] = {}
         self._counted: dict[int, tuple[Tiles, Tensor]] = {}
+        self._kept: dict[tuple[int, int], _Kept] = {}
         self._tables: dict[Hashable, tuple[Tensor, Rotation]] = {}
         self._num_layers = backbone.num_layers
         self._followers: list[FollowsCalls] = []
@@ -136,6 +147,7 @@ class RolloutAttention:
         self._rotated.clear()
         self._joined.clear()
         self._counted.clear()
+        self._kept.clear()
         self._tables.clear()
 
     def __call__(self, layer_index: int, q_BQND: Tensor, k_BQND: Tensor, v_BQND: Tensor) -> Tensor:
@@ -154,18 +166,44 @@ class RolloutAttention:
         probes = [probe for probe in self._probes if probe.wants(layer_index, self._moment)]
         if probes:
             seen = None if cached is None else self._rotate_once(cached)
+            kept = self._kept.get((layer_index, self._moment.branch))
             attending = Attending(
-                layer_index, self._moment, plan, q_rotated, seen, own_rotated, k_BQND, self.rotate_cached
+                layer_index,
+                self._moment,
+                plan,
+                q_rotated,
+                seen,
+                own_rotated,
+                k_BQND,
+                self.rotate_cached,
+                None if kept is None else kept.q_BQND,
             )
             for probe in probes:
                 probe.observe(attending)
-        out_BQND, _ = self._kernel.attend(q_rotated, self._parts(layer_index, plan, cached, own_rotated))
+        out_BQND = self._attend(layer_index, q_rotated, plan, cached, own_rotated)
         if self._moment.is_clean_pass:
             self._rotated.pop(0 if cached is None else id(cached), None)
             self._joined.pop(layer_index, None)
             part = self._remembered
             self.cache.append(layer_index, own if part is None else own.narrow(part.start, part.stop))
         return out_BQND
+
+    def _attend(
+        self, layer_index: int, q_BQND: Tensor, plan: AttentionPlan, cached: KeyValues | None, own: KeyValues
+    ) -> Tensor:
+        """What is new under this plan, and beside it what was kept."""
+        results = {part.result for part in plan.parts if part.stop > part.start}
+        fresh = [part for part in plan.parts if part.result == "fresh"]
+        parts = self._parts(layer_index, fresh, cached, own)
+        if results == {"fresh"}:
+            return self._kernel.attend(q_BQND, parts)[0]
+        assert not results >= {"kept", "taken"}, "a plan keeps or takes"
+        key = layer_index, self._moment.branch
+        if "kept" in results:
+            to_keep = [part for part in plan.parts if part.result == "kept"]
+            attended = self._kernel.attend(q_BQND, self._parts(layer_index, to_keep, cached, own))
+            self._kept[key] = _Kept(Attended(*attended), q_BQND if self._probes else None)
+        return self._kernel.attend(q_BQND, (*parts, self._kept[key].attended))[0]
 
     def rotate_cached(self, keys: KeyValues) -> KeyValues:
         """Keys of the cache after RoPE, at the positions that this chunk sees them at."""
@@ -184,6 +222,8 @@ class RolloutAttention:
     def _count(self, plan: AttentionPlan, num_queries: int) -> None:
         """Add the keys that a query sees here; a tensor as soon as there are tiles, so that nothing waits for them."""
         for part in plan.parts:
+            if part.result == "taken":
+                continue
             num_keys = part.stop - part.start
             seen = num_keys if part.tiles is None else self._mean_keys(part.tiles, num_queries, num_keys)
             self._keys_seen = self._keys_seen + seen / self._num_layers
@@ -195,10 +235,11 @@ class RolloutAttention:
         return self._counted[id(tiles)][1]
 
     def _parts(
-        self, layer_index: int, plan: AttentionPlan, cached: KeyValues | None, own: KeyValues
-    ) -> tuple[KeyValues | TiledKeys, ...]:
+        self, layer_index: int, planned: Sequence[PlanPart], cached: KeyValues | None, own: KeyValues
+    ) -> tuple[KernelPart, ...]:
         """The planned keys after RoPE, of which the chunk's own have it already."""
-        whole = [part for part in plan.parts if part.tiles is None and part.stop > part.start]
+        planned = [part for part in planned if part.stop > part.start]
+        whole = [part for part in planned if part.tiles is None]
         runs = () if cached is None else _runs_to_join(whole, cached, own)
 
         def keys_of(part: PlanPart) -> KeyValues | TiledKeys:
@@ -210,8 +251,8 @@ class RolloutAttention:
             return keys if part.tiles is None else TiledKeys(keys, part.tiles)
 
         if cached is None or not runs:
-            return tuple(keys_of(part) for part in plan.parts if part.stop > part.start)
-        thinned = (keys_of(part) for part in plan.parts if part.tiles is not None and part.stop > part.start)
+            return tuple(keys_of(part) for part in planned)
+        thinned = (keys_of(part) for part in planned if part.tiles is not None)
         return self._join(layer_index, runs, cached, own), *thinned
 
     def _join(

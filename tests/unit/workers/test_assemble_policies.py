@@ -76,10 +76,16 @@ def test_a_flow_budget_leaves_room_for_history() -> None:
 
 @pytest.mark.parametrize(
     ("frame_tokens", "given", "at_once", "clean_share"),
-    [(64, {}, True, 1 / 3), (64, {"clean_pass_share": 1.0}, True, 1.0), (1560, {}, False, 1.0), (64, None, False, 1.0)],
+    [
+        (64, {}, True, 1 / 3),
+        (64, {"clean_pass_share": 1.0}, True, 1.0),
+        (1560, {}, True, 1.0),
+        (1560, {"history_at": None}, False, 1.0),
+        (64, None, False, 1.0),
+    ],
 )
 def test_small_pictures_choose_once_and_show_a_clean_pass_a_third(
-    frame_tokens: int, given: dict[str, float] | None, at_once: bool, clean_share: float
+    frame_tokens: int, given: dict[str, Any] | None, at_once: bool, clean_share: float
 ) -> None:
     record = {"policy": "annsa"} if given is None else {"policy": "fastar-quant", "attention": given}
     config = RenderConfig.model_validate(record).attention

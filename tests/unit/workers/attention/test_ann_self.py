@@ -65,6 +65,37 @@ def test_steps_share_a_selection_and_new_keys_void_it() -> None:
     assert tiles_of(anew.plan(0, Moment(5, 2, 4), q, cached, own)) is not before
 
 
+def results(policy: AnnSelfAttention, moment: Moment, layer: tuple[Tensor, KeyValues, KeyValues]) -> set[str]:
+    """What a plan does with the history."""
+    plan = policy.plan(0, moment, *layer)
+    rest = [part for part in plan.parts if part.tiles is None and (part.source == "own" or part.stop in (8, 400))]
+    assert {part.result for part in rest} == {"fresh"}
+    return {part.result for part in plan.parts if part not in rest}
+
+
+@pytest.mark.parametrize("density", [0.25, 1.0])
+def test_some_steps_look_at_the_history_and_the_others_take_what_they_saw(density: float) -> None:
+    layer = make_layer()
+    assert layer[1].num_tokens == 400
+    policy = AnnSelfAttention(replace(SETTINGS, density=density, history_at=(0, 2)), QuantSearch(), None)
+    for chunk in (5, 6):
+        policy.begin_chunk(layer[2].position_K3)
+        assert [results(policy, Moment(chunk, step, 4), layer) for step in range(4)] == [
+            {"kept"},
+            {"taken"},
+            {"kept"},
+            {"taken"},
+        ]
+        first = policy.plan(0, Moment(chunk, 3, 4), *layer)
+        assert results(policy, Moment(chunk, 3, 4, branch=1), layer) == {"kept"}  # its own branch has not looked
+        clean = policy.plan(0, Moment(chunk, is_clean_pass=True), *layer)
+        assert {part.result for part in clean.parts} == {"fresh"}
+        if density < 1:
+            assert tiles_of(clean) is tiles_of(first)
+    policy.begin_chunk(layer[2].position_K3)
+    assert results(policy, Moment(7, 1, 4), layer) == {"kept"}  # the first step was spent elsewhere
+
+
 def test_it_plans_after_rope_unless_it_is_given_a_way_to_rotate() -> None:
     assert isinstance(AnnSelfAttention(SETTINGS, QuantSearch(), None), PlansAfterRope)
     assert not isinstance(AnnSelfAttention(SETTINGS, QuantSearch(), replace), PlansAfterRope)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -120,6 +121,47 @@ def test_the_meter_finds_the_dense_mass_of_what_is_kept_and_seen(name: str, time
         assert torch.allclose(reading.recall_BN[0], want, atol=1e-6)
         assert torch.allclose(reading.strict_BN[0], want, atol=1e-6)  # nothing is merged here
     assert (meter.mean() == pytest.approx(1.0)) == (name == "dense")
+
+
+class TakesFirst(FirstTiles):
+    """The second step takes what the first one saw of the cache."""
+
+    def plan(
+        self, layer_index: int, moment: Moment, q_BQND: Tensor, cached: KeyValues | None, own: KeyValues
+    ) -> AttentionPlan:
+        cached_part, *rest = super().plan(layer_index, moment, q_BQND, cached, own).parts
+        if not rest or moment.is_clean_pass:
+            return AttentionPlan((cached_part, *rest))
+        return AttentionPlan((replace(cached_part, result="taken" if moment.step_index else "kept"), *rest))
+
+
+def test_strict_recall_knows_with_which_queries_the_past_was_seen() -> None:
+    """Recall asks what is kept and seen; strict recall what each key is given, here by the queries of another step."""
+    cache, other = DenseCache(LAYERS), DenseCache(LAYERS)
+    meter, fresh = RecallMeter(cache, num_queries=TOKENS), RecallMeter(other, num_queries=TOKENS)
+    roll(RolloutAttention(BACKBONE, cache, TakesFirst(), ReferenceKernel(), probes=(meter,)))
+    roll(RolloutAttention(BACKBONE, other, FirstTiles(), ReferenceKernel(), probes=(fresh,)))
+    for found, want in zip(meter.readings, fresh.readings, strict=True):
+        assert torch.equal(found.recall_BN, want.recall_BN)
+        chunk, past = found.moment.chunk_index, found.moment.chunk_index * TOKENS
+        if found.moment.step_index == 0 or chunk == 0:
+            assert torch.equal(found.strict_BN, want.strict_BN)
+            continue
+        position = grid_positions(torch.arange((chunk + 1) * FRAMES), 2, 2)
+        keys = [draw(i, found.layer_index, 2)[1] for i in range(chunk)] + [draw(chunk, found.layer_index, 1)[1]]
+        k = rotate(torch.cat(keys, 1), make_rotation(position, DIM, BACKBONE.rope_theta)).double()
+
+        def logits(call: int, k: Tensor = k, layer: int = found.layer_index, chunk: int = chunk) -> Tensor:
+            at = grid_positions(torch.arange(chunk * FRAMES, (chunk + 1) * FRAMES), 2, 2)
+            q = rotate(draw(chunk, layer, call)[0], make_rotation(at, DIM, BACKBONE.rope_theta))
+            return torch.einsum("bqnd,bknd->nqk", q.double(), k) / DIM**0.5
+
+        then, now = logits(0), logits(1)
+        unseen = (torch.arange(past).flip(0) // 5)[None] % 2 != (torch.arange(TOKENS)[:, None] // 4) % 2
+        given = torch.cat((then[..., :past].masked_fill(unseen, -torch.inf), now[..., past:]), -1).softmax(-1)
+        strict = torch.minimum(given, now.softmax(-1)).sum(-1).mean(-1)
+        torch.testing.assert_close(found.strict_BN[0], strict, atol=1e-6, rtol=0)
+        assert bool((found.strict_BN < want.strict_BN).all())
 
 
 def test_the_meter_can_be_asked_less_often() -> None:
