@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -167,22 +168,33 @@ def captured_differs(kernels: tuple[str, ...], storage: Storage = "int4") -> flo
     return float((latents[0] - latents[1]).abs().max())
 
 
-def run_all() -> None:
-    """All that there is to check; raises where something differs."""
-    for (storage, head_dim, tile), part, some in product(SHAPES, PARTS, (False, True)):
+def check_bits(shapes: Sequence[tuple[Storage, int, int]] = SHAPES) -> float:
+    """Unpacking and packing; 0, for nothing differs where nothing is raised."""
+    for (storage, head_dim, tile), part, some in product(shapes, PARTS, (False, True)):
         check_unpack(storage, head_dim, tile, part, some=some)
-    for storage, head_dim, tile in SHAPES:
+    for storage, head_dim, tile in shapes:
         check_pack(storage, head_dim, tile)
-    print("unpacking and packing give the bits of plain torch", flush=True)
+    return 0.0
+
+
+def run_all() -> bool:
+    """All that there is to check, however much of it fails; whether nothing did."""
+    checks: dict[str, tuple[Callable[[], float], float]] = {"unpacking and packing": (check_bits, 0.0)}
     for storage, rule in product(("int8", "int4"), ("chains", "pairs")):
-        differs = table_differs(storage, rule)  # type: ignore[arg-type]
-        print(f"a table in {storage} that merges {rule}: {differs:.2%} of slots differ from plain torch", flush=True)
-        assert differs < 0.01
+        checks[f"a table in {storage} that merges {rule}"] = partial(table_differs, storage, rule), 0.01  # type: ignore[arg-type]
     if not INTERPRETED:
         for kernels in ((), ("pairs", "packing", "choice")):
-            differs = captured_differs(kernels)
-            print(f"captured calls, kernels {kernels}: latents differ by {differs} from plain calls", flush=True)
-            assert differs == 0
+            checks[f"latents of captured calls, kernels {kernels}"] = partial(captured_differs, kernels), 0.0
+    is_good = True
+    for name, (differs, allowed) in checks.items():
+        try:
+            found = differs()
+        except Exception:
+            traceback.print_exc()
+            found = float("nan")
+        is_good &= found <= allowed
+        print(f"{'good' if found <= allowed else 'BAD'}: {name}: {found:.2%} differs from the plain way", flush=True)
+    return is_good
 
 
 def seconds(run: Callable[[], object], times: int = 20) -> float:
@@ -231,5 +243,5 @@ if __name__ == "__main__":
     if parser.parse_args().speed:
         print_speed("int8")
         print_speed("int4")
-    else:
-        run_all()
+    elif not run_all():
+        raise SystemExit(1)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from tests.bench.history_engine import Compiled, Variant, make_engine, make_plan
 from tests.bench.rollout_rows import Settings
-from tests.packed_checks import table_differs
+from tests.packed_checks import check_bits
 from tests.tables import draw_listed
 from workers.attention.tile_choice import ChoiceSettings, TileChoice, TileRuns
 from workers.cache.table_layout import MergeRule, TableSettings
@@ -100,7 +100,7 @@ def choose_kernels(settings: Settings) -> tuple[tuple[str, ...], list[str]]:
     checks: dict[str, Callable[[Settings], float]] = {
         "table": partial(_table_differs, rule="chains"),
         "pairs": partial(_table_differs, rule="pairs"),
-        "packing": lambda _: table_differs("int4"),
+        "packing": lambda _: check_bits([("int4", settings.backbone.head_dim, 128)]),
         "choice": _choice_differs,
     }
     for name, differs in checks.items():

@@ -69,6 +69,20 @@ VARIANTS: dict[str, Record] = {
         }
         for storage in ("model", "int4")
     },
+    **{
+        f"fastar-tiles, {kept} latent frames, {seen} seen, looks once{'' if storage == 'model' else f', {storage}'}": {
+            "policy": "fastar-tiles",
+            "cache": {
+                "merging": "pairs",
+                "budget_latent_frames": kept,
+                "spare_latent_frames": 30,
+                "storage": storage,
+            },
+            "attention": {"density": seen / kept, "history_at": (0,)},
+        }
+        for kept, seen in ((180, 12), (240, 12), (240, 24))
+        for storage in ("model", "int4")
+    },
     GUARDED: {"policy": "fastar-quant", "guard": {"enabled": True}},
 }
 
