@@ -37,8 +37,11 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"; tests=$$?; \
 	wait $$types && exit $$tests
 
+# Those that stand alone come first, each with the whole machine; then the others as in `test`. Either may fail.
 test-slow: install
-	@$(BIN)/python -m pytest -m "slow and not gpu"
+	@$(BIN)/python -m pytest -m "slow and alone and not gpu"; alone=$$?; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "slow and not alone and not gpu" \
+	&& exit $$alone
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import boto3.session
+import botocore.loaders
 import botocore.session
 from botocore.config import Config
 from tenacity import Retrying, retry_if_exception_type, stop_before_delay, wait_random_exponential
@@ -279,12 +280,13 @@ def _list_page(page: dict[str, Any], s3: Any) -> dict[str, Any]:
 
 
 def make_client(settings: S3Settings) -> Any:
-    """A boto3 client from the default chain; path-style and plain checksums where the endpoint is not Amazon's.
+    """A client from boto3's default chain; path-style and plain checksums where the endpoint is not Amazon's.
 
     boto3 itself does not read AWS_REGION, which every other AWS SDK does.
     """
     variables = {"region": ("region", ["AWS_REGION", "AWS_DEFAULT_REGION"], None, None)}
-    session = boto3.session.Session(botocore_session=botocore.session.Session(session_vars=variables))
+    session = botocore.session.Session(session_vars=variables)
+    session.register_component("data_loader", _descriptions(session.get_config_variable("data_path")))
     config = Config(
         retries={"mode": "standard", "total_max_attempts": 1},
         connect_timeout=settings.connect_timeout_s,
@@ -292,7 +294,7 @@ def make_client(settings: S3Settings) -> Any:
         max_pool_connections=settings.max_connections,
         tcp_keepalive=True,
     )
-    client = session.client("s3", config=config)
+    client = session.create_client("s3", config=config)
     host = urlsplit(client.meta.endpoint_url).hostname or ""
     if host.endswith((".amazonaws.com", ".amazonaws.com.cn")):
         return client
@@ -303,4 +305,10 @@ def make_client(settings: S3Settings) -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    return session.client("s3", config=config.merge(other))
+    return session.create_client("s3", config=config.merge(other))
+
+
+@functools.cache
+def _descriptions(folders: str | None) -> Any:
+    """Amazon's descriptions of its services: reading them takes most of the time that a client takes to make."""
+    return botocore.loaders.create_loader(folders)

@@ -13,8 +13,8 @@ from typing import Any
 from cluster.errors import ClusterError
 from cluster.object_store import open_store, probe_conditional_writes
 from cluster.start import connect
-from jobs.plan import BUNDLED_WEIGHTS
 from jobs.weights import WEIGHTS_CARD
+from workers.config import BUNDLED_WEIGHTS
 
 PACKAGES = ("ray", "torch", "av", "pyarrow", "boto3")
 MIN_FREE_GB = 5

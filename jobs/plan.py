@@ -19,15 +19,11 @@ from jobs.job_record import JOB_KEY
 from jobs.prompts import PromptScan, scan_prompts
 from jobs.replay import Replay
 from jobs.spec import JobSpec
+from workers.config import BUNDLED_WEIGHTS, SEEDED_BACKBONE
 from workers.errors import RenderError
 from workers.geometry import Workload
-from workers.model import backbones
 from workers.model.backbones import find_backbone
 from workers.model_limits import conflicts_with_model, kernel_conflict
-
-BUNDLED_WEIGHTS = Path(backbones.__file__).parents[1] / "training" / "weights"
-SEEDED_MODEL = "tiny-test"
-"""Has no weights: it is for tests of everything but the picture."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +138,8 @@ def check_model(spec: JobSpec) -> Path | None:
             f"render.backbone.checkpoint: {backbone.name} needs published weights; "
             f"`longtake models show {backbone.name}` says where they are and how to get them"
         )
-    is_bundled = backbone.text is not None and spec.render.backbone.checkpoint is None and backbone.name != SEEDED_MODEL
+    asked = spec.render.backbone
+    is_bundled = backbone.text is not None and asked.checkpoint is None and backbone.name != SEEDED_BACKBONE
     return BUNDLED_WEIGHTS if is_bundled else None
 
 
@@ -189,10 +186,10 @@ def _table_size(spec: JobSpec) -> list[str]:
         video.num_frames,
         spec.render.sampling.num_steps,
     )
-    wide = 2 if spec.render.backbone.dtype == "float32" else 1
+    itemsize = 4 if spec.render.backbone.dtype == "float32" else 2
     return [
-        f"the tile table takes about {wide * work.table_bytes(cache) / 2**30:.1f} GiB of each GPU, whatever the length "
-        "of a take"
+        f"the tile table takes about {work.table_bytes(cache, itemsize) / 2**30:.1f} GiB of each GPU, whatever the "
+        "length of a take"
     ]
 
 

@@ -17,10 +17,11 @@ from torch import Tensor
 from workers.assemble import LoadedModel
 from workers.assemble_tiles import choice_settings, runs_of, table_settings
 from workers.attention.tile_choice import TileChoice
+from workers.cache.layer_table import LayerTable
 from workers.cache.shrink import find_families
+from workers.cache.table_codes import round_trip
 from workers.cache.table_layout import TableSettings
-from workers.cache.table_snapshot import decode, encode
-from workers.cache.tile_table import LayerTable, TileTable
+from workers.cache.tile_table import TileTable
 from workers.config_tiles import TileAttentionConfig, TileCacheConfig
 from workers.contracts import AttentionPlan, KeyValues, Moment, PlanPart, Tiles
 
@@ -29,15 +30,13 @@ class TrackedTable(TileTable):
     """Remembers in which slot of the history each key is that ever came there.
 
     Args:
-        settings, dtype, device: Of the table.
-        in_8_bits: What stands in the history is rounded as codes with one scale a vector would hold it.
+        settings, dtype, device: Of the table. What it would pack is only rounded so.
     """
 
-    def __init__(
-        self, settings: TableSettings, dtype: torch.dtype, device: torch.device, *, in_8_bits: bool = False
-    ) -> None:
-        super().__init__(settings, dtype, device)
-        self._in_8_bits = in_8_bits
+    def __init__(self, settings: TableSettings, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(replace(settings, storage="model"), dtype, device)
+        self._as_if = settings
+        self.tokens_rounded = 0 if settings.storage == "model" else settings.frame_tokens
         self.slot_of: dict[int, Tensor] = {}
         """id of a layer -> slot_NT."""
 
@@ -57,21 +56,27 @@ class TrackedTable(TileTable):
         super()._shrink(layer)
         self._round(layer, 0)
 
+    @property
+    def num_bytes(self) -> int:
+        used = self._as_if.used_bytes
+        return sum(used(self.dtype, len(layer.position_of), layer.pointer) for layer in self.layers if layer.num_chunks)
+
     def _round(self, layer: LayerTable, first: int) -> None:
-        if not self._in_8_bits:
+        storage = self._as_if.storage
+        if storage == "model":
             return
         run = slice(self.settings.history_start + first, self.settings.history_start + layer.pointer)
         for x in (layer.k_NLW[:, run, : self.settings.head_dim], layer.v_NLD[:, run]):
-            x.copy_(decode(*encode(x), x.dtype))
+            x.copy_(round_trip(x, storage))
 
 
 class PlainTable:
     """A `KVCache` that tracks its owners; made when the first chunk says how many videos there are."""
 
-    def __init__(self, settings: TableSettings, *, in_8_bits: bool = False) -> None:
+    def __init__(self, settings: TableSettings) -> None:
         assert settings.chunk_tokens % settings.tile == 0, "tiles of the read keys must be tiles of the table"
         self._settings, self._read = settings, dict[int, KeyValues]()
-        self._batch, self._in_8_bits = 0, in_8_bits
+        self._batch = 0
         self._table: TrackedTable | None = None
 
     @property
@@ -84,8 +89,7 @@ class PlainTable:
         if self._table is None:
             self._batch = like_BKND.shape[0]
             settings = replace(self._settings, num_heads=self._batch * self._settings.num_heads)
-            dtype, device = like_BKND.dtype, like_BKND.device
-            self._table = TrackedTable(settings, dtype, device, in_8_bits=self._in_8_bits)
+            self._table = TrackedTable(settings, like_BKND.dtype, like_BKND.device)
         return self._table
 
     def append(self, layer_index: int, chunk: KeyValues) -> None:
@@ -147,11 +151,14 @@ class PlainTileChoice:
         runs = runs_of(config, settings)
         self._choice = choice_settings(config, settings, runs)
         self._runs = runs
+        self._history_at, self._is_always = config.history_at, (config.always_sink, config.always_recent)
+        self._looked = set[int]()
         self._chooser: TileChoice | None = None
         self._lists: dict[int, Tensor] = {}
 
     def begin_chunk(self, position_Q3: Tensor) -> None:
         self._lists.clear()
+        self._looked.clear()
 
     def plan(
         self, layer_index: int, moment: Moment, q_BQND: Tensor, cached: KeyValues | None, own: KeyValues
@@ -165,9 +172,37 @@ class PlainTileChoice:
         batch, heads = q_BQND.shape[0], q_BQND.shape[2]
         visible_BNIJ = self._lists[layer_index].unflatten(0, (batch, heads))
         tile = self._settings.tile
-        return AttentionPlan(
-            (PlanPart("cached", 0, cached.num_tokens, Tiles(visible_BNIJ, tile, tile)), everything_own)
+        if self._history_at is None:
+            return AttentionPlan(
+                (PlanPart("cached", 0, cached.num_tokens, Tiles(visible_BNIJ, tile, tile)), everything_own)
+            )
+        first, last = self._fresh(layer_index, cached.num_tokens)
+        seen = Tiles(visible_BNIJ[..., first // tile : last // tile].contiguous(), tile, tile)
+        parts = (
+            PlanPart("cached", 0, first),
+            PlanPart("cached", first, last, seen, self._result(layer_index, moment)),
+            PlanPart("cached", last, cached.num_tokens),
+            everything_own,
         )
+        return AttentionPlan(tuple(part for part in parts if part.stop > part.start))
+
+    def _result(self, layer_index: int, moment: Moment) -> Literal["fresh", "kept", "taken"]:
+        """Of the history's attention in this call."""
+        if moment.is_clean_pass:
+            return "fresh"
+        assert self._history_at is not None
+        if layer_index in self._looked and moment.step_index not in self._history_at:
+            return "taken"
+        self._looked.add(layer_index)
+        return "kept"
+
+    def _fresh(self, layer_index: int, num_tokens: int) -> tuple[int, int]:
+        """Where the keys that are always seen end at the start of those read, and where they begin at their end."""
+        s, starts = self._settings, self._cache.table.layers[layer_index].position_of
+        is_sink, is_recent = self._is_always
+        sink = sum(s.chunk_tokens for start in starts if start < s.history_start)
+        recent = sum(s.chunk_tokens for start in starts if start >= s.recent_start)
+        return sink * is_sink, num_tokens - recent * is_recent
 
     def _choose(self, layer_index: int, q_BQND: Tensor, own: KeyValues) -> Tensor:
         """Which tiles of the read keys are seen, bool [B N, I, J]."""

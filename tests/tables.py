@@ -9,16 +9,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from workers.assemble_tiles import tile_runs
+from workers.assemble_tiles import keep_history, tile_runs
 from workers.attention.tile_choice import ChoiceSettings, Estimate, TileChoice
+from workers.cache.packed_table import make_table
 from workers.cache.table_layout import EXTRA_CHANNELS, TableSettings
 from workers.cache.table_snapshot import encode
-from workers.cache.tile_table import TableWork, TileTable
+from workers.cache.tile_table import TableWork
 from workers.kernels.listed_codes import CodedKeys
+from workers.kernels.listed_parts import PartedAttention, make_parted
 from workers.kernels.listed_tiles import AttendTable, make_attend
 from workers.model.dit import CausalDiT
 from workers.model.static_layers import Fp8Linears, StaticLayers
 from workers.rollouts.captured import CapturedRollout, CapturedSettings
+from workers.rollouts.kept_history import KeptHistory
 from workers.search.nearest_rows import NearestRows, nearest_rows
 
 
@@ -75,6 +78,7 @@ def make_captured(
     always_recent: bool = False,
     estimate: Estimate = "exact",
     attend: AttendTable | None = None,
+    parted: PartedAttention | None = None,
     nearest: NearestRows = nearest_rows,
     fp8: Fp8Linears = "none",
     backend: str | Callable[..., Any] | None = None,
@@ -83,11 +87,15 @@ def make_captured(
     settings: CapturedSettings | None = None,
     **choice: Any,
 ) -> CapturedRollout:
-    """Everything of one rollout; None compiles nothing."""
+    """Everything of one rollout; None compiles nothing. Where not all calls look at the history, `parted` attends."""
     device = model.head.modulation.device
-    table = TileTable(sizes, model.dtype, device, nearest, work)
+    table = make_table(sizes, model.dtype, device, nearest, work)
     layers = StaticLayers(model, fp8)
     runs = tile_runs(sizes, always_sink=always_sink, always_recent=always_recent)
+    settings = settings or CapturedSettings(graphs=device.type == "cuda")
+    attention: AttendTable | KeptHistory = attend or make_attend("torch", sizes.tile)
+    if settings.history_at is not None:
+        runs, attention = keep_history(table, runs, parted or make_parted("torch", sizes.tile))
     chosen = ChoiceSettings(num_chosen, estimate=estimate, tile=sizes.tile, **choice)
     if "keys_per_tile" not in choice and sizes.tile < chosen.keys_per_tile:
         chosen = ChoiceSettings(
@@ -98,6 +106,4 @@ def make_captured(
         parts = {"table": table, "layers": layers, "chooser": chooser}
         for name in compiled:
             parts[name].compile(backend)
-    attend = attend or make_attend("torch", sizes.tile)
-    settings = settings or CapturedSettings(graphs=device.type == "cuda")
-    return CapturedRollout(model, layers, table, (chooser, attend), latent_size, settings)
+    return CapturedRollout(model, layers, table, (chooser, attention), latent_size, settings)

@@ -246,7 +246,8 @@ def _make_cache(model: LoadedModel, config: CacheConfig, dtype: torch.dtype | No
     if isinstance(config, TileCacheConfig):
         tile = config.tile_for(frame_tokens)
         rule = "" if config.merging == "chains" else f"-{config.merging}"
-        return DenseCache(num_layers, dtype), f"tiles-{config.budget_latent_frames}-{tile}{rule}"
+        storage = "" if config.storage == "model" else f"-{config.storage}"
+        return DenseCache(num_layers, dtype), f"tiles-{config.budget_latent_frames}-{tile}{rule}{storage}"
     if isinstance(config, TemporalCacheConfig):
         settings = _temporal_settings(model, config, dtype)
         cache_name = f"temporal-{config.budget_latent_frames}-{config.storage}"

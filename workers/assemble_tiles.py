@@ -9,24 +9,28 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from workers.attention.tile_choice import ChoiceSettings, TileChoice, TileRuns
+from workers.cache.packed_table import make_table
 from workers.cache.table_layout import TableSettings
 from workers.cache.tile_table import TableWork, TileTable
 from workers.config import RenderConfig
 from workers.config_tiles import TileAttentionConfig, TileCacheConfig
 from workers.errors import ConfigUnsupported
+from workers.kernels.listed_parts import PartedAttention
+from workers.kernels.listed_tiles import AttendTable
 from workers.kernels.select import Hardware, KernelNeed
-from workers.kernels.select_listed import ListedChoice, choose_listed
+from workers.kernels.select_listed import ListedChoice, choose_listed, load_parted
 from workers.model.backbones import Backbone
 from workers.model.dit import CausalDiT
 from workers.model.rope import grid_positions
 from workers.model.static_layers import StaticLayers
 from workers.rollouts.captured import CapturedRollout, CapturedSettings
+from workers.rollouts.kept_history import FreshSlots, KeptHistory
 from workers.search.nearest_rows import NearestRows, make_triton_nearest_rows, nearest_rows
 
 logger = logging.getLogger(__name__)
@@ -72,6 +76,7 @@ def table_settings(config: TileCacheConfig, backbone: Backbone, latent_size: tup
         decay=config.mass_decay,
         candidate_tiles=config.candidate_tiles,
         tile=config.tile_for(rows * columns),
+        storage=config.storage,
         **chunks,
     )
 
@@ -161,6 +166,12 @@ def _why_no_kernels(config: RenderConfig, hardware: Hardware, sizes: tuple[int, 
     return "" if importlib.util.find_spec("triton") else "Triton is not installed"
 
 
+def keep_history(table: TileTable, runs: TileRuns, ways: PartedAttention) -> tuple[TileRuns, KeptHistory]:
+    """For calls that do not all look at the history: the tiles that those which look choose among, and the rest."""
+    s = table.settings
+    return replace(runs, always=()), KeptHistory(ways, FreshSlots.of(runs, s.chunk_tokens, s.tile), table.layers)
+
+
 class TableSeat:
     """The one table of an actor, used by one take at a time; made when it is first asked for.
 
@@ -218,16 +229,19 @@ class TableSeat:
         s, dit, ways = self.settings, self._dit, self.ways
         device = dit.head.modulation.device
         work: TableWork = "kernels" if ways.kernels else "groups"
-        table, layers = TileTable(s, dit.dtype, device, ways.nearest, work), StaticLayers(dit)
+        table, layers = make_table(s, dit.dtype, device, ways.nearest, work), StaticLayers(dit)
         runs = runs_of(self._attention, s)
         choice = choice_settings(self._attention, s, runs, fused=ways.kernels)
+        attend: AttendTable | KeptHistory = ways.listed.attend
+        if self._attention.history_at is not None:
+            runs, attend = keep_history(table, runs, load_parted(ways.listed.name, s.tile))
         chooser = TileChoice(choice, runs, s.chunk_tokens, s.head_dim, device)
         if ways.compiled:
             _prepare_compiler()
             for part in (table, layers, chooser):
                 part.compile()
-        settings = CapturedSettings(self._attention.choose_at, ways.graphs, PROMPT_ROWS)
-        return CapturedRollout(dit, layers, table, (chooser, ways.listed.attend), self._latent_size, settings)
+        settings = CapturedSettings(self._attention.choose_at, ways.graphs, PROMPT_ROWS, self._attention.history_at)
+        return CapturedRollout(dit, layers, table, (chooser, attend), self._latent_size, settings)
 
 
 def _prepare_compiler() -> None:

@@ -20,6 +20,11 @@ from workers.config_reuse import NoReuseConfig, ReuseConfig
 from workers.config_tiles import TileAttentionConfig, TileCacheConfig
 from workers.named_policies import PolicyName, fill_in
 
+BUNDLED_WEIGHTS = Path(__file__).parent / "training" / "weights"
+"""Of a backbone that names no checkpoint."""
+SEEDED_BACKBONE = "tiny-test"
+"""Has no weights: it starts from numbers drawn with a fixed seed, for tests of everything but the picture."""
+
 
 class BackboneConfig(Part):
     """Which model renders."""

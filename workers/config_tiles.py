@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from workers.config_part import Part
+from workers.config_part import Part, check_steps
 
 TABLE_KERNELS = ("auto", "flash-attn-4", "triton", "reference")
 """Values of `kernel.name` that can read a tile table."""
@@ -44,6 +44,11 @@ class TileCacheConfig(Part):
     )
     candidate_tiles: int | None = Field(
         4, ge=0, description="Tiles in which a key looks for its nearest, beside the latent frame before; empty: all."
+    )
+    storage: Literal["model", "int8", "int4"] = Field(
+        "model",
+        description="How the history lies: as computed, or as codes that are unpacked when a layer is read; int4 "
+        "has a scale for 32 channels, or one a vector where 32 does not divide a head's channels.",
     )
     tile: int | None = Field(
         None, ge=8, le=LARGEST_TILE, description="Keys of a tile, a power of two; empty: an eighth of a latent frame."
@@ -101,13 +106,26 @@ class TileAttentionConfig(Part):
     choose_at: tuple[int, ...] = Field(
         (0,), min_length=1, strict=False, description="Denoising steps that choose anew; the first must be 0."
     )
+    history_at: tuple[int, ...] | None = Field(
+        None,
+        min_length=1,
+        strict=False,
+        description="Denoising steps that look at the history, the first of them 0; the others take what the newest of "
+        "them saw of it. Empty: all look.",
+    )
     always_sink: bool = Field(False, description="The sink is always seen, beside what the density allows.")
     always_recent: bool = Field(False, description="The newest chunks are always seen, likewise.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.choose_at[0] != 0 or list(self.choose_at) != sorted(set(self.choose_at)):
-            raise ValueError(f"attention.choose_at: {list(self.choose_at)} must begin with 0 and rise")
+        looks = self.history_at
+        check_steps("attention.choose_at", self.choose_at)
+        check_steps("attention.history_at", looks)
+        if looks is not None and not set(self.choose_at) <= set(looks):
+            raise ValueError(
+                f"attention.choose_at: {list(self.choose_at)} must be among attention.history_at: {list(looks)}, for a "
+                "step that chooses tiles looks at them"
+            )
         return self
 
 
@@ -148,6 +166,9 @@ def _value_conflicts(render: Any) -> Iterator[str]:
         yield f"sampling.guidance: {sampling.guidance:g}: a tile table holds the keys of one branch; it must be 1"
     if render.kernel.name not in TABLE_KERNELS:
         yield f"kernel.name: {render.kernel.name} cannot read a tile table; allowed: {', '.join(TABLE_KERNELS)}"
-    if render.attention.kind == "tiles" and render.attention.choose_at[-1] >= sampling.num_steps:
-        last = render.attention.choose_at[-1]
-        yield f"attention.choose_at: {last} is no denoising step: they go from 0 to {sampling.num_steps - 1}"
+    if render.attention.kind != "tiles":
+        return
+    for name in ("choose_at", "history_at"):
+        last = max(getattr(render.attention, name) or (0,))
+        if last >= sampling.num_steps:
+            yield f"attention.{name}: {last} is no denoising step: they go from 0 to {sampling.num_steps - 1}"

@@ -13,6 +13,8 @@ from workers.model.backbones import Backbone
 BFLOAT16_BYTES = 2
 TABLE_CHANNELS = 16  # of a tile table, behind those of a key; see cache/table_layout.py
 TABLE_RECORD_BYTES = 24  # of a slot of its history: position, m, weight, partner
+TABLE_CODE_BITS = {"int8": 8, "int4": 4}  # of a packed history; see cache/table_codes.py
+TABLE_CODE_GROUP = 32  # channels of `int4` that share a largest one of 2 bytes, where they divide a head's; else all do
 DEFAULT_WINDOW_LATENT_FRAMES = 24  # WindowCacheConfig: sink 3 and recent 21
 UTILISATION = 0.4
 """Share of the dense bfloat16 peak that large matrix products and attention reach together; an assumption."""
@@ -129,16 +131,26 @@ class Workload:
         """Keys and values of so many latent frames, uncompressed in bfloat16."""
         return 2 * latent_frames * self.frame_tokens * self.backbone.dim * self.backbone.num_layers * BFLOAT16_BYTES
 
-    def table_bytes(self, cache: TileCacheConfig) -> int:
-        """All that a tile table holds, in bfloat16: the same for every length."""
+    def table_bytes(self, cache: TileCacheConfig, itemsize: int = BFLOAT16_BYTES) -> int:
+        """All that a tile table holds, the workspace of a packed one too: the same for every length.
+
+        Args:
+            cache: Its sizes.
+            itemsize: Bytes of a channel as computed.
+        """
         b, tile = self.backbone, cache.tile_for(self.frame_tokens)
         chunks, tokens = cache.chunks(b.chunk_latent_frames), b.chunk_latent_frames * self.frame_tokens
         chunk_slots = -(-tokens // tile) * tile
         history = -(-(chunks["kept_chunks"] + chunks["spare_chunks"]) * tokens // tile) * tile
-        slots = (chunks["sink_chunks"] + chunks["recent_chunks"] + 1) * chunk_slots + history
-        keys = slots * (2 * b.head_dim + TABLE_CHANNELS) * BFLOAT16_BYTES
-        records = history * TABLE_RECORD_BYTES + history // tile * b.head_dim * BFLOAT16_BYTES
-        return b.num_layers * b.num_heads * (keys + records)
+        ends = (chunks["sink_chunks"] + chunks["recent_chunks"] + 1) * chunk_slots
+        vector = (2 * b.head_dim + TABLE_CHANNELS) * itemsize
+        records = history * TABLE_RECORD_BYTES + history // tile * b.head_dim * itemsize
+        if cache.storage == "model":
+            return b.num_layers * b.num_heads * ((ends + history) * vector + records)
+        groups = b.head_dim // TABLE_CODE_GROUP if cache.storage == "int4" and b.head_dim % TABLE_CODE_GROUP == 0 else 1
+        coded = b.head_dim * TABLE_CODE_BITS[cache.storage] // 8 + 2 * groups
+        packed = ends * vector + history * (2 * coded + 2 * itemsize) + records
+        return b.num_heads * (b.num_layers * packed + (ends + history) * vector)
 
     def table_flops(self, cache: TileCacheConfig, attention: TileAttentionConfig) -> float:
         """All calls of a take over a full tile table; matching and merging are not counted."""

@@ -159,7 +159,6 @@ def roll_out(
     attention, record.guard = make_attention(
         model.config.guard, model.backbone, parts.cache, parts.policy, model.kernel, parts.reindex
     )
-    attention.announce_to(parts.attend_prompt)
     if model.backbone.rollout == "clipwise":
         return roll_out_clips(task, model, attention, record.stopwatch, parts.attend_prompt)
     rollout = make_rollout(model.dit, attention, record.stopwatch, parts.reuse, record.guard, parts.attend_prompt)

@@ -84,6 +84,7 @@ class Rollout:
         self._model, self._attention, self._stopwatch = model, attention, stopwatch
         self._reuse, self._judge, self._attend_prompt = reuse, judge, attend_prompt
         self._device = model.head.modulation.device
+        attention.announce_to(attend_prompt)
 
     @torch.inference_mode()
     def run(self, plan: RolloutPlan, first_chunk: int = 0) -> Iterator[CleanChunk]:

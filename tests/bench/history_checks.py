@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from tests.bench.history_engine import Compiled, Variant, make_engine, make_plan
 from tests.bench.rollout_rows import Settings
+from tests.packed_checks import check_bits
 from tests.tables import draw_listed
 from workers.attention.tile_choice import ChoiceSettings, TileChoice, TileRuns
 from workers.cache.table_layout import MergeRule, TableSettings
@@ -30,11 +31,11 @@ _ORDER: dict[str, tuple[ListedName, ...]] = {
     "triton": ("triton", "torch"),
     "torch": ("torch",),
 }
-_BFLOAT16_ERROR = 0.02
+BFLOAT16_ERROR = 0.02
 """Largest root-mean-square difference over the size of the result: bfloat16 rounds inputs and weights to 0.4%."""
 
 
-def choose_attend(settings: Settings, kernels: str) -> tuple[str, AttendTable, list[str]]:
+def choose_attend(settings: Settings, kernels: str) -> tuple[ListedName, AttendTable, list[str]]:
     """The fastest attention over listed tiles that agrees with the reference."""
     tile = 128 if settings.frame_tokens >= 128 else 16
     lines = []
@@ -47,7 +48,7 @@ def choose_attend(settings: Settings, kernels: str) -> tuple[str, AttendTable, l
             traceback.print_exc()
             lines.append(f"attention by {name} left out: {type(problem).__name__}: {str(problem)[:200]}.")
             continue
-        if error <= _BFLOAT16_ERROR:
+        if error <= BFLOAT16_ERROR:
             lines.append(f"Attention by {name}: differs from the reference by {error:.2e}.")
             return name, attend, lines
         lines.append(f"attention by {name} left out: it differs from the reference by {error:.2e}.")
@@ -92,13 +93,14 @@ def choose_nearest(settings: Settings, kernels: str) -> tuple[NearestRows, str]:
 
 
 def choose_kernels(settings: Settings) -> tuple[tuple[str, ...], list[str]]:
-    """Which of our kernels (of the table by either rule, of the choice) agree with the plain ways; lines say so."""
+    """Which of our kernels (of the table by either rule or packed; the choice) agree with the plain ways; and words."""
     found, lines = list[str](), list[str]()
     if settings.device.type != "cuda":
         return (), ["Chunks are taken over and tiles chosen by plain torch."]
     checks: dict[str, Callable[[Settings], float]] = {
         "table": partial(_table_differs, rule="chains"),
         "pairs": partial(_table_differs, rule="pairs"),
+        "packing": lambda _: check_bits([("int4", settings.backbone.head_dim, 128)]),
         "choice": _choice_differs,
     }
     for name, differs in checks.items():

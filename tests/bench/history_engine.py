@@ -14,11 +14,13 @@ from tests.bench.rollout_rows import Settings
 from tests.tables import make_captured
 from workers.assemble_tiles import size_table, tile_runs
 from workers.attention.tile_choice import Estimate, TileChoice
+from workers.cache.low_bit import Storage
 from workers.cache.table_layout import MergeRule, TableSettings
 from workers.cache.tile_table import TileTable
 from workers.contracts import PromptKeys
 from workers.denoise import Schedule, draw_noise, make_schedule, step_renoise
-from workers.kernels.listed_tiles import AttendTable
+from workers.kernels.listed_parts import make_parted
+from workers.kernels.listed_tiles import AttendTable, ListedName
 from workers.model.backbones import Backbone
 from workers.model.dit import CausalDiT
 from workers.model.static_layers import Fp8Linears
@@ -47,6 +49,8 @@ class Variant:
     """Tiles of the history in which a key looks for its partner."""
     rule: MergeRule = "chains"
     """Which pairs of a full history merge."""
+    storage: Storage = "model"
+    """Of the history."""
     density: float = 0.1
     """Share of the cached tiles that are chosen among: sink, history and newest chunks, unless always seen."""
     always_sink: bool = False
@@ -54,6 +58,10 @@ class Variant:
     estimate: Estimate = "exact"
     fp8: Fp8Linears = "none"
     choose_at: tuple[int, ...] = (0,)
+    history_at: tuple[int, ...] | None = None
+    """Denoising steps that look at the history; None: all. The clean pass always does."""
+    dense_own: bool = True
+    """Where not all look: what all see is attended to by a dense kernel, if there is one; else by lists."""
     keys_per_tile: int = 16
     queries_per_tile: int = 8
     kernels: bool = True
@@ -92,6 +100,22 @@ class Engine:
     @property
     def choose_at(self) -> tuple[int, ...]:
         return self.variant.choose_at
+
+    @property
+    def num_calls(self) -> int:
+        """Of a chunk, the clean pass included."""
+        return len(self.schedule.sigmas) + 1
+
+    @property
+    def num_looking(self) -> int:
+        """Calls of a chunk that look at the history, the clean pass always."""
+        at = self.variant.history_at
+        return self.num_calls if at is None else len(at) + 1
+
+    @property
+    def slots_seen(self) -> float:
+        """By a query, mean of the denoising steps."""
+        return self.rollout.slots_seen(len(self.schedule.sigmas))
 
     @property
     def chunks_to_fill(self) -> int:
@@ -137,8 +161,9 @@ def make_engine(
     nearest: NearestRows = nearest_rows,
     compiled: Compiled = ALL,
     *,
-    kernels: Compiled = ("table", "pairs", "choice"),
+    kernels: Compiled = ("table", "pairs", "packing", "choice"),
     graphs: bool = True,
+    attend_name: ListedName = "torch",
 ) -> Engine:
     backbone, device = settings.backbone, settings.device
     model = make_model(backbone, device, settings.dtype)
@@ -150,9 +175,11 @@ def make_engine(
         recent_chunks=variant.recent_chunks,
         candidate_tiles=variant.candidate_tiles,
         rule=variant.rule,
+        storage=variant.storage,
         tile=128 if settings.frame_tokens >= 128 else 16,
     )
     kernels = kernels if variant.kernels and device.type == "cuda" else ()
+    needed = {"pairs" if variant.rule == "pairs" else "table"} | ({"packing"} if sizes.storage != "model" else set())
     runs = tile_runs(sizes, always_sink=variant.always_sink, always_recent=variant.always_recent)
     num_candidates = sum(stop - first for first, stop in runs.candidates)
     rollout = make_captured(
@@ -164,13 +191,16 @@ def make_engine(
         always_recent=variant.always_recent,
         estimate=variant.estimate,
         attend=attend,
+        parted=None if variant.history_at is None else make_parted(attend_name, sizes.tile, dense=variant.dense_own),
         nearest=nearest,
         fp8=variant.fp8,
         backend=backend,
         compiled=compiled,
-        work="kernels" if ("pairs" if variant.rule == "pairs" else "table") in kernels else "layers",
+        work="kernels" if needed <= set(kernels) else "layers",
         fused="choice" in kernels,
-        settings=CapturedSettings(variant.choose_at, graphs=graphs and device.type == "cuda"),
+        settings=CapturedSettings(
+            variant.choose_at, graphs=graphs and device.type == "cuda", history_at=variant.history_at
+        ),
         keys_per_tile=min(sizes.tile, variant.keys_per_tile),
         queries_per_tile=min(sizes.tile, variant.queries_per_tile),
     )

@@ -17,11 +17,16 @@ import torch.nn.functional as F
 
 from tests.bench.history_engine import Engine, make_plan
 from tests.bench.rollout_rows import Settings
+from workers.cache.packed_table import PackedTable
+from workers.cache.table_codes import coded_bytes
 from workers.model.static_layers import LinearWeights, apply_linear, apply_linear_gelu
 
-COMPRESSION = ("selection", "moving chunks", "matching", "merging")
+_UNPACKING, _UNPACK = "unpacking in calls", re.compile("unpack_tiles")
+COMPRESSION = ("selection", "moving chunks", "matching", "merging", "unpacking", "packing", _UNPACKING)
 _KINDS = (
+    (_UNPACKING, _UNPACK),
     ("attention", re.compile("flash|attend_rows|attend_listed", re.I)),
+    ("composition", re.compile("compose_rows")),
     ("linear layers", re.compile("nvjet|gemm|cutlass|cublas", re.I)),
 )
 _REST = "norms, rotations, gates, cross-attention's softmax"
@@ -114,16 +119,31 @@ def whole_chunk_ms(engine: Engine, settings: Settings, num_chunks: int) -> float
 
 def kinds_of_calls(engine: Engine, whole_ms: float) -> dict[str, float]:
     """What the calls of a chunk consist of, by kind of kernel; the rest is idle."""
-    plain, choosing = (kernel_times(lambda c=choose: engine.rollout.replay(c)) for choose in (False, True))
-    num_choosing = len(engine.choose_at)
-    num_calls = len(engine.schedule.sigmas) + 1
-    found: dict[str, float] = {}
-    for name, (ms, _) in plain.items():
-        kind = next((kind for kind, pattern in _KINDS if pattern.search(name)), _REST)
-        found[kind] = found.get(kind, 0.0) + ms * num_calls
-    plain_ms, choosing_ms = (sum(ms for ms, _ in times.values()) for times in (plain, choosing))
-    found["selection"] = (choosing_ms - plain_ms) * num_choosing
+    rollout, is_apart = engine.rollout, engine.variant.history_at is not None
+    looking, choosing = (_by_kind(lambda c=choose: rollout.replay(c)) for choose in (False, True))  # type: ignore[misc]
+    taking = _by_kind(lambda: rollout.replay(False, False)) if is_apart else looking
+    num_looking, num_taking = engine.num_looking, engine.num_calls - engine.num_looking
+    found = {
+        kind: looking.get(kind, 0.0) * num_looking + taking.get(kind, 0.0) * num_taking for kind in looking | taking
+    }
+    if is_apart:  # a call that takes attends to what all see and to nothing else
+        found["attention to own keys"] = taking["attention"] * engine.num_calls
+        found["attention to the history"] = (looking["attention"] - taking["attention"]) * num_looking
+        del found["attention"]
+    more = choosing.get(_UNPACKING, 0.0) - looking.get(_UNPACKING, 0.0)
+    found["selection"] = (sum(choosing.values()) - sum(looking.values()) - more) * len(engine.choose_at)
+    if _UNPACKING in choosing:
+        found[_UNPACKING] = found.get(_UNPACKING, 0.0) + more * len(engine.choose_at)
     found["idle between kernels of a call"] = whole_ms - sum(found.values())
+    return found
+
+
+def _by_kind(run: Callable[[], None]) -> dict[str, float]:
+    """Milliseconds of one call."""
+    found: dict[str, float] = {}
+    for name, (ms, _) in kernel_times(run).items():
+        kind = next((kind for kind, pattern in _KINDS if pattern.search(name)), _REST)
+        found[kind] = found.get(kind, 0.0) + ms
     return found
 
 
@@ -167,11 +187,12 @@ def feed_forward_rows(settings: Settings, times: int = 20) -> list[dict[str, Any
 def top_kernels(engine: Engine, num: int = 20) -> list[dict[str, Any]]:
     """GPU time by kernel over one captured call with a choice of tiles, and over taking over a chunk."""
     rows = []
-    for what, run in (
-        ("call", lambda: engine.rollout.replay(True)),
-        ("chunk taken over", lambda: engine.rollout.remember(engine.position)),
-    ):
-        spare = engine.sizes.spare_chunks if what != "call" else 3  # each layer merges once
+    runs: dict[str, Callable[[], None]] = {"call": lambda: engine.rollout.replay(True)}
+    if engine.variant.history_at is not None:
+        runs["call that takes the history"] = lambda: engine.rollout.replay(False, False)
+    runs["chunk taken over"] = lambda: engine.rollout.remember(engine.position)
+    for what, run in runs.items():
+        spare = engine.sizes.spare_chunks if what == "chunk taken over" else 3  # each layer merges once
         times = sorted(kernel_times(run, spare).items(), key=lambda item: -item[1][0])
         rows += [
             {"kernel": f"{what}: {name[:80]}", "calls": calls, "ms": round(ms, 3)} for name, (ms, calls) in times[:num]
@@ -184,6 +205,7 @@ def least_work(engine: Engine) -> dict[str, tuple[float, float]]:
     s, v, size = engine.sizes, engine.variant, engine.table.dtype.itemsize
     rows, key, value = s.num_layers * s.num_heads, s.width * size, s.head_dim * size
     tokens, frame, history, kept = s.chunk_tokens, s.frame_tokens, s.history_tokens, s.kept_tokens
+    packing = _least_packing(engine)
     tiles, query_tiles = s.num_slots // s.tile, -(-tokens // s.tile)
     looked_at = query_tiles * (s.candidate_tiles or 0) * s.tile
     compared = tokens * frame + query_tiles * s.tile * (s.candidate_tiles or 0) * s.tile
@@ -208,4 +230,27 @@ def least_work(engine: Engine) -> dict[str, tuple[float, float]]:
             choices * rows * (sampled[0] * key + sampled[1] * (key + tiles * 8)) / 1e9,
             choices * rows * sampled[0] * sampled[1] * s.head_dim * 2 / 1e12,
         ),
+        **packing,
+    }
+
+
+def _least_packing(engine: Engine) -> dict[str, tuple[float, float]]:
+    """Of a packed history: between codes and channels, each call for what is seen, each chunk for what changes."""
+    s, table = engine.sizes, engine.table
+    if not isinstance(table, PackedTable) or s.storage == "model":
+        return {}
+    size, rows = table.dtype.itemsize, s.num_layers * s.num_heads
+    coded, key, value = coded_bytes(s.head_dim, s.storage), s.width * size, s.head_dim * size
+    keys, values = rows * s.num_slots * (coded + 2 * size + key), rows * s.num_slots * (coded + value)
+    share, choices = table.seen_share, len(engine.choose_at)
+    others = len(engine.schedule.sigmas) + 1 - choices
+    # Without a merge: what lies beside the history, the latent frame before, and at most so many near tiles.
+    near = min(-(-s.chunk_tokens // s.tile) * (s.candidate_tiles or 0) * s.tile, s.history_slots)
+    ends = rows * (s.num_slots - s.history_slots) * 2 * (key + value)
+    brought = ends + rows * (s.frame_tokens + near) * (coded + 2 * size + key)
+    changed = s.chunk_tokens + s.kept_tokens / s.spare_chunks
+    return {
+        _UNPACKING: ((others * share * (keys + values) + choices * (keys + share * values)) / 1e9, 0.0),
+        "unpacking": (((keys + values) / s.spare_chunks + brought * (1 - 1 / s.spare_chunks)) / 1e9, 0.0),
+        "packing": (rows * changed * (2 * coded + key + value) / 1e9, 0.0),
     }

@@ -21,8 +21,10 @@ from tests.plain_tables import plain_table_parts
 from workers.assemble import LoadedModel, TakeParts, load_model, prepare_take
 from workers.assemble_cache import make_temporal_cache, temporal_settings
 from workers.assemble_policies import make_attention
+from workers.assemble_tiles import table_settings
 from workers.attention.measure import RecallMeter
 from workers.config import RenderConfig, TemporalCacheConfig
+from workers.config_tiles import TileCacheConfig
 from workers.denoise import Schedule, add_noise, draw_noise
 from workers.kernels.sdpa import SdpaKernel
 from workers.metrics import Stopwatch
@@ -202,7 +204,6 @@ class Run:
             parts.reindex,
             probes=() if meter is None else (meter,),
         )
-        attention.announce_to(parts.attend_prompt)
         self._rollout = Rollout(
             model.dit, attention, Stopwatch(lab.device), parts.reuse, self._judge, attend_prompt=parts.attend_prompt
         )
@@ -271,7 +272,6 @@ class Runner:
         attention, self.guard = make_attention(
             model.config.guard, model.backbone, parts.cache, parts.policy, model.kernel, parts.reindex
         )
-        attention.announce_to(parts.attend_prompt)
         self.seconds, self.latents = list[float](), list[Tensor]()
         self.cpu_seconds = list[float]()
         """Of all threads of this process: what others do on the machine counts less."""
@@ -326,7 +326,13 @@ def full_bytes(model: LoadedModel, num_tokens: int) -> int:
 
 def stored_bytes(model: LoadedModel, num_bytes: float, dtype: str) -> float:
     """Bytes of a cache as a bfloat16 render keeps it: uncompressed keys were float32 where it was measured so."""
-    is_wide = dtype == "float32" and model.config.cache.kind != "temporal"
+    cache = model.config.cache
+    if dtype == "float32" and isinstance(cache, TileCacheConfig) and cache.storage != "model":
+        s = table_settings(cache, model.backbone, model.latent_size)
+        ends, num = s.sink_chunks + s.recent_chunks, s.num_layers
+        slots = (num_bytes / num - s.used_bytes(torch.float32, ends, 0)) / s.used_bytes(torch.float32, 0, 1)
+        return num * (s.used_bytes(torch.bfloat16, ends, 0) + slots * s.used_bytes(torch.bfloat16, 0, 1))
+    is_wide = dtype == "float32" and cache.kind != "temporal"
     return num_bytes / 2 if is_wide else num_bytes
 
 

@@ -56,6 +56,33 @@ VARIANTS: dict[str, Record] = {
         "attention": {"density": 0.3},
     },
     "fastar-quant, every step looks": {"policy": "fastar-quant", "attention": {"history_at": None}},
+    **{
+        f"fastar-tiles, 186 latent frames, 12 seen{'' if storage == 'model' else f', {storage}'}": {
+            "policy": "fastar-tiles",
+            "cache": {
+                "merging": "pairs",
+                "budget_latent_frames": 186,
+                "spare_latent_frames": 15,
+                "storage": storage,
+            },
+            "attention": {"density": 12 / 186},
+        }
+        for storage in ("model", "int4")
+    },
+    **{
+        f"fastar-tiles, {kept} latent frames, {seen} seen, looks once{'' if storage == 'model' else f', {storage}'}": {
+            "policy": "fastar-tiles",
+            "cache": {
+                "merging": "pairs",
+                "budget_latent_frames": kept,
+                "spare_latent_frames": 30,
+                "storage": storage,
+            },
+            "attention": {"density": seen / kept, "history_at": (0,)},
+        }
+        for kept, seen in ((180, 12), (240, 12), (240, 24))
+        for storage in ("model", "int4")
+    },
     GUARDED: {"policy": "fastar-quant", "guard": {"enabled": True}},
 }
 

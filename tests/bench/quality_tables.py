@@ -42,12 +42,17 @@ _NOTES = (
     "keys kept; each table takes them over in the order of time. At the end the next chunk is made, and the camera "
     "cuts back to places seen so many latent frames ago. kept, seen: latent frames' worth of slots in the table, and "
     "of those that a query sees (its own chunk not counted); spare: of those kept, what a full history frees at once; "
-    "bits of a stored channel of the history. Losses are against dense attention over the same history, paired by "
-    "world and place; ci95 is half the width over worlds. recall as in docs/memory.md."
+    "bits of a stored channel of the history; history_at: steps that look at the history, for the others too "
+    "(empty: all look); always_recent: the newest chunk, among those seen, is attended to afresh in each. Losses "
+    "are against dense attention over the same history, paired by world and place; ci95 is half the width over worlds. "
+    "recall as in docs/memory.md."
 )
 
 
-_COLUMNS = ("kept", "seen", "spare", "bits", "decay", "choose_at")
+_STORED = {16: "model", 8: "int8", 4: "int4"}
+_COLUMNS = ("kept", "seen", "spare", "bits", "decay", "choose_at", "history_at", "always_recent")
+_RECENT = 3
+"""Latent frames of the newest chunk."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +67,22 @@ class Setting:
     decay: float = 16.0
     choose_at: tuple[int, ...] = (0,)
     """Denoising steps that choose tiles."""
+    history_at: tuple[int, ...] | None = None
+    """Denoising steps that look at the history; None: all."""
+    always_recent: bool = False
+    """The newest chunk is always seen, and counts among what is."""
 
     @property
     def record(self) -> dict[str, Any]:
-        cache = {"merging": self.merging, "budget_latent_frames": self.kept, "spare_latent_frames": self.spare}
-        cache["mass_decay"] = self.decay
-        attention = {"density": min(1.0, self.seen / self.kept), "choose_at": self.choose_at}
+        cache: dict[str, Any] = {
+            "merging": self.merging,
+            "budget_latent_frames": self.kept,
+            "spare_latent_frames": self.spare,
+        }
+        cache |= {"mass_decay": self.decay, "storage": _STORED[self.bits]}
+        always = _RECENT if self.always_recent else 0
+        attention = {"density": min(1.0, (self.seen - always) / (self.kept - always)), "choose_at": self.choose_at}
+        attention |= {"history_at": self.history_at, "always_recent": self.always_recent}
         return {"policy": "fastar-tiles", "cache": cache, "attention": attention}
 
     def scaled(self, share: float) -> Setting:
@@ -78,6 +93,12 @@ class Setting:
     @property
     def columns(self) -> dict[str, Any]:
         return {"policy": self.merging} | {name: getattr(self, name) for name in _COLUMNS}
+
+    @property
+    def file_name(self) -> str:
+        """Without what most settings do not have."""
+        parts = [str(value) for value in self.columns.values() if value is not None and value is not False]
+        return "-".join(parts).replace(" ", "")
 
 
 SETTINGS = [
@@ -99,6 +120,13 @@ SETTINGS = [
     Setting("pairs", 48, 12),
     Setting("pairs", 81, 12),
     Setting("pairs", 120, 12, choose_at=(0, 1)),
+    Setting("pairs", 240, 24, history_at=(0,), always_recent=True),
+    Setting("pairs", 240, 24, history_at=(0,)),
+    Setting("pairs", 240, 24, always_recent=True),
+    Setting("pairs", 240, 48, history_at=(0,), always_recent=True),
+    Setting("pairs", 240, 24, choose_at=(0, 1), history_at=(0, 1), always_recent=True),
+    Setting("pairs", 180, 30, history_at=(0,), always_recent=True),
+    Setting("pairs", 240, 24, bits=4),
 ]
 """For 3000 frames, in the order of their worth; those of one table that follow one another fill it once."""
 
@@ -166,12 +194,12 @@ def fill(cache: KVCache, history: History, chunk_tokens: int) -> None:
             cache.append(layer, keys.narrow(start, start + chunk_tokens))
 
 
-def make_table(setting: Setting, model: LoadedModel) -> tuple[PlainTable, int]:
+def make_table(model: LoadedModel) -> tuple[PlainTable, int]:
     """An empty one, and the tokens of a chunk."""
     config = model.config.cache
     assert isinstance(config, TileCacheConfig)
     sizes = table_settings(config, model.backbone, model.latent_size)
-    return PlainTable(sizes, in_8_bits=setting.bits == 8), sizes.chunk_tokens
+    return PlainTable(sizes), sizes.chunk_tokens
 
 
 def parts_of(table: PlainTable, model: LoadedModel) -> TakeParts:
@@ -216,8 +244,8 @@ class World:
 
     def measure(self, setting: Setting | None) -> Figures:
         """Of one setting; None is dense attention."""
-        name = "dense" if setting is None else "-".join(str(value) for value in setting.columns.values())
-        path = self._folder / f"world-{self._index}-{self._frames}-{name.replace(' ', '')}.json"
+        name = "dense" if setting is None else setting.file_name
+        path = self._folder / f"world-{self._index}-{self._frames}-{name}.json"
         if path.exists():
             found: Figures = json.loads(path.read_text())
             return found
@@ -232,16 +260,12 @@ class World:
             parts = replace(prepare_take(model, 0), cache=history.cache)
             return look_back(lab, walks, model, parts, FilledMeter(history.cache, history))
         model = lab.model(setting.record)
-        of = model.config.cache, setting.bits
-        if self._table is None or self._table[0] != of:
-            table, chunk_tokens = make_table(setting, model)
+        if self._table is None or self._table[0] != model.config.cache:
+            table, chunk_tokens = make_table(model)
             fill(table, history, chunk_tokens)
-            self._table = of, table
+            self._table = model.config.cache, table
         table = self._table[1]
-        found = look_back(lab, walks, model, parts_of(table, model), FilledMeter(table, history))
-        dim = model.backbone.head_dim
-        found["kv_share_of_full"] *= (dim + 2) / (2 * dim) if setting.bits == 8 else 1.0
-        return found
+        return look_back(lab, walks, model, parts_of(table, model), FilledMeter(table, history))
 
     def _walks(self) -> Walks:
         return self._lab.walks("still", [self._index], self._frames)

@@ -3,8 +3,9 @@
 `python -m tests.bench.rollout_history --quick` checks the kernels at small sizes, says where a chunk's time goes and
 rolls out one policy over 420 frames; without `--quick` all rows, those of the whole policy over all frames. Random
 weights: time and memory are those of the sizes, densities and budgets that stand in each row. Rows called `pairs` merge
-as `quality_tables` measures it; their numbers are the latent frames kept and seen. A part that fails says so and takes
-no other along.
+as `quality_tables` measures it; their numbers are the latent frames kept and seen, and `int4` is how their history
+lies. Rows called `once` look at the history in the first step of a chunk and in the clean pass alone. A table of 180 is
+full after 61 chunks: `--frames` below 800 measures less. A part that fails says so and takes no other along.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ import torch
 
 from tests.bench.history_checks import check_compiled, choose_attend, choose_kernels, choose_nearest
 from tests.bench.history_engine import ALL, Compiled, Engine, Variant, make_engine, make_plan, warm_up
+from tests.bench.history_once import ONCE, choose_parted
 from tests.bench.history_parts import ChunkClock, feed_forward_rows, parts_of_chunk, top_kernels, whole_chunk_ms
 from tests.bench.history_snapshot import snapshot_row
 from tests.bench.record import report
 from tests.bench.rollout_models import make_vae, seconds_with_pictures
 from tests.bench.rollout_rows import RowResult, Settings, release_memory
 from workers.assemble_tiles import tile_runs
-from workers.kernels.listed_tiles import AttendTable
+from workers.cache.packed_table import PackedTable
+from workers.kernels.listed_tiles import AttendTable, ListedName
 from workers.model.backbones import find_backbone
 from workers.search.nearest_rows import NearestRows, nearest_rows
 
@@ -51,6 +54,19 @@ VARIANTS = {
             Variant(f"pairs-120-seen-{seen}", estimate="quant", rule="pairs", kept_chunks=33, density=seen / 120)
             for seen in (6, 12, 24, 48)
         ),
+        *ONCE,
+        *(
+            Variant(
+                f"pairs-{slots}-seen-12-int4",
+                kept,
+                spare,
+                rule="pairs",
+                storage="int4",
+                estimate="quant",
+                density=12 / slots,
+            )
+            for slots, kept, spare in ((180, 48, 10), (186, 55, 5), (240, 68, 10))
+        ),
         Variant("tempcache", density=1.0, whole=False),
         Variant("annsa", density=0.28, kept_chunks=34, whole=False),
     )
@@ -63,7 +79,9 @@ class _Choices:
     """What the checks of this process found; rows made by `rollout` ask for it too."""
 
     attend: AttendTable | None = None
-    attend_name: str = ""
+    attend_name: ListedName = "torch"
+    parted_name: ListedName = "torch"
+    """Of attention in two parts."""
     nearest: NearestRows = nearest_rows
     compiled: Compiled = ()
     kernels: tuple[str, ...] = ()
@@ -80,6 +98,8 @@ def check(settings: Settings, kernels: str = "auto", *, compiled: bool = True) -
     name, attend, lines = choose_attend(settings, kernels)
     _CHOICES.attend, _CHOICES.attend_name, _CHOICES.is_checked = attend, name, True
     _CHOICES.nearest, line = choose_nearest(settings, kernels)
+    lines.append(line)
+    _CHOICES.parted_name, line = choose_parted(settings, name)
     lines.append(line)
     _CHOICES.kernels, kernel_lines = choose_kernels(settings)
     lines += kernel_lines
@@ -114,7 +134,14 @@ def compression_share(engine: Engine, settings: Settings) -> float:
 def engine_for(variant: Variant, settings: Settings) -> Engine:
     check(settings)
     return make_engine(
-        variant, settings, _CHOICES.attend, "inductor", _CHOICES.nearest, _CHOICES.compiled, kernels=_CHOICES.kernels
+        variant,
+        settings,
+        _CHOICES.attend,
+        "inductor",
+        _CHOICES.nearest,
+        _CHOICES.compiled,
+        kernels=_CHOICES.kernels,
+        attend_name=_CHOICES.parted_name,
     )
 
 
@@ -160,11 +187,19 @@ def make_row(variant: Variant, settings: Settings) -> RowResult:
     runs = tile_runs(engine.sizes, always_sink=variant.always_sink, always_recent=variant.always_recent)
     notes = [
         f"{engine.chooser.num_chosen} of {sum(b - a for a, b in runs.candidates)} cached tiles chosen, "
-        f"{engine.chooser.num_slots_seen} slots seen; {_CHOICES.attend_name}; "
+        f"{round(engine.slots_seen)} slots seen; {_CHOICES.attend_name}; "
         f"compiled: {', '.join(_CHOICES.compiled) or 'nothing'}; "
         f"kernels: {', '.join(_CHOICES.kernels if variant.kernels else ()) or 'none'}; fp8: {variant.fp8}; "
         f"tiles chosen at steps {variant.choose_at}"
+        + (
+            ""
+            if variant.history_at is None
+            else f"; history looked at in steps {variant.history_at} and the clean pass"
+        )
     ]
+    if isinstance(engine.table, PackedTable):
+        share = engine.table.seen_share
+        notes.append(f"history in {engine.sizes.storage}; {share:.0%} of all tiles are seen by some query")
     if not is_whole:
         notes.append(f"measured over {num_chunks} chunks; seconds_3000_frames goes on at their last pace")
     say(f"{variant.name}: {json.dumps({'chunk_ms': [round(s * 1e3, 1) for s in seconds[-10:]]})}")
@@ -179,7 +214,7 @@ def make_row(variant: Variant, settings: Settings) -> RowResult:
         peak_gb_3000=peaks.get(num_chunks) if is_whole else None,
         seconds_3000_frames=total,
         cache_keys=engine.sizes.num_keys_cached,
-        density=engine.chooser.num_slots_seen / (num_chunks * engine.sizes.chunk_tokens),
+        density=engine.slots_seen / (num_chunks * engine.sizes.chunk_tokens),
         compression_share=share,
         notes="; ".join(notes),
     )

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -135,6 +135,8 @@ class ReplayedLayer:
 class ReplayedTable:
     """A `Table` of one layer in the place of all; made for the longest history, shorter ones are a run of it."""
 
+    is_packed = False
+
     def __init__(self, settings: Settings, most_chunks: int) -> None:
         backbone = settings.backbone
         tile = self.tile = 128 if settings.frame_tokens >= 128 else 16
@@ -161,6 +163,14 @@ class ReplayedTable:
     def own(self, layer_index: int) -> tuple[Tensor, Tensor]:
         layer, run = self.layers[0], slice(0, self.chunk_tokens)
         return layer.k_NLW[:, run, : self._head_dim], layer.v_NLD[:, run]
+
+    def note_seen(self, layer_index: int, index_NIJ: Tensor) -> None:
+        """All lies as it is read."""
+
+    def lay_out(
+        self, layer_index: int, part: Literal["keys", "values", "both"] = "both", *, seen_only: bool = False
+    ) -> ReplayedLayer:
+        return self.layers[layer_index]
 
     def remember_chunk(self, position_T3: Tensor) -> None:
         """A chunk becomes history in every layer."""

@@ -21,6 +21,7 @@ import torch
 
 from tests.bench.record import RESULTS, keep, report, write_record
 from workers.checkpoints.files import open_weights
+from workers.config import BUNDLED_WEIGHTS
 from workers.model.backbones import find_backbone
 from workers.model.vae import VideoVAE
 from workers.quality.drift import BANDS, compare_looks, is_stable, measure_look
@@ -35,7 +36,6 @@ from workers.worlds.captions import write_caption
 from workers.worlds.clips import VIEW_SIZE, WorldSpec, draw_path, draw_spec, render_views
 from workers.worlds.terrain import WORLD_SIZE
 
-WEIGHTS = Path(__file__).parents[2] / "workers" / "training" / "weights"
 DISTANCES = (159, 39, 81, 318)
 """Latent frames away; 81 stands for 80, because chunks are 3 latent frames long."""
 LONG_PROMPT = 200
@@ -45,7 +45,7 @@ WANDER = CameraMove("wander", 0, 2.0)
 Row = dict[str, Any]
 
 
-def load(device: torch.device, folder: Path = WEIGHTS) -> tuple[Laboratory, str]:
+def load(device: torch.device, folder: Path = BUNDLED_WEIGHTS) -> tuple[Laboratory, str]:
     """The model of these weights and their revision."""
     weights, backbone = open_weights(folder), find_backbone("longtake-world")
     model, vae = WorldModel(backbone), VideoVAE()
@@ -276,14 +276,16 @@ def main() -> None:
     parser.add_argument("--worlds", type=int, default=64, help="worlds of each test")
     parser.add_argument("--parts", nargs="*", help="only these parts")
     parser.add_argument("--name", default="world_model", help="name of the result file")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the weights to measure")
+    parser.add_argument("--weights", type=Path, default=BUNDLED_WEIGHTS, help="folder of the weights to measure")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--seconds", type=float, default=600.0, help="begin no further part after this time")
-    parser.add_argument("--collect", nargs="+", type=Path, help="measure nothing: make one file of these")
+    parser.add_argument(
+        "--collect", nargs="+", type=Path, help="measure nothing: make one file of these, called --name"
+    )
     options = parser.parse_args()
     if options.collect:
-        path = write_record(collect([json.loads(file.read_text()) for file in options.collect]), options.folder)
-        print(f"wrote {path}")
+        one = collect([json.loads(file.read_text()) for file in options.collect])
+        print(f"wrote {write_record(one | {'name': options.name}, options.folder)}")
         return
     lab, revision = load(torch.device("cuda" if torch.cuda.is_available() else "cpu"), options.weights)
     parts = parts_of(lab, options.worlds)

@@ -18,8 +18,15 @@ import torch
 from tests.bench.record import report
 from workers.assemble import load_model, prepare_take
 from workers.checkpoints.files import open_weights
-from workers.checkpoints.modules import BUNDLED_WEIGHTS
-from workers.config import BackboneConfig, CacheConfig, DenseCacheConfig, RenderConfig, VideoConfig, WindowCacheConfig
+from workers.config import (
+    BUNDLED_WEIGHTS,
+    BackboneConfig,
+    CacheConfig,
+    DenseCacheConfig,
+    RenderConfig,
+    VideoConfig,
+    WindowCacheConfig,
+)
 from workers.metrics import Stopwatch
 from workers.model.attend import RolloutAttention
 from workers.pipeline import TakeRecord, decode, plan_rollout, utc_now

@@ -8,9 +8,10 @@ import torch
 
 from workers.attention.tile_choice import ChoiceSettings, Estimate, TileChoice, TileRuns
 from workers.cache import table_layout
+from workers.cache.layer_table import LayerTable
 from workers.cache.pairs import every_other
 from workers.cache.table_layout import MergeRule, TableSettings, read_log_mass
-from workers.cache.tile_table import LayerTable, TableWork, TileTable
+from workers.cache.tile_table import TableWork, TileTable
 from workers.contracts import KeyValues
 from workers.model.rope import grid_positions, make_rotation, rotate
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from workers.cache.low_bit import Storage
+from workers.cache.packed_table import make_table
 from workers.cache.side_work import OnStream, Wait
 from workers.cache.table_layout import MergeRule, TableSettings
 from workers.cache.table_snapshot import TableSnapshot, restore_table
@@ -61,18 +64,19 @@ def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
         assert torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize("rule", ["chains", "pairs"])
+@pytest.mark.parametrize(("rule", "storage"), [("chains", "model"), ("pairs", "model"), ("pairs", "int4")])
 @pytest.mark.parametrize("chunks_on", [1, 2, 5])
-def test_made_while_generation_goes_on_equals_one_at_rest(chunks_on: int, rule: MergeRule) -> None:
+def test_made_while_generation_goes_on_equals_one_at_rest(chunks_on: int, rule: MergeRule, storage: Storage) -> None:
     pytest.importorskip("triton")
+    sizes = replace(SIZES, rule=rule, storage=storage)
     states = []
     for side, num in ((OnStream, 0), (OnStream, chunks_on), (Slow, chunks_on)):
-        table = TileTable(SIZES, torch.bfloat16, torch.device("cuda"), work="kernels")
+        table = make_table(sizes, torch.bfloat16, torch.device("cuda"), work="kernels")
         go_on(table, 0, BEGUN_AT)
         states.append(taken(table, side(table.device), num))
     for state in states[1:]:
         assert_same(state, states[0])
-    other = TileTable(SIZES, torch.bfloat16, torch.device("cuda"), work="kernels")
+    other = make_table(sizes, torch.bfloat16, torch.device("cuda"), work="kernels")
     restore_table(other, states[0])
     assert_same(taken(other, OnStream(other.device), 0), states[0])
 

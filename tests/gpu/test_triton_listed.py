@@ -9,7 +9,7 @@ import torch
 
 from tests.tables import draw_listed
 from workers.kernels import listed_tiles
-from workers.kernels.listed_tiles import attend_listed_plain
+from workers.kernels.listed_tiles import attend_listed_plain, attend_listed_plain_lse
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
@@ -26,7 +26,7 @@ def test_it_gives_what_the_plain_one_gives(
     tile: int, dim: int, queries: int, cut: tuple[int, int, int, int, bool]
 ) -> None:
     pytest.importorskip("triton")
-    from workers.kernels.triton_listed import Config, make_triton_listed
+    from workers.kernels.triton_listed import Config, make_triton_listed, make_triton_listed_lse
 
     if cut[-1] and torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("tensor descriptors are for compute capability 9.0 and later")
@@ -35,8 +35,11 @@ def test_it_gives_what_the_plain_one_gives(
     *drawn, index = draw_listed((queries, heads, dim), tile, tiles, listed, most_mass=4 * math.sqrt(dim), empty=empty)
     device, dtype = ("cpu", torch.float32) if INTERPRETED else ("cuda", torch.bfloat16)
     q, k, v = (x.to(device, dtype) for x in drawn)
-    expected = attend_listed_plain(q.float(), k.float(), v.float(), index.to(device), tile)
+    expected, expected_lse = attend_listed_plain_lse(q.float(), k.float(), v.float(), index.to(device), tile)
     found = make_triton_listed(tile, Config(*cut))(q, k, v, index.to(device)).float()
+    same, lse = make_triton_listed_lse(tile, Config(*cut))(q, k, v, index.to(device))
+    assert torch.equal(same.float(), found)
+    torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-4 if INTERPRETED else 0.05)
     error = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()
     assert float(error) < (1e-5 if INTERPRETED else 0.02)
 

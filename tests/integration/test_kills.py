@@ -35,7 +35,7 @@ from tests.killed_jobs import (
 from tests.processes import children_of, end, is_alive, title_of
 from tests.ray_cluster import add_node, ray_cluster
 
-pytestmark = pytest.mark.timeout(2400)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(2400)]
 PATIENCE_S = 600.0
 NUM_TRIES = 4
 RAY_SLOTS = 2  # CPUs of a node

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections import Counter
@@ -15,7 +14,9 @@ from typing import Any
 
 import pytest
 import ray
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 from cluster.errors import ActorLoadFailed, ActorLost, ActorOutOfMemory
 from cluster.pool import (
@@ -31,7 +32,7 @@ from cluster.pool import (
 )
 from cluster.ray_pool import ActorPool, PoolSettings
 from tests.pool_workers import DyingWorker, EndlessLoader, ObedientWorker, UnloadableWorker
-from tests.ray_cluster import RAY_PROGRAM, add_node, ray_cluster
+from tests.ray_cluster import add_node, ray_cluster
 
 ONE_GPU = ActorResources(num_gpus=1, num_cpus=0.5)
 HALF_GPU = ActorResources(num_gpus=0.5, num_cpus=0.5)
@@ -186,7 +187,8 @@ def test_an_idle_actor_that_dies_is_noticed(listen: Start) -> None:
 
 
 def test_a_hanging_run_shows_as_heartbeats_with_the_same_tick(listen: Start) -> None:
-    ear = listen(unresponsive_s=PATIENCE_S)  # that it never counts as silence: tests/unit/cluster/test_ray_pool.py
+    """That it never counts as silence: tests/unit/cluster/test_ray_pool.py."""
+    ear = listen(unresponsive_s=PATIENCE_S, heartbeat_s=0.05)
     actor = ear.pool.spawn()
     ear.ready(actor)
     ear.pool.submit(actor, "a", ("sleep", 600))
@@ -220,13 +222,14 @@ def test_killing_reports_the_open_calls_once_and_hears_nothing_later(listen: Sta
 
 
 def test_load_failures_carry_the_reason(listen: Start) -> None:
-    for worker, kind, text in (
+    expected = (
         (UnloadableWorker, RuntimeError, "weights are missing"),
         (DyingWorker, ActorLost, "died"),
         (EndlessLoader, ActorLoadFailed, "took over"),
-    ):
-        ear = listen(worker, load_timeout_s=1.0 if worker is EndlessLoader else PATIENCE_S)
-        actor = ear.pool.spawn()
+    )
+    ears = [listen(w, load_timeout_s=1.0 if w is EndlessLoader else PATIENCE_S) for w, _, _ in expected]
+    actors = [ear.pool.spawn() for ear in ears]
+    for ear, actor, (_, kind, text) in zip(ears, actors, expected, strict=True):
         ear.until(lambda _, ear=ear: bool(ear.of(ActorLoadFailure)))
         failure = ear.of(ActorLoadFailure)[0]
         assert failure.actor_id == actor
@@ -298,16 +301,17 @@ def test_a_removed_node_takes_its_actors_and_their_calls(two_nodes: Cluster, lis
     wait_until_dead(ear.pid(actor))
 
 
-def test_a_draining_node_is_announced_once(two_nodes: Cluster, listen: Start) -> None:
-    """Ray's private list of draining nodes, on the installed version, through its own command."""
+def test_a_draining_node_is_announced_once(two_nodes: Cluster, listen: Start, tmp_path: Path) -> None:
+    """Ray's private list of draining nodes, on the installed version, through the call of its own command."""
     ear = listen(resources=ActorResources(num_gpus=2, num_cpus=0.1), draining_check_s=0.2)
     node = add_node(two_nodes, gpus_per_node=2)
     actor = ear.pool.spawn()
     ear.ready(actor)
-    ear.pool.submit(actor, "a", ("sleep", 3))
+    ear.pool.submit(actor, "a", ("wait_for", "bell"))
     node_id = ear.of(ActorReady)[0].node_id
     drain_node(two_nodes.address, node_id, deadline_s=600)
     ear.until(lambda _: bool(ear.of(NodeDraining)))
+    (tmp_path / "bell").touch()
     ear.until(lambda _: bool(ear.of(CallDone) or ear.of(ActorGone)))
     notice = ear.of(NodeDraining)
     assert [(event.node_id, event.actor_ids) for event in notice] == [(node_id, (actor,))]
@@ -317,6 +321,7 @@ def test_a_draining_node_is_announced_once(two_nodes: Cluster, listen: Start) ->
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_zombie_of_a_killed_raylet_is_ended(two_nodes: Cluster, listen: Start, tmp_path: Path) -> None:
     """Ray notices after 13 s and leaves the process running; the pool, on the same machine, ends it."""
     ear = listen(resources=ActorResources(num_gpus=2, num_cpus=0.1))
@@ -333,6 +338,7 @@ def test_the_zombie_of_a_killed_raylet_is_ended(two_nodes: Cluster, listen: Star
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_an_actor_killed_for_memory_is_told_apart(two_nodes: Cluster, listen: Start) -> None:
     """Ray's own memory monitor, made to believe that the node is full."""
     variables = {"RAY_memory_usage_threshold": "0.0001", "RAY_memory_monitor_refresh_ms": "250"}
@@ -347,12 +353,11 @@ def test_an_actor_killed_for_memory_is_told_apart(two_nodes: Cluster, listen: St
 
 
 def drain_node(address: str, node_id: str, deadline_s: int) -> None:
-    command = [
-        RAY_PROGRAM, "drain-node", "--address", address, "--node-id", node_id,
-        "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test",
-        "--deadline-remaining-seconds", str(deadline_s),
-    ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE_S)
+    """What `ray drain-node` asks, whose process takes longer to come up than all else here."""
+    reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline_ms = time.time_ns() // 1_000_000 + deadline_s * 1000
+    is_accepted, why_not = GcsClient(address=address).drain_node(node_id, reason, "test", deadline_ms)
+    assert is_accepted, why_not
 
 
 def wait_until_dead(pid: int) -> None:

@@ -21,7 +21,7 @@ from tests.servers import shared_moto
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--model", "tiny-test", "--width", "64", "--height", "32", "--actors-cpus-per-actor", "0.25", "--no-sheet"]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(2400)]
 NUM_TRIES = 4
 
 

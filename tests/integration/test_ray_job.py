@@ -21,7 +21,7 @@ from tests.ray_cluster import RAY_PROGRAM, ray_head
 ROOT = Path(__file__).parents[2]
 RENDER = ["-m", "jobs.render", "--model", "tiny-test", "--width", "64", "--height", "32", "--frames", "24"]
 Done = subprocess.CompletedProcess[str]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(2400)]
 
 
 @dataclass

@@ -90,6 +90,7 @@ def prompt_hash_in(store: ObjectStore, key: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL", "cancel"])
 def test_a_job_that_was_ended_halfway_is_finished_by_the_same_command(how: str, tmp_path: Path) -> None:
     prompts = tmp_path / "p.txt"
@@ -132,6 +133,7 @@ def wait_for_videos(store: ObjectStore, driver: subprocess.Popen[bytes], count: 
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_first_video_of_the_demo_is_committed_within_minutes() -> None:
     """The target of 40 s is measured by tests/bench/first_video.py; this holds on a machine with other things to do."""
     assert wait_for_first_video().committed_s < 240

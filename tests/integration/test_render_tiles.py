@@ -114,6 +114,7 @@ def test_an_attempt_in_float32_has_a_table_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_job_whose_driver_is_killed_ends_with_the_frames_of_an_undisturbed_actor(tmp_path: Path) -> None:
     (tmp_path / "alone").mkdir()
     look = {("render", "policy"): "fastar-tiles", ("render", "cache", "budget_latent_frames"): 24}

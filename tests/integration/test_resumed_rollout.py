@@ -22,7 +22,8 @@ def start(policy: str, file: Path, waits_after: int = 0) -> subprocess.Popen[str
     return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("policy", ["fastar-tiles", pytest.param("fastar-quant", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["fastar-tiles", "fastar-quant"])
 def test_killed_and_taken_up_elsewhere_it_goes_on_bit_for_bit(tmp_path: Path, policy: str) -> None:
     unbroken = dict(roll(make_model(policy), make_task(FRAMES), None))
     made: dict[int, str] = {}

@@ -55,6 +55,7 @@ def test_a_local_cluster_keeps_to_its_own_folder(home: Path, monkeypatch: pytest
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_folder_of_a_killed_driver_is_removed_by_the_next_start(home: Path) -> None:
     code = (
         "import os; from cluster.start import LocalSize, connect\n"
@@ -128,6 +129,7 @@ def test_nobody_at_the_job_api_is_unreachable(home: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_users_head_takes_jobs_and_drivers_with_its_token_only(home: Path) -> None:
     with private_token(home), ray_head(environment()) as (address, api):
         for script in (

@@ -328,7 +328,9 @@ def test_index_stands_before_the_data(store):
         assert sum(1 for packet in container.demux(video=0) if packet.is_keyframe) == 4
 
 
-@pytest.mark.parametrize(("width", "height", "num_frames"), [(128, 128, 2600), (832, 480, 200)])
+@pytest.mark.parametrize(
+    ("width", "height", "num_frames"), [(128, 128, 2600), pytest.param(832, 480, 200, marks=pytest.mark.slow)]
+)
 def test_memory_is_constant_at_any_length(store, width, height, num_frames):
     config = VideoConfig(width=width, height=height, preset="ultrafast")
     process = psutil.Process()

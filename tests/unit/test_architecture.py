@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -96,8 +97,16 @@ WORKERS_RANK = {
 STRANGERS = {"cache", "attention", "kernels"}
 
 
+@functools.cache
 def source_files() -> list[Path]:
     return sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
+
+
+@functools.cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    """Imports and functions."""
+    kinds = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.AsyncFunctionDef
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
 
 
 def module_of(path: Path) -> str:
@@ -106,7 +115,7 @@ def module_of(path: Path) -> str:
 
 
 def imports_of(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -188,7 +197,7 @@ def test_files_stay_short_enough_to_read_in_one_go() -> None:
 def test_functions_stay_short() -> None:
     long = []
     for path in source_files():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes_of(path):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert node.end_lineno is not None
                 if node.end_lineno - node.lineno + 1 > 60:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.bench import record, rollout, rollout_growing, rollout_history, rollout_native, rollout_table
+from tests.bench import (
+    history_parts,
+    history_snapshot,
+    record,
+    rollout,
+    rollout_growing,
+    rollout_history,
+    rollout_native,
+    rollout_table,
+)
+from tests.bench.history_once import ONCE
 from tests.bench.rollout_models import Stage
 from tests.bench.rollout_rows import (
     BASELINE,
@@ -113,11 +124,79 @@ def test_no_row_is_begun_after_the_time_given() -> None:
     assert "time given" in late.notes
 
 
-def test_a_snapshot_under_way_is_timed_beside_chunks_without_and_compared_with_one_at_rest() -> None:
+def test_a_snapshot_under_way_is_timed_beside_chunks_without_and_compared_with_one_at_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(history_snapshot, "_CYCLES", 1)  # more are for the median of times
     (row,) = rollout_history.snapshots(rollout_history.VARIANTS["pairs"], TINY)
     assert row["equals_one_at_rest"]
     assert row["snapshot_gb"] > 0
     assert row["chunks_it_takes"] == 5
+
+
+@pytest.mark.parametrize("name", ["fastar-exact-once", "pairs-180-seen-12-once-own"])
+def test_a_row_that_looks_at_the_history_once_says_what_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout_history, "fps_with_pictures", lambda *_: 1.0)
+    variant, settings = rollout_history.VARIANTS[name], replace(TINY, num_frames=96)
+    result = rollout_history.make_row(variant, settings)
+    assert "history looked at in steps (0,) and the clean pass" in result.notes
+    engine = rollout_history.engine_for(variant, settings)
+    assert engine.num_calls == 3
+    assert engine.num_looking == 2
+    fresh = 16 * (2 if variant.always_recent else 1)  # chunks of 12 tokens in tiles of 16; two steps
+    assert engine.slots_seen == fresh + 16 * engine.chooser.num_chosen / 2
+    assert f"{round(engine.slots_seen)} slots seen" in result.notes
+
+
+def test_rows_that_look_once_keep_and_see_what_their_names_say() -> None:
+    for variant in ONCE:
+        if "seen" not in variant.name:
+            continue
+        _, kept, _, seen, *once = variant.name.split("-")
+        assert variant.history_at == ((0,) if once else None)
+        assert 3 * (2 + variant.kept_chunks + variant.spare_chunks) == int(kept)
+        chosen_of = int(kept) - 3 * variant.always_recent
+        assert variant.density * chosen_of + 3 * variant.always_recent == pytest.approx(int(seen))
+
+
+def test_attention_to_the_history_is_what_calls_that_take_it_spare(monkeypatch: pytest.MonkeyPatch) -> None:
+    variant = rollout_history.VARIANTS["fastar-exact-once"]
+    engine = rollout_history.engine_for(variant, TINY)
+    calls: list[tuple[bool, bool]] = []
+    monkeypatch.setattr(engine.rollout, "replay", lambda choose, look=True: calls.append((choose, look)))
+
+    def times(run: Callable[[], None]) -> dict[str, tuple[float, float]]:
+        run()
+        choose, look = calls[-1]
+        of_history = {"flash over lists": (5.0, 1)} if look else {}
+        of_choice = {"tile_lse": (0.5, 1)} if choose else {}
+        return {"flash over a run": (2.0, 1), "compose_rows": (0.25, 1), "gemm": (7.0, 1)} | of_history | of_choice
+
+    monkeypatch.setattr(history_parts, "kernel_times", times)
+    found = history_parts.kinds_of_calls(engine, 40.0)
+    assert found["attention to own keys"] == 3 * 2.0
+    assert found["attention to the history"] == 2 * 5.0
+    assert found["composition"] == 3 * 0.25
+    assert found["linear layers"] == 3 * 7.0
+    assert found["selection"] == 0.5
+    assert sum(found.values()) == pytest.approx(40.0)
+    assert set(calls) == {(False, True), (True, True), (False, False)}
+
+
+def test_unpacking_and_packing_are_parts_of_their_own() -> None:
+    variant = replace(rollout_history.VARIANTS["pairs-180-seen-12-int4"], kept_chunks=2, spare_chunks=2)
+    rows = {row["part"]: row for row in rollout_history.where_time_goes(variant, TINY)}
+    for part in ("unpacking", "packing", "matching", "merging"):
+        assert rows[part]["ms_per_chunk"] > 0
+        assert rows[part]["least_gb"] > 0
+    assert rows["a chunk, captured"]["ms_per_chunk"] > 0
+
+
+def test_a_row_over_a_packed_table_says_so() -> None:
+    variant = replace(rollout_history.VARIANTS["pairs-180-seen-12-int4"], kept_chunks=2, spare_chunks=2, whole=False)
+    result = rollout_history.make_row(variant, replace(TINY, num_frames=120))
+    assert "history in int4" in result.notes
+    assert result.compression_share is not None
 
 
 def test_rows_come_in_the_order_in_which_they_are_missed_most() -> None:
@@ -192,7 +271,7 @@ def test_the_dense_row_sees_everything_and_says_how_far_it_was_real() -> None:
 
 @pytest.mark.usefixtures("instant_pictures")
 @pytest.mark.parametrize(
-    "policy", ["radial", "flowcache + radial", *(pytest.param(n, marks=SLOW) for n in ("svg", "flowcache", "annca"))]
+    "policy", ["flowcache + radial", *(pytest.param(n, marks=SLOW) for n in ("radial", "svg", "flowcache", "annca"))]
 )
 def test_a_baseline_row_is_timed_through_the_product(policy: str) -> None:
     result = make_row(policy, TINY, CPU)

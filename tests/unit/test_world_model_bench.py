@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.bench.world_model import collect
+from tests.bench.world_model import collect, main
 from workers.quality.drift import BANDS
 
 NOTES = "weights 0123456789abcdef; 4 denoising steps"
@@ -62,3 +64,14 @@ def test_frames_per_second_stand_beside_what_the_same_weights_can_do() -> None:
     assert [(row["figure"], row.get("dtype")) for row in rows] == [
         ("revisit", None), ("cpu_fps", "float32"), ("cpu_fps", "bfloat16"),
     ]  # fmt: skip
+
+
+def test_the_file_of_several_bears_the_name_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [tmp_path / "first.json", tmp_path / "second.json"]
+    for file, value in zip(files, (33.0, 33.5), strict=True):
+        file.write_text(json.dumps(record(file.stem, revisit("cut", value)) | {"name": file.stem}))
+    command = ["world_model", "--collect", *map(str, files), "--name", "both", "--folder", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", command)
+    main()
+    both = json.loads((tmp_path / "both.json").read_text())
+    assert (both["name"], both["command"], both["rows"][0]["command"]) == ("both", "first", "second")

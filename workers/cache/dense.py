@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
+from workers.cache.plain import PlainCache
 from workers.contracts import KeyValues
 
 _FIRST_CHUNKS = 8  # room before the first growth
 
 
-class DenseCache:
+class DenseCache(PlainCache):
     """Full history in the dtype given, on the device of the first chunk.
 
     Args:
@@ -21,19 +20,18 @@ class DenseCache:
     """
 
     def __init__(self, num_layers: int, dtype: torch.dtype | None = None) -> None:
+        super().__init__(num_layers)
         self._dtype = dtype
-        self._k: list[Tensor | None] = [None] * num_layers
-        self._v: list[Tensor | None] = [None] * num_layers
-        self._position: Tensor | None = None  # one for all layers: they hold the same tokens
-        self._view: list[KeyValues | None] = [None] * num_layers
 
     def append(self, layer_index: int, chunk: KeyValues) -> None:
         assert chunk.log_mass_BNK is None, "a dense cache keeps every key by itself"
         old = self._view[layer_index]
         start = 0 if old is None else old.num_tokens
         end = start + chunk.num_tokens
-        k = self._k[layer_index] = _with_room(self._k[layer_index], chunk.k_BKND, end, self._dtype)
-        v = self._v[layer_index] = _with_room(self._v[layer_index], chunk.v_BKND, end, self._dtype)
+        held_k, held_v = self._buffers[layer_index] or (None, None)
+        k = _with_room(held_k, chunk.k_BKND, end, self._dtype)
+        v = _with_room(held_v, chunk.v_BKND, end, self._dtype)
+        self._buffers[layer_index] = k, v
         k[:, start:end].copy_(chunk.k_BKND)
         v[:, start:end].copy_(chunk.v_BKND)
         if layer_index == 0:
@@ -42,33 +40,6 @@ class DenseCache:
         assert self._position is not None, "layer 0 comes first"
         position = self._position[0]
         self._view[layer_index] = KeyValues(k[:, :end], v[:, :end], position[:end])
-
-    def read(self, layer_index: int) -> KeyValues | None:
-        return self._view[layer_index]
-
-    @property
-    def num_tokens(self) -> int:
-        view = self._view[0]
-        return 0 if view is None else view.num_tokens
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(view.num_bytes for view in self._view if view is not None)
-
-    def state(self) -> Mapping[str, Tensor]:
-        return {
-            f"{index}.{name}": tensor
-            for index, view in enumerate(self._view)
-            if view is not None
-            for name, tensor in (("k", view.k_BKND), ("v", view.v_BKND), ("position", view.position_K3))
-        }
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        self._position = None
-        for index in range(len(self._view)):
-            self._k[index] = self._v[index] = self._view[index] = None
-            if f"{index}.k" in state:
-                self.append(index, KeyValues(state[f"{index}.k"], state[f"{index}.v"], state[f"{index}.position"]))
 
 
 def _with_room(buffer_BK: Tensor | None, like_BK: Tensor, num_tokens: int, dtype: torch.dtype | None) -> Tensor:

@@ -7,6 +7,7 @@ a while is found there. Nothing waits for the device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,8 @@ class Look:
     nearest: NearestRows = nearest_rows
     keys_at_once: int = 64
     """Of a tile, that a kernel compares with at a time: fewer take fewer registers."""
+    bring: Callable[[Tensor], None] = lambda tile_NR: None
+    """Told the tiles of the history whose keys are looked at next, beside those of the latent frame before."""
 
 
 def find_partners(history: History, turn_back: TurnBack, new: slice, look: Look) -> Found:
@@ -101,6 +104,7 @@ def _in_near_tiles(history: History, turn_back: TurnBack, unit_NTD: Tensor, star
     score_NIJ = history.mean_NJD[:, first : first + queries.shape[1]] @ history.mean_NJD.mT
     score_NIJ = score_NIJ[..., : max(look.num_tiles, first)]  # whole tiles of older keys
     chosen_NIn = score_NIJ.topk(min(look.num_tiles, score_NIJ.shape[-1]), -1).indices
+    look.bring(chosen_NIn.flatten(1))
     slot = (chosen_NIn[..., None] * tile + torch.arange(tile, device=unit_NTD.device)).flatten(1)
     keys = turn_back.unit(take_rows(history.k_NLW, slot, history.start), take_rows(history.position_NC3, slot))
     there = (history.m_NC.gather(1, slot) > 0) & (slot < start)

@@ -13,6 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from workers.cache.low_bit import Storage
+from workers.cache.table_codes import coded_bytes
+
 EXTRA_CHANNELS = 16
 """Behind those of the key: two carry log m in two parts, the rest is zero; 8 would be enough, and slower."""
 MergeRule = Literal["chains", "pairs"]
@@ -50,6 +53,8 @@ class TableSettings:
     """Tiles of the history in which a key looks for its nearest, beside the latent frame before; None: all keys."""
     tile: int = 128
     theta: float = 10000.0
+    storage: Storage = "model"
+    """How the history lies: as computed, or in few bits (`packed_table.py`)."""
 
     def __post_init__(self) -> None:
         assert self.recent_chunks >= 1
@@ -81,8 +86,13 @@ class TableSettings:
         return self.sink_chunks * self.chunk_slots
 
     @property
+    def history_slots(self) -> int:
+        """In whole tiles."""
+        return -(-self.history_tokens // self.tile) * self.tile
+
+    @property
     def recent_start(self) -> int:
-        return self.history_start + -(-self.history_tokens // self.tile) * self.tile
+        return self.history_start + self.history_slots
 
     @property
     def own_start(self) -> int:
@@ -117,8 +127,29 @@ class TableSettings:
         return (self.sink_chunks + self.recent_chunks) * self.chunk_tokens + self.history_tokens
 
     def bytes(self, dtype: torch.dtype) -> int:
-        """Of keys and values of all layers."""
-        return self.num_layers * self.num_heads * self.num_slots * (self.width + self.head_dim) * dtype.itemsize
+        """Of keys and values of all layers; of a packed history its workspace too."""
+        rows, vector = self.num_heads * self.num_layers, self._vector_bytes(dtype)
+        if self.storage == "model":
+            return rows * self.num_slots * vector
+        ends = self.num_slots - self.history_slots
+        packed = ends * vector + self.history_slots * self._history_bytes(dtype)
+        return rows * packed + self.num_heads * self.num_slots * vector
+
+    def used_bytes(self, dtype: torch.dtype, num_ends: int, pointer: int) -> int:
+        """Of one layer: chunks beside its history, and slots of that with their records."""
+        record = 3 * 4 + 4 + 4 + 4
+        ends = num_ends * self.chunk_tokens * self._vector_bytes(dtype)
+        return self.num_heads * (ends + pointer * (self._history_bytes(dtype) + record))
+
+    def _vector_bytes(self, dtype: torch.dtype) -> int:
+        """Of a key and its value as computed."""
+        return (self.width + self.head_dim) * dtype.itemsize
+
+    def _history_bytes(self, dtype: torch.dtype) -> int:
+        """Of a slot of the history."""
+        if self.storage == "model":
+            return self._vector_bytes(dtype)
+        return 2 * coded_bytes(self.head_dim, self.storage) + 2 * dtype.itemsize
 
 
 def write_log_mass(k_NKW: Tensor, head_dim: int, log_mass: Tensor | float) -> None:

@@ -1,11 +1,11 @@
 """A snapshot of a tile table between two chunks, made while the next chunks are: a few layers in each of them.
 
 Keys and values in int8 with one scale a vector (as `low_bit.py`: writing what was read changes nothing), all else as it
-is, in pinned host memory. A chunk that is taken over changes the newest chunks and fills what was free; the sink and
-what the history held stay as they were until the layer merges, and each time only some of the layers do. So the newest
-chunks of all layers and the layers that merge next are copied at once, the others during the next chunks, each before
-it merges: nothing is kept twice, and all is of one moment. A layer that changes sooner is copied first; whoever changes
-a layer waits, on the device, for its own copy and no other.
+is, a packed history's codes too, in pinned host memory. A chunk that is taken over changes the newest chunks and fills
+what was free; the sink and what the history held stay as they were until the layer merges, and each time only some of
+the layers do. So the newest chunks of all layers and the layers that merge next are copied at once, the others during
+the next chunks, each before it merges: nothing is kept twice, and all is of one moment. A layer that changes sooner is
+copied first; whoever changes a layer waits, on the device, for its own copy and no other.
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workers.cache.layer_table import LayerTable
 from workers.cache.side_work import SideWork, Wait, make_side_work
-from workers.cache.table_layout import TableSettings
-from workers.cache.tile_table import LayerTable, TileTable
+from workers.cache.tile_table import TileTable
 
 _LIMIT = 127
-_RECORDS = ("position_NC3", "m_NC", "weight_NC", "partner_NC")
-"""Of the slots of a history; held up to the pointer, behind which all is free."""
 
 
 class TableSnapshot:
@@ -115,7 +113,7 @@ class TableSnapshot:
         copied: dict[int, Tensor] = {}
         self._positions = []
         for layer, host in zip(self._table.layers, self._host, strict=True):
-            for place, start in enumerate(chunk_starts(s, 0)[: s.recent_chunks]):
+            for place, start in enumerate(chunk_starts(self._table, 0)[: s.recent_chunks]):
                 self._copy_chunk(layer, host, place, start)
             host["mean_NJD"].copy_(layer.mean_NJD, non_blocking=True)
             for position in layer.position_of.values():
@@ -126,24 +124,24 @@ class TableSnapshot:
     def _copy_layer(self, index: int) -> None:
         """What stays until the layer merges."""
         layer, host, s = self._table.layers[index], self._host[index], self._table.settings
-        for place, start in enumerate(chunk_starts(s, self._counts[index][0])):
+        for place, start in enumerate(chunk_starts(self._table, self._counts[index][0])):
             if place >= s.recent_chunks:
                 self._copy_chunk(layer, host, place, start)
         pointer, _ = self._counts[index]
-        for name in _RECORDS:
+        for name in self._table.history_tensors:
             self._held(index, name, pointer).copy_(getattr(layer, name)[:, :pointer].contiguous(), non_blocking=True)
 
     def _held(self, index: int, name: str, pointer: int) -> Tensor:
         """What a buffer of a layer holds if its history reaches up to there."""
         buffer = self._host[index][name]
-        if name in _RECORDS:
+        if name in self._table.history_tensors:
             heads, _, *rest = buffer.shape
             return buffer.flatten()[: heads * pointer * math.prod(rest)].view(heads, pointer, *rest)
-        return buffer if name == "mean_NJD" else buffer[: len(chunk_starts(self._table.settings, pointer))]
+        return buffer if name == "mean_NJD" else buffer[: len(chunk_starts(self._table, pointer))]
 
     def _copy_chunk(self, layer: LayerTable, host: Mapping[str, Tensor], place: int, start: int) -> None:
         s = self._table.settings
-        run = slice(start, start + s.chunk_tokens)
+        run = self._table.run_of(layer, start)
         k_code, v_code, fact = self._encode(layer.k_NLW[:, run, : s.head_dim + 2], layer.v_NLD[:, run], s.head_dim)
         host["code"][place, 0].copy_(k_code, non_blocking=True)
         host["code"][place, 1].copy_(v_code, non_blocking=True)
@@ -156,12 +154,12 @@ class TableSnapshot:
 
     def _host_layer(self, layer: LayerTable) -> dict[str, Tensor]:
         s = self._table.settings
-        chunks = len(chunk_starts(s, s.history_tokens)), s.num_heads, s.chunk_tokens
+        chunks = len(chunk_starts(self._table, s.history_tokens)), s.num_heads, s.chunk_tokens
         host = {
             "code": self._host_like((chunks[0], 2, *chunks[1:], s.head_dim), torch.int8),
             "fact": self._host_like((*chunks, 4), self._table.dtype),
         }
-        copied = {name: getattr(layer, name) for name in (*_RECORDS, "mean_NJD")}
+        copied = {name: getattr(layer, name) for name in (*self._table.history_tensors, "mean_NJD")}
         return host | {name: self._host_like(x.shape, x.dtype) for name, x in copied.items()}
 
     def _host_like(self, shape: Any, dtype: torch.dtype) -> Tensor:
@@ -176,23 +174,24 @@ def restore_table(table: TileTable, state: Mapping[str, Tensor]) -> None:
     for index, layer in enumerate(table.layers):
         layer.place(state, index)
         layer.mean_NJD.copy_(state[f"{index}.mean_NJD"])
-        for name in _RECORDS:
+        for name in table.history_tensors:
             getattr(layer, name)[:, : layer.pointer] = state[f"{index}.{name}"].to(table.device)
         code, fact = (state[f"{index}.{name}"] for name in ("code", "fact"))
-        for place, start in enumerate(chunk_starts(s, layer.pointer)):
-            run = slice(start, start + s.chunk_tokens)
+        for place, start in enumerate(chunk_starts(table, layer.pointer)):
+            run = table.run_of(layer, start)
             (k, v), facts = code[place].to(table.device), fact[place].to(table.device)
             layer.k_NLW[:, run, : s.head_dim] = decode(k, facts[..., 0], table.dtype)
             layer.v_NLD[:, run] = decode(v, facts[..., 1], table.dtype)
             layer.k_NLW[:, run, s.head_dim : s.head_dim + 2] = facts[..., 2:]
 
 
-def chunk_starts(settings: TableSettings, pointer: int) -> list[int]:
-    """First slots of what a snapshot holds, in chunks: the newest, the sink, the history up to the pointer."""
-    s = settings
+def chunk_starts(table: TileTable, pointer: int) -> list[int]:
+    """First slots of what a snapshot codes, in chunks: the newest, the sink, the history up to the pointer."""
+    s = table.settings
     newest = [s.recent_start + place * s.chunk_slots for place in range(s.recent_chunks)]
     sink = [place * s.chunk_slots for place in range(s.sink_chunks)]
-    return newest + sink + [s.history_start + slot for slot in range(0, pointer, s.chunk_tokens)]
+    history = range(0, 0 if table.is_packed else pointer, s.chunk_tokens)
+    return newest + sink + [s.history_start + slot for slot in history]
 
 
 def encode_chunk(k_NTX: Tensor, v_NTD: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from dataclasses import replace
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from workers.cache.layer_table import TENSORS, LayerTable, new_tensors
+from workers.cache.packed_history import Packing, Part
 from workers.cache.partners import History, Look, find_partners
 from workers.cache.shrink import Fuse, Room, Survivors, shrink
 from workers.cache.table_layout import KEYS_AT_ONCE, MEMBERS_LISTED, TableSettings, read_log_mass, write_log_mass
@@ -33,8 +35,8 @@ TableWork = Literal["layers", "groups", "kernels"]
 our own, on a GPU and for sizes that are powers of two."""
 
 
-class TableKernels(Protocol):
-    """See `triton_match.py` and `triton_merge.py`."""
+class TableKernels(Packing, Protocol):
+    """See `triton_match.py`, `triton_merge.py` and `triton_pack.py`."""
 
     def match(self, history: History, partner_NC: Tensor, turn_back: TurnBack, new: slice, look: Look) -> None: ...
 
@@ -42,34 +44,6 @@ class TableKernels(Protocol):
         self, history: History, records: Sequence[Tensor], turn_back: TurnBack, room: Room, heads_at_once: int,
         tile: int,
     ) -> None: ...  # fmt: skip
-
-
-@dataclass(eq=False)
-class LayerTable:
-    """Keys of one layer, or of some that go together: N is then the heads of all. Tensors keep their addresses."""
-
-    k_NLW: Tensor
-    v_NLD: Tensor
-    position_NC3: Tensor
-    m_NC: Tensor
-    weight_NC: Tensor
-    partner_NC: Tensor
-    mean_NJD: Tensor
-    pointer: int
-    """Next free slot of the history."""
-    num_chunks: int = 0
-    position_of: dict[int, Tensor] = field(default_factory=dict)
-    """Region (its first slot) -> positions [T, 3] of the chunk in it."""
-
-    def place(self, state: Mapping[str, Tensor], index: int) -> None:
-        """Counts and positions as in the snapshot of the layer of this index."""
-        self.pointer, self.num_chunks = state[f"{index}.counts"].tolist()
-        prefix = f"{index}.at."
-        self.position_of = {
-            int(name.removeprefix(prefix)): position.to(self.k_NLW.device, copy=True)
-            for name, position in state.items()
-            if name.startswith(prefix)
-        }
 
 
 class TileTable:
@@ -86,6 +60,12 @@ class TileTable:
         ImportError: Kernels are asked for, and Triton is not installed.
     """
 
+    is_packed: ClassVar[bool] = False
+    tensors: ClassVar[tuple[str, ...]] = TENSORS
+    """Of a layer."""
+    history_tensors: ClassVar[tuple[str, ...]] = ("position_NC3", "m_NC", "weight_NC", "partner_NC")
+    """Of these, what has a row for each slot of the history alone; free behind the pointer."""
+
     def __init__(
         self,
         settings: TableSettings,
@@ -94,6 +74,7 @@ class TileTable:
         nearest: NearestRows = nearest_rows,
         work: TableWork = "layers",
     ) -> None:
+        assert self.is_packed == (settings.storage != "model")
         if work == "kernels" and settings.kernels_lack:
             _LOG.warning("Chunks are taken over by plain torch: %s.", settings.kernels_lack)
             work = "groups"
@@ -110,6 +91,10 @@ class TileTable:
             self._reset(layer, index)
         self._kernels = load_kernels(settings) if work == "kernels" else None
         self._views: dict[int, KeyValues] = {}
+        self.heads_at_once = settings.num_heads
+        """That a merge by kernels writes again together, through a buffer."""
+        self.tokens_rounded = 0
+        """Keys before the new ones that may be others than those of which their means were made."""
         self.before_change: Callable[[int, bool], None] = lambda layer_index, is_history: None
         """Told the layer that is changes next, and whether more of it does than its newest chunks and what is free."""
         self.on_part: Callable[[str], None] | None = None
@@ -122,9 +107,26 @@ class TileTable:
 
     def own(self, layer_index: int) -> tuple[Tensor, Tensor]:
         """Where the chunk in hand writes its keys (after RoPE) and values: [N, T, D] each, views."""
-        s, layer = self.settings, self.layers[layer_index]
-        run = slice(s.own_start, s.own_start + s.chunk_tokens)
-        return layer.k_NLW[:, run, : s.head_dim], layer.v_NLD[:, run]
+        layer = self.layers[layer_index]
+        run = self.run_of(layer, self.settings.own_start)
+        return layer.k_NLW[:, run, : self.settings.head_dim], layer.v_NLD[:, run]
+
+    def run_of(self, layer: LayerTable, start: int) -> slice:
+        """Where in its tensors the chunk lies whose first slot is this one."""
+        return slice(start, start + self.settings.chunk_tokens)
+
+    def note_seen(self, layer_index: int, index_NIJ: Tensor) -> None:
+        """The tiles that queries will see until told anew; for tables that lay out only those."""
+
+    def lay_out(self, layer_index: int, part: Part = "both", *, seen_only: bool = False) -> LayerTable:
+        """A layer as kernels read it, until the next one is laid out.
+
+        Args:
+            layer_index: Of the layer.
+            part: What is wanted; the other may be anything.
+            seen_only: Tiles that were not noted may hold anything finite.
+        """
+        return self.layers[layer_index]
 
     def remember(self, layer_index: int, position_T3: Tensor) -> None:
         """The chunk in hand is clean: it becomes the newest of the past."""
@@ -160,8 +162,8 @@ class TileTable:
             self.before_change(index, fills_sink or is_full)
 
     def _take_over(self, layer: LayerTable, position_T3: Tensor) -> None:
-        s = self.settings
-        index, layer.num_chunks = layer.num_chunks, layer.num_chunks + 1
+        s, index = self.settings, layer.num_chunks
+        layer.num_chunks += 1
         if index < s.sink_chunks:
             start = index * s.chunk_slots
         else:
@@ -197,19 +199,13 @@ class TileTable:
     @property
     def num_bytes(self) -> int:
         """Of slots that hold a key or may have held one."""
-        s = self.settings
-        vector = (s.width + s.head_dim) * self.dtype.itemsize
-        record = 3 * 4 + 4 + 4 + 4
-        return sum(
-            s.num_heads * (len(layer.position_of) * s.chunk_tokens * vector + layer.pointer * (vector + record))
-            for layer in self.layers
-            if layer.num_chunks
-        )
+        used = self.settings.used_bytes
+        return sum(used(self.dtype, len(layer.position_of), layer.pointer) for layer in self.layers if layer.num_chunks)
 
     def state(self) -> Mapping[str, Tensor]:
         state: dict[str, Tensor] = {}
         for index, layer in enumerate(self.layers):
-            for name in _TENSORS:
+            for name in self.tensors:
                 state[f"{index}.{name}"] = getattr(layer, name)
             state[f"{index}.counts"] = torch.tensor([layer.pointer, layer.num_chunks])
             state |= {f"{index}.at.{start}": position for start, position in layer.position_of.items()}
@@ -219,7 +215,7 @@ class TileTable:
         self._views.clear()
         for index, layer in enumerate(self.layers):
             self.before_change(index, True)
-            for name in _TENSORS:
+            for name in self.tensors:
                 getattr(layer, name).copy_(state[f"{index}.{name}"])
             layer.place(state, index)
 
@@ -238,46 +234,32 @@ class TileTable:
     def _new_layers(self, num: int) -> LayerTable:
         """Layers side by side."""
         s = self.settings
-        history = s.recent_start - s.history_start
-
-        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(num * s.num_heads, *shape, dtype=dtype, device=self.device)
-
-        return LayerTable(
-            zeros(s.num_slots, s.width, dtype=self.dtype),
-            zeros(s.num_slots, s.head_dim, dtype=self.dtype),
-            zeros(history, 3, dtype=torch.float32),
-            zeros(history, dtype=torch.int32),
-            zeros(history, dtype=torch.float32),
-            zeros(history, dtype=torch.int32),
-            zeros(history // s.tile, s.head_dim, dtype=self.dtype),
-            pointer=0,
-        )
+        return LayerTable(**new_tensors(num * s.num_heads, s.num_slots, s, self.dtype, self.device), pointer=0)
 
     def _layer(self, index: int) -> LayerTable:
         """A view of one layer in its group."""
         num_groups, heads = len(self._groups), self.settings.num_heads
         together, first = self._together[index % num_groups], index // num_groups * heads
-        views = {name: getattr(together, name)[first : first + heads] for name in _TENSORS}
-        return LayerTable(**views, pointer=0)
+        views = {name: getattr(together, name)[first : first + heads] for name in self.tensors}
+        return type(together)(**views, pointer=0)
 
     def _reset(self, layer: LayerTable, index: int) -> None:
         s = self.settings
-        for name in _TENSORS:
+        for name in self.tensors:
             getattr(layer, name).zero_()
         layer.partner_NC.fill_(-1)
         write_log_mass(layer.k_NLW, s.head_dim, -torch.inf)
         # The chunk in hand exists from its first step on.
-        write_log_mass(layer.k_NLW[:, s.own_start : s.own_start + s.chunk_tokens], s.head_dim, 0.0)
+        write_log_mass(layer.k_NLW[:, self.run_of(layer, s.own_start)], s.head_dim, 0.0)
         # Layers become full one after another, so that every chunk shrinks as many as the next.
         layer.pointer = index % len(self._groups) * s.chunk_tokens
         layer.num_chunks = 0
         layer.position_of.clear()
 
     def _copy(self, layer: LayerTable, source: int, target: int) -> None:
-        num = self.settings.chunk_tokens
+        to, of = self.run_of(layer, target), self.run_of(layer, source)
         for x in (as_words(layer.k_NLW), as_words(layer.v_NLD)):
-            x[:, target : target + num] = x[:, source : source + num]
+            x[:, to] = x[:, of]
 
     def _absorb(self, layer: LayerTable, source: int) -> None:
         """A chunk of the newest becomes history."""
@@ -297,7 +279,7 @@ class TileTable:
             self._kernels.match(self._history(layer), layer.partner_NC, self._turn_back, new, self._look)
         else:
             if s.candidate_tiles:
-                self._average(layer, new.start // s.tile, -(-s.chunk_tokens // s.tile) + 1)
+                self._average_new(layer, new)
             slot, cosine = find_partners(self._history(layer), self._turn_back, new, self._look)
             layer.partner_NC[:, new] = torch.where(cosine.isneginf(), -1, slot).to(torch.int32)
         self._mark("matching")
@@ -308,6 +290,14 @@ class TileTable:
 
     def _history(self, layer: LayerTable) -> History:
         return History(layer.k_NLW, self.settings.history_start, layer.position_NC3, layer.m_NC, layer.mean_NJD)
+
+    def _average_new(self, layer: LayerTable, new: slice) -> None:
+        """Means of the tiles of these slots; of a table that rounds just those that kernels make."""
+        tile, first = self.settings.tile, max(0, new.start - self.tokens_rounded)
+        exact = -(-new.stop // tile) - first // tile
+        self._average(
+            layer, first // tile, exact if self.tokens_rounded else -(-self.settings.chunk_tokens // tile) + 1
+        )
 
     def _average(self, layer: LayerTable, first: int, num: int) -> None:
         """Means of these tiles, or of as many that end with the history."""
@@ -326,7 +316,7 @@ class TileTable:
         weight, partner = layer.weight_NC[:, :stop], layer.partner_NC[:, :stop]
         if self._kernels is not None:
             records = (layer.v_NLD, layer.m_NC[:, :stop], weight, partner)
-            self._kernels.merge(used, records, self._turn_back, room, heads_at_once=s.num_heads, tile=s.tile)
+            self._kernels.merge(used, records, self._turn_back, room, heads_at_once=self.heads_at_once, tile=s.tile)
             return
         self._rewrite(layer, shrink(used, layer.v_NLD, weight, partner, self._turn_back, room, self._fuse))
         if s.candidate_tiles:
@@ -392,6 +382,3 @@ def load_kernels(settings: TableSettings) -> TableKernels:
     from workers.cache import table_kernels
 
     return table_kernels
-
-
-_TENSORS = ("k_NLW", "v_NLD", "position_NC3", "m_NC", "weight_NC", "partner_NC", "mean_NJD")

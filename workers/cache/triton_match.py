@@ -204,6 +204,7 @@ def match(history: History, partner_NC: Tensor, turn_back: TurnBack, new: slice,
         P=pairs, M=128, N=64, PRECISION=precision, num_warps=8, num_stages=3,
     )  # fmt: skip
     chosen = _choose_tiles(mean, first_tile, stop_tile, look.num_tiles)
+    look.bring(chosen.flatten(1))
     _near_tiles[(stop_tile - first_tile, heads)](
         unit, k, position, m, chosen, found, best, partner_NC, *tables, *k.stride()[:2],
         position.stride(0), m.stride(0), partner_NC.stride(0), history.start, first_tile, before, new.start, new.stop,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
+from workers.cache.plain import PlainCache
 from workers.contracts import KeyValues
 
 
-class WindowCache:
+class WindowCache(PlainCache):
     """Sink and recent keys in one buffer per layer; all between is forgotten.
 
     Args:
@@ -25,10 +24,8 @@ class WindowCache:
     ) -> None:
         if sink_tokens < 0 or recent_tokens < 1:
             raise ValueError(f"sink_tokens {sink_tokens} must be >= 0 and recent_tokens {recent_tokens} >= 1")
+        super().__init__(num_layers)
         self._sink, self._size, self._dtype = sink_tokens, sink_tokens + recent_tokens, dtype
-        self._view: list[KeyValues | None] = [None] * num_layers
-        self._position: Tensor | None = None  # one for all layers: they hold the same tokens
-        self._buffers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
 
     def append(self, layer_index: int, chunk: KeyValues) -> None:
         assert chunk.log_mass_BNK is None, "a window keeps every key by itself"
@@ -44,33 +41,6 @@ class WindowCache:
         held = min(held + chunk.num_tokens, self._size)
         assert self._position is not None, "layer 0 comes first"
         self._view[layer_index] = KeyValues(k[:, :held], v[:, :held], self._position)
-
-    def read(self, layer_index: int) -> KeyValues | None:
-        return self._view[layer_index]
-
-    @property
-    def num_tokens(self) -> int:
-        view = self._view[0]
-        return 0 if view is None else view.num_tokens
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(view.num_bytes for view in self._view if view is not None)
-
-    def state(self) -> Mapping[str, Tensor]:
-        return {
-            f"{index}.{name}": tensor
-            for index, view in enumerate(self._view)
-            if view is not None
-            for name, tensor in (("k", view.k_BKND), ("v", view.v_BKND), ("position", view.position_K3))
-        }
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        self._position = None
-        for index in range(len(self._view)):
-            self._buffers[index] = self._view[index] = None
-            if f"{index}.k" in state:
-                self.append(index, KeyValues(state[f"{index}.k"], state[f"{index}.v"], state[f"{index}.position"]))
 
     def _write(self, buffer_BK: Tensor, new_BK: Tensor, held: int) -> None:
         """Fill the sink first; then the newest of the old recent keys move up and the new ones follow them."""

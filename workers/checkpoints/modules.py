@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from workers.checkpoints.place import build_empty, fill
 from workers.checkpoints.rolling_forcing import read_generator
 from workers.checkpoints.tensor_files import Stored
 from workers.checkpoints.wan import build_dit, read_dit
-from workers.config import BackboneConfig
+from workers.config import BUNDLED_WEIGHTS, SEEDED_BACKBONE, BackboneConfig
 from workers.errors import CheckpointMismatch, ConfigUnsupported
 from workers.model.backbones import Backbone
 from workers.model.control_branch import ControlBranch
@@ -33,9 +32,6 @@ from workers.releases import RELEASES, Release
 
 logger = logging.getLogger(__name__)
 
-BUNDLED_WEIGHTS = Path(__file__).parents[1] / "training" / "weights"
-TEST_BACKBONE = "tiny-test"
-"""Has no weights: it starts from numbers drawn with a fixed seed, for tests of everything but the picture."""
 _TEST_SEED = 20
 
 
@@ -65,7 +61,7 @@ def load_modules(backbone: Backbone, config: BackboneConfig, device: torch.devic
     """
     if backbone.text is None:
         return _load_wan(backbone, config, device, dtype)
-    if backbone.name == TEST_BACKBONE and config.checkpoint is None:
+    if backbone.name == SEEDED_BACKBONE and config.checkpoint is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_TEST_SEED)
             dit, text_encoder, vae = CausalDiT(backbone), TextEncoder(backbone), VideoVAE()

@@ -17,6 +17,8 @@ ListedName = Literal["flash-attn-4", "triton", "torch"]
 
 AttendTable = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(q_QNW, k_NLW, v_NLD, index_NIJ) -> out_QND. index is int32: tiles that a tile of queries sees, in any order."""
+AttendLse = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""The same with the natural log-sum-exp lse_QN in float32 (float64 for float64 inputs), perhaps not contiguous."""
 
 
 def make_attend(name: ListedName, tile: int) -> AttendTable:
@@ -32,25 +34,65 @@ def make_attend(name: ListedName, tile: int) -> AttendTable:
     return lambda q, k, v, index: attend_listed_plain(q, k, v, index, tile)
 
 
+def make_attend_lse(name: ListedName, tile: int) -> AttendLse:
+    """The same way with the log-sum-exp, so that what it gives can be merged with attention over other keys.
+
+    Raises:
+        ImportError: Its package is not installed.
+    """
+    if name == "flash-attn-4":
+        return _make_flash_lse(tile)
+    if name == "triton":
+        return _make_hopper_lse(tile) if _is_hopper() and tile >= 16 else _make_triton_lse(tile)
+    return lambda q, k, v, index: attend_listed_plain_lse(q, k, v, index, tile)
+
+
 def attend_listed_plain(q_QNW: Tensor, k_NLW: Tensor, v_NLD: Tensor, index_NIJ: Tensor, tile: int) -> Tensor:
     """The reference: one product over all keys, in float32 or wider."""
+    return attend_listed_plain_lse(q_QNW, k_NLW, v_NLD, index_NIJ, tile)[0]
+
+
+def attend_listed_plain_lse(
+    q_QNW: Tensor, k_NLW: Tensor, v_NLD: Tensor, index_NIJ: Tensor, tile: int
+) -> tuple[Tensor, Tensor]:
+    """The reference with its log-sum-exp."""
     num_queries, heads = q_QNW.shape[:2]
     dtype = torch.promote_types(q_QNW.dtype, torch.float32)
     seen = torch.zeros(heads, index_NIJ.shape[1], k_NLW.shape[1] // tile, dtype=torch.bool, device=k_NLW.device)
     seen.scatter_(2, index_NIJ.long(), True)
     mask = seen.repeat_interleave(tile, 1)[:, :num_queries].repeat_interleave(tile, 2)
     logit = q_QNW.to(dtype).transpose(0, 1) @ k_NLW.to(dtype).mT / math.sqrt(v_NLD.shape[-1])
-    weight = logit.masked_fill(~mask, -torch.inf).softmax(-1)
-    return (weight @ v_NLD.to(dtype)).transpose(0, 1).to(q_QNW.dtype)
+    logit = logit.masked_fill(~mask, -torch.inf)
+    out_NQD = logit.softmax(-1) @ v_NLD.to(dtype)
+    return out_NQD.transpose(0, 1).to(q_QNW.dtype), logit.logsumexp(-1).T
 
 
 def _make_flash(tile: int) -> AttendTable:
+    attend = _load_flash(tile)
+    return lambda q, k, v, index: attend(q, k, v, index, False)[0]
+
+
+def _make_flash_lse(tile: int) -> AttendLse:
+    attend = _load_flash(tile)
+
+    def attend_lse(q_QNW: Tensor, k_NLW: Tensor, v_NLD: Tensor, index_NIJ: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse_NQ = attend(q_QNW, k_NLW, v_NLD, index_NIJ, True)
+        assert lse_NQ is not None
+        return out, lse_NQ.T
+
+    return attend_lse
+
+
+def _load_flash(tile: int) -> Callable[[Tensor, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]:
+    """With or without lse_NQ."""
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from flash_attn.cute.interface import _flash_attn_fwd
 
     fixed: dict[torch.Size, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def attend(q_QNW: Tensor, k_NLW: Tensor, v_NLD: Tensor, index_NIJ: Tensor) -> Tensor:
+    def attend(
+        q_QNW: Tensor, k_NLW: Tensor, v_NLD: Tensor, index_NIJ: Tensor, with_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
         if index_NIJ.shape not in fixed:
             none = index_NIJ.new_zeros((1, *index_NIJ.shape[:2]))
             fixed[index_NIJ.shape] = none, none[..., None], torch.full_like(none, index_NIJ.shape[2])
@@ -64,10 +106,10 @@ def _make_flash(tile: int) -> AttendTable:
         )
         k, v = k_NLW.transpose(0, 1)[None], v_NLD.transpose(0, 1)[None]
         scale = v_NLD.shape[-1] ** -0.5
-        out: Tensor = _flash_attn_fwd(
-            q_QNW[None], k, v, softmax_scale=scale, num_splits=1, return_lse=False, block_sparse_tensors=lists
-        )[0]
-        return out[0]
+        out, lse = _flash_attn_fwd(
+            q_QNW[None], k, v, softmax_scale=scale, num_splits=1, return_lse=with_lse, block_sparse_tensors=lists
+        )[:2]
+        return out[0], lse[0] if with_lse else None
 
     return attend
 
@@ -79,19 +121,30 @@ def _is_hopper() -> bool:
 
 def _make_hopper(tile: int) -> AttendTable:
     """Its steps are too large for channels of four bytes, which go the general way."""
-    from workers.kernels.triton_listed import Config, make_triton_listed
+    from workers.kernels.triton_listed import HOPPER, make_triton_listed
 
-    narrow = make_triton_listed(tile, Config(block_m=128, block_n=128, num_warps=8, num_stages=2))
-    wide = _make_triton(tile)
+    narrow, wide = make_triton_listed(tile, HOPPER), _make_triton(tile)
+    return lambda q, k, v, index: (narrow if q.dtype.itemsize == 2 else wide)(q, k, v, index)
+
+
+def _make_hopper_lse(tile: int) -> AttendLse:
+    from workers.kernels.triton_listed import HOPPER, make_triton_listed_lse
+
+    narrow, wide = make_triton_listed_lse(tile, HOPPER), _make_triton_lse(tile)
     return lambda q, k, v, index: (narrow if q.dtype.itemsize == 2 else wide)(q, k, v, index)
 
 
 def _make_triton(tile: int) -> AttendTable:
+    attend = _make_triton_lse(tile)
+    return lambda q, k, v, index: attend(q, k, v, index)[0]
+
+
+def _make_triton_lse(tile: int) -> AttendLse:
     import triton
 
     from workers.kernels.triton_bias import attend_rows
 
-    def attend(q_QNW: Tensor, k_NLW: Tensor, v_NLD: Tensor, index_NIJ: Tensor) -> Tensor:
+    def attend(q_QNW: Tensor, k_NLW: Tensor, v_NLD: Tensor, index_NIJ: Tensor) -> tuple[Tensor, Tensor]:
         num_queries, heads = q_QNW.shape[:2]
         num_keys, head_dim = v_NLD.shape[1:]
         mass = k_NLW[..., head_dim : head_dim + 2].float().sum(-1) / math.sqrt(head_dim)
@@ -111,6 +164,6 @@ def _make_triton(tile: int) -> AttendTable:
             PRECISION="ieee" if q_QNW.dtype == torch.float32 else "tf32",
             num_warps=8 if block_m == 128 else 4, num_stages=2,
         )  # fmt: skip
-        return out
+        return out, lse
 
     return attend

@@ -15,6 +15,7 @@ import torch
 from workers.config import KernelName
 from workers.errors import KernelUnavailable
 from workers.kernels.listed_gather import attend_gathered
+from workers.kernels.listed_parts import PartedAttention, make_parted
 from workers.kernels.listed_tiles import AttendTable, make_attend
 from workers.kernels.select import CAPABILITIES, Hardware, KernelNeed, why_not
 
@@ -57,6 +58,12 @@ def load_attend(name: KernelName, tile: int) -> AttendTable:
         return lambda q, k, v, index: attend_gathered(q, k, v, index, tile)
     assert name in ("flash-attn-4", "triton")
     return make_attend(name, tile)
+
+
+def load_parted(name: KernelName, tile: int) -> PartedAttention:
+    """The same way with the history apart from the rest."""
+    assert name in ("flash-attn-4", "triton", "reference")
+    return make_parted(name, tile)
 
 
 def choose_listed(

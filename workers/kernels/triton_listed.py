@@ -9,6 +9,7 @@ reference was tested with Triton's interpreter; `python -m tests.bench.listed_ke
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.kernels.listed_tiles import AttendTable
+from workers.kernels.listed_tiles import AttendLse, AttendTable
 
 _LOG2_E = math.log2(math.e)
 
@@ -36,13 +37,17 @@ class Config:
     """Keys and values through tensor descriptors; from compute capability 9.0 on."""
 
 
+HOPPER = Config(block_m=128, block_n=128, num_warps=8, num_stages=2)
+"""The fastest there for channels of two bytes."""
+
+
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def attend_listed(  # type: ignore[no-untyped-def]
-    q, k, v, k_rows, extra_rows, v_rows, out, index,
+    q, k, v, k_rows, extra_rows, v_rows, out, lse, index,
     stride_qt, stride_qn, stride_kn, stride_kt, stride_vn, stride_vt,
     scale, heads, num_queries, num_slots, num_listed, head_dim,
     TILE: tl.constexpr, EXTRA: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, BY_TMA: tl.constexpr,
+    PRECISION: tl.constexpr, BY_TMA: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one tile and head over all listed keys, in base 2."""
     PARTS: tl.constexpr = TILE // BLOCK_M
@@ -85,16 +90,35 @@ def attend_listed(  # type: ignore[no-untyped-def]
     at_out = out + (token.to(tl.int64)[:, None] * heads + head) * head_dim + channel[None, :]
     result = summed / total[:, None]
     tl.store(at_out, result.to(out.dtype.element_ty), mask=is_query[:, None] & is_channel[None, :])
+    if HAS_LSE:
+        length = (most + tl.log2(total)) * 0.6931471805599453
+        tl.store(lse + token.to(tl.int64) * heads + head, length, mask=is_query)
 
 
 def make_triton_listed(tile: int, config: Config | None = None) -> AttendTable:
     """Attention over tiles of that many keys, a power of two from 16 on."""
+    attend = _make(tile, config or Config())
+    return lambda q, k, v, index: attend(q, k, v, index, None)
+
+
+def make_triton_listed_lse(tile: int, config: Config | None = None) -> AttendLse:
+    """The same with the log-sum-exp."""
+    attend = _make(tile, config or Config())
+
+    def attend_lse(q_QNW: Tensor, k_NLW: Tensor, v_NLD: Tensor, index_NIJ: Tensor) -> tuple[Tensor, Tensor]:
+        lse = torch.empty(q_QNW.shape[:2], dtype=torch.float32, device=q_QNW.device)
+        return attend(q_QNW, k_NLW, v_NLD, index_NIJ, lse), lse
+
+    return attend_lse
+
+
+def _make(tile: int, chosen: Config) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]:
+    """Writes lse_QN where there is room for it."""
     assert tile >= 16
     assert tile & (tile - 1) == 0
-    chosen = config or Config()
     block_m, block_n = min(chosen.block_m, tile), min(chosen.block_n, tile)
 
-    def attend(q_QNW: Tensor, k_NLW: Tensor, v_NLD: Tensor, index_NIJ: Tensor) -> Tensor:
+    def attend(q_QNW: Tensor, k_NLW: Tensor, v_NLD: Tensor, index_NIJ: Tensor, lse_QN: Tensor | None) -> Tensor:
         num_queries, heads = q_QNW.shape[:2]
         num_slots, head_dim = v_NLD.shape[1:]
         block_d = max(16, triton.next_power_of_2(head_dim))
@@ -102,11 +126,12 @@ def make_triton_listed(tile: int, config: Config | None = None) -> AttendTable:
         described = _describe_rows(k_NLW, v_NLD, block_n, block_d) if by_tma else (k_NLW, k_NLW, v_NLD)
         out = torch.empty((num_queries, heads, head_dim), dtype=q_QNW.dtype, device=q_QNW.device)
         attend_listed[(index_NIJ.shape[1] * (tile // block_m), heads)](
-            q_QNW, k_NLW, v_NLD, *described, out, index_NIJ,
+            q_QNW, k_NLW, v_NLD, *described, out, out if lse_QN is None else lse_QN, index_NIJ,
             *q_QNW.stride()[:2], *k_NLW.stride()[:2], *v_NLD.stride()[:2],
             head_dim**-0.5 * _LOG2_E, heads, num_queries, num_slots, index_NIJ.shape[2], head_dim,
             TILE=tile, EXTRA=k_NLW.shape[2] - head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n,
             PRECISION="ieee" if q_QNW.dtype == torch.float32 else "tf32", BY_TMA=by_tma,
+            HAS_LSE=lse_QN is not None,
             num_warps=chosen.num_warps, num_stages=chosen.num_stages,
         )  # fmt: skip
         return out

@@ -1,8 +1,9 @@
 """The loop of one video over a tile table, on buffers that never move: each call of the model is one CUDA graph.
 
-The same order of work as `workers/rollout.py`, without guidance, reuse or probes. A call is captured twice: once with
-the choice of tiles in every layer, once with the tiles chosen before, which the later steps of a chunk share. Between
-clean pass and next chunk the table takes the chunk over; nothing but the check for NaN waits for the GPU.
+The same order of work as `workers/rollout.py`, without guidance, reuse or probes. A call is captured once with the
+choice of tiles in every layer and once with the tiles chosen before, which the later steps of a chunk share; where
+not all steps look at the history, once more without it (`kept_history.py`). Between clean pass and next chunk the
+table takes the chunk over; nothing but the check for NaN waits for the GPU.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from workers.model.dit import CausalDiT
 from workers.model.rope import Rotation, make_rotation
 from workers.model.static_layers import PromptTable, StaticLayers, Targets, hold_prompt
 from workers.rollout import CleanChunk, RolloutPlan, chunk_positions
+from workers.rollouts.kept_history import KeptHistory, Looked
 
 AttendTable = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """See `workers/kernels/listed_tiles.py`."""
@@ -41,12 +43,21 @@ class Table(Protocol):
     """See `workers/cache/tile_table.py`."""
 
     @property
+    def is_packed(self) -> bool: ...
+
+    @property
     def layers(self) -> Sequence[LayerKeys]: ...
 
     @property
     def num_bytes(self) -> int: ...
 
     def own(self, layer_index: int) -> tuple[Tensor, Tensor]: ...
+
+    def note_seen(self, layer_index: int, index_NIJ: Tensor) -> None: ...
+
+    def lay_out(
+        self, layer_index: int, part: Literal["keys", "values", "both"] = "both", *, seen_only: bool = False
+    ) -> LayerKeys: ...
 
     def remember_chunk(self, position_T3: Tensor) -> None: ...
 
@@ -72,6 +83,9 @@ class CapturedSettings:
     """Capture the calls; needs a GPU."""
     prompt_rows: int = 16
     """Prompts are filled up to a multiple of so many rows; where that changes, calls are captured anew."""
+    history_at: tuple[int, ...] | None = None
+    """Denoising steps that look at the history, those of `choose_at` among them; the others take what the newest of
+    them saw of it. None: all look. The clean pass always does: one that takes loses a decibel of what is seen again."""
 
 
 def to_host(flag: Tensor) -> Callable[[], bool]:
@@ -96,8 +110,8 @@ class CapturedRollout:
         model: In evaluation mode; without image tokens.
         layers: Of that model.
         table: Fresh.
-        chooser: Of that table's tiles.
-        attend: Self-attention over listed tiles.
+        parts: The chooser of that table's tiles, and self-attention over listed tiles; where not all steps look at the
+            history, the chooser of the history's alone, and what keeps what was seen of it.
         latent_size: Height and width.
         settings: How it runs.
     """
@@ -107,12 +121,13 @@ class CapturedRollout:
         model: CausalDiT,
         layers: StaticLayers,
         table: Table,
-        parts: tuple[Chooser, AttendTable],
+        parts: tuple[Chooser, AttendTable | KeptHistory],
         latent_size: tuple[int, int],
         settings: CapturedSettings,
     ) -> None:
         self._model, self._layers, self.table, self._settings = model, layers, table, settings
         self.chooser, self._attend = parts
+        assert isinstance(self._attend, KeptHistory) == (settings.history_at is not None)
         b = model.backbone
         self._device, self._latent_size = model.head.modulation.device, latent_size
         self._rows, self._columns = b.token_grid(latent_size)
@@ -133,7 +148,7 @@ class CapturedRollout:
         self._lists = [self.chooser.new_list(b.num_heads) for _ in range(b.num_layers)]
         self._prompt: list[PromptTable] = []
         self._held: Sequence[PromptKeys] | None = None
-        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[bool, bool], torch.cuda.CUDAGraph] = {}
         self.on_part: Mark | None = None
         """Told `calls` after each call and `sampler` after what lies between two; for measurements."""
 
@@ -165,25 +180,32 @@ class CapturedRollout:
                 if index + 1 < plan.num_chunks:
                     self.remember(position)
             self._mark("sampler")
-            density = min(1.0, self.chooser.num_slots_seen / ((index + 1) * len(position)))
+            density = min(1.0, self.slots_seen(plan.schedule.num_steps) / ((index + 1) * len(position)))
             yield CleanChunk(index, latents, self.table.num_bytes, density)
 
-    def call(self, latents: Tensor, timestep: float, *, choose: bool) -> Tensor:
+    def slots_seen(self, num_steps: int) -> float:
+        """By a query, empty ones included, on average over so many denoising steps of a chunk."""
+        steps, seen = self._settings.history_at, self.chooser.num_slots_seen
+        if not isinstance(self._attend, KeptHistory) or steps is None:
+            return seen
+        return seen * len(steps) / num_steps + self._attend.num_slots_fresh
+
+    def call(self, latents: Tensor, timestep: float, *, choose: bool, look: bool = True) -> Tensor:
         """Flow of the chunk in hand, float32; overwritten by the next call."""
         self._mark("sampler")
         self.load(latents, timestep)
-        self.replay(choose)
+        self.replay(choose, look)
         self._mark("calls")
         return self._flow
 
-    def replay(self, choose: bool) -> None:
+    def replay(self, choose: bool, look: bool = True) -> None:
         """One call on the buffers as they are, by its graph where calls are captured."""
         if not self._settings.graphs:
-            self.compute(choose)
+            self.compute(choose, look=look)
             return
-        if choose not in self._graphs:
-            self._capture(choose)
-        self._graphs[choose].replay()
+        if (choose, look) not in self._graphs:
+            self._capture(choose, look)
+        self._graphs[choose, look].replay()
 
     def _mark(self, part: str) -> None:
         if self.on_part is not None:
@@ -194,8 +216,9 @@ class CapturedRollout:
         self._latents.copy_(latents)
         self._timestep.fill_(timestep)
 
-    def compute(self, choose: bool, mark: Mark = lambda name: None) -> None:
-        """One call on the buffers as they are."""
+    def compute(self, choose: bool, mark: Mark = lambda name: None, *, look: bool = True) -> None:
+        """One call on the buffers as they are; one that chooses tiles looks at the history, too."""
+        assert look or not choose
         model, layers = self._model, self._layers
         x = model.embed_patches(self._latents)
         if self._control is not None:
@@ -205,18 +228,36 @@ class CapturedRollout:
         time_T6E = time_BT6E[0]
         mark("embed")
         for index, weights in enumerate(layers.weights):
-            keys, listed = self.table.layers[index], self._lists[index]
+            listed = self._lists[index]
             layers.enter(weights, x, time_T6E, self._rotation, self._targets[index])
             mark("queries, keys, values")
             if choose:
+                keys = self._lay_out(index, "keys", mark)
                 self.chooser.choose(self._q_QNW, keys.k_NLW, listed)
+                self.table.note_seen(index, listed)
                 mark("selection")
-            out = self._attend(self._q_QNW, keys.k_NLW, keys.v_NLD, listed)
-            mark("attention")
+            if isinstance(self._attend, KeptHistory):
+                looked = None
+                if look:
+                    keys = self._lay_out(index, "values" if choose else "both", mark, seen_only=True)
+                    looked = Looked(keys, listed)
+                out = self._attend.attend(index, self._q_QNW, self.table.layers[index], looked, mark)
+            else:
+                keys = self._lay_out(index, "values" if choose else "both", mark, seen_only=True)
+                out = self._attend(self._q_QNW, keys.k_NLW, keys.v_NLD, listed)
+                mark("attention")
             x = layers.leave(weights, self._prompt[index], x, out, time_T6E)
             mark("output, cross-attention, feed-forward")
         self._flow.copy_(model.read_out(x[None], time_BTE, self._latent_size))
         mark("head")
+
+    def _lay_out(
+        self, index: int, part: Literal["keys", "values", "both"], mark: Mark, *, seen_only: bool = False
+    ) -> LayerKeys:
+        keys = self.table.lay_out(index, part, seen_only=seen_only)
+        if self.table.is_packed:
+            mark("unpacking")
+        return keys
 
     def remember(self, position_Q3: Tensor) -> None:
         """The last call was a clean pass: its keys become history."""
@@ -259,7 +300,9 @@ class CapturedRollout:
         schedule, is_euler = plan.schedule, self._model.backbone.sampler == "euler"
         latents = noise[0]
         for step, (sigma, timestep) in enumerate(zip(schedule.sigmas, schedule.timesteps, strict=True)):
-            flow = self.call(latents, timestep, choose=step in self._settings.choose_at)
+            looks = self._settings.history_at
+            choose, look = step in self._settings.choose_at, looks is None or step in looks
+            flow = self.call(latents, timestep, choose=choose, look=look)
             next_sigma = schedule.next_sigma(step)
             if is_euler or next_sigma == 0.0:
                 latents = step_euler(latents, flow, sigma, next_sigma)
@@ -267,14 +310,14 @@ class CapturedRollout:
                 latents = step_renoise(latents, flow, sigma, next_sigma, noise[step + 1])
         return latents
 
-    def _capture(self, choose: bool) -> None:
+    def _capture(self, choose: bool, look: bool) -> None:
         # At the priority of the stream that the loop runs on: kernels of a graph keep the one they were captured at.
         priority = torch.cuda.current_stream().priority
         stream = torch.cuda.Stream(priority=priority)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # compiles, and fills the workspaces of libraries
-                self.compute(choose)
+                self.compute(choose, look=look)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -282,5 +325,5 @@ class CapturedRollout:
         # Other threads go on with their own work meanwhile, such as decoding the chunk before.
         capturing = torch.cuda.Stream(priority=priority) if priority else None
         with torch.cuda.graph(graph, pool=pool, stream=capturing, capture_error_mode="thread_local"):
-            self.compute(choose)
-        self._graphs[choose] = graph
+            self.compute(choose, look=look)
+        self._graphs[choose, look] = graph

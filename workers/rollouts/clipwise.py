@@ -84,6 +84,7 @@ class ClipwiseRollout:
     ) -> None:
         self._calls, self._branch, self._kernel = ModelCalls(model, attention), branch, kernel
         self._attention, self._stopwatch, self._attend_prompt = attention, stopwatch, attend_prompt
+        attention.announce_to(attend_prompt)
 
     @torch.inference_mode()
     def run(self, plan: ClipPlan, first_clip: int = 0, before: CleanChunk | None = None) -> Iterator[CleanChunk]:

@@ -38,12 +38,10 @@ class Window:
         return self.index - chunk_index
 
 
-def plan_windows(num_chunks: int, num_levels: int) -> list[Window]:
+def plan_windows(num_chunks: int, num_levels: int) -> Iterator[Window]:
     """Every window of a rollout, in order."""
-    return [
-        Window(w, range(max(0, w - num_levels + 1), min(num_chunks - 1, w) + 1))
-        for w in range(num_chunks + num_levels - 1)
-    ]
+    for index in range(num_chunks + num_levels - 1):
+        yield Window(index, range(max(0, index - num_levels + 1), min(num_chunks - 1, index) + 1))
 
 
 @dataclass
@@ -78,6 +76,7 @@ class RollingWindowRollout:
         self._calls = ModelCalls(model, attention)
         self._attention, self._stopwatch = attention, stopwatch
         self._judge, self._attend_prompt = judge, attend_prompt
+        attention.announce_to(attend_prompt)
         self._latents: dict[int, Tensor] = {}
         self._visible: list[int] = []  # chunks that there were to see, call by call
 

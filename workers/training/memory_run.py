@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from workers.checkpoints.files import Weights, open_weights, save_weights
+from workers.config import BUNDLED_WEIGHTS
 from workers.model.backbones import Backbone, find_backbone
 from workers.model.vae import VideoVAE
 from workers.training.compiled_code import keep_compiled_code
@@ -35,7 +36,6 @@ from workers.training.team import Team, join_team
 
 logger = logging.getLogger(__name__)
 
-BUNDLED = Path(__file__).parent / "weights"
 SAVE_EVERY_S = 100.0
 LOG_EVERY = 4  # cycles
 NEW_LAND_SHARES = (0.0, 0.0, 0.03, 0.1, 0.25, 0.5, 1.0, 1.0)
@@ -247,7 +247,7 @@ def recipes_of(options: argparse.Namespace) -> tuple[MemoryRecipe, MemoryFeedRec
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--start", type=Path, default=BUNDLED, help="weights to begin with")
+    parser.add_argument("--start", type=Path, default=BUNDLED_WEIGHTS, help="weights to begin with")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=10.0, help="everything from start to end")
     parser.add_argument("--worlds", type=int, default=32, help="of an examination")

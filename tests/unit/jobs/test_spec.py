@@ -220,10 +220,10 @@ def test_the_command_line_of_any_spec_gives_the_spec_again() -> None:
     app.command()(with_spec_flags(command))
     specs = list(specs_of_all_kinds())
     assert len(specs) > 100
+    line = typer.main.get_command(app)  # as a call of the app does, each time
     for spec in specs:
-        result = CliRunner().invoke(app, arguments_of(spec))
-        assert result.exit_code == 0, (arguments_of(spec), result.output)
-        assert seen["spec"] == spec, arguments_of(spec)
+        assert line.main(arguments_of(spec), "render", standalone_mode=False) in (None, 0), arguments_of(spec)
+        assert seen.pop("spec") == spec, arguments_of(spec)
 
 
 def test_the_command_line_of_a_spec_gives_the_spec_again() -> None:

@@ -28,6 +28,15 @@ def test_the_policy_is_a_table_of_fourteen_chunks_of_history_and_a_tenth_of_its_
     assert RenderConfig.model_validate_json(config.model_dump_json()) == config
 
 
+def test_by_default_every_call_looks_at_the_history() -> None:
+    attention = make().attention
+    assert isinstance(attention, TileAttentionConfig)
+    assert attention.history_at is None
+    once = make(attention={"choose_at": [0, 2], "history_at": [0, 2, 3]}).attention
+    assert isinstance(once, TileAttentionConfig)
+    assert once.history_at == (0, 2, 3)
+
+
 @pytest.mark.parametrize(("frame_tokens", "tile"), [(8, 8), (64, 8), (256, 32), (1023, 64), (1560, 128), (6240, 128)])
 def test_a_tile_is_at_most_an_eighth_of_a_latent_frame(frame_tokens: int, tile: int) -> None:
     assert TileCacheConfig().tile_for(frame_tokens) == tile
@@ -39,8 +48,17 @@ def test_a_tile_is_at_most_an_eighth_of_a_latent_frame(frame_tokens: int, tile: 
     [
         ({"cache": {"tile": 24}}, r"cache\.tile: 24 is not a power of two in \[8, 128\]"),
         ({"cache": {"budget_latent_frames": 20}}, r"cache\.budget_latent_frames: 20 is below 22, the sum of"),
+        ({"cache": {"storage": "fp8"}}, r"cache\.tiles\.storage\n *Input should be 'model', 'int8' or 'int4'"),
         ({"attention": {"choose_at": [1, 2]}}, r"attention\.choose_at: \[1, 2\] must begin with 0 and rise"),
         ({"attention": {"choose_at": [0, 4]}}, r"attention\.choose_at: 4 is no denoising step: .* from 0 to 3"),
+        ({"attention": {"history_at": [1, 2]}}, r"attention\.history_at: \[1, 2\] must begin with 0 and rise"),
+        ({"attention": {"history_at": [0, 2, 2]}}, r"attention\.history_at: \[0, 2, 2\] must begin with 0 and rise"),
+        ({"attention": {"history_at": []}}, r"attention\.tiles\.history_at\s+Tuple should have at least 1 item"),
+        ({"attention": {"history_at": [0, 4]}}, r"attention\.history_at: 4 is no denoising step: .* from 0 to 3"),
+        (
+            {"attention": {"choose_at": [0, 2], "history_at": [0, 1]}},
+            r"attention\.choose_at: \[0, 2\] must be among attention\.history_at: \[0, 1\], for a step that chooses",
+        ),
         ({"attention": {"density": 0.0}}, r"greater than 0"),
         ({"prompt_attention": {"kind": "annca"}}, r"prompt_attention\.kind: annca does not go with cache\.kind: tiles"),
         ({"reuse": {"kind": "teacache"}}, r"reuse\.kind: teacache .* must be none"),

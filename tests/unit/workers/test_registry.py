@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from tests.wan_files import TINY, TINY_I2V, make_dit, write_forcing, write_single_file, write_whole_model
 from workers import registry
 from workers.assemble_tiles import table_settings
-from workers.cache.tile_table import TileTable
+from workers.cache.low_bit import Storage
+from workers.cache.packed_table import PackedTable, make_table
 from workers.checkpoints import fetch
-from workers.checkpoints.modules import BUNDLED_WEIGHTS
-from workers.config import WindowCacheConfig
+from workers.config import BUNDLED_WEIGHTS, WindowCacheConfig
 from workers.config_tiles import TileCacheConfig
 from workers.errors import CheckpointMismatch, ConfigUnsupported
 from workers.geometry import (
@@ -107,14 +107,21 @@ def test_operations_of_a_call_are_what_torch_counts() -> None:
     assert work.call_flops(3, 3) == pytest.approx(counted, rel=0.15)
 
 
+@pytest.mark.parametrize("storage", ["model", "int8", "int4"])
 @pytest.mark.parametrize(("name", "tile"), [("tiny-test", None), ("longtake-world", 32), ("longtake-world", None)])
-def test_bytes_of_a_tile_table_are_those_that_it_takes(name: str, tile: int | None) -> None:
-    backbone, config = find_backbone(name), TileCacheConfig(tile=tile, budget_latent_frames=24, spare_latent_frames=6)
+def test_bytes_of_a_tile_table_are_those_that_it_takes(name: str, tile: int | None, storage: Storage) -> None:
+    backbone = find_backbone(name)
+    config = TileCacheConfig(tile=tile, budget_latent_frames=24, spare_latent_frames=6, storage=storage)
     sizes = table_settings(config, backbone, backbone.latent_size(backbone.width, backbone.height))
-    table = TileTable(sizes, torch.bfloat16, torch.device("cpu"))
-    held = sum(tensor.nbytes for key, tensor in table.state().items() if not key.endswith("counts"))
     work = Workload(backbone, backbone.width, backbone.height, 3000, 4)
-    assert work.table_bytes(config) == held
+    for dtype in (torch.bfloat16, torch.float32):
+        table = make_table(sizes, dtype, torch.device("cpu"))
+        held = {key: tensor.nbytes for key, tensor in table.state().items() if not key.endswith("counts")}
+        if isinstance(table, PackedTable):
+            held["workspace"] = table.workspace.k_NLW.nbytes + table.workspace.v_NLD.nbytes
+        assert work.table_bytes(config, dtype.itemsize) == sum(held.values())
+        records = ("position_NC3", "m_NC", "weight_NC", "partner_NC", "mean_NJD")
+        assert sizes.bytes(dtype) == sum(num for key, num in held.items() if key.split(".")[-1] not in records)
     short, long = (
         registry.estimate(name, gpu=GPUS["h100"], width=None, height=None, num_frames=frames) for frames in (501, 3000)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from typing import Any
 
@@ -15,8 +16,8 @@ from workers.assemble_tiles import choose_ways
 from workers.config import KernelName, RenderConfig
 from workers.errors import KernelUnavailable
 from workers.kernels import listed_tiles
-from workers.kernels.listed_gather import attend_gathered
-from workers.kernels.listed_tiles import AttendTable, attend_listed_plain
+from workers.kernels.listed_gather import attend_gathered_lse
+from workers.kernels.listed_tiles import AttendTable, attend_listed_plain_lse
 from workers.kernels.select import Hardware, KernelNeed
 from workers.kernels.select_listed import Load, choose_listed
 from workers.search.nearest_rows import nearest_rows
@@ -89,8 +90,12 @@ def test_gathering_listed_tiles_is_the_reference(num_queries: int) -> None:
     tile, heads, dim, tiles, listed = 8, 3, 12, 9, 4
     empty = slice(tile, tile + 5)
     q, k, v, index = draw_listed((num_queries, heads, dim), tile, tiles, listed, most_mass=5.0, empty=empty)
-    found, expected = attend_gathered(q, k, v, index, tile), attend_listed_plain(q, k, v, index, tile)
+    found, expected = attend_gathered_lse(q, k, v, index, tile), attend_listed_plain_lse(q, k, v, index, tile)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    logit = torch.einsum("qnw,nkw->qnk", q, k) / math.sqrt(dim)
+    seen = torch.zeros(heads, -(-num_queries // tile), tiles).scatter_(2, index.long(), 1).repeat_interleave(tile, 2)
+    of_queries = seen.repeat_interleave(tile, 1)[:, :num_queries].transpose(0, 1)
+    torch.testing.assert_close(expected[1], logit.masked_fill(of_queries == 0, -torch.inf).logsumexp(-1))
 
 
 @pytest.mark.parametrize(

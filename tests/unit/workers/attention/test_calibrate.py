@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-import workers
 from workers.attention.calibrate import Calibration, choose_layers, read_calibration, write_calibration
 from workers.checkpoints.files import open_weights
+from workers.config import BUNDLED_WEIGHTS
 from workers.errors import ConfigUnsupported
 
 GOOD: dict[str, Any] = {
@@ -79,8 +79,7 @@ def test_a_file_of_another_model_or_none_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_bundled_calibration_is_of_the_bundled_weights() -> None:
-    weights = Path(workers.__path__[0]) / "training" / "weights"
-    revision = open_weights(weights).revision
-    found = read_calibration(weights / "annsa.json", backbone="longtake-world", revision=revision, num_layers=8)
+    revision = open_weights(BUNDLED_WEIGHTS).revision
+    found = read_calibration(BUNDLED_WEIGHTS / "annsa.json", backbone="longtake-world", revision=revision, num_layers=8)
     means = [sum(heads) / len(heads) for heads in found.recall_by_layer]
     assert found.sparse_layers == choose_layers(means, 0.7)

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from workers.cache.low_bit import Storage
+from workers.cache.packed_table import make_table
 from workers.cache.side_work import InTurn, SideWork, Wait
 from workers.cache.table_layout import MergeRule, TableSettings
 from workers.cache.table_snapshot import TableSnapshot, restore_table
@@ -89,7 +91,7 @@ def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
 
 
 def at_rest(sizes: TableSettings, work: TableWork, num_chunks: int) -> dict[str, Tensor]:
-    table = TileTable(sizes, torch.float32, CPU, work=work)
+    table = make_table(sizes, torch.float32, CPU, work=work)
     go_on(table, 0, num_chunks)
     snapshot = TableSnapshot(table)
     snapshot.begin()
@@ -104,17 +106,19 @@ def at_rest(sizes: TableSettings, work: TableWork, num_chunks: int) -> dict[str,
     sink=st.integers(0, 2),
     recent=st.integers(1, 2),
     spare=st.integers(1, 4),
+    storage=st.sampled_from(["model", "int8", "int4"]),
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=15, deadline=None)
 def test_made_while_generation_goes_on_equals_one_at_rest(
-    begun_at: int, chunks_on: int, rule: MergeRule, work: TableWork, sink: int, recent: int, spare: int, seed: int
-) -> None:
-    sizes = replace(SIZES, rule=rule, sink_chunks=sink, recent_chunks=recent, spare_chunks=spare)
+    begun_at: int, chunks_on: int, rule: MergeRule, work: TableWork, sink: int, recent: int, spare: int,
+    storage: Storage, seed: int,
+) -> None:  # fmt: skip
+    sizes = replace(SIZES, rule=rule, sink_chunks=sink, recent_chunks=recent, spare_chunks=spare, storage=storage)
     expected = at_rest(sizes, work, begun_at)
     sides: list[SideWork] = [InTurn(), AsLateAsAllowed(), AtAnyTime(seed)]
     for side in sides:
-        table = TileTable(sizes, torch.float32, CPU, work=work)
+        table = make_table(sizes, torch.float32, CPU, work=work)
         snapshot = TableSnapshot(table, side)
         go_on(table, 0, begun_at)
         snapshot.begin()
@@ -159,12 +163,14 @@ def test_one_snapshot_after_another_in_the_same_buffers() -> None:
 
 
 @pytest.mark.parametrize("num_chunks", [0, 1, 2, 5, 9, 11])
-@pytest.mark.parametrize("rule", ["chains", "pairs"])
-def test_restored_bit_for_bit_and_goes_on_alike_from_then_on(num_chunks: int, rule: MergeRule) -> None:
+@pytest.mark.parametrize(("rule", "storage"), [("chains", "model"), ("pairs", "model"), ("pairs", "int4")])
+def test_restored_bit_for_bit_and_goes_on_alike_from_then_on(
+    num_chunks: int, rule: MergeRule, storage: Storage
+) -> None:
     """A snapshot of what was restored is the same snapshot; and two that were restored stay the same."""
-    sizes = replace(SIZES, rule=rule)
+    sizes = replace(SIZES, rule=rule, storage=storage)
     state = at_rest(sizes, "groups", num_chunks)
-    tables = [TileTable(sizes, torch.float32, CPU, work="groups") for _ in range(2)]
+    tables = [make_table(sizes, torch.float32, CPU, work="groups") for _ in range(2)]
     go_on(tables[1], 0, 7)  # what was there before leaves no trace
     for table in tables:
         restore_table(table, state)
@@ -194,6 +200,20 @@ def test_what_comes_back_is_within_rounding_and_log_m_and_records_are_exact() ->
         before, after = table.layers[layer], other.layers[layer]
         for name in ("m_NC", "weight_NC", "partner_NC", "mean_NJD"):
             assert torch.equal(getattr(before, name), getattr(after, name)), name
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+def test_codes_of_a_packed_history_come_back_to_the_bit(storage: Storage) -> None:
+    sizes = replace(SIZES, rule="pairs", storage=storage)
+    table, other = (make_table(sizes, torch.float32, CPU) for _ in range(2))
+    go_on(table, 0, 11)
+    snapshot = TableSnapshot(table)
+    snapshot.begin()
+    restore_table(other, snapshot.finish())
+    for before, after in zip(table.layers, other.layers, strict=True):
+        for name in table.history_tensors:
+            held = (getattr(layer, name)[:, : before.pointer] for layer in (before, after))
+            assert torch.equal(*held), name
 
 
 def test_a_snapshot_under_way_is_finished_first() -> None:

@@ -73,7 +73,6 @@ def chunk_roll(rolling: bool) -> Roll:
         cache: KVCache, policy: AttentionPolicy | None = None, attend_prompt: AttendPrompt = attend_prompt_dense
     ) -> list[CleanChunk]:
         kind, attention = RollingWindowRollout if rolling else Rollout, attention_over(cache, TINY, policy)
-        attention.announce_to(attend_prompt)
         return list(kind(model, attention, Stopwatch(CPU), attend_prompt=attend_prompt).run(plan))
 
     return roll
@@ -104,7 +103,6 @@ def clip_roll() -> Roll:
         cache: KVCache, policy: AttentionPolicy | None = None, attend_prompt: AttendPrompt = attend_prompt_dense
     ) -> list[CleanChunk]:
         attention = attention_over(cache, LONGVIE, policy)
-        attention.announce_to(attend_prompt)
         rollout = ClipwiseRollout(model, branch, attention, SdpaKernel(), Stopwatch(CPU), attend_prompt)
         return list(rollout.run(plan))
 

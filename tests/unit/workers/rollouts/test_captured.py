@@ -9,6 +9,10 @@ from tests.tables import make_captured
 from workers.assemble_tiles import size_table
 from workers.attention.dense import DenseAttention
 from workers.cache.dense import DenseCache
+from workers.cache.layer_table import LayerTable
+from workers.cache.low_bit import Storage
+from workers.cache.packed_history import Part
+from workers.cache.packed_table import PackedTable
 from workers.cache.tile_table import TileTable
 from workers.contracts import KVCache
 from workers.denoise import draw_noise, make_schedule
@@ -103,6 +107,46 @@ def test_a_video_after_another_is_as_if_it_came_first(model: CausalDiT) -> None:
     rollout.table.clear()
     second = list(rollout.run(plan))
     assert all(torch.equal(a.latents_BTCHW, b.latents_BTCHW) for a, b in zip(first, second, strict=True))
+
+
+def test_what_nobody_sees_of_a_packed_table_may_be_anything(model: CausalDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Littered(PackedTable):
+        """Its unlisted tiles are full of what is not there."""
+
+        def lay_out(self, layer_index: int, part: Part = "both", *, seen_only: bool = False) -> LayerTable:
+            found = super().lay_out(layer_index, part, seen_only=seen_only)
+            if seen_only:
+                unseen = (self._is_seen_LNJ[layer_index] == 0).repeat_interleave(self.settings.tile, 1)
+                self.num_unseen += int(unseen.sum())
+                for x in (found.k_NLW, found.v_NLD):
+                    x[unseen] = 50 * torch.randn(x[unseen].shape)
+            return found
+
+        num_unseen = 0
+
+    plan = make_plan(model, 9)
+    sizes = size_table(BACKBONE, SIZE, kept_chunks=2, spare_chunks=2, tile=8, rule="pairs", storage="int4")
+    latents = []
+    for kind in (PackedTable, Littered):
+        monkeypatch.setattr("tests.tables.make_table", kind)
+        rollout = make_captured(model, sizes, SIZE, num_chosen=2)
+        latents.append([chunk.latents_BTCHW for chunk in rollout.run(plan)])
+    assert isinstance(rollout.table, Littered)
+    assert rollout.table.num_unseen > 0
+    assert all(torch.equal(a, b) for a, b in zip(*latents, strict=True))
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+def test_few_bits_change_little_and_take_less(model: CausalDiT, storage: Storage) -> None:
+    plan = make_plan(model, 9)
+    sizes = size_table(BACKBONE, SIZE, kept_chunks=2, spare_chunks=2, tile=8, rule="pairs")
+    wide, packed = (
+        list(make_captured(model, replace(sizes, storage=bits), SIZE, num_chosen=999).run(plan))
+        for bits in ("model", storage)
+    )
+    distance = (packed[-1].latents_BTCHW - wide[-1].latents_BTCHW).square().mean().sqrt()
+    assert 0 < float(distance) < 0.2 * float(wide[-1].latents_BTCHW.std())
+    assert packed[-1].kv_bytes < 0.7 * wide[-1].kv_bytes
 
 
 def test_compiled_pieces_give_the_same(model: CausalDiT) -> None:

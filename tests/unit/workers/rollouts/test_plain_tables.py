@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.plain_tables import plain_table_parts
-from workers.assemble import LoadedModel, load_model
+from workers.assemble import LoadedModel, load_model, prepare_take
 from workers.attention.measure import RecallMeter
 from workers.config import RenderConfig
 from workers.denoise import draw_noise
@@ -21,13 +21,13 @@ from workers.rollout import CleanChunk, Rollout, RolloutPlan
 SIZE, CHUNKS = (4, 8), 11
 
 
-def make_model(**attention: Any) -> LoadedModel:
+def make_model(storage: str = "model", **attention: Any) -> LoadedModel:
     record = {
         "policy": "fastar-tiles",
         "backbone": {"name": "tiny-test"},
         "video": {"width": 64, "height": 32},
         "sampling": {"num_steps": 2},
-        "cache": {"budget_latent_frames": 15, "spare_latent_frames": 3, "mass_decay": 0.5},
+        "cache": {"budget_latent_frames": 15, "spare_latent_frames": 3, "mass_decay": 0.5, "storage": storage},
         "attention": attention,
     }
     return load_model(RenderConfig.model_validate(record))
@@ -66,8 +66,24 @@ def latents(chunks: list[CleanChunk]) -> Tensor:
     return torch.cat([chunk.latents_BTCHW for chunk in chunks], 1)
 
 
-def test_it_makes_what_the_render_makes() -> None:
-    model = make_model(density=0.4, keys_per_tile=4)
+@pytest.mark.parametrize(
+    ("storage", "fields"),
+    [
+        ("model", {}),
+        ("int8", {}),
+        ("int4", {}),
+        ("model", {"history_at": (0,)}),
+        ("int4", {"history_at": (0,)}),
+        ("model", {"history_at": (0,), "always_recent": True}),
+        ("int4", {"history_at": (0, 1), "always_sink": True, "always_recent": True}),
+        ("model", {"history_at": (0, 1), "always_sink": True, "always_recent": True}),
+        ("model", {"history_at": (0, 1), "choose_at": (0, 1), "always_sink": True}),
+    ],
+)
+def test_it_makes_what_the_render_makes(storage: str, fields: dict[str, Any]) -> None:
+    """Of a packed table: in 16 or 32 bits, and rounded as its codes are."""
+    model = make_model(storage, density=0.4, keys_per_tile=4, **fields)
+    assert prepare_take(model, 0).cache_name == "tiles-15-8" + {"model": ""}.get(storage, f"-{storage}")
     assert model.seat is not None
     rendered = list(model.seat.begin_take().run(make_plan(model, [1])))
     assert any(bool((layer.m_NC > 1).any()) for layer in model.seat.table.layers), "it must have merged"

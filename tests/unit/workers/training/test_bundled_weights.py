@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from workers.checkpoints.files import Weights, open_weights
-from workers.checkpoints.modules import BUNDLED_WEIGHTS
+from workers.config import BUNDLED_WEIGHTS
 from workers.model.backbones import find_backbone
 from workers.model.vae import VideoVAE
 from workers.training.measure import Laboratory, Sampling

@@ -9,10 +9,16 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from torch._inductor.runtime.cache_dir_utils import cache_dir, triton_cache_dir
 
 from workers.training import memory_run, recipe
 from workers.training.compiled_code import CACHE_VARIABLE, keep_compiled_code
+
+
+def compilers_folders() -> tuple[Path, Path]:
+    """Of the compiler and of Triton. The import takes seconds, and not every process needs it."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, triton_cache_dir
+
+    return Path(cache_dir()), Path(triton_cache_dir(0))
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +31,9 @@ def no_folder_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_compiler_writes_into_the_folder_of_the_run(tmp_path: Path) -> None:
     kept = keep_compiled_code(tmp_path / "one")
-    assert Path(cache_dir()) == kept == tmp_path / "one" / "compiled"
-    assert kept in Path(triton_cache_dir(0)).parents
+    own, of_triton = compilers_folders()
+    assert own == kept == tmp_path / "one" / "compiled"
+    assert kept in of_triton.parents
 
 
 def test_runs_do_not_meet_and_a_run_that_goes_on_finds_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,7 +46,7 @@ def test_runs_do_not_meet_and_a_run_that_goes_on_finds_its_own(tmp_path: Path, m
 
 def test_a_folder_that_the_environment_names_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "shared"))
-    assert keep_compiled_code(tmp_path / "one") == Path(cache_dir()) == tmp_path / "shared"
+    assert keep_compiled_code(tmp_path / "one") == compilers_folders()[0] == tmp_path / "shared"
 
 
 @pytest.mark.parametrize(("trainer", "begin"), [(memory_run, "MemoryRun"), (recipe, "make_weights")])

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from workers.checkpoints.files import open_weights, save_weights
-from workers.checkpoints.modules import BUNDLED_WEIGHTS
+from workers.config import BUNDLED_WEIGHTS
 from workers.model.backbones import Backbone, find_backbone
 from workers.model.control import control_maps
 from workers.model.vae import VideoVAE

@@ -13,7 +13,7 @@ import torch
 
 from tests.servers import free_port
 from workers.checkpoints.files import open_weights
-from workers.checkpoints.modules import BUNDLED_WEIGHTS
+from workers.config import BUNDLED_WEIGHTS
 from workers.model.backbones import find_backbone
 from workers.model.vae import VideoVAE
 from workers.training.memory import TURNS, MemoryRecipe, MemoryTrainer

@@ -1,0 +1,247 @@
+"""Kernels of a packed table against plain torch: what `tests/gpu` asserts, and what runs where there is no pytest.
+
+`python -m tests.packed_checks` on a machine with a GPU; `TRITON_INTERPRET=1` runs it on a CPU. `--speed` says how near
+the kernels come to what memory can move, at Wan2.1-1.3B sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import product
+
+import torch
+
+from workers.cache.low_bit import Storage
+from workers.cache.packed_history import PackedLayer, Part, PlainPacking, Workspace
+from workers.cache.packed_table import PackedTable, make_table
+from workers.cache.table_layout import MergeRule, TableSettings
+from workers.cache.tile_table import TableWork
+from workers.model.backbones import find_backbone
+from workers.model.rope import grid_positions
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
+"""Of what is unpacked; Triton's interpreter has no bfloat16."""
+SIZES = TableSettings(
+    num_layers=3,
+    num_heads=2,
+    head_dim=64,
+    chunk_tokens=3 * 22,
+    frame_tokens=22,
+    kept_chunks=2,
+    spare_chunks=2,
+    candidate_tiles=2,
+    rule="pairs",
+    tile=16,
+)
+SHAPES: tuple[tuple[Storage, int, int], ...] = (
+    ("int8", 16, 16),
+    ("int8", 128, 32),
+    ("int4", 16, 16),
+    ("int4", 32, 16),
+    ("int4", 64, 64),
+    ("int4", 128, 128),
+)
+"""Storage, channels, tile."""
+PARTS: tuple[Part, ...] = ("keys", "values", "both")
+
+
+def sizes_of(storage: Storage, head_dim: int, tile: int) -> TableSettings:
+    return replace(SIZES, storage=storage, head_dim=head_dim, tile=tile)
+
+
+def draw_table(sizes: TableSettings, dtype: torch.dtype = DTYPE, device: torch.device = DEVICE) -> PackedTable:
+    """One whose first layer holds random codes, and other tensors at random."""
+    table = make_table(sizes, dtype, device)
+    assert isinstance(table, PackedTable)
+    layer, generator = table.layers[0], torch.Generator(device=device).manual_seed(0)
+    for name in table.tensors:
+        tensor = getattr(layer, name)
+        if tensor.dtype == torch.int8:
+            tensor.random_(-127, 128, generator=generator)
+        elif tensor.dtype == torch.uint8:  # two codes from 1 to 15
+            low, high = (torch.empty_like(tensor).random_(1, 16, generator=generator) for _ in range(2))
+            tensor.copy_(low | (high << 4))
+        elif tensor.is_floating_point():
+            tensor.normal_(generator=generator)
+    layer.k_NLW[..., sizes.head_dim + 2 :] = 0
+    for name in ("k_largest_NCG", "v_largest_NCG"):
+        getattr(layer, name).abs_()
+    return table
+
+
+def check_unpack(storage: Storage, head_dim: int, tile: int, part: Part, *, some: bool) -> None:
+    """The same bits in each tile that is asked for; the others are left alone."""
+    from workers.cache.table_kernels import unpack
+
+    s = sizes_of(storage, head_dim, tile)
+    layer = draw_table(s).layers[0]
+    assert isinstance(layer, PackedLayer)
+    tiles = s.num_slots // s.tile
+    is_seen = (torch.rand(s.num_heads, tiles, generator=torch.Generator().manual_seed(1)) < 0.5).to(DEVICE)
+    found, expected = (Workspace(s, DTYPE, DEVICE) for _ in range(2))
+    found.k_NLW.fill_(7.0)
+    found.v_NLD.fill_(7.0)
+    unpack(layer, found, s, part, is_seen.to(torch.uint8) if some else None)
+    PlainPacking().unpack(layer, expected, s, part, None)
+    for of, a, b in (("keys", found.k_NLW, expected.k_NLW), ("values", found.v_NLD, expected.v_NLD)):
+        wanted = (is_seen | (not some)).repeat_interleave(s.tile, 1)
+        if part not in (of, "both"):
+            wanted = torch.zeros_like(wanted)
+        assert torch.equal(a[wanted], b[wanted]), of
+        assert bool((a[~wanted] == 7.0).all()), of
+
+
+def check_pack(storage: Storage, head_dim: int, tile: int) -> None:
+    """The same codes, in the slots that are asked for and no others."""
+    from workers.cache.table_kernels import pack
+
+    s, new = sizes_of(storage, head_dim, tile), slice(21, 90)
+    tables = [draw_table(s) for _ in range(2)]
+    of = Workspace(s, DTYPE, DEVICE)
+    generator = torch.Generator().manual_seed(2)
+    for x in (of.k_NLW, of.v_NLD):
+        size = torch.randn(*x.shape[:2], 1, generator=generator).exp()
+        x.copy_(size * torch.randn(x.shape, generator=generator))
+        x[:, s.history_start + 30] = 0
+        x[..., :head_dim:3] = x.abs().amax(-1, keepdim=True) / 2  # half a step often
+    for table, write in zip(tables, (pack, PlainPacking().pack), strict=True):
+        layer = table.layers[0]
+        assert isinstance(layer, PackedLayer)
+        write(layer, of, s, new)
+    found, expected = (table.state() for table in tables)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def fill(sizes: TableSettings, num_chunks: int, work: TableWork) -> PackedTable:
+    """Chunks of keys near those of the chunk before; between two, the workspace is full of what is not there."""
+    table = make_table(sizes, torch.float32, DEVICE, work=work)
+    assert isinstance(table, PackedTable)
+    generator, s = torch.Generator().manual_seed(7), sizes
+    shape = (s.num_layers, 2, s.num_heads, s.chunk_tokens, s.head_dim)
+    kv = torch.randn(shape, generator=generator)
+    for index in range(num_chunks):
+        kv = 0.8 * kv + 0.6 * torch.randn(shape, generator=generator)
+        for layer in range(s.num_layers):
+            for own, new in zip(table.own(layer), kv[layer], strict=True):
+                own.copy_(new)
+        table.workspace.k_NLW[..., : s.head_dim + 2].normal_()
+        table.workspace.v_NLD.normal_()
+        table.remember_chunk(grid_positions(torch.arange(3) + 3 * index, 2, s.frame_tokens // 2).to(DEVICE))
+    return table
+
+
+def table_differs(storage: Storage, rule: MergeRule = "pairs", num_chunks: int = 9) -> float:
+    """Share of slots whose key, value or record is another one than by plain torch, in float32."""
+    sizes = replace(SIZES, storage=storage, rule=rule)
+    found, expected = (fill(sizes, num_chunks, work) for work in ("kernels", "groups"))
+    worst = 0.0
+    for index, (a, b) in enumerate(zip(found.layers, expected.layers, strict=True)):
+        other = (a.m_NC != b.m_NC) | (a.partner_NC != b.partner_NC) | (a.position_NC3 != b.position_NC3).any(-1)
+        laid_out = [[x.clone() for x in (of.k_NLW, of.v_NLD)] for of in (found.lay_out(index), expected.lay_out(index))]
+        apart = [((x - y).abs() > 1e-3).any(-1) for x, y in zip(*laid_out, strict=True)]
+        run = slice(sizes.history_start, sizes.recent_start)
+        other |= (apart[0] | apart[1])[:, run] & (b.m_NC > 0)
+        worst = max(worst, float(other.float().mean()))
+    return worst
+
+
+def captured_differs(kernels: tuple[str, ...], storage: Storage = "int4") -> float:
+    """Largest difference of latents between calls captured as CUDA graphs and calls one by one; a few seconds."""
+    from tests.bench.history_engine import Variant, make_engine, make_plan
+    from tests.bench.rollout_rows import Settings
+
+    backbone = replace(find_backbone("wan2.1-t2v-1.3b"), num_layers=2)
+    settings = Settings(backbone, 208, 160, torch.device("cuda"), torch.bfloat16, 120)
+    variant = Variant("small", kept_chunks=2, spare_chunks=2, density=0.3, rule="pairs", storage=storage)
+    latents = []
+    for graphs in (True, False):
+        engine = make_engine(variant, settings, None, None, kernels=kernels, graphs=graphs)
+        latents.append([c.latents_BTCHW.clone() for c in engine.rollout.run(make_plan(engine, settings, 9))][-1])
+    return float((latents[0] - latents[1]).abs().max())
+
+
+def check_bits(shapes: Sequence[tuple[Storage, int, int]] = SHAPES) -> float:
+    """Unpacking and packing; 0, for nothing differs where nothing is raised."""
+    for (storage, head_dim, tile), part, some in product(shapes, PARTS, (False, True)):
+        check_unpack(storage, head_dim, tile, part, some=some)
+    for storage, head_dim, tile in shapes:
+        check_pack(storage, head_dim, tile)
+    return 0.0
+
+
+def run_all() -> bool:
+    """All that there is to check, however much of it fails; whether nothing did."""
+    checks: dict[str, tuple[Callable[[], float], float]] = {"unpacking and packing": (check_bits, 0.0)}
+    for storage, rule in product(("int8", "int4"), ("chains", "pairs")):
+        checks[f"a table in {storage} that merges {rule}"] = partial(table_differs, storage, rule), 0.01  # type: ignore[arg-type]
+    if not INTERPRETED:
+        for kernels in ((), ("pairs", "packing", "choice")):
+            checks[f"latents of captured calls, kernels {kernels}"] = partial(captured_differs, kernels), 0.0
+    is_good = True
+    for name, (differs, allowed) in checks.items():
+        try:
+            found = differs()
+        except Exception:
+            traceback.print_exc()
+            found = float("nan")
+        is_good &= found <= allowed
+        print(f"{'good' if found <= allowed else 'BAD'}: {name}: {found:.2%} differs from the plain way", flush=True)
+    return is_good
+
+
+def seconds(run: Callable[[], object], times: int = 20) -> float:
+    """Of one run, by CUDA events."""
+    run()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(times):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end)) / times / 1e3
+
+
+def print_speed(storage: Storage, kept_chunks: int = 48, spare_chunks: int = 10) -> None:
+    """Of the kernels at Wan2.1-1.3B sizes, one layer; beside what copying as many bytes takes here."""
+    from workers.cache.table_kernels import pack, unpack
+
+    s = TableSettings(1, 12, 128, 4680, 1560, kept_chunks=kept_chunks, spare_chunks=spare_chunks, storage=storage)
+    table = draw_table(s, torch.bfloat16)
+    layer, to = table.layers[0], table.workspace
+    assert isinstance(layer, PackedLayer)
+    moved = {
+        "keys": sum(x.nbytes for x in (layer.k_code_NCB, layer.k_largest_NCG, layer.mass_NC2, layer.k_NLW, to.k_NLW)),
+        "values": sum(x.nbytes for x in (layer.v_code_NCB, layer.v_largest_NCG, layer.v_NLD, to.v_NLD)),
+    }
+    moved["both"] = moved["keys"] + moved["values"]
+    copy = torch.empty_like(to.k_NLW)
+    bandwidth = 2 * copy.nbytes / seconds(lambda: copy.copy_(to.k_NLW))
+    print(f"a copy of {copy.nbytes / 1e9:.2f} GB: {bandwidth / 1e12:.2f} TB/s", flush=True)
+    for share, part in product((1.0, 0.5, 0.25), PARTS):
+        is_seen = (torch.rand(s.num_heads, s.num_slots // s.tile, device=DEVICE) < share).to(torch.uint8)
+        took = seconds(partial(unpack, layer, to, s, part, is_seen))
+        speed = share * moved[part] / took
+        say = f"{took * 1e3:.3f} ms, {speed / 1e12:.2f} TB/s, {speed / bandwidth:.0%} of a copy"
+        print(f"unpack {storage} {part}, {share:.0%} of tiles: {say}", flush=True)
+    for name, num in (("a chunk", s.chunk_tokens), ("what is kept", s.kept_tokens)):
+        took = seconds(partial(pack, layer, to, s, slice(0, num)))
+        speed = moved["both"] * num / s.num_slots / took
+        print(f"pack {storage} {name}: {took * 1e3:.3f} ms, about {speed / 1e12:.2f} TB/s", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--speed", action="store_true")
+    if parser.parse_args().speed:
+        print_speed("int8")
+        print_speed("int4")
+    elif not run_all():
+        raise SystemExit(1)

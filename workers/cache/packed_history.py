@@ -1,0 +1,111 @@
+"""A layer of a tile table whose history lies in few bits, and the place where a layer is laid out as kernels read it.
+
+Sink, newest chunks and the chunk in hand lie as computed, one after another; of the history lie codes, the largest
+channel of each group and the two channels of log m. What is plain torch here is the reference of `triton_pack.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from workers.cache.layer_table import LayerTable
+from workers.cache.table_codes import code_dtype, code_width, decode_into, encode, group_channels
+from workers.cache.table_layout import TableSettings
+
+Part = Literal["keys", "values", "both"]
+PACKED = ("k_code_NCB", "k_largest_NCG", "v_code_NCB", "v_largest_NCG", "mass_NC2")
+_RUN_SLOTS = 16384
+"""Written anew at a time by plain torch, which passes through float32."""
+
+
+@dataclass(eq=False, kw_only=True)
+class PackedLayer(LayerTable):
+    """Its keys and values are those outside of the history: sink | newest | chunk in hand."""
+
+    k_code_NCB: Tensor
+    k_largest_NCG: Tensor
+    v_code_NCB: Tensor
+    v_largest_NCG: Tensor
+    mass_NC2: Tensor
+    """The channels of log m, in the dtype of the keys."""
+
+
+class Workspace:
+    """Keys and values of one layer in whole tiles, sink | history | newest | chunk in hand."""
+
+    def __init__(self, s: TableSettings, dtype: torch.dtype, device: torch.device) -> None:
+        self.k_NLW = torch.zeros(s.num_heads, s.num_slots, s.width, dtype=dtype, device=device)
+        self.v_NLD = torch.zeros(s.num_heads, s.num_slots, s.head_dim, dtype=dtype, device=device)
+
+
+class Packing(Protocol):
+    """The two ways between the tensors of a layer and the workspace."""
+
+    def unpack(
+        self, layer: PackedLayer, to: Workspace, s: TableSettings, part: Part, is_seen_NJ: Tensor | None
+    ) -> None: ...
+
+    def pack(self, layer: PackedLayer, of: Workspace, s: TableSettings, new: slice) -> None: ...
+
+
+def new_codes(heads: int, s: TableSettings, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """`PACKED`, zero."""
+    assert s.storage != "model"
+    codes = (heads, s.history_slots, code_width(s.head_dim, s.storage)), code_dtype(s.storage)
+    groups = (heads, s.history_slots, s.head_dim // group_channels(s.head_dim, s.storage)), torch.bfloat16
+    mass = (heads, s.history_slots, 2), dtype
+    shapes = (codes, groups, codes, groups, mass)
+    made = [torch.zeros(shape, dtype=kind, device=device) for shape, kind in shapes]
+    return dict(zip(PACKED, made, strict=True))
+
+
+class PlainPacking:
+    """By plain torch."""
+
+    def unpack(
+        self, layer: PackedLayer, to: Workspace, s: TableSettings, part: Part, is_seen_NJ: Tensor | None
+    ) -> None:
+        """Lay out a layer.
+
+        Args:
+            layer: Of as many heads as the workspace.
+            to: Written; its channels behind those of log m are zero and stay so.
+            s: Sizes.
+            part: The other may be anything afterwards.
+            is_seen_NJ: uint8; tiles of 0 may be left as they are. Here all are written.
+        """
+        assert s.storage != "model"
+        ends = (
+            (slice(0, s.history_start), slice(0, s.history_start)),
+            (
+                slice(s.recent_start, s.num_slots),
+                slice(s.history_start, s.num_slots - s.history_slots),
+            ),
+        )
+        history = slice(s.history_start, s.recent_start)
+        if part != "values":
+            for there, here in ends:
+                to.k_NLW[:, there] = layer.k_NLW[:, here]
+            run = to.k_NLW[:, history]
+            decode_into(layer.k_code_NCB, layer.k_largest_NCG, run[..., : s.head_dim], s.storage)
+            run[..., s.head_dim : s.head_dim + 2] = layer.mass_NC2
+        if part != "keys":
+            for there, here in ends:
+                to.v_NLD[:, there] = layer.v_NLD[:, here]
+            decode_into(layer.v_code_NCB, layer.v_largest_NCG, to.v_NLD[:, history], s.storage)
+
+    def pack(self, layer: PackedLayer, of: Workspace, s: TableSettings, new: slice) -> None:
+        """Write these slots of the history from the workspace; log m is not among what is written."""
+        assert s.storage != "model"
+        for first in range(new.start, new.stop, _RUN_SLOTS):
+            slots = slice(first, min(first + _RUN_SLOTS, new.stop))
+            run = slice(s.history_start + slots.start, s.history_start + slots.stop)
+            for x, code, largest in (
+                (of.k_NLW[:, run, : s.head_dim], layer.k_code_NCB, layer.k_largest_NCG),
+                (of.v_NLD[:, run], layer.v_code_NCB, layer.v_largest_NCG),
+            ):
+                code[:, slots], largest[:, slots] = encode(x, s.storage)

@@ -1,0 +1,149 @@
+"""A tile table whose history lies in few bits: a layer is unpacked into one workspace before it is read or changed.
+
+What reads and changes a layer is that of `tile_table.py`, on the workspace; afterwards what changed is packed again.
+Coding twice changes nothing (`table_codes.py`), so rounding does not add up over merges: a key that stays has the codes
+that it came with. Layers take over a chunk one after another, since there is one workspace.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from workers.cache.layer_table import TENSORS, LayerTable, new_tensors
+from workers.cache.packed_history import PACKED, PackedLayer, Packing, Part, PlainPacking, Workspace, new_codes
+from workers.cache.table_layout import TableSettings
+from workers.cache.tile_table import TableWork, TileTable, load_kernels
+from workers.contracts import KeyValues
+from workers.search.nearest_rows import NearestRows, nearest_rows
+
+
+def make_table(
+    settings: TableSettings,
+    dtype: torch.dtype,
+    device: torch.device,
+    nearest: NearestRows = nearest_rows,
+    work: TableWork = "layers",
+) -> TileTable:
+    """The table that stores as the settings say; arguments as of `TileTable`."""
+    kind = TileTable if settings.storage == "model" else PackedTable
+    return kind(settings, dtype, device, nearest, work)
+
+
+class PackedTable(TileTable):
+    """The cache; arguments as of `TileTable`, `settings.storage` not "model"."""
+
+    is_packed: ClassVar[bool] = True
+    tensors: ClassVar[tuple[str, ...]] = (*TENSORS, *PACKED)
+    history_tensors: ClassVar[tuple[str, ...]] = (*TileTable.history_tensors, *PACKED)
+
+    def __init__(
+        self,
+        settings: TableSettings,
+        dtype: torch.dtype,
+        device: torch.device,
+        nearest: NearestRows = nearest_rows,
+        work: TableWork = "layers",
+    ) -> None:
+        super().__init__(settings, dtype, device, nearest, work)
+        s = settings
+        self.workspace = Workspace(s, dtype, device)
+        self._growing: LayerTable | None = None
+        """Takes over a chunk with no more of its keys laid out than it needs."""
+        self._look = replace(self._look, bring=self._bring)
+        self._packing: Packing = PlainPacking() if self._kernels is None else load_kernels(s)
+        # A buffer of a whole layer would be as large as the workspace.
+        self.heads_at_once = max(num for num in range(1, s.num_heads // 4 + 2) if s.num_heads % num == 0)
+        self.tokens_rounded = s.frame_tokens  # as far back as kernels make means anew
+        tiles = s.num_slots // s.tile
+        self._is_seen_LNJ = torch.ones(s.num_layers, s.num_heads, tiles, dtype=torch.uint8, device=device)
+        self._is_end_NJ = torch.ones(s.num_heads, tiles, dtype=torch.uint8, device=device)
+        self._is_end_NJ[:, s.history_start // s.tile : s.recent_start // s.tile] = 0
+
+    def run_of(self, layer: LayerTable, start: int) -> slice:
+        if isinstance(layer, PackedLayer) and start >= self.settings.recent_start:
+            start -= self.settings.history_slots
+        return super().run_of(layer, start)
+
+    def note_seen(self, layer_index: int, index_NIJ: Tensor) -> None:
+        self._is_seen_LNJ[layer_index].zero_().scatter_(1, index_NIJ.flatten(1).long(), 1)
+
+    @property
+    def seen_share(self) -> float:
+        """Of the tiles of all layers and heads, those that were noted; waits for the device."""
+        return float(self._is_seen_LNJ.float().mean())
+
+    def lay_out(self, layer_index: int, part: Part = "both", *, seen_only: bool = False) -> LayerTable:
+        return self._lay_out(self.layers[layer_index], part, self._is_seen_LNJ[layer_index] if seen_only else None)
+
+    def remember_chunk(self, position_T3: Tensor) -> None:
+        for index in range(len(self.layers)):
+            self.remember(index, position_T3)
+
+    def _lay_out(self, layer: LayerTable, part: Part, is_seen_NJ: Tensor | None = None) -> LayerTable:
+        """The layer in the workspace, with its own records."""
+        assert isinstance(layer, PackedLayer)
+        self._packing.unpack(layer, self.workspace, self.settings, part, is_seen_NJ)
+        held = {name: getattr(layer, name) for name in (*TENSORS, "pointer", "num_chunks", "position_of")}
+        return LayerTable(**held | {"k_NLW": self.workspace.k_NLW, "v_NLD": self.workspace.v_NLD})
+
+    def _absorb(self, layer: LayerTable, source: int) -> None:
+        assert isinstance(layer, PackedLayer)
+        merges = layer.pointer == self.settings.history_tokens
+        self._mark("moving chunks")
+        laid_out = self._lay_out(layer, "both") if merges else self._lay_out_newest(layer)
+        self._mark("unpacking")
+        super()._absorb(laid_out, source)
+        self._growing = None
+        changed = slice(0 if merges else layer.pointer, laid_out.pointer)
+        layer.pointer = laid_out.pointer
+        self._pack(layer, changed)
+        self._mark("packing")
+
+    def _lay_out_newest(self, layer: LayerTable) -> LayerTable:
+        """What a chunk needs that becomes history without a merge; other keys are brought as matching asks for them."""
+        s, pointer = self.settings, layer.pointer
+        self._lay_out(layer, "values", self._is_end_NJ)
+        if self._kernels is None:
+            return self._lay_out(layer, "keys")
+        self._growing, wanted, first = layer, self._is_end_NJ.clone(), s.history_start // s.tile
+        wanted[:, first + max(0, pointer - s.frame_tokens) // s.tile : first - (-pointer // s.tile)] = 1
+        return self._lay_out(layer, "keys", wanted)
+
+    def _bring(self, tile_NR: Tensor) -> None:
+        """Keys of these tiles of the history, but for those that were laid out, where new keys have come since."""
+        if self._growing is None:
+            return
+        s = self.settings
+        self._mark("matching")
+        first = s.history_start // s.tile
+        wanted = torch.zeros_like(self._is_end_NJ).scatter_(1, tile_NR.long() + first, 1)
+        wanted[:, first + max(0, self._growing.pointer - s.frame_tokens) // s.tile :] = 0
+        self._lay_out(self._growing, "keys", wanted)
+        self._mark("unpacking")
+
+    def _pack(self, layer: PackedLayer, changed: slice) -> None:
+        s = self.settings
+        self._packing.pack(layer, self.workspace, s, changed)
+        # A merge frees slots behind the pointer, whose codes may stay: there is no key by their log m.
+        stop = s.history_tokens if changed.start == 0 else changed.stop
+        run = slice(s.history_start + changed.start, s.history_start + stop)
+        layer.mass_NC2[:, changed.start : stop] = self.workspace.k_NLW[:, run, s.head_dim : s.head_dim + 2]
+
+    def _gather(self, layer: LayerTable) -> KeyValues:
+        return super()._gather(self._lay_out(layer, "both"))
+
+    def _new_layers(self, num: int) -> LayerTable:
+        s, heads = self.settings, num * self.settings.num_heads
+        ends = new_tensors(heads, s.num_slots - s.history_slots, s, self.dtype, self.device)
+        return PackedLayer(**ends, pointer=0, **new_codes(heads, s, self.dtype, self.device))
+
+    def _reset(self, layer: LayerTable, index: int) -> None:
+        super()._reset(layer, index)
+        assert isinstance(layer, PackedLayer)
+        dim = self.settings.head_dim
+        # Nothing is in the first slot of all yet, and it is never one of the chunk in hand.
+        layer.mass_NC2.copy_(layer.k_NLW[:, :1, dim : dim + 2])

@@ -1,0 +1,183 @@
+"""Kernels that unpack a layer of a packed table into the workspace, and pack what changed there.
+
+What `packed_history.PlainPacking` does, in one launch each. A program unpacks a tile of one head: codes are read and
+channels written once, in pieces of 16 bytes, and sink, newest chunks and the chunk in hand are copied beside them.
+Tiles that nobody sees are skipped. `int4` holds a channel of the first half and one of the second in a byte, so both
+halves of a vector are written in whole runs.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from workers.cache.packed_history import PackedLayer, Part, Workspace
+from workers.cache.table_codes import LEAST, LIMITS, CodedStorage, group_channels
+from workers.cache.table_layout import TableSettings
+
+_UNPACKED_AT_ONCE = 32
+"""Slots: 16 bytes of `int4` codes for each of 128 threads, at 128 channels."""
+_PACKED_AT_ONCE = 16
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _unpack_rows(  # type: ignore[no-untyped-def]
+    code, largest, out, at_slot, at_row, stride_out, step_of_one,
+    D: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
+    """Some vectors of a head: from slots of the history to rows of the workspace."""
+    HALF: tl.constexpr = D // HALVES
+    run, channel = tl.arange(0, HALF // RUN), tl.arange(0, RUN)[None, None, :]
+    codes = tl.load(code + at_slot[:, None, None] * HALF + run[None, :, None] * RUN + channel)
+    for half in tl.static_range(HALVES):
+        if HALVES == 2:
+            number = ((codes >> (4 * half)) & 15).to(tl.float32) - 8.0
+        else:
+            number = codes.to(tl.float32)
+        at_largest = at_slot[:, None] * (D // GROUP) + ((half * HALF + run * RUN) // GROUP)[None, :]
+        step = tl.load(largest + at_largest).to(tl.float32) * step_of_one
+        at_out = at_row[:, None, None] * stride_out + half * HALF + run[None, :, None] * RUN + channel
+        tl.store(out + at_out, (number * step[:, :, None]).to(out.dtype.element_ty))
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def unpack_tiles(  # type: ignore[no-untyped-def]
+    k_code, k_largest, v_code, v_largest, mass, end_k, end_v, k, v, is_seen,
+    num_tiles, first_tile, stop_tile, history_slots, end_slots, step_of_one,
+    D: tl.constexpr, EXTRA: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, HALVES: tl.constexpr,
+    TILE: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, SOME: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile of one head. The history is tiles from `first_tile` up to `stop_tile`."""
+    W: tl.constexpr = D + EXTRA
+    tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    is_wanted = tile >= 0
+    if SOME:
+        is_wanted = tl.load(is_seen + head * num_tiles + tile) > 0
+    is_history = (tile >= first_tile) & (tile < stop_tile)
+    extra, channel = tl.arange(0, EXTRA)[None, :], tl.arange(0, D)[None, :]
+    first_row = (head * num_tiles + tile) * TILE + tl.arange(0, M)
+    if is_wanted & is_history:
+        first_slot = head * history_slots + (tile - first_tile) * TILE + tl.arange(0, M)
+        for step in range(TILE // M):
+            at_slot, at_row = first_slot + step * M, first_row + step * M
+            if KEYS:
+                _unpack_rows(k_code, k_largest, k, at_slot, at_row, W, step_of_one, D, GROUP, RUN, HALVES)
+                parts = tl.load(mass + at_slot[:, None] * 2 + extra, mask=extra < 2, other=0.0)
+                tl.store(k + at_row[:, None] * W + D + extra, parts)
+            if VALUES:
+                _unpack_rows(v_code, v_largest, v, at_slot, at_row, D, step_of_one, D, GROUP, RUN, HALVES)
+    if is_wanted & (is_history == 0):
+        slot = tl.where(tile < first_tile, tile * TILE, tile * TILE - history_slots)
+        first_end = head * end_slots + slot + tl.arange(0, M)
+        for step in range(TILE // M):
+            at_end, at_row = (first_end + step * M)[:, None], (first_row + step * M)[:, None]
+            if KEYS:
+                tl.store(k + at_row * W + channel, tl.load(end_k + at_end * W + channel))
+                tl.store(k + at_row * W + D + extra, tl.load(end_k + at_end * W + D + extra))
+            if VALUES:
+                tl.store(v + at_row * D + channel, tl.load(end_v + at_end * D + channel))
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _to_bfloat16(x):  # type: ignore[no-untyped-def]
+    """Float32 as near as bfloat16 comes, ties to even; of numbers that are not negative."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _pack_rows(  # type: ignore[no-untyped-def]
+    x, code, largest, at_row, at_slot, inside, stride_x, limit, least,
+    D: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
+    """Some vectors of a head: from rows of the workspace to slots of the history."""
+    HALF: tl.constexpr = D // HALVES
+    RUNS: tl.constexpr = HALF // RUN
+    GROUPS: tl.constexpr = D // GROUP
+    run, channel = tl.arange(0, RUNS)[None, :, None], tl.arange(0, RUN)[None, None, :]
+    there = inside[:, None, None]
+    at_x = at_row[:, None, None] * stride_x + run * RUN + channel
+    first = tl.load(x + at_x, mask=there, other=0.0).to(tl.float32)
+    most_first = tl.max(tl.abs(first), 2)
+    at_group = at_slot[:, None] * GROUPS + tl.arange(0, RUNS)[None, :]
+    at_code = at_slot[:, None, None] * HALF + run * RUN + channel
+    if HALVES == 2:
+        second = tl.load(x + at_x + HALF, mask=there, other=0.0).to(tl.float32)
+        most_second = tl.max(tl.abs(second), 2)
+        if GROUPS == 1:  # one largest channel for both halves
+            most_first = tl.maximum(most_first, most_second)
+            most_second = most_first
+        most_first, most_second = _to_bfloat16(most_first), _to_bfloat16(most_second)
+        most_first = tl.where(most_first >= least, most_first, 0.0)
+        most_second = tl.where(most_second >= least, most_second, 0.0)
+        low = _code(first, most_first, limit, least) + 8
+        high = _code(second, most_second, limit, least) + 8
+        tl.store(code + at_code, (low | (high << 4)).to(tl.uint8), mask=there)
+        kind = largest.dtype.element_ty
+        tl.store(largest + at_group, most_first.to(kind), mask=inside[:, None])
+        if GROUPS > 1:
+            tl.store(largest + at_group + RUNS, most_second.to(kind), mask=inside[:, None])
+    else:
+        most = _to_bfloat16(most_first)
+        most = tl.where(most >= least, most, 0.0)
+        tl.store(code + at_code, _code(first, most, limit, least).to(tl.int8), mask=there)
+        tl.store(largest + at_group, most.to(largest.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _code(x, most, limit, least):  # type: ignore[no-untyped-def]
+    """Whole numbers; `most` of each run of channels. Half a step rounds as in plain torch if nothing is fused here."""
+    per_step = tl.div_rn(limit + tl.zeros_like(most), tl.maximum(most, least))
+    code = tl.floor(x * per_step[:, :, None] + 0.5)
+    return tl.minimum(tl.maximum(code, -limit), limit).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["start", "stop"])  # type: ignore[untyped-decorator, unused-ignore]
+def pack_slots(  # type: ignore[no-untyped-def]
+    k, v, k_code, k_largest, v_code, v_largest, start, stop, first_slot, num_slots, history_slots, limit, least,
+    D: tl.constexpr, EXTRA: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, HALVES: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """One program: some slots of one head."""
+    slot = start + tl.program_id(0) * M + tl.arange(0, M)
+    head = tl.program_id(1).to(tl.int64)
+    inside = slot < stop
+    at_row, at_slot = head * num_slots + first_slot + slot, head * history_slots + slot
+    _pack_rows(k, k_code, k_largest, at_row, at_slot, inside, D + EXTRA, limit, least, D, GROUP, RUN, HALVES)
+    _pack_rows(v, v_code, v_largest, at_row, at_slot, inside, D, limit, least, D, GROUP, RUN, HALVES)
+
+
+def unpack(layer: PackedLayer, to: Workspace, s: TableSettings, part: Part, is_seen_NJ: Tensor | None) -> None:
+    """See `PlainPacking.unpack`; tiles whose flag is 0 are left as they are."""
+    assert s.storage != "model"
+    tensors = (layer.k_code_NCB, layer.k_largest_NCG, layer.v_code_NCB, layer.v_largest_NCG, layer.mass_NC2)
+    ends = layer.k_NLW, layer.v_NLD
+    assert all(x.is_contiguous() for x in (*tensors, *ends, to.k_NLW, to.v_NLD))
+    tiles = s.num_slots // s.tile
+    unpack_tiles[(tiles, s.num_heads)](
+        *tensors, *ends, to.k_NLW, to.v_NLD, to.k_NLW if is_seen_NJ is None else is_seen_NJ,
+        tiles, s.history_start // s.tile, s.recent_start // s.tile, s.history_slots, s.num_slots - s.history_slots,
+        1 / LIMITS[s.storage],
+        **_shape(s, s.storage), TILE=s.tile, M=min(_UNPACKED_AT_ONCE, s.tile),
+        KEYS=part != "values", VALUES=part != "keys", SOME=is_seen_NJ is not None, num_warps=4,
+    )  # fmt: skip
+
+
+def pack(layer: PackedLayer, of: Workspace, s: TableSettings, new: slice) -> None:
+    """See `PlainPacking.pack`."""
+    assert s.storage != "model"
+    tensors = layer.k_code_NCB, layer.k_largest_NCG, layer.v_code_NCB, layer.v_largest_NCG
+    assert all(x.is_contiguous() for x in (*tensors, of.k_NLW, of.v_NLD))
+    pack_slots[(triton.cdiv(new.stop - new.start, _PACKED_AT_ONCE), s.num_heads)](
+        of.k_NLW, of.v_NLD, *tensors, new.start, new.stop, s.history_start, s.num_slots, s.history_slots,
+        float(LIMITS[s.storage]), LEAST,
+        **_shape(s, s.storage), M=_PACKED_AT_ONCE, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def _shape(s: TableSettings, storage: CodedStorage) -> dict[str, int]:
+    """How a vector is cut."""
+    halves, group = 2 if storage == "int4" else 1, group_channels(s.head_dim, storage)
+    run = min(group, s.head_dim // halves)
+    return {"D": s.head_dim, "EXTRA": s.width - s.head_dim, "GROUP": group, "RUN": run, "HALVES": halves}

@@ -1,0 +1,68 @@
+"""Attention over a table in two parts, the history and the rest, composed exactly by their log-sum-exps.
+
+So what one denoising step saw of the history can serve the others (`rollouts/kept_history.py`). The history is read
+by lists; the rest, the own chunk above all, may lie in one run of slots, which a dense kernel reads faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from workers.kernels.listed_gather import attend_gathered_lse
+from workers.kernels.listed_tiles import AttendLse, ListedName, make_attend_lse
+from workers.kernels.lse import merge
+
+AttendRun = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(q_QNW, k_NKW, v_NKD) -> out_QND, lse_QN: every query sees every key. W may be D where log m is 0 throughout."""
+Compose = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(out_a_QND, lse_a_QN, out_b_QND, lse_b_QN) -> out_QND over both sets of keys, in the dtype of out_a."""
+
+
+class PartedAttention(NamedTuple):
+    """How the parts are attended to."""
+
+    listed: AttendLse
+    run: AttendRun | None
+    """None where lists must do."""
+    compose: Compose
+
+
+def make_parted(name: ListedName | Literal["reference"], tile: int, *, dense: bool = True) -> PartedAttention:
+    """In that way of `listed_tiles`; "reference" gathers.
+
+    Args:
+        name: Of the way.
+        tile: Slots of a tile.
+        dense: Runs of slots by a dense kernel, where the way has one.
+    Raises:
+        ImportError: Its package is not installed.
+    """
+    if name == "reference":
+        return PartedAttention(lambda q, k, v, index: attend_gathered_lse(q, k, v, index, tile), None, compose_plain)
+    listed = make_attend_lse(name, tile)
+    if name == "torch":
+        return PartedAttention(listed, None, compose_plain)
+    from workers.kernels.triton_compose import compose
+
+    return PartedAttention(listed, _make_flash_run() if dense and name == "flash-attn-4" else None, compose)
+
+
+def compose_plain(out_a_QND: Tensor, lse_a_QN: Tensor, out_b_QND: Tensor, lse_b_QN: Tensor) -> Tensor:
+    """The reference, in the dtype of the log-sum-exps."""
+    a, b = (x.to(lse_a_QN.dtype) for x in (out_a_QND, out_b_QND))
+    return merge(a, lse_a_QN, b, lse_b_QN)[0].to(out_a_QND.dtype)
+
+
+def _make_flash_run() -> AttendRun:
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    def attend(q_QNW: Tensor, k_NKW: Tensor, v_NKD: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = k_NKW.transpose(0, 1)[None], v_NKD.transpose(0, 1)[None]
+        scale = v_NKD.shape[-1] ** -0.5
+        out, lse = _flash_attn_fwd(q_QNW[None], k, v, softmax_scale=scale, num_splits=1, return_lse=True)[:2]
+        return out[0], lse[0].T
+
+    return attend

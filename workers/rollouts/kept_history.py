@@ -1,0 +1,155 @@
+"""What a call saw of the history, kept for the calls of the same chunk that do not look at it themselves.
+
+A call that looks attends to its listed tiles and keeps result and log-sum-exp of every layer, in buffers that never
+move. Every call attends afresh to the slots that are always seen (own chunk, and as configured newest chunks and sink)
+and composes the two exactly, as if the queries that looked had been its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from workers.attention.tile_choice import TileRuns
+from workers.kernels.listed_parts import PartedAttention
+
+Mark = Callable[[str], None]
+"""Told the name of each part as it ends."""
+
+
+class Keys(Protocol):
+    """Of one layer of a table."""
+
+    k_NLW: Tensor
+    v_NLD: Tensor
+
+
+@dataclass(frozen=True)
+class FreshSlots:
+    """What every call attends to itself: whole tiles at the start of a table and at its end."""
+
+    num_first: int
+    """Tiles of the sink, where that is always seen."""
+    num_last: int
+    """Tiles of the newest chunks, where they are always seen, and of the own chunk, which lies last."""
+    own_tiles: int
+    own_tokens: int
+    """Keys of the own chunk, as many as queries."""
+    tile: int
+
+    @classmethod
+    def of(cls, runs: TileRuns, own_tokens: int, tile: int) -> FreshSlots:
+        """The runs that are always seen; what lies between a sink and the newest chunks is chosen among."""
+        own_tiles = -(-own_tokens // tile)
+        starts = {stop: first for first, stop in runs.always}
+        last = runs.num_tiles
+        while last in starts and starts[last] > 0:
+            last = starts[last]
+        first = max((stop for start, stop in runs.always if start == 0 and stop <= last), default=0)
+        fresh = cls(first, runs.num_tiles - last, own_tiles, own_tokens, tile)
+        assert fresh.num_tiles == sum(stop - start for start, stop in runs.always), "sink, newest and own chunk alone"
+        return fresh
+
+    @property
+    def num_tiles(self) -> int:
+        return self.num_first + self.num_last
+
+    @property
+    def is_own_alone(self) -> bool:
+        return self.num_tiles == self.own_tiles
+
+    def list_of(self, num_tiles: int) -> list[int]:
+        """By number, in a table of so many."""
+        return [*range(self.num_first), *range(num_tiles - self.num_last, num_tiles)]
+
+
+class Looked(NamedTuple):
+    """What a call that looks at the history reads."""
+
+    keys: Keys
+    index_NIJ: Tensor
+    """int32: tiles of the history that a tile of queries sees, none of those that are always seen."""
+
+
+class _Kept(NamedTuple):
+    out_QND: Tensor
+    lse_QN: Tensor
+
+
+class KeptHistory:
+    """The self-attention of a rollout some of whose calls look at the history.
+
+    Args:
+        ways: How the parts are attended to and composed.
+        fresh: What every call attends to itself.
+        layers: Of the table; sizes, dtype and device are theirs.
+    """
+
+    def __init__(self, ways: PartedAttention, fresh: FreshSlots, layers: Sequence[Keys]) -> None:
+        self._ways, self._fresh = ways, fresh
+        k_NLW, v_NLD = layers[0].k_NLW, layers[0].v_NLD
+        heads, slots, head_dim = v_NLD.shape
+        shape, device = (fresh.own_tokens, heads, head_dim), v_NLD.device
+        exact = torch.float64 if v_NLD.dtype == torch.float64 else torch.float32
+        self._kept = [
+            _Kept(
+                torch.zeros(shape, dtype=v_NLD.dtype, device=device),
+                torch.full(shape[:2], -torch.inf, dtype=exact, device=device),
+            )
+            for _ in layers
+        ]
+        # Without a sink the last tiles are a table of their own: some kernels take longer for one that has more.
+        num_tiles = slots // fresh.tile if fresh.num_first else fresh.num_last
+        listed = torch.tensor(fresh.list_of(num_tiles), dtype=torch.int32, device=k_NLW.device)
+        self._list_NIJ = listed.expand(heads, fresh.own_tiles, -1).contiguous()
+
+    @property
+    def num_slots_fresh(self) -> int:
+        """That every call sees, empty ones included."""
+        return self._fresh.num_tiles * self._fresh.tile
+
+    @property
+    def num_bytes(self) -> int:
+        """Of what is kept."""
+        return sum(x.nbytes for kept in self._kept for x in kept)
+
+    def attend(
+        self, layer_index: int, q_QNW: Tensor, fresh: Keys, looked: Looked | None, mark: Mark = lambda name: None
+    ) -> Tensor:
+        """out_QND of one call of one layer.
+
+        Args:
+            layer_index: Which.
+            q_QNW: Queries after RoPE, ones in the channels of log m.
+            fresh: Keys of the layer; of these, what is always seen is read.
+            looked: None takes what the newest call that looked saw.
+            mark: Told the parts.
+        """
+        kept = self._kept[layer_index]
+        if looked is not None:
+            found = self._ways.listed(q_QNW, looked.keys.k_NLW, looked.keys.v_NLD, looked.index_NIJ)
+            for buffer, values in zip(kept, found, strict=True):
+                buffer.copy_(values)
+            mark("attention to the history")
+        out, lse = self._attend_fresh(q_QNW, fresh)
+        mark("attention to own keys")
+        whole = self._ways.compose(*kept, out, lse)
+        mark("composition")
+        return whole
+
+    def _attend_fresh(self, q_QNW: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
+        f, k, v = self._fresh, keys.k_NLW, keys.v_NLD
+        if f.num_first:
+            return self._ways.listed(q_QNW, k, v, self._list_NIJ)
+        start, head_dim = k.shape[1] - f.num_last * f.tile, v.shape[2]
+        if self._ways.run is None:
+            return self._ways.listed(q_QNW, k[:, start:], v[:, start:], self._list_NIJ)
+        if not f.is_own_alone:
+            return self._ways.run(q_QNW, k[:, start:], v[:, start:])
+        # Its keys alone: no empty slot, log m 0, so the channels of log m need not be read.
+        own = slice(start, start + f.own_tokens)
+        return self._ways.run(q_QNW[..., :head_dim], k[:, own, :head_dim], v[:, own])
