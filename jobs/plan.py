@@ -186,11 +186,11 @@ def _table_size(spec: JobSpec) -> list[str]:
         video.num_frames,
         spec.render.sampling.num_steps,
     )
-    itemsize = 4 if spec.render.backbone.dtype == "float32" else 2
-    return [
-        f"the tile table takes about {work.table_bytes(cache, itemsize) / 2**30:.1f} GiB of each GPU, whatever the "
-        "length of a take"
-    ]
+    itemsize, attention = 4 if spec.render.backbone.dtype == "float32" else 2, spec.render.attention
+    held = work.table_bytes(cache, itemsize)
+    if attention.kind == "tiles":
+        held += work.kept_history_bytes(attention, itemsize)
+    return [f"the tile table takes about {held / 2**30:.1f} GiB of each GPU, whatever the length of a take"]
 
 
 def _num_done(store: ObjectStore) -> int:

@@ -11,6 +11,7 @@ from workers.config_tiles import TileAttentionConfig, TileCacheConfig
 from workers.model.backbones import Backbone
 
 BFLOAT16_BYTES = 2
+FLOAT32_BYTES = 4
 TABLE_CHANNELS = 16  # of a tile table, behind those of a key; see cache/table_layout.py
 TABLE_RECORD_BYTES = 24  # of a slot of its history: position, m, weight, partner
 TABLE_CODE_BITS = {"int8": 8, "int4": 4}  # of a packed history; see cache/table_codes.py
@@ -152,11 +153,20 @@ class Workload:
         packed = ends * vector + history * (2 * coded + 2 * itemsize) + records
         return b.num_heads * (b.num_layers * packed + (ends + history) * vector)
 
+    def kept_history_bytes(self, attention: TileAttentionConfig, itemsize: int = BFLOAT16_BYTES) -> int:
+        """What is kept of the history for calls that do not look at it: result and log-sum-exp of each layer."""
+        if attention.history_at is None:
+            return 0
+        b = self.backbone
+        tokens = b.chunk_latent_frames * self.frame_tokens
+        return b.num_layers * tokens * b.num_heads * (b.head_dim * itemsize + FLOAT32_BYTES)
+
     def table_flops(self, cache: TileCacheConfig, attention: TileAttentionConfig) -> float:
         """All calls of a take over a full tile table; matching and merging are not counted."""
-        own = self.backbone.chunk_latent_frames
+        own, calls = self.backbone.chunk_latent_frames, self.num_steps + 1
         seen = own + round(attention.density * cache.budget_latent_frames)
-        return self.num_chunks * (self.num_steps + 1) * self.call_flops(own, seen)
+        looks = calls if attention.history_at is None else len(attention.history_at) + 1  # the clean pass does
+        return self.num_chunks * (looks * self.call_flops(own, seen) + (calls - looks) * self.call_flops(own, own))
 
     @property
     def call_latent_frames(self) -> int:

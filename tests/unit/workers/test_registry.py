@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 
 from tests.wan_files import TINY, TINY_I2V, make_dit, write_forcing, write_single_file, write_whole_model
 from workers import registry
-from workers.assemble_tiles import table_settings
+from workers.assemble_tiles import keep_history, runs_of, table_settings
 from workers.cache.low_bit import Storage
 from workers.cache.packed_table import PackedTable, make_table
 from workers.checkpoints import fetch
 from workers.config import BUNDLED_WEIGHTS, WindowCacheConfig
-from workers.config_tiles import TileCacheConfig
+from workers.config_tiles import TileAttentionConfig, TileCacheConfig
 from workers.errors import CheckpointMismatch, ConfigUnsupported
 from workers.geometry import (
     DEFAULT_WINDOW_LATENT_FRAMES,
@@ -29,6 +29,7 @@ from workers.geometry import (
     layer_parameters,
     text_parameters,
 )
+from workers.kernels.listed_parts import make_parted
 from workers.model.backbones import BACKBONES, Backbone, find_backbone
 from workers.model.control_branch import ControlBranch
 from workers.model.dit import CausalDiT
@@ -105,6 +106,22 @@ def test_operations_of_a_call_are_what_torch_counts() -> None:
     )
     # Patches, head and the embedding of time are not in the formula; cross-attention on the CPU may not be counted.
     assert work.call_flops(3, 3) == pytest.approx(counted, rel=0.15)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_kept_of_the_history_is_counted_where_some_calls_take_it(dtype: torch.dtype) -> None:
+    backbone = find_backbone("tiny-test")
+    config, once = TileCacheConfig(budget_latent_frames=24, spare_latent_frames=6), TileAttentionConfig(history_at=(0,))
+    sizes = table_settings(config, backbone, backbone.latent_size(backbone.width, backbone.height))
+    table, runs = make_table(sizes, dtype, torch.device("cpu")), runs_of(once, sizes)
+    _, kept = keep_history(table, runs, make_parted("torch", sizes.tile))
+    work = Workload(backbone, backbone.width, backbone.height, 3000, 4)
+    assert work.kept_history_bytes(once, dtype.itemsize) == kept.num_bytes
+    always = TileAttentionConfig()
+    assert work.kept_history_bytes(always) == 0
+    assert 0.3 < work.table_flops(config, once) / work.table_flops(config, always) < 1
+    every_step = TileAttentionConfig(history_at=(0, 1, 2, 3))
+    assert work.table_flops(config, every_step) == pytest.approx(work.table_flops(config, always))
 
 
 @pytest.mark.parametrize("storage", ["model", "int8", "int4"])
