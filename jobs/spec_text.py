@@ -120,6 +120,8 @@ def _explain(fault: Any, origins: Mapping[FieldPath, str]) -> str:
         path, message, shown = *named, ""
     elif fault["type"] == "union_tag_invalid":
         path, message, shown = (*path, "kind"), f"{fault['ctx']['tag']!r} is none of {', '.join(_kinds_at(path))}", ""
+    elif fault["type"] in ("tuple_type", "list_type"):
+        message = f"input should be a list: [{json.dumps(given, default=str)}]"
     elif fault["type"] in _BEYOND_A_BOUND and bounds:
         message = f"input should be {bounds}"
     origin = next((origins[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origins), None)

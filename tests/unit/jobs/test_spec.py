@@ -82,6 +82,18 @@ def test_unknown_fields_name_file_line_and_nearest_field(tmp_path: Path) -> None
             "render.attention.search: input should be 'exact', 'lsh', 'quant', "
             "'faiss-lsh', 'faiss-flat' or 'faiss-sq8'",
         ),
+        (
+            "prompts: {url: a}\nout: o\nrender: {policy: fastar-quant, attention: {history_at: 0}}\n",
+            "job.yaml:3: render.attention.history_at: input should be a list: [0] (given: 0)",
+        ),
+        (
+            "prompts: {url: a}\nout: o\nrender: {policy: fastar-quant, attention: {history_at: [1]}}\n",
+            "job.yaml:3: render.attention.history_at: [1] must begin with 0 and rise",
+        ),
+        (
+            "prompts: {url: a}\nout: o\nrender: {policy: fastar-quant, attention: {history_at: [0, 4]}}\n",
+            "job.yaml:3: render.attention.history_at: 4 is no denoising step: they go from 0 to 3",
+        ),
         ("prompts: {url: a}\nout: o\nrender: {policy: best}\n", "render.policy: input should be 'dense', 'window', "),
         (
             "prompts: {url: a}\nout: o\nrender: {policy: fastar-tiles, guard: {enabled: true}}\n",
