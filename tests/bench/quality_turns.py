@@ -2,7 +2,9 @@
 
 `python -m tests.bench.quality_turns --policies dense window fastar-quant --frames 3000`: free rollouts of one world
 without the pictures; each row has the seconds of its chunks at several lengths and its speed-up over the first policy.
-`kv_bytes` is what the cache says that it takes, `held_bytes` what its tensors are seen to take.
+`kv_bytes` is what the cache says that it takes, `held_bytes` what its tensors are seen to take. Is a chunk at the end
+as fast as one at frame 600? A machine is not the same a quarter of an hour later, so with `--behind` a second rollout
+of each policy begins so late that its chunks up to frame 600 take turns with the last ones of the first.
 """
 
 from __future__ import annotations
@@ -21,6 +23,18 @@ from tests.bench.record import load_text, report
 
 _AROUND = 20
 """Chunks before a mark whose median or mean is taken."""
+
+
+_BEHIND = 50
+"""Chunks that a rollout which begins late makes: up to frame 600."""
+
+
+def paired(runner: Runner, behind: Runner) -> dict[str, float]:
+    """Time of the last chunks of a rollout, over that of the chunks before frame 600 of one that took turns with them:
+    by the clock, which a median reads, and of the CPU on average, chunks that make room included."""
+    clock = statistics.median(runner.seconds[-_AROUND:]) / statistics.median(behind.seconds[-_AROUND:])
+    cpu = statistics.mean(runner.cpu_seconds[-_AROUND:]) / statistics.mean(behind.cpu_seconds[-_AROUND:])
+    return {"paired_time_end_to_600": clock, "paired_mean_cpu_time_end_to_600": cpu}
 
 
 def make_row(name: str, runner: Runner, first: Runner, frames: int) -> dict[str, Any]:
@@ -58,20 +72,28 @@ def main() -> None:
     parser.add_argument("--world", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--weights", type=Path, help="folder of weights; without it the bundled ones")
+    parser.add_argument("--behind", action="store_true", help="compare the end with frame 600, chunk by chunk")
     parser.add_argument("--name", default="quality_turns")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     lab = QualityLab(torch.device("cuda" if torch.cuda.is_available() else "cpu"), "float32", options.weights)
     walks = lab.walks("still", [options.world], options.frames)
-    runners = {name: Runner(lab, walks, lab.model(ALL[name], as_served=True)) for name in options.policies}
+    models = {name: lab.model(ALL[name], as_served=True) for name in options.policies}
+    runners = {name: Runner(lab, walks, model) for name, model in models.items()}
+    behind: dict[str, Runner] = {}
     for chunk in range(walks.num_chunks):
-        for runner in runners.values():
+        if options.behind and chunk == walks.num_chunks - _BEHIND:
+            behind = {name: Runner(lab, walks, model) for name, model in models.items()}
+        for runner in (*runners.values(), *behind.values()):
             runner.step()
         if chunk % 25 == 24:
             seconds = {name: f"{sum(runner.seconds):.1f} s" for name, runner in runners.items()}
             print(f"chunk {chunk + 1} of {walks.num_chunks}: {seconds}", flush=True)
     first = next(iter(runners.values()))
     rows = [make_row(name, runner, first, options.frames) for name, runner in runners.items()]
+    for row in rows:
+        if row["policy"] in behind:
+            row |= paired(runners[row["policy"]], behind[row["policy"]])
     report(options.name, rows, f"weights {lab.revision[:16]}; {options.threads} threads. {load_text()}")
 
 

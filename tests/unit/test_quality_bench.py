@@ -19,6 +19,7 @@ from tests.bench.quality_places import CHUNK_FRAMES, DISTANCES, GROUPS, place_be
 from tests.bench.quality_policies import ALL, config_of
 from tests.bench.quality_rows import adaptive_rows, add_times
 from tests.bench.quality_tables import SETTINGS, row
+from tests.bench.quality_turns import paired
 from workers.cache.dense import DenseCache
 from workers.cache.temporal_merge import MergeSettings, TemporalCache
 from workers.config import RenderConfig
@@ -190,3 +191,11 @@ def test_seconds_per_chunk_come_from_the_bench_of_turns_if_it_had_the_same_weigh
     add_times(rows, turns, "0123456789abcdef" * 4)
     assert [row.get("seconds_per_chunk_at") for row in rows] == [found, None, None]
     assert "seconds_per_chunk_at" not in rows[2]
+
+
+def test_a_rollout_behind_another_is_compared_with_it_while_both_take_turns() -> None:
+    seconds = {"ahead": [9.0] * 30 + [1.0, 1.1, 1.2, 1.3] * 5, "behind": [9.0] * 30 + [1.0] * 20}
+    ahead, behind = (SimpleNamespace(seconds=found, cpu_seconds=found) for found in seconds.values())
+    found = paired(cast(Any, ahead), cast(Any, behind))
+    assert found["paired_time_end_to_600"] == pytest.approx(1.15)
+    assert found["paired_mean_cpu_time_end_to_600"] == pytest.approx(1.15)
