@@ -1,7 +1,7 @@
 """Keys and values in few bits: symmetric codes with one bfloat16 scale per group of channels.
 
 `model` keeps what it is given. `int8` has one scale per vector, `int4` one per 32 channels and two codes in a byte.
-In float32 writing what was read changes nothing (in bfloat16 the scale of a few vectors in a hundred is rounded anew:
+In float32 writing what was read changes nothing (in bfloat16 some scales are rounded anew:
 `table_codes.py` keeps what it is made of instead); slots that move do so as codes, so rounding does not add up.
 """
 
