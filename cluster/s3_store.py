@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import boto3.session
 import botocore.loaders
 import botocore.session
 from botocore.config import Config
@@ -280,13 +281,15 @@ def _list_page(page: dict[str, Any], s3: Any) -> dict[str, Any]:
 
 
 def make_client(settings: S3Settings) -> Any:
-    """A client from boto3's default chain; path-style and plain checksums where the endpoint is not Amazon's.
+    """A boto3 client from the default chain; path-style and plain checksums where the endpoint is not Amazon's.
 
     boto3 itself does not read AWS_REGION, which every other AWS SDK does.
     """
     variables = {"region": ("region", ["AWS_REGION", "AWS_DEFAULT_REGION"], None, None)}
-    session = botocore.session.Session(session_vars=variables)
-    session.register_component("data_loader", _descriptions(session.get_config_variable("data_path")))
+    below = botocore.session.Session(session_vars=variables)
+    session = boto3.session.Session(botocore_session=below)
+    # After boto3 has added a folder of its own, for what is no client, to the loader that each session begins with.
+    below.register_component("data_loader", _descriptions(below.get_config_variable("data_path")))
     config = Config(
         retries={"mode": "standard", "total_max_attempts": 1},
         connect_timeout=settings.connect_timeout_s,
@@ -294,7 +297,7 @@ def make_client(settings: S3Settings) -> Any:
         max_pool_connections=settings.max_connections,
         tcp_keepalive=True,
     )
-    client = session.create_client("s3", config=config)
+    client = session.client("s3", config=config)
     host = urlsplit(client.meta.endpoint_url).hostname or ""
     if host.endswith((".amazonaws.com", ".amazonaws.com.cn")):
         return client
@@ -305,7 +308,7 @@ def make_client(settings: S3Settings) -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    return session.create_client("s3", config=config.merge(other))
+    return session.client("s3", config=config.merge(other))
 
 
 @functools.cache
