@@ -14,11 +14,12 @@ from workers.attention.tile_choice import ChoiceSettings, Estimate, TileChoice
 from workers.cache.packed_table import make_table
 from workers.cache.table_layout import EXTRA_CHANNELS, TableSettings
 from workers.cache.table_snapshot import encode
-from workers.cache.tile_table import TableWork
+from workers.cache.tile_table import TableWork, TileTable
 from workers.kernels.listed_codes import CodedKeys
 from workers.kernels.listed_parts import PartedAttention, make_parted
 from workers.kernels.listed_tiles import AttendTable, make_attend
 from workers.model.dit import CausalDiT
+from workers.model.rope import grid_positions
 from workers.model.static_layers import Fp8Linears, StaticLayers
 from workers.rollouts.captured import CapturedRollout, CapturedSettings
 from workers.rollouts.kept_history import KeptHistory
@@ -32,6 +33,34 @@ class ListedProblem(NamedTuple):
     k_NLW: Tensor
     v_NLD: Tensor
     index_NIJ: Tensor
+
+
+GRID = 2, 3
+"""Rows and columns of tokens in a latent frame of `SMALL_TABLE`, which has three in a chunk."""
+SMALL_TABLE = TableSettings(
+    num_layers=3,
+    num_heads=2,
+    head_dim=12,
+    chunk_tokens=3 * math.prod(GRID),
+    frame_tokens=math.prod(GRID),
+    kept_chunks=2,
+    spare_chunks=2,
+    candidate_tiles=2,
+    tile=8,
+)
+
+
+def go_on(table: TileTable, first: int, stop: int) -> None:
+    """Chunks of random keys at the sizes of `SMALL_TABLE`, those of a chunk near those of the one before."""
+    s = table.settings
+    shape = 2, s.num_heads, s.chunk_tokens, s.head_dim
+    for index in range(first, stop):
+        for layer in range(s.num_layers):
+            track = torch.randn(shape, generator=torch.Generator().manual_seed(layer))
+            kv = track + 0.5 * torch.randn(shape, generator=torch.Generator().manual_seed(100 * index + layer))
+            for own, new in zip(table.own(layer), kv, strict=True):
+                own.copy_(new)
+        table.remember_chunk(grid_positions(torch.arange(3) + 3 * index, *GRID))
 
 
 def draw_listed(

@@ -9,43 +9,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.plain_tables import TrackedTable
+from tests.tables import SMALL_TABLE, go_on
 from workers.cache.low_bit import Storage
 from workers.cache.packed_table import PackedTable, make_table
 from workers.cache.table_codes import LIMITS, CodedStorage, coded_bytes, decode_into, encode, round_trip
 from workers.cache.table_layout import MergeRule, TableSettings
 from workers.cache.tile_table import TableWork, TileTable
-from workers.model.rope import grid_positions
 
-HEADS, DIM, ROWS, COLUMNS, LAYERS = 2, 12, 2, 3, 3
-CHUNK = 3 * ROWS * COLUMNS
-SIZES = TableSettings(
-    num_layers=LAYERS,
-    num_heads=HEADS,
-    head_dim=DIM,
-    chunk_tokens=CHUNK,
-    frame_tokens=ROWS * COLUMNS,
-    kept_chunks=2,
-    spare_chunks=2,
-    candidate_tiles=2,
-    rule="pairs",
-    decay=0.3,
-    tile=8,
-)
+SIZES = replace(SMALL_TABLE, rule="pairs", decay=0.3)
 CPU = torch.device("cpu")
 coded = st.sampled_from(["int8", "int4"])
-
-
-def go_on(table: TileTable, first: int, stop: int) -> None:
-    """Chunks of random keys, those of a chunk near those of the one before."""
-    s = table.settings
-    for index in range(first, stop):
-        for layer in range(s.num_layers):
-            generator = torch.Generator().manual_seed(100 * index + layer)
-            track = torch.randn(2, HEADS, CHUNK, s.head_dim, generator=torch.Generator().manual_seed(layer))
-            kv = track + 0.5 * torch.randn(2, HEADS, CHUNK, s.head_dim, generator=generator)
-            for own, new in zip(table.own(layer), kv, strict=True):
-                own.copy_(new)
-        table.remember_chunk(grid_positions(torch.arange(3) + 3 * index, ROWS, COLUMNS))
 
 
 def fill(sizes: TableSettings, num_chunks: int, work: TableWork = "layers") -> PackedTable:
@@ -102,7 +75,7 @@ def test_it_is_the_table_in_16_bits_whose_history_is_rounded_so(
     go_on(twin, 0, num_chunks)
     assert packed.num_bytes == twin.num_bytes
     assert packed.num_tokens == twin.num_tokens
-    for layer in range(LAYERS):
+    for layer in range(SIZES.num_layers):
         found, expected = packed.read(layer), twin.read(layer)
         assert found is not None
         assert expected is not None
@@ -178,5 +151,5 @@ def test_what_is_stored_as_computed_lies_where_it_is_read() -> None:
 def test_every_key_that_came_counts_once(num_chunks: int, storage: CodedStorage, rule: MergeRule) -> None:
     table = fill(replace(SIZES, storage=storage, rule=rule), num_chunks)
     for layer in table.layers:
-        absorbed = max(0, num_chunks - SIZES.sink_chunks - SIZES.recent_chunks) * CHUNK
-        assert layer.m_NC.sum(1).tolist() == [absorbed] * HEADS
+        absorbed = max(0, num_chunks - SIZES.sink_chunks - SIZES.recent_chunks) * SIZES.chunk_tokens
+        assert layer.m_NC.sum(1).tolist() == [absorbed] * SIZES.num_heads

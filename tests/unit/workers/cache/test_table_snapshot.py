@@ -10,27 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.tables import SMALL_TABLE, go_on
 from workers.cache.low_bit import Storage
 from workers.cache.packed_table import make_table
 from workers.cache.side_work import InTurn, SideWork, Wait
 from workers.cache.table_layout import MergeRule, TableSettings
 from workers.cache.table_snapshot import TableSnapshot, restore_table
 from workers.cache.tile_table import TableWork, TileTable
-from workers.model.rope import grid_positions
 
-HEADS, DIM, ROWS, COLUMNS, LAYERS = 2, 12, 2, 3, 5
-CHUNK = 3 * ROWS * COLUMNS
-SIZES = TableSettings(
-    num_layers=LAYERS,
-    num_heads=HEADS,
-    head_dim=DIM,
-    chunk_tokens=CHUNK,
-    frame_tokens=ROWS * COLUMNS,
-    kept_chunks=2,
-    spare_chunks=3,
-    candidate_tiles=2,
-    tile=8,
-)
+SIZES = replace(SMALL_TABLE, num_layers=5, spare_chunks=3)
 CPU = torch.device("cpu")
 
 
@@ -65,19 +53,6 @@ class AtAnyTime(AsLateAsAllowed):
         if self.random.random() < 0.5:
             wait()
         return wait
-
-
-def go_on(table: TileTable, first: int, stop: int) -> None:
-    """Chunks of random keys, those of a chunk near those of the one before."""
-    s = table.settings
-    for index in range(first, stop):
-        for layer in range(s.num_layers):
-            generator = torch.Generator().manual_seed(100 * index + layer)
-            track = torch.randn(2, HEADS, CHUNK, DIM, generator=torch.Generator().manual_seed(layer))
-            kv = track + 0.5 * torch.randn(2, HEADS, CHUNK, DIM, generator=generator)
-            for own, new in zip(table.own(layer), kv, strict=True):
-                own.copy_(new)
-        table.remember_chunk(grid_positions(torch.arange(3) + 3 * index, ROWS, COLUMNS))
 
 
 def copy_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -186,7 +161,7 @@ def test_what_comes_back_is_within_rounding_and_log_m_and_records_are_exact() ->
     table, other = (TileTable(SIZES, torch.float32, CPU, work="groups") for _ in range(2))
     go_on(table, 0, 9)
     restore_table(other, at_rest(SIZES, "groups", 9))
-    for layer in range(LAYERS):
+    for layer in range(SIZES.num_layers):
         a, b = table.read(layer), other.read(layer)
         assert a is not None
         assert b is not None
