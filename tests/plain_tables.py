@@ -16,6 +16,7 @@ from torch import Tensor
 
 from workers.assemble import LoadedModel
 from workers.assemble_tiles import choice_settings, runs_of, table_settings
+from workers.attention.history import result_of_history
 from workers.attention.tile_choice import TileChoice
 from workers.cache.layer_table import LayerTable
 from workers.cache.shrink import find_families
@@ -36,7 +37,6 @@ class TrackedTable(TileTable):
     def __init__(self, settings: TableSettings, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(replace(settings, storage="model"), dtype, device)
         self._as_if = settings
-        self.tokens_rounded = 0 if settings.storage == "model" else settings.frame_tokens
         self.slot_of: dict[int, Tensor] = {}
         """id of a layer -> slot_NT."""
 
@@ -47,6 +47,12 @@ class TrackedTable(TileTable):
         old = self.slot_of.get(id(layer))
         self.slot_of[id(layer)] = new if old is None else torch.cat((old, new), 1)
         self._round(layer, layer.pointer - s.chunk_tokens)
+
+    def _average_new(self, layer: LayerTable, new: slice) -> None:
+        if self._as_if.storage == "model":
+            super()._average_new(layer, new)
+        else:
+            self._average_as_kernels(layer, new)
 
     def _shrink(self, layer: LayerTable) -> None:
         partner = layer.partner_NC[:, : self.settings.history_tokens]
@@ -176,25 +182,18 @@ class PlainTileChoice:
             return AttentionPlan(
                 (PlanPart("cached", 0, cached.num_tokens, Tiles(visible_BNIJ, tile, tile)), everything_own)
             )
+        result = result_of_history(self._history_at, moment, has_looked=layer_index in self._looked)
+        if result == "kept":
+            self._looked.add(layer_index)
         first, last = self._fresh(layer_index, cached.num_tokens)
         seen = Tiles(visible_BNIJ[..., first // tile : last // tile].contiguous(), tile, tile)
         parts = (
             PlanPart("cached", 0, first),
-            PlanPart("cached", first, last, seen, self._result(layer_index, moment)),
+            PlanPart("cached", first, last, seen, result),
             PlanPart("cached", last, cached.num_tokens),
             everything_own,
         )
         return AttentionPlan(tuple(part for part in parts if part.stop > part.start))
-
-    def _result(self, layer_index: int, moment: Moment) -> Literal["fresh", "kept", "taken"]:
-        """Of the history's attention in this call."""
-        if moment.is_clean_pass:
-            return "fresh"
-        assert self._history_at is not None
-        if layer_index in self._looked and moment.step_index not in self._history_at:
-            return "taken"
-        self._looked.add(layer_index)
-        return "kept"
 
     def _fresh(self, layer_index: int, num_tokens: int) -> tuple[int, int]:
         """Where the keys that are always seen end at the start of those read, and where they begin at their end."""

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from workers import config_tiles
-from workers.config_part import Part, check_steps
+from workers.config_part import HistoryAt, Part, check_steps
 from workers.config_reuse import NoReuseConfig, ReuseConfig
 from workers.config_tiles import TileAttentionConfig, TileCacheConfig
 from workers.named_policies import PolicyName, fill_in
@@ -186,13 +186,7 @@ class AnnSelfAttentionConfig(Part):
         description="Of `seen_latent_frames`, what the clean pass sees; empty: a third with `seen_across: model` where "
         "a latent frame has at most 96 tokens, else all.",
     )
-    history_at: tuple[int, ...] | None = Field(
-        None,
-        min_length=1,
-        strict=False,
-        description="Denoising steps that look at the history, the first of them 0; the others take what the newest of "
-        "them saw of it. Empty: all look.",
-    )
+    history_at: HistoryAt = None
     target_recall: float | None = Field(
         None, gt=0.0, le=1.0, description="Sets the density for each layer, head and noise level; empty keeps it."
     )
@@ -384,8 +378,8 @@ class RenderConfig(Part):
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
-        if isinstance(self.attention, AnnSelfAttentionConfig):
-            check_steps("attention.history_at", self.attention.history_at, self.sampling.num_steps)
+        for name in ("choose_at", "history_at"):
+            check_steps(f"attention.{name}", getattr(self.attention, name, None), self.sampling.num_steps)
         for problem in config_tiles.conflicts(self):
             raise ValueError(problem)
         return self

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Part(BaseModel):
     """Base of every configuration part: frozen, strict types, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+HistoryAt = Annotated[
+    tuple[int, ...] | None,
+    Field(
+        min_length=1,
+        strict=False,
+        description="Denoising steps that look at the history, the first of them 0; the others take what the newest of "
+        "them saw of it. Empty: all look.",
+    ),
+]
 
 
 def check_steps(field: str, steps: Sequence[int] | None, num_steps: int | None = None) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from workers.config_part import Part, check_steps
+from workers.config_part import HistoryAt, Part, check_steps
 
 TABLE_KERNELS = ("auto", "flash-attn-4", "triton", "reference")
 """Values of `kernel.name` that can read a tile table."""
@@ -106,13 +106,7 @@ class TileAttentionConfig(Part):
     choose_at: tuple[int, ...] = Field(
         (0,), min_length=1, strict=False, description="Denoising steps that choose anew; the first must be 0."
     )
-    history_at: tuple[int, ...] | None = Field(
-        None,
-        min_length=1,
-        strict=False,
-        description="Denoising steps that look at the history, the first of them 0; the others take what the newest of "
-        "them saw of it. Empty: all look.",
-    )
+    history_at: HistoryAt = None
     always_sink: bool = Field(False, description="The sink is always seen, beside what the density allows.")
     always_recent: bool = Field(False, description="The newest chunks are always seen, likewise.")
 
@@ -166,9 +160,3 @@ def _value_conflicts(render: Any) -> Iterator[str]:
         yield f"sampling.guidance: {sampling.guidance:g}: a tile table holds the keys of one branch; it must be 1"
     if render.kernel.name not in TABLE_KERNELS:
         yield f"kernel.name: {render.kernel.name} cannot read a tile table; allowed: {', '.join(TABLE_KERNELS)}"
-    if render.attention.kind != "tiles":
-        return
-    for name in ("choose_at", "history_at"):
-        last = max(getattr(render.attention, name) or (0,))
-        if last >= sampling.num_steps:
-            yield f"attention.{name}: {last} is no denoising step: they go from 0 to {sampling.num_steps - 1}"

@@ -141,6 +141,11 @@ class Moment:
     """0 with the prompt, 1 with the negative prompt."""
 
 
+PartResult = Literal["fresh", "kept", "taken"]
+"""Of the attention over a run of keys: computed; computed and kept for later calls of the chunk; or not computed, but
+that which this layer and branch kept last in the chunk, with the queries of then."""
+
+
 @dataclass(frozen=True)
 class PlanPart:
     """A run of keys, of those cached (in the order of the cache) or of the chunk's own."""
@@ -150,10 +155,8 @@ class PlanPart:
     stop: int
     tiles: Tiles | None = None
     """None: every query sees every key of the run."""
-    result: Literal["fresh", "kept", "taken"] = "fresh"
-    """Of the attention over this run: computed; computed and kept for later calls of the chunk; or not computed, but
-    that which this layer and branch kept last in the chunk, with the queries of then. A plan keeps or takes, not both.
-    """
+    result: PartResult = "fresh"
+    """A plan keeps or takes, not both."""
 
 
 @dataclass(frozen=True)

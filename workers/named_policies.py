@@ -30,7 +30,8 @@ Parts = Mapping[str, Mapping[str, Any]]
 
 _TEMPORAL = {"kind": "temporal"}
 _SPARSE = {"seen_latent_frames": 75, "seen_across": "model", "dense_step_share": 0.0, "history_at": (0,)}
-"""Of a compressed history, in every step: for the same work recall is higher than with fewer and a dense first step."""
+"""Of a compressed history, in the first step of a chunk: for the same work recall is higher than with fewer and a dense
+first step."""
 
 POLICIES: Mapping[PolicyName, Parts] = {
     "dense": {},

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from workers.attention.history import DenseRegion, plan_history, plan_whole_history
+from workers.attention.history import DenseRegion, plan_history, result_of_history
 from workers.attention.tile_mass import (
     Rotate,
     Shared,
@@ -172,11 +172,12 @@ class AnnSelfAttention:
         if cached is None or span is None or span[0] >= span[1]:
             return plan_history(cached, own, None, None)
         key = layer_index, moment.branch
-        result = self._result(key, moment)
+        result = result_of_history(self._settings.history_at, moment, has_looked=key in self._looked)
+        if result == "kept":
+            self._looked.add(key)
         if self._is_dense(span[1] - span[0]):
-            if result == "fresh":
-                return plan_history(cached, own, None, None)
-            return plan_whole_history(cached, own, span, result)
+            apart = None if result == "fresh" else span
+            return plan_history(cached, own, apart, None, result, is_whole=True)
         if result == "taken":
             return plan_history(cached, own, span, self._chosen[key].tiles, result)
         kept = self._chosen.get(key)
@@ -188,16 +189,6 @@ class AnnSelfAttention:
             fewer = _fewer(kept.tiles, self._keep(kept.mass, self._settings.clean_share))
             return plan_history(cached, own, span, fewer, result)
         return plan_history(cached, own, span, kept.tiles, result)
-
-    def _result(self, key: tuple[int, int], moment: Moment) -> Literal["fresh", "kept", "taken"]:
-        """Of the history's attention in this call."""
-        steps = self._settings.history_at
-        if steps is None or moment.is_clean_pass:
-            return "fresh"
-        if key in self._looked and moment.step_index not in steps:
-            return "taken"
-        self._looked.add(key)
-        return "kept"
 
     def _is_dense(self, num_keys: int) -> bool:
         s = self._settings

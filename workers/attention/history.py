@@ -6,14 +6,14 @@ history between. So a policy is asked only what it is good at, and none is handi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.contracts import AttentionPlan, KeyValues, PlanPart, Tiles
+from workers.contracts import AttentionPlan, KeyValues, Moment, PartResult, PlanPart, Tiles
 
 
 @dataclass(frozen=True)
@@ -31,37 +31,45 @@ class DenseRegion:
         return start, max(start, num_cached - self.recent_tokens)
 
 
+def result_of_history(history_at: Sequence[int] | None, moment: Moment, *, has_looked: bool) -> PartResult:
+    """What a call does where some denoising steps look at the history and the others take what they saw.
+
+    Args:
+        history_at: The steps that look; None: every call does. A clean pass always does, for what it writes is read
+            ever after.
+        moment: Of the call.
+        has_looked: Whether its layer and branch have in this chunk; else there is nothing to take.
+    """
+    if history_at is None or moment.is_clean_pass:
+        return "fresh"
+    return "taken" if has_looked and moment.step_index not in history_at else "kept"
+
+
 def plan_history(
     cached: KeyValues | None,
     own: KeyValues,
     span: tuple[int, int] | None,
     tiles: Tiles | None,
-    result: Literal["fresh", "kept", "taken"] = "fresh",
+    result: PartResult = "fresh",
+    *,
+    is_whole: bool = False,
 ) -> AttentionPlan:
     """Everything outside of the span dense, the span by its tiles; without a span everything is dense.
 
     Args:
         span: The history, as `DenseRegion.history` gives it.
         tiles: What is seen of it; None leaves it out.
-        result: Of the history; see `PlanPart`.
+        result: Of the history.
+        is_whole: All of it is seen, as a run of its own.
     """
     parts = [PlanPart("own", 0, own.num_tokens)]
     if cached is not None and span is None:
         parts.insert(0, PlanPart("cached", 0, cached.num_tokens))
     elif cached is not None and span is not None:
         start, stop = span
-        between = [] if tiles is None else [PlanPart("cached", start, stop, tiles, result)]
+        between = [PlanPart("cached", start, stop, tiles, result)] if is_whole or tiles is not None else []
         parts = [PlanPart("cached", 0, start), *between, PlanPart("cached", stop, cached.num_tokens), *parts]
     return AttentionPlan(tuple(part for part in parts if part.stop > part.start))
-
-
-def plan_whole_history(
-    cached: KeyValues, own: KeyValues, span: tuple[int, int], result: Literal["kept", "taken"]
-) -> AttentionPlan:
-    """`plan_history` where all of the span is seen."""
-    plan = plan_history(cached, own, span, None)
-    parts = sorted((*plan.parts, PlanPart("cached", *span, result=result)), key=lambda x: (x.source, x.start))
-    return AttentionPlan(tuple(parts))
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,15 +59,12 @@ def seen_keys(
     return seen
 
 
-def put_kept(logit_BNQK: Tensor, plan: AttentionPlan, kept_BNQK: Callable[[int, int], Tensor]) -> None:
-    """Write logits of the queries of then over those of cached runs whose attention a plan takes from an earlier call.
-
-    Args:
-        kept_BNQK: Makes them for a run of the cache, log m included if the others have it.
-    """
+def put_kept(logit_BNQK: Tensor, plan: AttentionPlan, then_BQND: Tensor, cached: KeyValues) -> None:
+    """Logits of cached runs whose attention a plan takes from an earlier call become those of the queries of then."""
     for part in plan.parts:
         if part.result == "taken" and part.source == "cached":
-            logit_BNQK[..., part.start : part.stop] = kept_BNQK(part.start, part.stop)
+            run = cached.narrow(part.start, part.stop)
+            logit_BNQK[..., part.start : part.stop] = scaled_logits(then_BQND, run.k_BKND, run.log_mass_BNK)
 
 
 def exact_recall(
@@ -223,13 +220,8 @@ class RecallMeter:
             owner = self._owners(attending.layer_index, attending.cached, position)
             cached = look("cached", attending.cached)
             if attending.kept_q_BQND is not None:
-                then_BQND, keys = attending.kept_q_BQND[:, queries].to(self._dtype), attending.cached
-
-                def seen_then(start: int, stop: int) -> Tensor:
-                    run = keys.narrow(start, stop)
-                    return scaled_logits(then_BQND, run.k_BKND, run.log_mass_BNK)
-
-                put_kept(cached[0], attending.plan, seen_then)
+                then_BQND = attending.kept_q_BQND[:, queries].to(self._dtype)
+                put_kept(cached[0], attending.plan, then_BQND, attending.cached)
             strict_BNQ = exact_recall(original_BNQT, own, cached, owner)
             recall_BNQ = kept_mass(original_BNQT, own, cached[1], owner)
         means = (x.mean(-1).cpu() for x in (recall_BNQ, strict_BNQ))

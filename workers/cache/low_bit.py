@@ -120,15 +120,14 @@ class VectorStore:
         code = (x / scale.float().clamp(min=1e-30)[..., None]).round().clamp(-self._limit, self._limit).flatten(-2)
         if self.storage == "int8":
             return code.to(torch.int8), scale
-        low, high = (code + 8).to(torch.uint8).chunk(2, dim=-1)
-        return low | (high << 4), scale
+        return pack_halves(code), scale
 
     def _decode(self, code: Tensor, scale: Tensor) -> Tensor:
         if self.storage == "model":
             return code
         if self.storage == "int4":
             out = torch.empty((*code.shape[:-1], self.dim), dtype=self.dtype, device=code.device)
-            return self._decode_halves(code, scale, out)
+            return self._scale_halves(code, scale, out)
         wide = code.to(self.dtype) if code.is_cpu else code
         x: Tensor = wide.unflatten(-1, (-1, self._group)) * scale.to(self.dtype)[..., None]
         return x.flatten(-2)
@@ -139,13 +138,24 @@ class VectorStore:
         if self.storage == "int8":
             return torch.mul(code, scale.to(self.dtype), out=out)
         if self.storage == "int4":
-            return self._decode_halves(code, scale, out)
+            return self._scale_halves(code, scale, out)
         return out.copy_(code)
 
-    def _decode_halves(self, code: Tensor, scale: Tensor, out: Tensor) -> Tensor:
-        """`int4`, in place: the first half of the channels lies in the low bits."""
-        low, high = out.chunk(2, dim=-1)
-        low.copy_(code & 15)
-        high.copy_(code >> 4)
-        out.sub_(8).unflatten(-1, (-1, self._group)).mul_(scale.to(self.dtype)[..., None])
+    def _scale_halves(self, code: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+        """`int4`, in place."""
+        unpack_halves(code, out).unflatten(-1, (-1, self._group)).mul_(scale.to(self.dtype)[..., None])
         return out
+
+
+def pack_halves(code_RD: Tensor) -> Tensor:
+    """Whole numbers in [-8, 7], two in a byte: the first half of the channels in the low bits."""
+    low, high = (code_RD + 8).to(torch.uint8).chunk(2, dim=-1)
+    return low | (high << 4)
+
+
+def unpack_halves(code_RB: Tensor, out_RD: Tensor) -> Tensor:
+    """The whole numbers again, written to `out_RD`, which may be a view."""
+    low, high = out_RD.chunk(2, dim=-1)
+    low.copy_(code_RB & 15)
+    high.copy_(code_RB >> 4)
+    return out_RD.sub_(8)

@@ -57,7 +57,6 @@ class PackedTable(TileTable):
         self._packing: Packing = PlainPacking() if self._kernels is None else load_kernels(s)
         # A buffer of a whole layer would be as large as the workspace.
         self.heads_at_once = max(num for num in range(1, s.num_heads // 4 + 2) if s.num_heads % num == 0)
-        self.tokens_rounded = s.frame_tokens  # as far back as kernels make means anew
         tiles = s.num_slots // s.tile
         self._is_seen_LNJ = torch.ones(s.num_layers, s.num_heads, tiles, dtype=torch.uint8, device=device)
         self._is_end_NJ = torch.ones(s.num_heads, tiles, dtype=torch.uint8, device=device)
@@ -124,6 +123,9 @@ class PackedTable(TileTable):
         wanted[:, first + max(0, self._growing.pointer - s.frame_tokens) // s.tile :] = 0
         self._lay_out(self._growing, "keys", wanted)
         self._mark("unpacking")
+
+    def _average_new(self, layer: LayerTable, new: slice) -> None:
+        self._average_as_kernels(layer, new)
 
     def _pack(self, layer: PackedLayer, changed: slice) -> None:
         s = self.settings

@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from workers.cache.low_bit import pack_halves, unpack_halves
+
 CodedStorage = Literal["int8", "int4"]
 LIMITS: dict[CodedStorage, int] = {"int8": 127, "int4": 7}
 """Largest code; the smallest is its opposite."""
@@ -58,17 +60,13 @@ def encode(x_RD: Tensor, storage: CodedStorage) -> tuple[Tensor, Tensor]:
     code = (x * per_step[..., None] + 0.5).floor().clamp(-limit, limit).flatten(-2)
     if storage == "int8":
         return code.to(torch.int8), largest
-    low, high = (code + 8).to(torch.uint8).chunk(2, dim=-1)
-    return low | (high << 4), largest
+    return pack_halves(code), largest
 
 
 def decode_into(code_RB: Tensor, largest_RG: Tensor, out_RD: Tensor, storage: CodedStorage) -> Tensor:
     """Write the vectors; `out_RD` may be a view, and its dtype is what they are rounded to, once."""
     if storage == "int4":
-        low, high = out_RD.chunk(2, dim=-1)
-        low.copy_(code_RB & 15)
-        high.copy_(code_RB >> 4)
-        out_RD.sub_(8)
+        unpack_halves(code_RB, out_RD)
     else:
         out_RD.copy_(code_RB)
     step = largest_RG.float() * (1 / LIMITS[storage])

@@ -93,8 +93,6 @@ class TileTable:
         self._views: dict[int, KeyValues] = {}
         self.heads_at_once = settings.num_heads
         """That a merge by kernels writes again together, through a buffer."""
-        self.tokens_rounded = 0
-        """Keys before the new ones that may be others than those of which their means were made."""
         self.before_change: Callable[[int, bool], None] = lambda layer_index, is_history: None
         """Told the layer that is changes next, and whether more of it does than its newest chunks and what is free."""
         self.on_part: Callable[[str], None] | None = None
@@ -292,12 +290,15 @@ class TileTable:
         return History(layer.k_NLW, self.settings.history_start, layer.position_NC3, layer.m_NC, layer.mean_NJD)
 
     def _average_new(self, layer: LayerTable, new: slice) -> None:
-        """Means of the tiles of these slots; of a table that rounds just those that kernels make."""
-        tile, first = self.settings.tile, max(0, new.start - self.tokens_rounded)
-        exact = -(-new.stop // tile) - first // tile
-        self._average(
-            layer, first // tile, exact if self.tokens_rounded else -(-self.settings.chunk_tokens // tile) + 1
-        )
+        """Means of the tiles of these slots."""
+        s = self.settings
+        self._average(layer, new.start // s.tile, -(-s.chunk_tokens // s.tile) + 1)
+
+    def _average_as_kernels(self, layer: LayerTable, new: slice) -> None:
+        """Of just the tiles that kernels make anew: those of these slots and of the latent frame before, whose keys
+        have been rounded since where a table rounds."""
+        tile, first = self.settings.tile, max(0, new.start - self.settings.frame_tokens)
+        self._average(layer, first // tile, -(-new.stop // tile) - first // tile)
 
     def _average(self, layer: LayerTable, first: int, num: int) -> None:
         """Means of these tiles, or of as many that end with the history."""

@@ -20,6 +20,9 @@ AttendTable = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 AttendLse = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """The same with the natural log-sum-exp lse_QN in float32 (float64 for float64 inputs), perhaps not contiguous."""
 
+_Attend = Callable[[Tensor, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+"""With lse_QN, where True asks for it."""
+
 
 def make_attend(name: ListedName, tile: int) -> AttendTable:
     """That way of computing.
@@ -27,11 +30,8 @@ def make_attend(name: ListedName, tile: int) -> AttendTable:
     Raises:
         ImportError: Its package is not installed.
     """
-    if name == "flash-attn-4":
-        return _make_flash(tile)
-    if name == "triton":
-        return _make_hopper(tile) if _is_hopper() and tile >= 16 else _make_triton(tile)
-    return lambda q, k, v, index: attend_listed_plain(q, k, v, index, tile)
+    attend = _load(name, tile)
+    return lambda q, k, v, index: attend(q, k, v, index, False)[0]
 
 
 def make_attend_lse(name: ListedName, tile: int) -> AttendLse:
@@ -40,11 +40,22 @@ def make_attend_lse(name: ListedName, tile: int) -> AttendLse:
     Raises:
         ImportError: Its package is not installed.
     """
+    attend = _load(name, tile)
+
+    def attend_lse(q_QNW: Tensor, k_NLW: Tensor, v_NLD: Tensor, index_NIJ: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse_QN = attend(q_QNW, k_NLW, v_NLD, index_NIJ, True)
+        assert lse_QN is not None
+        return out, lse_QN
+
+    return attend_lse
+
+
+def _load(name: ListedName, tile: int) -> _Attend:
     if name == "flash-attn-4":
-        return _make_flash_lse(tile)
+        return _make_flash(tile)
     if name == "triton":
-        return _make_hopper_lse(tile) if _is_hopper() and tile >= 16 else _make_triton_lse(tile)
-    return lambda q, k, v, index: attend_listed_plain_lse(q, k, v, index, tile)
+        return _make_hopper(tile) if _is_hopper() and tile >= 16 else _make_triton(tile)
+    return lambda q, k, v, index, with_lse: attend_listed_plain_lse(q, k, v, index, tile)
 
 
 def attend_listed_plain(q_QNW: Tensor, k_NLW: Tensor, v_NLD: Tensor, index_NIJ: Tensor, tile: int) -> Tensor:
@@ -67,24 +78,7 @@ def attend_listed_plain_lse(
     return out_NQD.transpose(0, 1).to(q_QNW.dtype), logit.logsumexp(-1).T
 
 
-def _make_flash(tile: int) -> AttendTable:
-    attend = _load_flash(tile)
-    return lambda q, k, v, index: attend(q, k, v, index, False)[0]
-
-
-def _make_flash_lse(tile: int) -> AttendLse:
-    attend = _load_flash(tile)
-
-    def attend_lse(q_QNW: Tensor, k_NLW: Tensor, v_NLD: Tensor, index_NIJ: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse_NQ = attend(q_QNW, k_NLW, v_NLD, index_NIJ, True)
-        assert lse_NQ is not None
-        return out, lse_NQ.T
-
-    return attend_lse
-
-
-def _load_flash(tile: int) -> Callable[[Tensor, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]:
-    """With or without lse_NQ."""
+def _make_flash(tile: int) -> _Attend:
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from flash_attn.cute.interface import _flash_attn_fwd
 
@@ -109,7 +103,7 @@ def _load_flash(tile: int) -> Callable[[Tensor, Tensor, Tensor, Tensor, bool], t
         out, lse = _flash_attn_fwd(
             q_QNW[None], k, v, softmax_scale=scale, num_splits=1, return_lse=with_lse, block_sparse_tensors=lists
         )[:2]
-        return out[0], lse[0] if with_lse else None
+        return out[0], lse[0].T if with_lse else None
 
     return attend
 
@@ -119,32 +113,34 @@ def _is_hopper() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
-def _make_hopper(tile: int) -> AttendTable:
+def _make_hopper(tile: int) -> _Attend:
     """Its steps are too large for channels of four bytes, which go the general way."""
-    from workers.kernels.triton_listed import HOPPER, make_triton_listed
+    from workers.kernels.triton_listed import HOPPER, make_triton_listed, make_triton_listed_lse
 
-    narrow, wide = make_triton_listed(tile, HOPPER), _make_triton(tile)
-    return lambda q, k, v, index: (narrow if q.dtype.itemsize == 2 else wide)(q, k, v, index)
+    narrow, narrow_lse, wide = (
+        make_triton_listed(tile, HOPPER),
+        make_triton_listed_lse(tile, HOPPER),
+        _make_triton(tile),
+    )
+
+    def attend(
+        q_QNW: Tensor, k_NLW: Tensor, v_NLD: Tensor, index_NIJ: Tensor, with_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        if q_QNW.dtype.itemsize != 2:
+            return wide(q_QNW, k_NLW, v_NLD, index_NIJ, with_lse)
+        if with_lse:
+            return narrow_lse(q_QNW, k_NLW, v_NLD, index_NIJ)
+        return narrow(q_QNW, k_NLW, v_NLD, index_NIJ), None
+
+    return attend
 
 
-def _make_hopper_lse(tile: int) -> AttendLse:
-    from workers.kernels.triton_listed import HOPPER, make_triton_listed_lse
-
-    narrow, wide = make_triton_listed_lse(tile, HOPPER), _make_triton_lse(tile)
-    return lambda q, k, v, index: (narrow if q.dtype.itemsize == 2 else wide)(q, k, v, index)
-
-
-def _make_triton(tile: int) -> AttendTable:
-    attend = _make_triton_lse(tile)
-    return lambda q, k, v, index: attend(q, k, v, index)[0]
-
-
-def _make_triton_lse(tile: int) -> AttendLse:
+def _make_triton(tile: int) -> _Attend:
     import triton
 
     from workers.kernels.triton_bias import attend_rows
 
-    def attend(q_QNW: Tensor, k_NLW: Tensor, v_NLD: Tensor, index_NIJ: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(q_QNW: Tensor, k_NLW: Tensor, v_NLD: Tensor, index_NIJ: Tensor, _: bool) -> tuple[Tensor, Tensor]:
         num_queries, heads = q_QNW.shape[:2]
         num_keys, head_dim = v_NLD.shape[1:]
         mass = k_NLW[..., head_dim : head_dim + 2].float().sum(-1) / math.sqrt(head_dim)

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from workers.cache.packed_history import Part
 from workers.contracts import PromptKeys
 from workers.denoise import step_euler, step_renoise, to_device
 from workers.errors import NonFiniteLatents
@@ -24,19 +25,10 @@ from workers.model.dit import CausalDiT
 from workers.model.rope import Rotation, make_rotation
 from workers.model.static_layers import PromptTable, StaticLayers, Targets, hold_prompt
 from workers.rollout import CleanChunk, RolloutPlan, chunk_positions
-from workers.rollouts.kept_history import KeptHistory, Looked
+from workers.rollouts.kept_history import KeptHistory, Keys, Looked, Mark
 
 AttendTable = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """See `workers/kernels/listed_tiles.py`."""
-Mark = Callable[[str], None]
-"""Told the name of each part of a call as it ends."""
-
-
-class LayerKeys(Protocol):
-    """Keys and values of one layer of a table."""
-
-    k_NLW: Tensor
-    v_NLD: Tensor
 
 
 class Table(Protocol):
@@ -46,7 +38,7 @@ class Table(Protocol):
     def is_packed(self) -> bool: ...
 
     @property
-    def layers(self) -> Sequence[LayerKeys]: ...
+    def layers(self) -> Sequence[Keys]: ...
 
     @property
     def num_bytes(self) -> int: ...
@@ -55,9 +47,7 @@ class Table(Protocol):
 
     def note_seen(self, layer_index: int, index_NIJ: Tensor) -> None: ...
 
-    def lay_out(
-        self, layer_index: int, part: Literal["keys", "values", "both"] = "both", *, seen_only: bool = False
-    ) -> LayerKeys: ...
+    def lay_out(self, layer_index: int, part: Part = "both", *, seen_only: bool = False) -> Keys: ...
 
     def remember_chunk(self, position_T3: Tensor) -> None: ...
 
@@ -218,7 +208,7 @@ class CapturedRollout:
 
     def compute(self, choose: bool, mark: Mark = lambda name: None, *, look: bool = True) -> None:
         """One call on the buffers as they are; one that chooses tiles looks at the history, too."""
-        assert look or not choose
+        assert look or (not choose and isinstance(self._attend, KeptHistory))
         model, layers = self._model, self._layers
         x = model.embed_patches(self._latents)
         if self._control is not None:
@@ -236,14 +226,12 @@ class CapturedRollout:
                 self.chooser.choose(self._q_QNW, keys.k_NLW, listed)
                 self.table.note_seen(index, listed)
                 mark("selection")
+            if look:
+                keys = self._lay_out(index, "values" if choose else "both", mark, seen_only=True)
             if isinstance(self._attend, KeptHistory):
-                looked = None
-                if look:
-                    keys = self._lay_out(index, "values" if choose else "both", mark, seen_only=True)
-                    looked = Looked(keys, listed)
+                looked = Looked(keys, listed) if look else None
                 out = self._attend.attend(index, self._q_QNW, self.table.layers[index], looked, mark)
             else:
-                keys = self._lay_out(index, "values" if choose else "both", mark, seen_only=True)
                 out = self._attend(self._q_QNW, keys.k_NLW, keys.v_NLD, listed)
                 mark("attention")
             x = layers.leave(weights, self._prompt[index], x, out, time_T6E)
@@ -251,9 +239,7 @@ class CapturedRollout:
         self._flow.copy_(model.read_out(x[None], time_BTE, self._latent_size))
         mark("head")
 
-    def _lay_out(
-        self, index: int, part: Literal["keys", "values", "both"], mark: Mark, *, seen_only: bool = False
-    ) -> LayerKeys:
+    def _lay_out(self, index: int, part: Part, mark: Mark, *, seen_only: bool = False) -> Keys:
         keys = self.table.lay_out(index, part, seen_only=seen_only)
         if self.table.is_packed:
             mark("unpacking")

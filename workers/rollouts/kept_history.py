@@ -18,7 +18,7 @@ from workers.attention.tile_choice import TileRuns
 from workers.kernels.listed_parts import PartedAttention
 
 Mark = Callable[[str], None]
-"""Told the name of each part as it ends."""
+"""Told the name of each part of a call as it ends."""
 
 
 class Keys(Protocol):
