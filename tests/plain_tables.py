@@ -160,7 +160,7 @@ class PlainTileChoice:
         self._history_at, self._is_always = config.history_at, (config.always_sink, config.always_recent)
         self._looked = set[int]()
         self._chooser: TileChoice | None = None
-        self._lists: dict[int, Tensor] = {}
+        self._lists: dict[int, tuple[Tensor, Tensor]] = {}
 
     def begin_chunk(self, position_Q3: Tensor) -> None:
         self._lists.clear()
@@ -176,7 +176,7 @@ class PlainTileChoice:
         if is_asked or layer_index not in self._lists:
             self._lists[layer_index] = self._choose(layer_index, q_BQND, own)
         batch, heads = q_BQND.shape[0], q_BQND.shape[2]
-        visible_BNIJ = self._lists[layer_index].unflatten(0, (batch, heads))
+        visible_BNIJ = self._lists[layer_index][moment.is_clean_pass].unflatten(0, (batch, heads))
         tile = self._settings.tile
         if self._history_at is None:
             return AttentionPlan(
@@ -203,8 +203,8 @@ class PlainTileChoice:
         recent = sum(s.chunk_tokens for start in starts if start >= s.recent_start)
         return sink * is_sink, num_tokens - recent * is_recent
 
-    def _choose(self, layer_index: int, q_BQND: Tensor, own: KeyValues) -> Tensor:
-        """Which tiles of the read keys are seen, bool [B N, I, J]."""
+    def _choose(self, layer_index: int, q_BQND: Tensor, own: KeyValues) -> tuple[Tensor, Tensor]:
+        """Which tiles of the read keys a step sees, and which a clean pass, bool [B N, I, J]."""
         table, s = self._cache.for_batch(q_BQND), self._settings
         if self._chooser is None:
             self._chooser = TileChoice(self._choice, self._runs, s.chunk_tokens, s.head_dim, q_BQND.device)
@@ -215,11 +215,16 @@ class PlainTileChoice:
         q_QNW[..., : s.head_dim] = q_QND
         q_QNW[..., s.head_dim : s.head_dim + 2] = 1
         layer = table.layers[layer_index]
-        index_NIJ = self._chooser.new_list(q_QND.shape[1])
-        self._chooser.choose(q_QNW, layer.k_NLW, index_NIJ)
-        seen = torch.zeros(*index_NIJ.shape[:2], self._runs.num_tiles, dtype=torch.bool, device=q_QND.device)
-        seen.scatter_(2, index_NIJ.long(), True)
-        return seen[..., self._read_order(layer)]
+        lists = [self._chooser.new_list(q_QND.shape[1], for_clean_pass=is_clean) for is_clean in (False, True)]
+        self._chooser.choose(q_QNW, layer.k_NLW, *lists)
+        order = self._read_order(layer)
+        of_step, of_clean_pass = (
+            torch.zeros(*index.shape[:2], self._runs.num_tiles, dtype=torch.bool, device=q_QND.device).scatter_(
+                2, index.long(), True
+            )[..., order]
+            for index in lists
+        )
+        return of_step, of_clean_pass
 
     def _read_order(self, layer: LayerTable) -> list[int]:
         """Tiles of the table in the order in which `read` gives their keys."""

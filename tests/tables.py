@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -127,9 +128,7 @@ def make_captured(
         runs, attention = keep_history(table, runs, parted or make_parted("torch", sizes.tile))
     chosen = ChoiceSettings(num_chosen, estimate=estimate, tile=sizes.tile, **choice)
     if "keys_per_tile" not in choice and sizes.tile < chosen.keys_per_tile:
-        chosen = ChoiceSettings(
-            num_chosen, keys_per_tile=sizes.tile, queries_per_tile=sizes.tile, estimate=estimate, tile=sizes.tile
-        )
+        chosen = replace(chosen, keys_per_tile=sizes.tile, queries_per_tile=sizes.tile)
     chooser = TileChoice(chosen, runs, sizes.chunk_tokens, sizes.head_dim, device)
     if backend is not None:
         parts = {"table": table, "layers": layers, "chooser": chooser}

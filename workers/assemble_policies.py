@@ -172,7 +172,7 @@ def ann_settings(config: AnnSelfAttentionConfig, frame_tokens: int) -> AnnSettin
         seen_keys=None if config.seen_latent_frames is None else config.seen_latent_frames * frame_tokens,
         across_layers=across_layers,
         at_once=at_once,
-        clean_share=(config.clean_pass_share or (_CLEAN_SHARE if at_once and small else 1.0)) if sees_some else 1.0,
+        clean_share=_clean_share(config, frame_tokens, at_once=at_once),
         target_recall=config.target_recall,
         query_tile=query_tile,
         key_tile=tile,
@@ -184,6 +184,15 @@ def ann_settings(config: AnnSelfAttentionConfig, frame_tokens: int) -> AnnSettin
         every_step=config.target_recall is not None,  # each noise level gets the density that it needs
         history_at=config.history_at,
     )
+
+
+def _clean_share(config: AnnSelfAttentionConfig, frame_tokens: int, *, at_once: bool) -> float:
+    """Of what a step sees; a share of all keys is the same in every call."""
+    if config.seen_latent_frames is None and config.target_recall is None:
+        return 1.0
+    looks_once = config.target_recall is not None and config.history_at is not None
+    fewer = (at_once or looks_once) and frame_tokens <= _QUERIES_TOGETHER // 2
+    return config.clean_pass_share or (_CLEAN_SHARE if fewer else 1.0)
 
 
 def _check_layers(config: AnnSelfAttentionConfig, num_layers: int) -> tuple[int, ...] | None:

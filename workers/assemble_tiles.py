@@ -117,6 +117,7 @@ def choice_settings(
     num_candidates = sum(stop - first for first, stop in runs.candidates)
     return ChoiceSettings(
         num_chosen=max(1, round(config.density * num_candidates)),
+        clean_share=config.clean_pass_share,
         keys_per_tile=min(config.keys_per_tile, s.tile),
         queries_per_tile=min(config.queries_per_tile, s.tile),
         estimate=config.estimate,

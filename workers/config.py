@@ -183,8 +183,9 @@ class AnnSelfAttentionConfig(Part):
         None,
         gt=0.0,
         le=1.0,
-        description="Of `seen_latent_frames`, what the clean pass sees; empty: a third with `seen_across: model` where "
-        "a latent frame has at most 96 tokens, else all.",
+        description="Of what a step sees by `seen_latent_frames` or `target_recall`, what the clean pass sees; empty: "
+        "a third with `seen_across: model`, or with a target that looks once, where a latent frame has at most 96 "
+        "tokens, else all.",
     )
     history_at: HistoryAt = None
     target_recall: float | None = Field(

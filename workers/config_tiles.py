@@ -107,6 +107,9 @@ class TileAttentionConfig(Part):
         (0,), min_length=1, strict=False, description="Denoising steps that choose anew; the first must be 0."
     )
     history_at: HistoryAt = None
+    clean_pass_share: float = Field(
+        1.0, gt=0.0, le=1.0, description="Of the tiles that a step sees, what the clean pass sees: the heaviest."
+    )
     always_sink: bool = Field(False, description="The sink is always seen, beside what the density allows.")
     always_recent: bool = Field(False, description="The newest chunks are always seen, likewise.")
 

@@ -51,7 +51,7 @@ POLICIES: Mapping[PolicyName, Parts] = {
     },
     "fastar-adaptive": {
         "cache": _TEMPORAL,
-        "attention": {"kind": "annsa", "target_recall": 0.95},
+        "attention": {"kind": "annsa", "target_recall": 0.95, "dense_step_share": 0.0, "history_at": (0,)},
         "prompt_attention": {"kind": "annca"},
     },
     "fastar-tiles": {"cache": {"kind": "tiles"}, "attention": {"kind": "tiles"}},

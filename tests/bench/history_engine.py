@@ -60,6 +60,8 @@ class Variant:
     choose_at: tuple[int, ...] = (0,)
     history_at: tuple[int, ...] | None = None
     """Denoising steps that look at the history; None: all. The clean pass always does."""
+    clean_share: float = 1.0
+    """Of the chosen tiles, the heaviest that the clean pass sees."""
     dense_own: bool = True
     """Where not all look: what all see is attended to by a dense kernel, if there is one; else by lists."""
     keys_per_tile: int = 16
@@ -201,6 +203,7 @@ def make_engine(
         settings=CapturedSettings(
             variant.choose_at, graphs=graphs and device.type == "cuda", history_at=variant.history_at
         ),
+        clean_share=variant.clean_share,
         keys_per_tile=min(sizes.tile, variant.keys_per_tile),
         queries_per_tile=min(sizes.tile, variant.queries_per_tile),
     )

@@ -55,6 +55,11 @@ def _packed(variant: Variant) -> Variant:
     return replace(variant, name=f"{variant.name}-int4", storage="int4")
 
 
+def _seen_by_clean_pass(variant: Variant, share: float) -> Variant:
+    """So much of what a step sees."""
+    return replace(variant, name=f"{variant.name}-clean-{share:.2f}", clean_share=share)
+
+
 _FAITHFUL = (_pairs(120, 12, 15), _pairs(180, 12, 30), _pairs(180, 30, 30), _pairs(240, 24, 30))
 ONCE = (
     replace(_SMALL, name="fastar-exact-once"),
@@ -63,7 +68,9 @@ ONCE = (
     *_FAITHFUL,
     *(_own(variant) for variant in (_FAITHFUL[1], _pairs(240, 12, 30))),
     *(_always(variant) for variant in _FAITHFUL[1:]),
-    *(_packed(_own(variant)) for variant in (_FAITHFUL[1], _pairs(240, 12, 30))),
+    *(_packed(_own(variant)) for variant in (_FAITHFUL[1], _pairs(240, 12, 30), _pairs(156, 12, 30))),
+    *(_seen_by_clean_pass(_packed(_own(_pairs(156, seen, 30))), 1 / 3) for seen in (12, 18, 24)),
+    _seen_by_clean_pass(_own(_pairs(240, 18, 30)), 1 / 3),
 )
 """Tiles are chosen by products of 16 bits, which is the faster way there."""
 

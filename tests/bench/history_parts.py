@@ -121,15 +121,15 @@ def kinds_of_calls(engine: Engine, whole_ms: float) -> dict[str, float]:
     """What the calls of a chunk consist of, by kind of kernel; the rest is idle."""
     rollout, is_apart = engine.rollout, engine.variant.history_at is not None
     looking, choosing = (_by_kind(lambda c=choose: rollout.replay(c)) for choose in (False, True))  # type: ignore[misc]
+    clean = _by_kind(lambda: rollout.replay(False, clean=True)) if rollout.chooser.has_clean_list else looking
     taking = _by_kind(lambda: rollout.replay(False, False)) if is_apart else looking
-    num_looking, num_taking = engine.num_looking, engine.num_calls - engine.num_looking
-    found = {
-        kind: looking.get(kind, 0.0) * num_looking + taking.get(kind, 0.0) * num_taking for kind in looking | taking
-    }
+    numbers = (engine.num_looking - 1, 1, engine.num_calls - engine.num_looking)
+    calls = list(zip((looking, clean, taking), numbers, strict=True))
+    kinds = looking | clean | taking
+    found = {kind: sum(call.get(kind, 0.0) * num for call, num in calls) for kind in kinds}
     if is_apart:  # a call that takes attends to what all see and to nothing else
         found["attention to own keys"] = taking["attention"] * engine.num_calls
-        found["attention to the history"] = (looking["attention"] - taking["attention"]) * num_looking
-        del found["attention"]
+        found["attention to the history"] = found.pop("attention") - found["attention to own keys"]
     more = choosing.get(_UNPACKING, 0.0) - looking.get(_UNPACKING, 0.0)
     found["selection"] = (sum(choosing.values()) - sum(looking.values()) - more) * len(engine.choose_at)
     if _UNPACKING in choosing:

@@ -55,7 +55,51 @@ VARIANTS: dict[str, Record] = {
         "cache": {"budget_latent_frames": 120},
         "attention": {"density": 0.3},
     },
+    "fastar-adaptive, every step looks": {
+        "policy": "fastar-adaptive",
+        "attention": {"history_at": None, "dense_step_share": 0.3},
+    },
+    "fastar-adaptive, clean pass sees as much": {"policy": "fastar-adaptive", "attention": {"clean_pass_share": 1.0}},
     "fastar-quant, every step looks": {"policy": "fastar-quant", "attention": {"history_at": None}},
+    **{
+        f"fastar-tiles, {kept} latent frames, {seen} seen, clean pass {share:.2f}, {storage}": {
+            "policy": "fastar-tiles",
+            "cache": {
+                "merging": "pairs",
+                "budget_latent_frames": kept,
+                "spare_latent_frames": 30,
+                "storage": storage,
+            },
+            "attention": {"density": seen / kept, "history_at": (0,), "clean_pass_share": share, **more},
+        }
+        for kept, seen, share, storage, more in (
+            (156, 12, 1.0, "int4", {}),
+            (156, 12, 1 / 3, "int4", {}),
+            (156, 18, 1 / 3, "int4", {}),
+            (156, 24, 1 / 3, "int4", {}),
+            (120, 18, 1 / 3, "int4", {}),
+            (240, 18, 1 / 3, "model", {}),
+        )
+    },
+    **{
+        f"fastar-tiles, 156 latent frames, 18 seen, {keys} of 8 keys and {queries} queries looked at": {
+            "policy": "fastar-tiles",
+            "cache": {
+                "merging": "pairs",
+                "budget_latent_frames": 156,
+                "spare_latent_frames": 30,
+                "storage": "int4",
+            },
+            "attention": {
+                "density": 18 / 156,
+                "history_at": (0,),
+                "clean_pass_share": 1 / 3,
+                "keys_per_tile": keys,
+                "queries_per_tile": queries,
+            },
+        }
+        for keys, queries in ((2, 2), (4, 1))
+    },
     **{
         f"fastar-tiles, 186 latent frames, 12 seen{'' if storage == 'model' else f', {storage}'}": {
             "policy": "fastar-tiles",

@@ -208,11 +208,19 @@ def test_kernels_choose_the_tiles_that_the_plain_way_chooses(
     chosen = []
     for fused in (True, False):
         settings = ChoiceSettings(
-            4, keys_per_tile=8, queries_per_tile=4, estimate=estimate, tile=16, fused=fused, keys_at_once=keys_at_once
+            4,
+            clean_share=0.5,
+            keys_per_tile=8,
+            queries_per_tile=4,
+            estimate=estimate,
+            tile=16,
+            fused=fused,
+            keys_at_once=keys_at_once,
         )
         chooser = TileChoice(settings, runs, num_queries, DIM, DEVICE)
-        index = chooser.new_list(HEADS)
-        chooser.choose(q, k, index)
+        index, clean = chooser.new_list(HEADS), chooser.new_list(HEADS, for_clean_pass=True)
+        chooser.choose(q, k, index, clean)
         assert bool((index[..., 4:] == tiles - 1).all())
-        chosen.append(index[..., :4].sort(-1).values)
+        assert bool((clean[..., 2:] == tiles - 1).all())
+        chosen.append(torch.cat((index[..., :4].sort(-1).values, clean[..., :2].sort(-1).values), -1))
     assert float((chosen[0] == chosen[1]).float().mean()) > 0.99  # what is equally heavy but for rounding may differ

@@ -27,6 +27,7 @@ from workers.attention.tile_mass import (
     TileSample,
     estimate_mass,
     keep_above,
+    keep_heaviest,
     keep_mass,
     keep_most,
     keep_most_jointly,
@@ -66,7 +67,8 @@ class AnnSettings:
     """With `across_layers`: each layer ends at the mass at which they would end together (`keep_above`), in the first
     call and for the whole chunk. What is seen is gathered once, not twice; it is about `seen_keys`."""
     clean_share: float = 1.0
-    """Of `seen_keys`, what a clean pass sees, in (0, 1]: nothing is denoised there."""
+    """Of what a step sees by `seen_keys` or `target_recall`, what a clean pass sees, in (0, 1]: nothing is denoised
+    there."""
     target_recall: float | None = None
     """In (0, 1]: take as many tiles as their estimated mass needs, whatever the density."""
     query_tile: int = 64
@@ -91,7 +93,7 @@ class AnnSettings:
         assert not self.across_layers or (self.seen_keys is not None and not self.every_step)
         assert self.across_layers or not self.at_once
         assert 0 < self.clean_share <= 1
-        assert self.clean_share == 1 or self.seen_keys is not None
+        assert self.clean_share == 1 or self.seen_keys is not None or self.target_recall is not None
 
     @property
     def chooses_twice(self) -> bool:
@@ -220,8 +222,9 @@ class AnnSelfAttention:
         visible = self._keep(mass, seen_before=seen_before)
         if seen_before is not None:
             seen_before.append(visible.sum(-1, dtype=torch.float32).mean((1, 2)))
-        # The heaviest first: a clean pass that sees fewer sees the first of them.
-        first = mass.history_BNIJ.masked_fill(~visible, -1.0) if s.clean_share < 1 else None
+        # The heaviest first: a clean pass that sees fewer of the same choice sees the first of them.
+        is_shared = s.clean_share < 1 and not s.every_step
+        first = mass.history_BNIJ.masked_fill(~visible, -1.0) if is_shared else None
         tile_order = None if first is None else first.argsort(dim=-1, descending=True, stable=True)
         tiles = Tiles(visible, query_tile, s.key_tile, query_order, indexed.key_order_BNK, tile_order)
         return _Chosen(cached, tiles, mass)
@@ -230,7 +233,8 @@ class AnnSelfAttention:
         """What a layer sees by itself, visible_BNIJ; a share of it where it is so many keys."""
         s = self._settings
         if s.target_recall is not None:
-            return keep_mass(mass, 1 - (1 - s.target_recall) / self._factor)
+            visible = keep_mass(mass, 1 - (1 - s.target_recall) / self._factor)
+            return visible if share == 1 else keep_heaviest(mass, visible, share)
         if s.seen_keys is None:
             return keep_share(mass, min(1.0, s.density * self._factor))
         if s.at_once:

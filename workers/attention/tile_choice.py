@@ -50,6 +50,8 @@ class ChoiceSettings:
     """By kernels of our own, on a GPU; channels and samples are then powers of two. `lsh` has none."""
     keys_at_once: int = 64
     """That a kernel compares with at a time, a power of two: fewer take less of a multiprocessor."""
+    clean_share: float = 1.0
+    """Of the chosen tiles, the heaviest that a clean pass sees, in (0, 1]: nothing is denoised there."""
 
 
 class TileChoice:
@@ -70,7 +72,7 @@ class TileChoice:
         self._candidate_J = _numbers(runs.candidates, device)
         self._always_A = _numbers(runs.always, device)
         self.num_chosen = min(s.num_chosen, len(self._candidate_J))
-        self.num_listed = self.num_chosen + len(self._always_A)
+        self.num_clean = max(1, round(s.clean_share * self.num_chosen))
         self.query_tiles = -(-num_queries // s.tile)
         self._query_S = sample_places(num_queries, s.tile, s.queries_per_tile, device)[0]
         self._key_R = sample_places(runs.num_tiles * s.tile, s.tile, s.keys_per_tile, device)[0]
@@ -89,36 +91,47 @@ class TileChoice:
     @property
     def num_slots_seen(self) -> int:
         """By a query, empty ones included."""
-        return self.num_listed * self.settings.tile
+        return (self.num_chosen + len(self._always_A)) * self.settings.tile
 
     def compile(self, backend: str | Callable[..., object] = "inductor") -> None:
         """Fuse what follows the products."""
         self._estimate = torch.compile(_estimate, dynamic=False, backend=backend)
 
-    def new_list(self, num_heads: int) -> Tensor:
+    @property
+    def has_clean_list(self) -> bool:
+        """Whether a clean pass sees fewer than a step."""
+        return self.num_clean < self.num_chosen
+
+    def new_list(self, num_heads: int, *, for_clean_pass: bool = False) -> Tensor:
         """A list to be filled, int32 [N, I, listed]: the chosen first, then those that are always seen."""
-        shape = (num_heads, self.query_tiles, self.num_listed)
+        num = self.num_clean if for_clean_pass else self.num_chosen
+        shape = (num_heads, self.query_tiles, num + len(self._always_A))
         index = torch.zeros(shape, dtype=torch.int32, device=self._candidate_J.device)
-        index[..., : self.num_chosen] = self._candidate_J[: self.num_chosen]
-        index[..., self.num_chosen :] = self._always_A
+        index[..., :num] = self._candidate_J[:num]
+        index[..., num:] = self._always_A
         return index
 
-    def choose(self, q_QNW: Tensor, k_NLW: Tensor, index_NIJ: Tensor) -> None:
+    def choose(self, q_QNW: Tensor, k_NLW: Tensor, index_NIJ: Tensor, clean_NIJ: Tensor | None = None) -> None:
         """Write the chosen tiles into a list.
 
         Args:
             q_QNW: Queries after RoPE, ones in the channels of log m.
             k_NLW: All keys of the layer, those of the chunk in hand included.
             index_NIJ: From `new_list`.
+            clean_NIJ: From `new_list` for a clean pass: the heaviest of them.
         """
         if self._is_fused:
-            self._choose_by_kernels(q_QNW, k_NLW, index_NIJ)
+            self._choose_by_kernels(q_QNW, k_NLW, index_NIJ, clean_NIJ)
             return
         mass_NIJ = self.mass(q_QNW, k_NLW).index_select(2, self._candidate_J)
-        chosen = mass_NIJ.topk(self.num_chosen, dim=-1, sorted=False).indices
+        chosen = mass_NIJ.topk(self.num_chosen, dim=-1, sorted=clean_NIJ is not None).indices
         index_NIJ[..., : self.num_chosen] = self._candidate_J[chosen]
+        if clean_NIJ is not None:
+            clean_NIJ[..., : self.num_clean] = self._candidate_J[chosen[..., : self.num_clean]]
 
-    def _choose_by_kernels(self, q_QNW: Tensor, k_NLW: Tensor, index_NIJ: Tensor) -> None:
+    def _choose_by_kernels(
+        self, q_QNW: Tensor, k_NLW: Tensor, index_NIJ: Tensor, clean_NIJ: Tensor | None = None
+    ) -> None:
         from workers.attention.triton_choice import tile_lse, write_heaviest
 
         shape = (k_NLW.shape[0], len(self._query_S), len(self._is_candidate_J))
@@ -134,6 +147,8 @@ class TileChoice:
             keys_at_once=self.settings.keys_at_once,
         )
         write_heaviest(lse_NSJ, self._is_candidate_J, self.num_chosen, index_NIJ)
+        if clean_NIJ is not None:
+            write_heaviest(lse_NSJ, self._is_candidate_J, self.num_clean, clean_NIJ)
 
     def mass(self, q_QNW: Tensor, k_NLW: Tensor) -> Tensor:
         """Estimated share of the softmax in each tile of the table, mean over the queries of a tile, [N, I, J]."""

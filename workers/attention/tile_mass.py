@@ -228,6 +228,15 @@ def keep_above(mass: TileMass, num: int, seen_before: Sequence[Tensor] | None = 
     return torch.zeros_like(flat_BM, dtype=torch.bool).scatter_(-1, index, is_kept).view(mass.history_BNIJ.shape)
 
 
+def keep_heaviest(mass: TileMass, visible_BNIJ: Tensor, share: float) -> Tensor:
+    """Of the tiles that each head and query tile sees, the heaviest share, rounded up: visible_BNIJ."""
+    mass_BNIJ = mass.history_BNIJ.masked_fill(~visible_BNIJ, -1.0)
+    order_BNIJ = mass_BNIJ.argsort(dim=-1, descending=True, stable=True)
+    num_BNI1 = (share * visible_BNIJ.sum(-1, keepdim=True)).ceil()
+    is_kept = torch.arange(order_BNIJ.shape[-1], device=order_BNIJ.device) < num_BNI1
+    return torch.zeros_like(visible_BNIJ).scatter_(-1, order_BNIJ, is_kept)
+
+
 def _raise_sure(mass: TileMass, num: int) -> Tensor:
     """The masses, with 2 on top of those tiles that are seen for sure: a share is at most 1, so they come first."""
     sure_each = min(mass.history_BNIJ.shape[-1], -(-num // _SURE_SHARE))

@@ -2,8 +2,9 @@
 
 The same order of work as `workers/rollout.py`, without guidance, reuse or probes. A call is captured once with the
 choice of tiles in every layer and once with the tiles chosen before, which the later steps of a chunk share; where
-not all steps look at the history, once more without it (`kept_history.py`). Between clean pass and next chunk the
-table takes the chunk over; nothing but the check for NaN waits for the GPU.
+not all steps look at the history, once more without it (`kept_history.py`), and where a clean pass sees fewer tiles,
+once more with those. Between clean pass and next chunk the table takes the chunk over; nothing but the check for NaN
+waits for the GPU.
 """
 
 from __future__ import annotations
@@ -58,9 +59,12 @@ class Chooser(Protocol):
     @property
     def num_slots_seen(self) -> int: ...
 
-    def new_list(self, num_heads: int) -> Tensor: ...
+    @property
+    def has_clean_list(self) -> bool: ...
 
-    def choose(self, q_QNW: Tensor, k_NLW: Tensor, index_NIJ: Tensor) -> None: ...
+    def new_list(self, num_heads: int, *, for_clean_pass: bool = False) -> Tensor: ...
+
+    def choose(self, q_QNW: Tensor, k_NLW: Tensor, index_NIJ: Tensor, clean_NIJ: Tensor | None = None) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -136,9 +140,13 @@ class CapturedRollout:
         self._q_QNW[..., b.head_dim : b.head_dim + 2] = 1.0
         self._targets = [Targets(self._q_QNW[..., : b.head_dim], *table.own(index)) for index in range(b.num_layers)]
         self._lists = [self.chooser.new_list(b.num_heads) for _ in range(b.num_layers)]
+        self._clean_lists = [
+            self.chooser.new_list(b.num_heads, for_clean_pass=True) if self.chooser.has_clean_list else None
+            for _ in range(b.num_layers)
+        ]
         self._prompt: list[PromptTable] = []
         self._held: Sequence[PromptKeys] | None = None
-        self._graphs: dict[tuple[bool, bool], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[bool, bool, bool], torch.cuda.CUDAGraph] = {}
         self.on_part: Mark | None = None
         """Told `calls` after each call and `sampler` after what lies between two; for measurements."""
 
@@ -163,7 +171,7 @@ class CapturedRollout:
                 is_finite = to_host(torch.isfinite(latents).all())
             with stage("cache"):
                 if index + 1 < plan.num_chunks:
-                    self.call(latents, 0.0, choose=False)
+                    self.call(latents, 0.0, choose=False, clean=True)
                     noise = self._draw(plan, index + 1)  # now, while the GPU is busy
                 if not is_finite():  # waits for the denoising steps, not for the clean pass
                     raise NonFiniteLatents(f"chunk {index} holds NaN or infinity after its last denoising step")
@@ -180,22 +188,23 @@ class CapturedRollout:
             return seen
         return seen * len(steps) / num_steps + self._attend.num_slots_fresh
 
-    def call(self, latents: Tensor, timestep: float, *, choose: bool, look: bool = True) -> Tensor:
+    def call(self, latents: Tensor, timestep: float, *, choose: bool, look: bool = True, clean: bool = False) -> Tensor:
         """Flow of the chunk in hand, float32; overwritten by the next call."""
         self._mark("sampler")
         self.load(latents, timestep)
-        self.replay(choose, look)
+        self.replay(choose, look, clean)
         self._mark("calls")
         return self._flow
 
-    def replay(self, choose: bool, look: bool = True) -> None:
+    def replay(self, choose: bool, look: bool = True, clean: bool = False) -> None:
         """One call on the buffers as they are, by its graph where calls are captured."""
         if not self._settings.graphs:
-            self.compute(choose, look=look)
+            self.compute(choose, look=look, clean=clean)
             return
-        if (choose, look) not in self._graphs:
-            self._capture(choose, look)
-        self._graphs[choose, look].replay()
+        call = (choose, look, clean and self.chooser.has_clean_list)
+        if call not in self._graphs:
+            self._graphs[call] = self._capture(*call)
+        self._graphs[call].replay()
 
     def _mark(self, part: str) -> None:
         if self.on_part is not None:
@@ -206,9 +215,11 @@ class CapturedRollout:
         self._latents.copy_(latents)
         self._timestep.fill_(timestep)
 
-    def compute(self, choose: bool, mark: Mark = lambda name: None, *, look: bool = True) -> None:
-        """One call on the buffers as they are; one that chooses tiles looks at the history, too."""
+    def compute(self, choose: bool, mark: Mark = lambda name: None, *, look: bool = True, clean: bool = False) -> None:
+        """One call on the buffers as they are; one that chooses tiles looks at the history, too, and so does a clean
+        pass, with tiles that were chosen before."""
         assert look or (not choose and isinstance(self._attend, KeptHistory))
+        assert look or not clean
         model, layers = self._model, self._layers
         x = model.embed_patches(self._latents)
         if self._control is not None:
@@ -218,14 +229,17 @@ class CapturedRollout:
         time_T6E = time_BT6E[0]
         mark("embed")
         for index, weights in enumerate(layers.weights):
-            listed = self._lists[index]
+            listed, fewer = self._lists[index], self._clean_lists[index]
             layers.enter(weights, x, time_T6E, self._rotation, self._targets[index])
             mark("queries, keys, values")
             if choose:
                 keys = self._lay_out(index, "keys", mark)
-                self.chooser.choose(self._q_QNW, keys.k_NLW, listed)
+                self.chooser.choose(self._q_QNW, keys.k_NLW, listed, fewer)
                 self.table.note_seen(index, listed)
                 mark("selection")
+            elif clean and fewer is not None:
+                listed = fewer
+                self.table.note_seen(index, listed)
             if look:
                 keys = self._lay_out(index, "values" if choose else "both", mark, seen_only=True)
             if isinstance(self._attend, KeptHistory):
@@ -296,14 +310,14 @@ class CapturedRollout:
                 latents = step_renoise(latents, flow, sigma, next_sigma, noise[step + 1])
         return latents
 
-    def _capture(self, choose: bool, look: bool) -> None:
+    def _capture(self, choose: bool, look: bool, clean: bool) -> torch.cuda.CUDAGraph:
         # At the priority of the stream that the loop runs on: kernels of a graph keep the one they were captured at.
         priority = torch.cuda.current_stream().priority
         stream = torch.cuda.Stream(priority=priority)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # compiles, and fills the workspaces of libraries
-                self.compute(choose, look=look)
+                self.compute(choose, look=look, clean=clean)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -311,5 +325,5 @@ class CapturedRollout:
         # Other threads go on with their own work meanwhile, such as decoding the chunk before.
         capturing = torch.cuda.Stream(priority=priority) if priority else None
         with torch.cuda.graph(graph, pool=pool, stream=capturing, capture_error_mode="thread_local"):
-            self.compute(choose, look=look)
-        self._graphs[choose, look] = graph
+            self.compute(choose, look=look, clean=clean)
+        return graph

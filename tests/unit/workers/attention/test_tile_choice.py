@@ -64,6 +64,20 @@ def test_tiles_without_keys_are_chosen_last() -> None:
     assert choose(4, q, k)[..., :4].sort(-1).values.flatten(0, 1).unique(dim=0).tolist() == [[3, 4, 5, 6]]
 
 
+@pytest.mark.parametrize("estimate", get_args(Estimate))
+def test_a_clean_pass_sees_the_heaviest_of_what_a_step_sees(estimate: Estimate) -> None:
+    q, k, _ = make_table()
+    settings = ChoiceSettings(
+        4, clean_share=0.5, keys_per_tile=TILE, queries_per_tile=TILE, estimate=estimate, tile=TILE
+    )
+    chooser = TileChoice(settings, RUNS, QUERIES, DIM, CPU)
+    index, clean = chooser.new_list(HEADS), chooser.new_list(HEADS, for_clean_pass=True)
+    chooser.choose(q, k, index, clean)
+    assert clean[..., 2:].flatten().unique().tolist() == [7, 8]
+    assert torch.equal(index[..., :4].sort(-1).values, choose(4, q, k, estimate)[..., :4].sort(-1).values)
+    assert torch.equal(clean[..., :2].sort(-1).values, choose(2, q, k, estimate)[..., :2].sort(-1).values)
+
+
 @pytest.mark.parametrize(("estimate", "least"), [("exact", 0.999), ("quant", 0.99), ("lsh", 0.75)])
 def test_what_is_chosen_holds_nearly_the_most_mass_that_so_many_tiles_can(estimate: Estimate, least: float) -> None:
     q, k, _ = make_table()
