@@ -1,8 +1,9 @@
 """Kernels that choose tiles: what `tile_choice.py` does, without storing a product or sorting a list.
 
 A first kernel compares a sample of the queries with a sample of the keys where both lie and keeps the log of the mass
-of each tile; a second makes shares of it and finds the heaviest tiles by halving: 31 questions "how many are at least
-this heavy?" give the exact limit, since floats that are not negative are in the order of their bits.
+of each tile, summed by a product with ones; a second makes shares of it and finds the heaviest tiles by halving: 31
+questions "how many are at least this heavy?" give the exact limit, since floats that are not negative are in the order
+of their bits.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+_LARGEST = tl.constexpr(80.0)
+"""Logits are cut there: so many exponentials add up in float32 with nothing subtracted."""
+
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _tile_lse(  # type: ignore[no-untyped-def]
     q, k, query_place, key_place, lse, stride_ql, stride_qn, stride_kn, stride_kl, num_queries, num_tiles, scale,
-    tiles_at_once, M: tl.constexpr, T: tl.constexpr, S: tl.constexpr, D: tl.constexpr, QUANT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    tiles_at_once, M: tl.constexpr, T: tl.constexpr, S: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+    QUANT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: M queries of one head, T tiles of S keys at a time."""
+    """One program: M queries of one head, T tiles of S keys at a time; N is T, or 16 if that is more."""
     own = tl.program_id(0) * M + tl.arange(0, M)
     head = tl.program_id(1).to(tl.int64)
     channel = tl.arange(0, D)[None, :]
@@ -29,6 +33,8 @@ def _tile_lse(  # type: ignore[no-untyped-def]
     if QUANT:
         step_q = tl.maximum(tl.max(tl.abs(queries.to(tl.float32)), 1), 1e-20) / 127
         queries = tl.floor(queries.to(tl.float32) * (1.0 / step_q)[:, None] + 0.5).to(queries.dtype)
+    column = tl.arange(0, N)
+    is_of_tile = (tl.arange(0, T * S)[:, None] // S == column[None, :]).to(tl.float32)
     first = tl.program_id(2) * tiles_at_once
     for start in range(first, tl.minimum(first + tiles_at_once, num_tiles), T):
         sample = start * S + tl.arange(0, T * S)
@@ -43,12 +49,12 @@ def _tile_lse(  # type: ignore[no-untyped-def]
             product = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * step_q[:, None] * step_k[None, :]
         else:
             product = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-        logit = tl.reshape((product + mass[None, :]) * scale, [M, T, S])
-        most = tl.max(logit, 2)
-        total = tl.sum(tl.exp(logit - most[:, :, None]), 2)
-        tile = start + tl.arange(0, T)
+        weight = tl.exp(tl.minimum((product + mass[None, :]) * scale, _LARGEST))
+        total = tl.dot(weight, is_of_tile, input_precision=PRECISION)
+        tile = start + column
         at = (head * num_queries + own)[:, None] * num_tiles + tile[None, :]
-        tl.store(lse + at, most + tl.log(total), mask=inside[:, None] & (tile < num_tiles)[None, :])
+        is_stored = (column < T) & (tile < num_tiles)
+        tl.store(lse + at, tl.log(total), mask=inside[:, None] & is_stored[None, :])
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -80,6 +86,10 @@ def _heaviest(  # type: ignore[no-untyped-def]
     tl.store(at_list + place, tile, mask=taken > 0)
 
 
+QUERIES_AT_ONCE, WARPS, STAGES = 128, 8, 2
+"""Of the first kernel; `tests/bench/tile_choice.py` times others."""
+
+
 def tile_lse(
     q_QNW: Tensor, k_NLW: Tensor, places: tuple[Tensor, Tensor], lse_NSJ: Tensor, head_dim: int, *, quant: bool,
     keys_at_once: int,
@@ -98,14 +108,14 @@ def tile_lse(
     query_place, key_place = places
     heads, num_queries, num_tiles = lse_NSJ.shape
     samples = len(key_place) // num_tiles
-    rows = min(128, max(16, triton.next_power_of_2(num_queries)))
+    rows = min(QUERIES_AT_ONCE, max(16, triton.next_power_of_2(num_queries)))
     at_once = max(1, keys_at_once // samples)
     # As many programs as fill a large GPU several times; each a whole number of steps.
     part = at_once * max(1, triton.cdiv(num_tiles, 16 * at_once))
     _tile_lse[(triton.cdiv(num_queries, rows), heads, triton.cdiv(num_tiles, part))](
         q_QNW, k_NLW, query_place, key_place, lse_NSJ, *q_QNW.stride()[:2], *k_NLW.stride()[:2],
-        num_queries, num_tiles, head_dim**-0.5, part, M=rows, T=at_once, S=samples, D=head_dim, QUANT=quant,
-        PRECISION="ieee" if q_QNW.dtype.itemsize == 4 else "tf32", num_warps=8, num_stages=2,
+        num_queries, num_tiles, head_dim**-0.5, part, M=rows, T=at_once, S=samples, D=head_dim, N=max(16, at_once),
+        QUANT=quant, PRECISION="ieee" if q_QNW.dtype.itemsize == 4 else "tf32", num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
 
 
