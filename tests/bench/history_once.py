@@ -60,6 +60,12 @@ def _seen_by_clean_pass(variant: Variant, share: float) -> Variant:
     return replace(variant, name=f"{variant.name}-clean-{share:.2f}", clean_share=share)
 
 
+def _spare_15(variant: Variant) -> Variant:
+    """Every merge frees half as many slots as those of the other faithful tables do."""
+    assert variant.spare_chunks * _CHUNK == 15
+    return replace(variant, name=f"{variant.name}-spare-15")
+
+
 _FAITHFUL = (_pairs(120, 12, 15), _pairs(180, 12, 30), _pairs(180, 30, 30), _pairs(240, 24, 30))
 ONCE = (
     replace(_SMALL, name="fastar-exact-once"),
@@ -69,7 +75,8 @@ ONCE = (
     *(_own(variant) for variant in (_FAITHFUL[1], _pairs(240, 12, 30))),
     *(_always(variant) for variant in _FAITHFUL[1:]),
     *(_packed(_own(variant)) for variant in (_FAITHFUL[1], _pairs(240, 12, 30), _pairs(156, 12, 30))),
-    *(_seen_by_clean_pass(_packed(_own(_pairs(156, seen, 30))), 1 / 3) for seen in (12, 18, 24)),
+    *(_seen_by_clean_pass(_packed(_own(_pairs(156, seen, 30))), 1 / 3) for seen in (12, 18)),
+    *(_spare_15(_seen_by_clean_pass(_packed(_own(_pairs(156, seen, 15))), 1 / 3)) for seen in (12, 18)),
     _seen_by_clean_pass(_own(_pairs(240, 18, 30)), 1 / 3),
 )
 """Tiles are chosen by products of 16 bits, which is the faster way there."""

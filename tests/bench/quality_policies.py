@@ -32,6 +32,18 @@ POLICIES: dict[str, Record] = {
 """Those of the paper's tables."""
 
 GUARDED = "fastar-quant, guarded"
+
+
+def _tiles(kept: int, spare: int, seen: int, share: float, storage: str, **attention: int) -> tuple[str, Record]:
+    """A faithful tile table, at which one denoising step and the clean pass look; sizes in latent frames."""
+    name = f"fastar-tiles, {kept} latent frames, {spare} spare, {seen} seen, clean pass {share:.2f}, {storage}"
+    for field, value in attention.items():
+        name += f", {value} {field.replace('_', ' ')}"
+    cache = {"merging": "pairs", "budget_latent_frames": kept, "spare_latent_frames": spare, "storage": storage}
+    looks = {"density": seen / kept, "history_at": (0,), "clean_pass_share": share, **attention}
+    return name, {"policy": "fastar-tiles", "cache": cache, "attention": looks}
+
+
 VARIANTS: dict[str, Record] = {
     "tempcache, int4": {"policy": "tempcache", "cache": {"storage": "int4"}},
     "tempcache, 60 latent frames": {"policy": "tempcache", "cache": {"budget_latent_frames": 60}},
@@ -61,72 +73,26 @@ VARIANTS: dict[str, Record] = {
     },
     "fastar-adaptive, clean pass sees as much": {"policy": "fastar-adaptive", "attention": {"clean_pass_share": 1.0}},
     "fastar-quant, every step looks": {"policy": "fastar-quant", "attention": {"history_at": None}},
-    **{
-        f"fastar-tiles, {kept} latent frames, {seen} seen, clean pass {share:.2f}, {storage}": {
-            "policy": "fastar-tiles",
-            "cache": {
-                "merging": "pairs",
-                "budget_latent_frames": kept,
-                "spare_latent_frames": 30,
-                "storage": storage,
-            },
-            "attention": {"density": seen / kept, "history_at": (0,), "clean_pass_share": share, **more},
-        }
-        for kept, seen, share, storage, more in (
-            (156, 12, 1.0, "int4", {}),
-            (156, 12, 1 / 3, "int4", {}),
-            (156, 18, 1 / 3, "int4", {}),
-            (156, 24, 1 / 3, "int4", {}),
-            (120, 18, 1 / 3, "int4", {}),
-            (240, 18, 1 / 3, "model", {}),
+    **dict(
+        _tiles(*sizes)
+        for sizes in (
+            (156, 30, 12, 1.0, "int4"),
+            (180, 30, 12, 1.0, "model"),
+            (240, 30, 12, 1.0, "model"),
+            (240, 30, 12, 1.0, "int4"),
+            (120, 30, 18, 1 / 3, "int4"),
+            *((156, 30, seen, 1 / 3, "int4") for seen in (12, 18, 24)),
+            *((156, 15, seen, 1 / 3, "int4") for seen in (12, 18)),
+            (156, 15, 18, 1 / 3, "model"),
+            (180, 30, 18, 1 / 3, "int4"),
+            (180, 15, 18, 1 / 3, "int4"),
+            (240, 30, 18, 1 / 3, "model"),
         )
-    },
-    **{
-        f"fastar-tiles, 156 latent frames, 18 seen, {keys} of 8 keys and {queries} queries looked at": {
-            "policy": "fastar-tiles",
-            "cache": {
-                "merging": "pairs",
-                "budget_latent_frames": 156,
-                "spare_latent_frames": 30,
-                "storage": "int4",
-            },
-            "attention": {
-                "density": 18 / 156,
-                "history_at": (0,),
-                "clean_pass_share": 1 / 3,
-                "keys_per_tile": keys,
-                "queries_per_tile": queries,
-            },
-        }
+    ),
+    **dict(
+        _tiles(156, 30, 18, 1 / 3, "int4", keys_per_tile=keys, queries_per_tile=queries)
         for keys, queries in ((2, 2), (4, 1))
-    },
-    **{
-        f"fastar-tiles, 186 latent frames, 12 seen{'' if storage == 'model' else f', {storage}'}": {
-            "policy": "fastar-tiles",
-            "cache": {
-                "merging": "pairs",
-                "budget_latent_frames": 186,
-                "spare_latent_frames": 15,
-                "storage": storage,
-            },
-            "attention": {"density": 12 / 186},
-        }
-        for storage in ("model", "int4")
-    },
-    **{
-        f"fastar-tiles, {kept} latent frames, {seen} seen, looks once{'' if storage == 'model' else f', {storage}'}": {
-            "policy": "fastar-tiles",
-            "cache": {
-                "merging": "pairs",
-                "budget_latent_frames": kept,
-                "spare_latent_frames": 30,
-                "storage": storage,
-            },
-            "attention": {"density": seen / kept, "history_at": (0,)},
-        }
-        for kept, seen in ((180, 12), (240, 12), (240, 24))
-        for storage in ("model", "int4")
-    },
+    ),
     GUARDED: {"policy": "fastar-quant", "guard": {"enabled": True}},
 }
 
