@@ -16,6 +16,7 @@ from itertools import product
 
 import torch
 
+from workers.attention.tile_mass import sample_places
 from workers.cache.low_bit import Storage
 from workers.cache.packed_history import PackedLayer, Part, PlainPacking, Workspace
 from workers.cache.packed_table import PackedTable, make_table
@@ -98,6 +99,37 @@ def check_unpack(storage: Storage, head_dim: int, tile: int, part: Part, *, some
         assert bool((a[~wanted] == 7.0).all()), of
 
 
+def check_sample(table: PackedTable, per_tile: int) -> None:
+    """Of each layer the same bits as where all is laid out, in so many keys of a tile; the others are left alone."""
+    s, k_NLW = table.settings, table.workspace.k_NLW
+    slot_R = sample_places(s.num_slots, s.tile, per_tile, k_NLW.device)[0]
+    is_sampled = torch.zeros(s.num_slots, dtype=torch.bool, device=k_NLW.device)
+    is_sampled[slot_R] = True
+    for index in range(s.num_layers):
+        k_NLW[..., s.head_dim + 2 :] = 0
+        expected = table.lay_out(index).k_NLW[:, is_sampled].clone()
+        k_NLW.fill_(7.0)
+        found = table.lay_out_sample(index, slot_R).k_NLW
+        assert torch.equal(found[:, is_sampled], expected)
+        assert bool((found[:, ~is_sampled] == 7.0).all())
+
+
+def check_unpack_sample(storage: Storage, head_dim: int, tile: int) -> None:
+    """As plain torch, bit by bit, of tensors at random; also where no power of two is sampled of a tile."""
+    from workers.cache.table_kernels import unpack_sample
+
+    s = sizes_of(storage, head_dim, tile)
+    layer = draw_table(s).layers[0]
+    assert isinstance(layer, PackedLayer)
+    for per_tile in (1, 5, min(16, tile)):
+        slot_R = sample_places(s.num_slots, s.tile, per_tile, DEVICE)[0]
+        found, expected = (Workspace(s, DTYPE, DEVICE) for _ in range(2))
+        for to, way in ((found, unpack_sample), (expected, PlainPacking().unpack_sample)):
+            to.k_NLW.fill_(7.0)
+            way(layer, to, s, slot_R)
+        assert torch.equal(found.k_NLW, expected.k_NLW)
+
+
 def check_pack(storage: Storage, head_dim: int, tile: int) -> None:
     """The same codes, in the slots that are asked for and no others."""
     from workers.cache.table_kernels import pack
@@ -139,7 +171,10 @@ def fill(sizes: TableSettings, num_chunks: int, work: TableWork) -> PackedTable:
 
 
 def table_differs(storage: Storage, rule: MergeRule = "pairs", num_chunks: int = 9) -> float:
-    """Share of slots whose key, value or record is another one than by plain torch, in float32."""
+    """Share of slots whose key, value or record is another one than by plain torch, in float32.
+
+    Samples of its tables are checked beside.
+    """
     sizes = replace(SIZES, storage=storage, rule=rule)
     found, expected = (fill(sizes, num_chunks, work) for work in ("kernels", "groups"))
     worst = 0.0
@@ -150,6 +185,8 @@ def table_differs(storage: Storage, rule: MergeRule = "pairs", num_chunks: int =
         run = slice(sizes.history_start, sizes.recent_start)
         other |= (apart[0] | apart[1])[:, run] & (b.m_NC > 0)
         worst = max(worst, float(other.float().mean()))
+    for table in (found, expected):
+        check_sample(table, 3)
     return worst
 
 
@@ -173,6 +210,7 @@ def check_bits(shapes: Sequence[tuple[Storage, int, int]] = SHAPES) -> float:
     for (storage, head_dim, tile), part, some in product(shapes, PARTS, (False, True)):
         check_unpack(storage, head_dim, tile, part, some=some)
     for storage, head_dim, tile in shapes:
+        check_unpack_sample(storage, head_dim, tile)
         check_pack(storage, head_dim, tile)
     return 0.0
 
@@ -211,7 +249,7 @@ def seconds(run: Callable[[], object], times: int = 20) -> float:
 
 def print_speed(storage: Storage, kept_chunks: int = 48, spare_chunks: int = 10) -> None:
     """Of the kernels at Wan2.1-1.3B sizes, one layer; beside what copying as many bytes takes here."""
-    from workers.cache.table_kernels import pack, unpack
+    from workers.cache.table_kernels import pack, unpack, unpack_sample
 
     s = TableSettings(1, 12, 128, 4680, 1560, kept_chunks=kept_chunks, spare_chunks=spare_chunks, storage=storage)
     table = draw_table(s, torch.bfloat16)
@@ -231,6 +269,11 @@ def print_speed(storage: Storage, kept_chunks: int = 48, spare_chunks: int = 10)
         speed = share * moved[part] / took
         say = f"{took * 1e3:.3f} ms, {speed / 1e12:.2f} TB/s, {speed / bandwidth:.0%} of a copy"
         print(f"unpack {storage} {part}, {share:.0%} of tiles: {say}", flush=True)
+    slot_R = sample_places(s.num_slots, s.tile, 16, DEVICE)[0]
+    took, share = seconds(partial(unpack_sample, layer, to, s, slot_R)), len(slot_R) / s.num_slots
+    speed = share * moved["keys"] / took
+    say = f"{took * 1e3:.3f} ms, {speed / 1e12:.2f} TB/s, {speed / bandwidth:.0%} of a copy"
+    print(f"unpack {storage} keys, {share:.1%} of each tile: {say}", flush=True)
     for name, num in (("a chunk", s.chunk_tokens), ("what is kept", s.kept_tokens)):
         took = seconds(partial(pack, layer, to, s, slice(0, num)))
         speed = moved["both"] * num / s.num_slots / took

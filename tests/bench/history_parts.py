@@ -21,7 +21,7 @@ from workers.cache.packed_table import PackedTable
 from workers.cache.table_codes import coded_bytes
 from workers.model.static_layers import LinearWeights, apply_linear, apply_linear_gelu
 
-_UNPACKING, _UNPACK = "unpacking in calls", re.compile("unpack_tiles")
+_UNPACKING, _UNPACK = "unpacking in calls", re.compile("unpack_(tiles|slots)")
 COMPRESSION = ("selection", "moving chunks", "matching", "merging", "unpacking", "packing", _UNPACKING)
 _KINDS = (
     (_UNPACKING, _UNPACK),
@@ -243,14 +243,14 @@ def _least_packing(engine: Engine) -> dict[str, tuple[float, float]]:
     coded, key, value = coded_bytes(s.head_dim, s.storage), s.width * size, s.head_dim * size
     keys, values = rows * s.num_slots * (coded + 2 * size + key), rows * s.num_slots * (coded + value)
     share, choices = table.seen_share, len(engine.choose_at)
-    others = len(engine.schedule.sigmas) + 1 - choices
+    calls, sampled = len(engine.schedule.sigmas) + 1, engine.variant.keys_per_tile / s.tile
     # Without a merge: what lies beside the history, the latent frame before, and at most so many near tiles.
     near = min(-(-s.chunk_tokens // s.tile) * (s.candidate_tiles or 0) * s.tile, s.history_slots)
     ends = rows * (s.num_slots - s.history_slots) * 2 * (key + value)
     brought = ends + rows * (s.frame_tokens + near) * (coded + 2 * size + key)
     changed = s.chunk_tokens + s.kept_tokens / s.spare_chunks
     return {
-        _UNPACKING: ((others * share * (keys + values) + choices * (keys + share * values)) / 1e9, 0.0),
+        _UNPACKING: ((calls * share * (keys + values) + choices * sampled * keys) / 1e9, 0.0),
         "unpacking": (((keys + values) / s.spare_chunks + brought * (1 - 1 / s.spare_chunks)) / 1e9, 0.0),
         "packing": (rows * changed * (2 * coded + key + value) / 1e9, 0.0),
     }

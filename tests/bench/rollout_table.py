@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -167,9 +167,10 @@ class ReplayedTable:
     def note_seen(self, layer_index: int, index_NIJ: Tensor) -> None:
         """All lies as it is read."""
 
-    def lay_out(
-        self, layer_index: int, part: Literal["keys", "values", "both"] = "both", *, seen_only: bool = False
-    ) -> ReplayedLayer:
+    def lay_out(self, layer_index: int, *, seen_only: bool = False) -> ReplayedLayer:
+        return self.layers[layer_index]
+
+    def lay_out_sample(self, layer_index: int, slot_R: Tensor) -> ReplayedLayer:
         return self.layers[layer_index]
 
     def remember_chunk(self, position_T3: Tensor) -> None:

@@ -6,7 +6,16 @@ Where there is no pytest: `python -m tests.packed_checks`.
 import pytest
 import torch
 
-from tests.packed_checks import INTERPRETED, PARTS, SHAPES, captured_differs, check_pack, check_unpack, table_differs
+from tests.packed_checks import (
+    INTERPRETED,
+    PARTS,
+    SHAPES,
+    captured_differs,
+    check_pack,
+    check_unpack,
+    check_unpack_sample,
+    table_differs,
+)
 from workers.cache.low_bit import Storage
 from workers.cache.packed_history import Part
 from workers.cache.table_layout import MergeRule
@@ -25,6 +34,12 @@ def test_unpacking_gives_the_bits_of_the_plain_way_and_leaves_what_nobody_sees(
 ) -> None:
     pytest.importorskip("triton")
     check_unpack(storage, head_dim, tile, part, some=some)
+
+
+@pytest.mark.parametrize(("storage", "head_dim", "tile"), SHAPES)
+def test_unpacking_a_sample_gives_the_bits_of_the_plain_way(storage: Storage, head_dim: int, tile: int) -> None:
+    pytest.importorskip("triton")
+    check_unpack_sample(storage, head_dim, tile)
 
 
 @pytest.mark.parametrize(("storage", "head_dim", "tile"), SHAPES)

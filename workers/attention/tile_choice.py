@@ -75,7 +75,8 @@ class TileChoice:
         self.num_clean = max(1, round(s.clean_share * self.num_chosen))
         self.query_tiles = -(-num_queries // s.tile)
         self._query_S = sample_places(num_queries, s.tile, s.queries_per_tile, device)[0]
-        self._key_R = sample_places(runs.num_tiles * s.tile, s.tile, s.keys_per_tile, device)[0]
+        self.sampled_slot_R = sample_places(runs.num_tiles * s.tile, s.tile, s.keys_per_tile, device)[0]
+        """Slots of a table whose keys are read, int64: tile by tile, equally many of each."""
         generator = torch.Generator().manual_seed(head_dim)
         projection = torch.randn(head_dim, s.bits, generator=generator).to(device)
         self._similarity = _make_similarity(s.estimate, head_dim, projection)
@@ -116,7 +117,7 @@ class TileChoice:
 
         Args:
             q_QNW: Queries after RoPE, ones in the channels of log m.
-            k_NLW: All keys of the layer, those of the chunk in hand included.
+            k_NLW: Keys of the layer, those of the chunk in hand included; those of `sampled_slot_R` are read.
             index_NIJ: From `new_list`.
             clean_NIJ: From `new_list` for a clean pass: the heaviest of them.
         """
@@ -140,7 +141,7 @@ class TileChoice:
         tile_lse(
             q_QNW,
             k_NLW,
-            (self._query_S, self._key_R),
+            (self._query_S, self.sampled_slot_R),
             lse_NSJ,
             self._head_dim,
             quant=is_quant,
@@ -153,7 +154,7 @@ class TileChoice:
     def mass(self, q_QNW: Tensor, k_NLW: Tensor) -> Tensor:
         """Estimated share of the softmax in each tile of the table, mean over the queries of a tile, [N, I, J]."""
         q_NSW = q_QNW.index_select(0, self._query_S).transpose(0, 1)
-        k_NRW = k_NLW.index_select(1, self._key_R)
+        k_NRW = k_NLW.index_select(1, self.sampled_slot_R)
         return self._estimate(q_NSW, k_NRW, self._similarity, self.query_tiles, self.settings.keys_per_tile)
 
 

@@ -43,11 +43,13 @@ class Workspace:
 
 
 class Packing(Protocol):
-    """The two ways between the tensors of a layer and the workspace."""
+    """The ways between the tensors of a layer and the workspace."""
 
     def unpack(
         self, layer: PackedLayer, to: Workspace, s: TableSettings, part: Part, is_seen_NJ: Tensor | None
     ) -> None: ...
+
+    def unpack_sample(self, layer: PackedLayer, to: Workspace, s: TableSettings, slot_R: Tensor) -> None: ...
 
     def pack(self, layer: PackedLayer, of: Workspace, s: TableSettings, new: slice) -> None: ...
 
@@ -97,6 +99,26 @@ class PlainPacking:
             for there, here in ends:
                 to.v_NLD[:, there] = layer.v_NLD[:, here]
             decode_into(layer.v_code_NCB, layer.v_largest_NCG, to.v_NLD[:, history], s.storage)
+
+    def unpack_sample(self, layer: PackedLayer, to: Workspace, s: TableSettings, slot_R: Tensor) -> None:
+        """Lay out some keys of a layer, for what reads no others; other slots of the workspace are left as they are.
+
+        Args:
+            layer: Of as many heads as the workspace.
+            to: Written, as by `unpack`.
+            s: Sizes.
+            slot_R: int64: slots of the table, tile by tile, equally many of each.
+        """
+        assert s.storage != "model"
+        per_tile = len(slot_R) // (s.num_slots // s.tile)
+        first, stop = (start // s.tile * per_tile for start in (s.history_start, s.recent_start))
+        slot = slot_R[first:stop] - s.history_start
+        k = to.k_NLW.new_zeros(len(to.k_NLW), len(slot), s.width)
+        decode_into(layer.k_code_NCB[:, slot], layer.k_largest_NCG[:, slot], k[..., : s.head_dim], s.storage)
+        k[..., s.head_dim : s.head_dim + 2] = layer.mass_NC2[:, slot]
+        to.k_NLW[:, slot_R[first:stop]] = k
+        to.k_NLW[:, slot_R[:first]] = layer.k_NLW[:, slot_R[:first]]
+        to.k_NLW[:, slot_R[stop:]] = layer.k_NLW[:, slot_R[stop:] - s.history_slots]
 
     def pack(self, layer: PackedLayer, of: Workspace, s: TableSettings, new: slice) -> None:
         """Write these slots of the history from the workspace; log m is not among what is written."""

@@ -75,17 +75,26 @@ class PackedTable(TileTable):
         """Of the tiles of all layers and heads, those that were noted; waits for the device."""
         return float(self._is_seen_LNJ.float().mean())
 
-    def lay_out(self, layer_index: int, part: Part = "both", *, seen_only: bool = False) -> LayerTable:
-        return self._lay_out(self.layers[layer_index], part, self._is_seen_LNJ[layer_index] if seen_only else None)
+    def lay_out(self, layer_index: int, *, seen_only: bool = False) -> LayerTable:
+        return self._lay_out(self.layers[layer_index], "both", self._is_seen_LNJ[layer_index] if seen_only else None)
+
+    def lay_out_sample(self, layer_index: int, slot_R: Tensor) -> LayerTable:
+        layer = self.layers[layer_index]
+        assert isinstance(layer, PackedLayer)
+        self._packing.unpack_sample(layer, self.workspace, self.settings, slot_R)
+        return self._in_workspace(layer)
 
     def remember_chunk(self, position_T3: Tensor) -> None:
         for index in range(len(self.layers)):
             self.remember(index, position_T3)
 
     def _lay_out(self, layer: LayerTable, part: Part, is_seen_NJ: Tensor | None = None) -> LayerTable:
-        """The layer in the workspace, with its own records."""
         assert isinstance(layer, PackedLayer)
         self._packing.unpack(layer, self.workspace, self.settings, part, is_seen_NJ)
+        return self._in_workspace(layer)
+
+    def _in_workspace(self, layer: LayerTable) -> LayerTable:
+        """What is unpacked there, with the records of the layer."""
         held = {name: getattr(layer, name) for name in (*TENSORS, "pointer", "num_chunks", "position_of")}
         return LayerTable(**held | {"k_NLW": self.workspace.k_NLW, "v_NLD": self.workspace.v_NLD})
 

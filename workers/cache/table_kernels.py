@@ -2,6 +2,6 @@
 
 from workers.cache.triton_match import match
 from workers.cache.triton_merge import merge
-from workers.cache.triton_pack import pack, unpack
+from workers.cache.triton_pack import pack, unpack, unpack_sample
 
-__all__ = ["match", "merge", "pack", "unpack"]
+__all__ = ["match", "merge", "pack", "unpack", "unpack_sample"]

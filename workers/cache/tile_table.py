@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from workers.cache.layer_table import TENSORS, LayerTable, new_tensors
-from workers.cache.packed_history import Packing, Part
+from workers.cache.packed_history import Packing
 from workers.cache.partners import History, Look, find_partners
 from workers.cache.shrink import Fuse, Room, Survivors, shrink
 from workers.cache.table_layout import KEYS_AT_ONCE, MEMBERS_LISTED, TableSettings, read_log_mass, write_log_mass
@@ -116,14 +116,17 @@ class TileTable:
     def note_seen(self, layer_index: int, index_NIJ: Tensor) -> None:
         """The tiles that queries will see until told anew; for tables that lay out only those."""
 
-    def lay_out(self, layer_index: int, part: Part = "both", *, seen_only: bool = False) -> LayerTable:
+    def lay_out(self, layer_index: int, *, seen_only: bool = False) -> LayerTable:
         """A layer as kernels read it, until the next one is laid out.
 
         Args:
             layer_index: Of the layer.
-            part: What is wanted; the other may be anything.
             seen_only: Tiles that were not noted may hold anything finite.
         """
+        return self.layers[layer_index]
+
+    def lay_out_sample(self, layer_index: int, slot_R: Tensor) -> LayerTable:
+        """A layer of which some keys alone are read: those of these slots, tile by tile, equally many of each."""
         return self.layers[layer_index]
 
     def remember(self, layer_index: int, position_T3: Tensor) -> None:

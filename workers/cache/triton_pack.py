@@ -2,8 +2,9 @@
 
 What `packed_history.PlainPacking` does, in one launch each. A program unpacks a tile of one head: codes are read and
 channels written once, in pieces of 16 bytes, and sink, newest chunks and the chunk in hand are copied beside them.
-Tiles that nobody sees are skipped. `int4` holds a channel of the first half and one of the second in a byte, so both
-halves of a vector are written in whole runs.
+Tiles that nobody sees are skipped; for the choice of tiles a few keys of each are unpacked by a kernel of its own.
+`int4` holds a channel of the first half and one of the second in a byte, so both halves of a vector are written in
+whole runs.
 """
 
 from __future__ import annotations
@@ -42,6 +43,29 @@ def _unpack_rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _unpack_keys(  # type: ignore[no-untyped-def]
+    code, largest, mass, k, at_slot, at_row, step_of_one,
+    D: tl.constexpr, EXTRA: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
+    """Some keys of a head, log m behind them: from slots of the history to rows of the workspace."""
+    W: tl.constexpr = D + EXTRA
+    extra = tl.arange(0, EXTRA)[None, :]
+    _unpack_rows(code, largest, k, at_slot, at_row, W, step_of_one, D, GROUP, RUN, HALVES)
+    parts = tl.load(mass + at_slot[:, None] * 2 + extra, mask=extra < 2, other=0.0)
+    tl.store(k + at_row[:, None] * W + D + extra, parts)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _copy_keys(end_k, k, at_end, at_row, D: tl.constexpr, EXTRA: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Some keys of a head that lie beside the history as they are."""
+    W: tl.constexpr = D + EXTRA
+    extra, channel = tl.arange(0, EXTRA)[None, :], tl.arange(0, D)[None, :]
+    at_end, at_row = at_end[:, None], at_row[:, None]
+    tl.store(k + at_row * W + channel, tl.load(end_k + at_end * W + channel))
+    tl.store(k + at_row * W + D + extra, tl.load(end_k + at_end * W + D + extra))
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def unpack_tiles(  # type: ignore[no-untyped-def]
     k_code, k_largest, v_code, v_largest, mass, end_k, end_v, k, v, is_seen,
     num_tiles, first_tile, stop_tile, history_slots, end_slots, step_of_one,
@@ -49,34 +73,49 @@ def unpack_tiles(  # type: ignore[no-untyped-def]
     TILE: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of one head. The history is tiles from `first_tile` up to `stop_tile`."""
-    W: tl.constexpr = D + EXTRA
     tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     is_wanted = tile >= 0
     if SOME:
         is_wanted = tl.load(is_seen + head * num_tiles + tile) > 0
     is_history = (tile >= first_tile) & (tile < stop_tile)
-    extra, channel = tl.arange(0, EXTRA)[None, :], tl.arange(0, D)[None, :]
+    channel = tl.arange(0, D)[None, :]
     first_row = (head * num_tiles + tile) * TILE + tl.arange(0, M)
     if is_wanted & is_history:
         first_slot = head * history_slots + (tile - first_tile) * TILE + tl.arange(0, M)
         for step in range(TILE // M):
             at_slot, at_row = first_slot + step * M, first_row + step * M
             if KEYS:
-                _unpack_rows(k_code, k_largest, k, at_slot, at_row, W, step_of_one, D, GROUP, RUN, HALVES)
-                parts = tl.load(mass + at_slot[:, None] * 2 + extra, mask=extra < 2, other=0.0)
-                tl.store(k + at_row[:, None] * W + D + extra, parts)
+                _unpack_keys(k_code, k_largest, mass, k, at_slot, at_row, step_of_one, D, EXTRA, GROUP, RUN, HALVES)
             if VALUES:
                 _unpack_rows(v_code, v_largest, v, at_slot, at_row, D, step_of_one, D, GROUP, RUN, HALVES)
     if is_wanted & (is_history == 0):
         slot = tl.where(tile < first_tile, tile * TILE, tile * TILE - history_slots)
         first_end = head * end_slots + slot + tl.arange(0, M)
         for step in range(TILE // M):
-            at_end, at_row = (first_end + step * M)[:, None], (first_row + step * M)[:, None]
+            at_end, at_row = first_end + step * M, first_row + step * M
             if KEYS:
-                tl.store(k + at_row * W + channel, tl.load(end_k + at_end * W + channel))
-                tl.store(k + at_row * W + D + extra, tl.load(end_k + at_end * W + D + extra))
+                _copy_keys(end_k, k, at_end, at_row, D, EXTRA)
             if VALUES:
-                tl.store(v + at_row * D + channel, tl.load(end_v + at_end * D + channel))
+                tl.store(v + at_row[:, None] * D + channel, tl.load(end_v + at_end[:, None] * D + channel))
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def unpack_slots(  # type: ignore[no-untyped-def]
+    k_code, k_largest, mass, end_k, k, sampled_slot, per_tile,
+    num_tiles, first_tile, stop_tile, history_slots, end_slots, step_of_one,
+    D: tl.constexpr, EXTRA: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, HALVES: tl.constexpr,
+    TILE: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """One program: the sampled keys of a tile of one head, at most M; its last one fills up what is less."""
+    tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    slot = tl.load(sampled_slot + tile * per_tile + tl.minimum(tl.arange(0, M), per_tile - 1))
+    at_row = head * num_tiles * TILE + slot
+    if (tile >= first_tile) & (tile < stop_tile):
+        at_slot = head * history_slots + slot - first_tile * TILE
+        _unpack_keys(k_code, k_largest, mass, k, at_slot, at_row, step_of_one, D, EXTRA, GROUP, RUN, HALVES)
+    else:
+        at_end = head * end_slots + slot - tl.where(tile < first_tile, 0, history_slots)
+        _copy_keys(end_k, k, at_end, at_row, D, EXTRA)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -161,6 +200,21 @@ def unpack(layer: PackedLayer, to: Workspace, s: TableSettings, part: Part, is_s
         1 / LIMITS[s.storage],
         **_shape(s, s.storage), TILE=s.tile, M=min(_UNPACKED_AT_ONCE, s.tile),
         KEYS=part != "values", VALUES=part != "keys", SOME=is_seen_NJ is not None, num_warps=4,
+    )  # fmt: skip
+
+
+def unpack_sample(layer: PackedLayer, to: Workspace, s: TableSettings, slot_R: Tensor) -> None:
+    """See `PlainPacking.unpack_sample`."""
+    assert s.storage != "model"
+    tensors = layer.k_code_NCB, layer.k_largest_NCG, layer.mass_NC2, layer.k_NLW, to.k_NLW, slot_R
+    assert all(x.is_contiguous() for x in tensors)
+    tiles = s.num_slots // s.tile
+    per_tile = len(slot_R) // tiles
+    unpack_slots[(tiles, s.num_heads)](
+        *tensors, per_tile,
+        tiles, s.history_start // s.tile, s.recent_start // s.tile, s.history_slots, s.num_slots - s.history_slots,
+        1 / LIMITS[s.storage],
+        **_shape(s, s.storage), TILE=s.tile, M=triton.next_power_of_2(per_tile), num_warps=2,
     )  # fmt: skip
 
 

@@ -17,7 +17,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from workers.cache.packed_history import Part
 from workers.contracts import PromptKeys
 from workers.denoise import step_euler, step_renoise, to_device
 from workers.errors import NonFiniteLatents
@@ -48,13 +47,17 @@ class Table(Protocol):
 
     def note_seen(self, layer_index: int, index_NIJ: Tensor) -> None: ...
 
-    def lay_out(self, layer_index: int, part: Part = "both", *, seen_only: bool = False) -> Keys: ...
+    def lay_out(self, layer_index: int, *, seen_only: bool = False) -> Keys: ...
+
+    def lay_out_sample(self, layer_index: int, slot_R: Tensor) -> Keys: ...
 
     def remember_chunk(self, position_T3: Tensor) -> None: ...
 
 
 class Chooser(Protocol):
     """See `workers/attention/tile_choice.py`."""
+
+    sampled_slot_R: Tensor
 
     @property
     def num_slots_seen(self) -> int: ...
@@ -233,7 +236,7 @@ class CapturedRollout:
             layers.enter(weights, x, time_T6E, self._rotation, self._targets[index])
             mark("queries, keys, values")
             if choose:
-                keys = self._lay_out(index, "keys", mark)
+                keys = self._lay_out(index, mark, for_choice=True)
                 self.chooser.choose(self._q_QNW, keys.k_NLW, listed, fewer)
                 self.table.note_seen(index, listed)
                 mark("selection")
@@ -241,7 +244,7 @@ class CapturedRollout:
                 listed = fewer
                 self.table.note_seen(index, listed)
             if look:
-                keys = self._lay_out(index, "values" if choose else "both", mark, seen_only=True)
+                keys = self._lay_out(index, mark)
             if isinstance(self._attend, KeptHistory):
                 looked = Looked(keys, listed) if look else None
                 out = self._attend.attend(index, self._q_QNW, self.table.layers[index], looked, mark)
@@ -253,8 +256,12 @@ class CapturedRollout:
         self._flow.copy_(model.read_out(x[None], time_BTE, self._latent_size))
         mark("head")
 
-    def _lay_out(self, index: int, part: Part, mark: Mark, *, seen_only: bool = False) -> Keys:
-        keys = self.table.lay_out(index, part, seen_only=seen_only)
+    def _lay_out(self, index: int, mark: Mark, *, for_choice: bool = False) -> Keys:
+        """What attention reads of a layer, or what the choice of tiles does."""
+        if for_choice:
+            keys = self.table.lay_out_sample(index, self.chooser.sampled_slot_R)
+        else:
+            keys = self.table.lay_out(index, seen_only=True)
         if self.table.is_packed:
             mark("unpacking")
         return keys

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.packed_checks import check_sample
 from tests.plain_tables import TrackedTable
 from tests.tables import SMALL_TABLE, go_on
 from workers.cache.low_bit import Storage
@@ -89,6 +90,17 @@ def test_it_is_the_table_in_16_bits_whose_history_is_rounded_so(
             assert torch.equal(*(getattr(table.layers[layer], name) for table in (packed, twin))), name
 
 
+@pytest.mark.parametrize("rule", ["chains", "pairs"])
+@pytest.mark.parametrize(("storage", "head_dim"), [("int8", 12), ("int4", 12), ("int4", 32)])
+@pytest.mark.parametrize("num_chunks", [1, 3, 6, 13])
+def test_a_sample_is_laid_out_as_the_whole_is(
+    num_chunks: int, storage: Storage, head_dim: int, rule: MergeRule
+) -> None:
+    table = fill(replace(SIZES, storage=storage, rule=rule, head_dim=head_dim), num_chunks)
+    for per_tile in (1, 3):
+        check_sample(table, per_tile)
+
+
 def test_kept_keys_have_the_codes_that_they_came_with() -> None:
     """A key that outlives merges is coded anew after each, and keeps its codes."""
     sizes = replace(SIZES, storage="int4", num_layers=1, decay=0.0)
@@ -142,7 +154,8 @@ def test_what_is_stored_as_computed_lies_where_it_is_read() -> None:
     """The default: no workspace, nothing coded, nothing copied."""
     table = make_table(SIZES, torch.float32, CPU)
     assert type(table) is TileTable
-    assert table.lay_out(1, "keys", seen_only=True) is table.layers[1]
+    assert table.lay_out(1, seen_only=True) is table.layers[1]
+    assert table.lay_out_sample(1, torch.arange(3)) is table.layers[1]
     assert not any("code" in name for name in table.state())
 
 

@@ -8,10 +8,10 @@ import torch
 from tests.tables import make_captured
 from workers.assemble_tiles import size_table
 from workers.attention.dense import DenseAttention
+from workers.attention.tile_choice import Estimate
 from workers.cache.dense import DenseCache
 from workers.cache.layer_table import LayerTable
 from workers.cache.low_bit import Storage
-from workers.cache.packed_history import Part
 from workers.cache.packed_table import PackedTable
 from workers.cache.tile_table import TileTable
 from workers.contracts import KVCache
@@ -109,12 +109,15 @@ def test_a_video_after_another_is_as_if_it_came_first(model: CausalDiT) -> None:
     assert all(torch.equal(a.latents_BTCHW, b.latents_BTCHW) for a, b in zip(first, second, strict=True))
 
 
-def test_what_nobody_sees_of_a_packed_table_may_be_anything(model: CausalDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("storage", "estimate"), [("int8", "exact"), ("int4", "exact"), ("int4", "quant")])
+def test_what_nobody_sees_of_a_packed_table_may_be_anything(
+    model: CausalDiT, storage: Storage, estimate: Estimate, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Littered(PackedTable):
-        """Its unlisted tiles are full of what is not there."""
+        """Its unlisted tiles, and before a choice what is not sampled, are full of what is not there."""
 
-        def lay_out(self, layer_index: int, part: Part = "both", *, seen_only: bool = False) -> LayerTable:
-            found = super().lay_out(layer_index, part, seen_only=seen_only)
+        def lay_out(self, layer_index: int, *, seen_only: bool = False) -> LayerTable:
+            found = super().lay_out(layer_index, seen_only=seen_only)
             if seen_only:
                 unseen = (self._is_seen_LNJ[layer_index] == 0).repeat_interleave(self.settings.tile, 1)
                 self.num_unseen += int(unseen.sum())
@@ -122,18 +125,29 @@ def test_what_nobody_sees_of_a_packed_table_may_be_anything(model: CausalDiT, mo
                     x[unseen] = 50 * torch.randn(x[unseen].shape)
             return found
 
+        def lay_out_sample(self, layer_index: int, slot_R: torch.Tensor) -> LayerTable:
+            self.workspace.k_NLW[..., : self.settings.head_dim + 2].normal_(std=50)
+            return super().lay_out_sample(layer_index, slot_R)
+
         num_unseen = 0
 
+    class Whole(PackedTable):
+        """All keys are laid out before a choice."""
+
+        def lay_out_sample(self, layer_index: int, slot_R: torch.Tensor) -> LayerTable:
+            return self.lay_out(layer_index)
+
     plan = make_plan(model, 9)
-    sizes = size_table(BACKBONE, SIZE, kept_chunks=2, spare_chunks=2, tile=8, rule="pairs", storage="int4")
-    latents = []
-    for kind in (PackedTable, Littered):
+    sizes = size_table(BACKBONE, SIZE, kept_chunks=2, spare_chunks=2, tile=8, rule="pairs", storage=storage)
+    found = []
+    for kind in (Whole, PackedTable, Littered):
         monkeypatch.setattr("tests.tables.make_table", kind)
-        rollout = make_captured(model, sizes, SIZE, num_chosen=2)
-        latents.append([chunk.latents_BTCHW for chunk in rollout.run(plan)])
+        rollout = make_captured(model, sizes, SIZE, num_chosen=2, estimate=estimate, keys_per_tile=2)
+        found.append([(chunk.latents_BTCHW, torch.stack(rollout._lists)) for chunk in rollout.run(plan)])
     assert isinstance(rollout.table, Littered)
     assert rollout.table.num_unseen > 0
-    assert all(torch.equal(a, b) for a, b in zip(*latents, strict=True))
+    for whole, *others in zip(*found, strict=True):
+        assert all(torch.equal(a, b) for other in others for a, b in zip(whole, other, strict=True))
 
 
 @pytest.mark.parametrize("storage", ["int8", "int4"])
