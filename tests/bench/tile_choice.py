@@ -51,7 +51,7 @@ def bench(device: torch.device) -> list[dict[str, Any]]:
 def shapes(chooser: TileChoice, q: Tensor, k: Tensor, lse_NSJ: Tensor, device: torch.device) -> list[dict[str, Any]]:
     """The first kernel in all of them, the fastest first."""
     found, usual = [], (triton_choice.QUERIES_AT_ONCE, triton_choice.WARPS, triton_choice.STAGES)
-    places = chooser._query_S, chooser._key_R
+    places = chooser._query_S, chooser.sampled_slot_R
     try:
         for queries, keys, warps, stages in SHAPES:
             triton_choice.QUERIES_AT_ONCE, triton_choice.WARPS, triton_choice.STAGES = queries, warps, stages

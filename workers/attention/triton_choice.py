@@ -86,7 +86,7 @@ def _heaviest(  # type: ignore[no-untyped-def]
     tl.store(at_list + place, tile, mask=taken > 0)
 
 
-QUERIES_AT_ONCE, WARPS, STAGES = 128, 8, 2
+QUERIES_AT_ONCE, WARPS, STAGES = 64, 4, 2
 """Of the first kernel; `tests/bench/tile_choice.py` times others."""
 
 
