@@ -190,6 +190,19 @@ def test_in_bfloat16_every_key_counts_once_and_partners_are_as_near() -> None:
         assert float(same.float().mean()) > 0.9
 
 
+@pytest.mark.parametrize(("rows", "num"), [(1, 1), (3, 700), (2, 9000)])
+@pytest.mark.parametrize("spread", [3, 1 << 31])
+def test_ranks_of_long_rows(rows: int, num: int, spread: int) -> None:
+    pytest.importorskip("triton")
+    from workers.cache.triton_ranks import kth_smallest, running_sum
+
+    x = torch.randint(-spread, spread, (rows, num), generator=torch.Generator().manual_seed(num)).int()
+    for k in {1, num, (num + 1) // 2, min(num, 17)}:
+        assert torch.equal(kth_smallest(x.to(DEVICE), k).cpu(), x.kthvalue(k, dim=-1, keepdim=True).values)
+    for values in (x > 0, (x > 0).int() * 3):
+        assert torch.equal(running_sum(values.to(DEVICE)).cpu(), values.cumsum(-1, dtype=torch.int32))
+
+
 @pytest.mark.parametrize("estimate", ["exact", "quant"])
 @pytest.mark.parametrize(("num_queries", "tiles", "keys_at_once"), [(100, 9, 128), (40, 21, 16)])
 def test_kernels_choose_the_tiles_that_the_plain_way_chooses(

@@ -66,33 +66,42 @@ def pair_loss(found: Distances, m_NC: Tensor, partner_NC: Tensor, head_dim: int)
     return loss.masked_fill((partner_NC < 0) | ~live, torch.inf)
 
 
-def choose_links(
-    loss_NC: Tensor, partner_NC: Tensor, num_merges: int, find_early: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
+class LinkWays(NamedTuple):
+    """What chooses links, in plain torch; `triton_merge.py` has its own."""
+
+    every_other: Callable[[Tensor], Tensor] = lambda toward: every_other(toward.long())
+    """Of slots of int32."""
+    kth_smallest: Callable[[Tensor, int], Tensor] = lambda x, k: x.kthvalue(k, dim=-1, keepdim=True).values
+    """Of int32 along rows."""
+    running_sum: Callable[[Tensor], Tensor] = lambda x: x.cumsum(-1, dtype=torch.int32)
+
+
+def choose_links(loss_NC: Tensor, partner_NC: Tensor, num_merges: int, ways: LinkWays | None = None) -> Tensor:
     """Let so many keys of each head join their partners: the slot that each slot is linked to, itself where it is not.
 
     Args:
         loss_NC: float32; inf where there is no link.
         partner_NC: int32; -1 for none.
         num_merges: As many at most.
-        find_early: Does what `pairs.every_other` does, with slots of int32; None for that itself.
+        ways: None takes plain torch.
     Returns:
         int32 [N, C].
     """
+    ways = ways or LinkWays()
     own = torch.arange(loss_NC.shape[1], dtype=torch.int32, device=loss_NC.device).expand_as(loss_NC)
     if num_merges == 0:
         return own.contiguous()
     is_link = ~loss_NC.isinf()
     toward = torch.where(is_link, partner_NC, own)
-    is_early = every_other(toward.long()) if find_early is None else find_early(toward)
+    is_early = ways.every_other(toward)
     # Losses are not negative, so their bits are in their order.
     bits = loss_NC.view(torch.int32) & _NO_LINK
     rank = torch.where(is_early | (bits == 0), bits | _EARLY, bits).masked_fill(~is_link, _NO_LINK)
-    last = rank.kthvalue(num_merges, dim=-1, keepdim=True).values
+    last = ways.kth_smallest(rank, num_merges)
     # Of equal ones the first slot's comes first.
     before, equal = rank < last, rank == last
     room = num_merges - before.sum(-1, keepdim=True)
-    chosen = before | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
+    chosen = before | (equal & (ways.running_sum(equal) <= room))
     return torch.where(chosen & is_link, toward, own)
 
 

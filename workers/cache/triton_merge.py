@@ -20,7 +20,7 @@ from torch import Tensor
 from workers.cache.partners import History
 from workers.cache.shrink import Room
 from workers.cache.table_layout import NO_KEY
-from workers.cache.table_pairs import choose_links, heaviest_of_root, pair_loss
+from workers.cache.table_pairs import LinkWays, choose_links, heaviest_of_root, pair_loss
 from workers.cache.triton_match import ROWS, unit_halves
 from workers.cache.triton_pairs import (
     Members,
@@ -30,8 +30,11 @@ from workers.cache.triton_pairs import (
     list_members,
     walk_every_other,
 )
+from workers.cache.triton_ranks import kth_smallest, running_sum
 from workers.cache.unrotated import TurnBack
 
+_DOUBLING = LinkWays(kth_smallest=kth_smallest, running_sum=running_sum)
+_WAYS = LinkWays(walk_every_other, kth_smallest, running_sum)
 _WEIGHT_UNITS = tl.constexpr(float(2**24))
 _VALUE_UNITS = tl.constexpr(float(2**20))
 """As in `shrink.py`."""
@@ -66,12 +69,10 @@ def _find_survivors(root, head, m, head_of, survives, stride_mn, num_slots, M: t
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _weigh(  # type: ignore[no-untyped-def]
-    k, position, m, weight, head_of, survives, rank, share, added, joined, source, axis, frequency,
-    stride_kn, stride_kl, stride_pn, stride_mn, stride_wn, start_k, num_slots, num_keep, rate,
-    P: tl.constexpr, M: tl.constexpr, FALLS: tl.constexpr,
+def _place(  # type: ignore[no-untyped-def]
+    m, survives, rank, share, source, given_up, tally, stride_mn, num_slots, num_keep, num_given_up, M: tl.constexpr,
 ):  # fmt: skip
-    """Weight of each key that is given up (-1 for others), added to its group; where each other key goes."""
+    """Where each key goes, and a list of those that are given up, in any order; -1 as the share of all."""
     slot = tl.program_id(0) * M + tl.arange(0, M)
     row = tl.program_id(1).to(tl.int64)
     inside, at = slot < num_slots, row * num_slots + slot
@@ -79,8 +80,27 @@ def _weigh(  # type: ignore[no-untyped-def]
     total = tl.load(rank + row * num_slots + num_slots - 1)
     target = tl.load(rank + at, mask=inside, other=0) - 1 + num_keep - total
     tl.store(source + row * num_keep + target, slot, mask=inside & keeps & (target >= 0))
-    own_m = tl.load(m + row * stride_mn + slot, mask=inside, other=0)
-    given_up = (own_m > 0) & (keeps == 0)
+    tl.store(share + at, tl.full([M], -1.0, tl.float32), mask=inside)
+    is_given_up = (tl.load(m + row * stride_mn + slot, mask=inside, other=0) > 0) & (keeps == 0)
+    number = tl.cumsum(is_given_up.to(tl.int32), 0)
+    first = tl.atomic_add(tally + row, tl.max(number, 0), sem="relaxed")
+    tl.store(given_up + row * num_given_up + first + number - 1, slot, mask=is_given_up)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _weigh(  # type: ignore[no-untyped-def]
+    k, position, m, weight, head_of, given_up_slot, share, added, joined, axis, frequency,
+    stride_kn, stride_kl, stride_pn, stride_mn, stride_wn, start_k, num_slots, num_given_up, rate,
+    P: tl.constexpr, M: tl.constexpr, FALLS: tl.constexpr,
+):  # fmt: skip
+    """Weight of each key that is given up, added to its group."""
+    listed = tl.program_id(0) * M + tl.arange(0, M)
+    row = tl.program_id(1).to(tl.int64)
+    slot = tl.load(given_up_slot + row * num_given_up + listed, mask=listed < num_given_up, other=-1)
+    given_up = slot >= 0
+    slot = tl.where(given_up, slot, 0)
+    at = row * num_slots + slot
+    own_m = tl.load(m + row * stride_mn + slot, mask=given_up, other=0)
     newest = tl.load(head_of + at, mask=given_up, other=0)
     w = tl.load(weight + row * stride_wn + slot, mask=given_up, other=0.0)
     if FALLS:
@@ -90,7 +110,7 @@ def _weigh(  # type: ignore[no-untyped-def]
             k, at_k + at_a, at_k + at_b, position, at_p + slot * 3, at_p + newest * 3, given_up, axis, frequency, P, M
         )
         w *= tl.exp(-rate * tl.maximum(a + b - 2 * inner, 0.0))
-    tl.store(share + at, tl.where(given_up, w, -1.0), mask=inside)
+    tl.store(share + at, w, mask=given_up)
     group = row * num_slots + newest
     tl.atomic_add(added + group, tl.floor(w * _WEIGHT_UNITS + 0.5).to(tl.int64), mask=given_up, sem="relaxed")
     tl.atomic_add(joined + group, own_m, mask=given_up, sem="relaxed")
@@ -289,7 +309,7 @@ def merge(
     heads, num = m.shape
     if room.rule == "pairs":
         loss = pair_loss(find_distances(history, v, partner, turn_back), m, partner, turn_back.head_dim)
-        link = choose_links(loss, partner, room.num_merges, walk_every_other if room.num_listed else None)
+        link = choose_links(loss, partner, room.num_merges, _WAYS if room.num_listed else _DOUBLING)
         families = _find_families(link, m, by_mass=True)
     else:
         link = _join_nearest(find_cosines(history, partner, turn_back), partner, room.num_merges)
@@ -297,15 +317,21 @@ def merge(
     share = torch.empty((heads, num), dtype=torch.float32, device=k.device)
     joined, added = torch.zeros_like(families.root), torch.zeros_like(families.root, dtype=torch.int64)
     source = torch.full((heads, room.num_keep), -1, dtype=torch.int32, device=k.device)
-    _weigh[(triton.cdiv(num, ROWS), heads)](
-        k, position, m, weight, families.head_of, families.survives, families.rank, share, added, joined,
-        source, turn_back.axis_int32_D, turn_back.frequency_D, *k.stride()[:2], position.stride(0), m.stride(0),
-        weight.stride(0), history.start, num, room.num_keep, room.rate, P=turn_back.head_dim // 2, M=ROWS,
+    # Each link that is chosen gives up one key.
+    given_up = torch.full((heads, max(1, room.num_merges)), -1, dtype=torch.int32, device=k.device)
+    _place[(triton.cdiv(num, 1024), heads)](
+        m, families.survives, families.rank, share, source, given_up, torch.zeros_like(given_up[:, 0]), m.stride(0),
+        num, room.num_keep, given_up.shape[1], M=1024, num_warps=4,
+    )  # fmt: skip
+    _weigh[(triton.cdiv(given_up.shape[1], ROWS), heads)](
+        k, position, m, weight, families.head_of, given_up, share, added, joined,
+        turn_back.axis_int32_D, turn_back.frequency_D, *k.stride()[:2], position.stride(0), m.stride(0),
+        weight.stride(0), history.start, num, given_up.shape[1], room.rate, P=turn_back.head_dim // 2, M=ROWS,
         FALLS=room.rate > 0, num_warps=4,
     )  # fmt: skip
     listed = room.num_listed
     members = list_members(share, families.head_of, listed) if listed else Members(joined, joined, share)
-    sums = _Sums(share, added, joined, members, (members.tally > listed).cumsum(-1, dtype=torch.int32))
+    sums = _Sums(share, added, joined, members, running_sum(members.tally > listed))
     buffers = _buffers(history, records, heads_at_once, room.num_keep)
     # As many groups as keys are given up, at most, if one is enough.
     groups = (heads_at_once, max(1, room.num_merges // (listed + 1)), turn_back.head_dim)
@@ -323,7 +349,7 @@ def _join_nearest(cosine: Tensor, partner: Tensor, num_merges: int) -> Tensor:
     least = cosine.kthvalue(num - num_merges + 1, dim=-1, keepdim=True).values
     above, equal = cosine > least, cosine == least
     room = num_merges - above.sum(-1, keepdim=True, dtype=torch.int32)
-    merged = (above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))) & ~cosine.isneginf()
+    merged = (above | (equal & (running_sum(equal) <= room))) & ~cosine.isneginf()
     return torch.where(merged, partner, own)
 
 
@@ -337,7 +363,7 @@ def _find_families(link: Tensor, m: Tensor, *, by_mass: bool) -> _Families:
     if by_mass:
         head = heaviest_of_root(root.long(), m).int()
     _find_survivors[grid](root, head, m, head_of, survives, m.stride(0), num, M=1024, num_warps=4)
-    return _Families(root, head_of, survives, survives.cumsum(-1, dtype=torch.int32))
+    return _Families(root, head_of, survives, running_sum(survives))
 
 
 def _buffers(history: History, records: Sequence[Tensor], heads: int, num_keep: int) -> tuple[Tensor, ...]:
