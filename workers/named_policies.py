@@ -54,7 +54,22 @@ POLICIES: Mapping[PolicyName, Parts] = {
         "attention": {"kind": "annsa", "target_recall": 0.95, "dense_step_share": 0.0, "history_at": (0,)},
         "prompt_attention": {"kind": "annca"},
     },
-    "fastar-tiles": {"cache": {"kind": "tiles"}, "attention": {"kind": "tiles"}},
+    "fastar-tiles": {
+        "cache": {
+            "kind": "tiles",
+            "budget_latent_frames": 150,
+            "spare_latent_frames": 15,
+            "merging": "pairs",
+            "storage": "int4",
+        },
+        "attention": {
+            "kind": "tiles",
+            "density": 0.08,
+            "estimate": "exact",
+            "history_at": (0,),
+            "clean_pass_share": 1 / 3,
+        },
+    },
     "streaming": {"attention": {"kind": "streaming"}},
     "radial": {"attention": {"kind": "radial"}},
     "svg": {"attention": {"kind": "svg", "tile": 8}},

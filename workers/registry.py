@@ -24,6 +24,7 @@ from workers.geometry import (
     text_parameters,
 )
 from workers.model.backbones import BACKBONES, Backbone, find_backbone
+from workers.named_policies import POLICIES
 from workers.releases import RELEASES
 
 _VAE_PARAMETERS = 126_892_531
@@ -161,8 +162,10 @@ def estimate(name: str, *, gpu: Gpu | None, width: int | None, height: int | Non
     peak = rest + 2 * native_cache
     seconds = work.seconds(gpu) if gpu else None
     has_table = backbone.rollout == "chunkwise" and backbone.renders_alone and not backbone.image_dim
-    table = work.table_bytes(TileCacheConfig()) if has_table else None
-    table_flops = work.table_flops(TileCacheConfig(), TileAttentionConfig())
+    cache = TileCacheConfig.model_validate(POLICIES["fastar-tiles"]["cache"])
+    attention = TileAttentionConfig.model_validate(POLICIES["fastar-tiles"]["attention"])
+    table = work.table_bytes(cache) + work.kept_history_bytes(attention) if has_table else None
+    table_flops = work.table_flops(cache, attention)
     return Estimate(
         gpu=gpu.name if gpu else None,
         gpu_bytes=gpu.memory_bytes if gpu else None,

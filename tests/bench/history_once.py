@@ -77,9 +77,14 @@ ONCE = (
     *(_packed(_own(variant)) for variant in (_FAITHFUL[1], _pairs(240, 12, 30), _pairs(156, 12, 30))),
     *(_seen_by_clean_pass(_packed(_own(_pairs(156, seen, 30))), 1 / 3) for seen in (12, 18)),
     *(_spare_15(_seen_by_clean_pass(_packed(_own(_pairs(156, seen, 15))), 1 / 3)) for seen in (12, 18)),
+    replace(
+        _spare_15(_seen_by_clean_pass(_packed(_own(_pairs(150, 12, 15))), 1 / 3)),
+        name="fastar-tiles",
+        with_pictures=True,
+    ),
     _seen_by_clean_pass(_own(_pairs(240, 18, 30)), 1 / 3),
 )
-"""Tiles are chosen by products of 16 bits, which is the faster way there."""
+"""Tiles are chosen by products of 16 bits, which is the faster way there; `fastar-tiles` is the policy of that name."""
 
 
 def choose_parted(settings: Settings, name: ListedName) -> tuple[ListedName, str]:

@@ -34,6 +34,13 @@ POLICIES: dict[str, Record] = {
 GUARDED = "fastar-quant, guarded"
 
 
+def _small_tiles(kept: int = 48, **attention: Any) -> Record:
+    """A tile table as it was by default before it kept the past: small, merging chains, every call looking."""
+    cache = {"budget_latent_frames": kept, "spare_latent_frames": 15, "merging": "chains", "storage": "model"}
+    every = {"density": 0.1, "estimate": "quant", "history_at": None, "clean_pass_share": 1.0}
+    return {"policy": "fastar-tiles", "cache": cache, "attention": every | attention}
+
+
 def _tiles(kept: int, spare: int, seen: int, share: float, storage: str, **attention: int) -> tuple[str, Record]:
     """A faithful tile table, at which one denoising step and the clean pass look; sizes in latent frames."""
     name = f"fastar-tiles, {kept} latent frames, {spare} spare, {seen} seen, clean pass {share:.2f}, {storage}"
@@ -51,22 +58,13 @@ VARIANTS: dict[str, Record] = {
     "fastar-quant, 60 latent frames": {"policy": "fastar-quant", "cache": {"budget_latent_frames": 60}},
     "fastar-quant, 90 latent frames": {"policy": "fastar-quant", "cache": {"budget_latent_frames": 90}},
     "fastar-quant, 48 latent frames seen": {"policy": "fastar-quant", "attention": {"seen_latent_frames": 48}},
-    "fastar-tiles, 20% of the tiles": {"policy": "fastar-tiles", "attention": {"density": 0.2}},
-    "fastar-tiles, sink and newest always": {
-        "policy": "fastar-tiles",
-        "attention": {"always_sink": True, "always_recent": True},
-    },
-    "fastar-tiles, 2 of 8 keys looked at": {
-        "policy": "fastar-tiles",
-        "attention": {"keys_per_tile": 2, "queries_per_tile": 2},
-    },
-    "fastar-tiles, all tiles": {"policy": "fastar-tiles", "attention": {"density": 1.0}},
-    "fastar-tiles, 111 latent frames": {"policy": "fastar-tiles", "cache": {"budget_latent_frames": 111}},
-    "fastar-tiles, 120 latent frames, 30%": {
-        "policy": "fastar-tiles",
-        "cache": {"budget_latent_frames": 120},
-        "attention": {"density": 0.3},
-    },
+    "fastar-tiles, 48 latent frames": _small_tiles(),
+    "fastar-tiles, 20% of the tiles": _small_tiles(density=0.2),
+    "fastar-tiles, sink and newest always": _small_tiles(always_sink=True, always_recent=True),
+    "fastar-tiles, 2 of 8 keys looked at": _small_tiles(keys_per_tile=2, queries_per_tile=2),
+    "fastar-tiles, all tiles": _small_tiles(density=1.0),
+    "fastar-tiles, 111 latent frames": _small_tiles(111),
+    "fastar-tiles, 120 latent frames, 30%": _small_tiles(120, density=0.3),
     "fastar-adaptive, every step looks": {
         "policy": "fastar-adaptive",
         "attention": {"history_at": None, "dense_step_share": 0.3},

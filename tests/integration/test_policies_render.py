@@ -55,7 +55,7 @@ def test_a_policy_renders_and_forgets_between_takes(tmp_path: Path, policy: Poli
     is_sparse = policy not in ("dense", "annca")
     assert (second.attn_density_mean < 0.999) == is_sparse
     if policy.startswith(("fastar", "temp")):
-        assert second.kv_policy == ("tiles-30-8" if policy == "fastar-tiles" else "temporal-30-int8")
+        assert second.kv_policy == ("tiles-30-8-pairs-int4" if policy == "fastar-tiles" else "temporal-30-int8")
         # The budget is counted in bfloat16, that of a table in keys; the render computes in float32.
         limit = 30 * 8 * 2 * 80 * 3 * 2
         assert second.kv_bytes <= (limit * 4 if policy == "fastar-tiles" else limit)

@@ -52,7 +52,7 @@ def test_the_bundled_model_through_the_actor_into_an_mp4(tmp_path: Path) -> None
     assert isinstance(result, RenderResult), result
     video = probe(tmp_path / result.video_key)
     assert (video.num_frames, video.width, video.height) == (60, 128, 128)
-    assert result.kv_policy == "tiles-15-8"
+    assert result.kv_policy == "tiles-15-8-pairs-int4"
     assert result.backend == info.backend
     assert result.backend.startswith("listed tiles by plain torch")
     # Chunks of 192 tokens, tiles of 8; of 120 tiles that can be chosen 36 are.
@@ -66,7 +66,10 @@ def test_the_bundled_model_through_the_actor_into_an_mp4(tmp_path: Path) -> None
 
 
 def test_keeping_and_seeing_all_gives_the_frames_of_dense_attention() -> None:
-    whole = {"cache": {"budget_latent_frames": 60}, "attention": {"density": 1.0}}
+    whole = {
+        "cache": {"budget_latent_frames": 60, "storage": "model"},
+        "attention": {"density": 1.0, "history_at": None, "clean_pass_share": 1.0},
+    }
     found, expected = chunks_of(make_model(**whole), 84), chunks_of(make_model("dense"), 84)
     assert len(found) == len(expected) == 7
     for (chunk, frames), (other, other_frames) in zip(found, expected, strict=True):
@@ -83,7 +86,7 @@ def test_a_take_after_another_and_after_warming_up_is_as_if_it_came_first(tmp_pa
 
 
 def test_a_table_that_merges_pairs_says_so_and_makes_other_frames(tmp_path: Path) -> None:
-    chains, pairs = make_model(cache=SMALL), make_model(cache=SMALL | {"merging": "pairs"})
+    chains, pairs = (make_model(cache=SMALL | {"merging": rule, "storage": "model"}) for rule in ("chains", "pairs"))
     first, second = render(chains, tmp_path), render(pairs, tmp_path, task_id="b-0")
     assert second.kv_policy == f"{first.kv_policy}-pairs"
     assert second.frames_sha256 != first.frames_sha256
@@ -92,7 +95,7 @@ def test_a_table_that_merges_pairs_says_so_and_makes_other_frames(tmp_path: Path
 
 def test_where_memory_ran_out_the_table_gives_way_to_a_window(tmp_path: Path) -> None:
     model = make_model(cache=SMALL)
-    assert render(model, tmp_path).kv_policy == "tiles-15-8"
+    assert render(model, tmp_path).kv_policy == "tiles-15-8-pairs-int4"
     last = render(model, tmp_path, task_id="b-0", ladder_rung=len(LADDER))
     assert (last.kv_policy, last.ladder) == ("window-3+21", LADDER)
     assert last.backend.startswith("sdpa")
@@ -100,14 +103,14 @@ def test_where_memory_ran_out_the_table_gives_way_to_a_window(tmp_path: Path) ->
     with pytest.raises(AssertionError, match="begin_take comes first"):
         _ = model.seat.table  # given back
     first_rung = render(model, tmp_path, task_id="c-0", ladder_rung=1)
-    assert first_rung.kv_policy == "tiles-15-8"
+    assert first_rung.kv_policy == "tiles-15-8-pairs-int4"
 
 
 def test_an_attempt_in_float32_has_a_table_of_its_own(tmp_path: Path) -> None:
     half = make_model(cache=SMALL, backbone={"name": "tiny-test", "dtype": "bfloat16"})
     wide = render(half, tmp_path, full_precision=True)
     assert wide.ladder == ("float32",)
-    assert wide.kv_policy == "tiles-15-8"
+    assert wide.kv_policy == "tiles-15-8-pairs-int4"
     plain = render(make_model(cache=SMALL), tmp_path, task_id="b-0")
     assert abs(wide.quality.mean_luma - plain.quality.mean_luma) < 1
     assert render(half, tmp_path, task_id="c-0").ladder == ()
@@ -127,5 +130,5 @@ def test_a_job_whose_driver_is_killed_ends_with_the_frames_of_an_undisturbed_act
         driver.wait()
         job.finish(job.start("--takeover"))
         rows = open_manifest(job.root).to_table(columns=["item_id", "frames_sha256", "kv_policy"]).to_pylist()
-    assert {row["kv_policy"] for row in rows} == {"tiles-24-8"}
+    assert {row["kv_policy"] for row in rows} == {"tiles-24-8-pairs-int4"}
     assert {f"{row['item_id']}-0": row["frames_sha256"] for row in rows} == undisturbed(tmp_path / "alone", look)

@@ -35,6 +35,8 @@ from tests.bench.rollout_rows import (
     with_ratios,
 )
 from workers.cache.table_layout import EXTRA_CHANNELS
+from workers.config import RenderConfig
+from workers.config_tiles import TileAttentionConfig, TileCacheConfig
 from workers.kernels.listed_tiles import attend_listed_plain
 from workers.kernels.select import Hardware, KernelNeed
 from workers.model.backbones import Native, find_backbone
@@ -146,6 +148,26 @@ def test_a_row_that_looks_at_the_history_once_says_what_is_seen(name: str, monke
     fresh = 16 * (2 if variant.always_recent else 1)  # chunks of 12 tokens in tiles of 16; two steps
     assert engine.slots_seen == fresh + 16 * engine.chooser.num_chosen / 2
     assert f"{round(engine.slots_seen)} slots seen" in result.notes
+
+
+def test_the_row_of_the_policy_is_the_policy() -> None:
+    config, row = RenderConfig(policy="fastar-tiles"), rollout_history.VARIANTS["fastar-tiles"]
+    cache, attention = config.cache, config.attention
+    assert isinstance(cache, TileCacheConfig)
+    assert isinstance(attention, TileAttentionConfig)
+    chunks = cache.chunks(3)
+    assert (row.kept_chunks, row.spare_chunks, row.recent_chunks) == (
+        chunks["kept_chunks"],
+        chunks["spare_chunks"],
+        chunks["recent_chunks"],
+    )
+    assert (row.rule, row.storage, row.candidate_tiles) == (cache.merging, cache.storage, cache.candidate_tiles)
+    assert (row.density, row.estimate, row.history_at) == (
+        pytest.approx(attention.density),
+        attention.estimate,
+        attention.history_at,
+    )
+    assert (row.clean_share, row.always_sink) == (attention.clean_pass_share, attention.always_sink)
 
 
 def test_rows_that_look_once_keep_and_see_what_their_names_say() -> None:

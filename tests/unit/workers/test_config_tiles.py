@@ -17,21 +17,24 @@ def make(**fields: Any) -> RenderConfig:
     return RenderConfig.model_validate({"policy": "fastar-tiles", **fields})
 
 
-def test_the_policy_is_a_table_of_fourteen_chunks_of_history_and_a_tenth_of_its_tiles() -> None:
+def test_the_policy_keeps_150_latent_frames_in_4_bits_of_which_12_are_seen_once_a_chunk() -> None:
     config = make()
     assert isinstance(config.cache, TileCacheConfig)
     assert isinstance(config.attention, TileAttentionConfig)
     chunks = config.cache.chunks(3)
-    assert chunks == {"sink_chunks": 1, "recent_chunks": 1, "kept_chunks": 9, "spare_chunks": 5}
-    assert (chunks["kept_chunks"] + chunks["spare_chunks"]) * 4680 == 65_520
-    assert config.attention.density == 0.1
+    assert chunks == {"sink_chunks": 1, "recent_chunks": 1, "kept_chunks": 43, "spare_chunks": 5}
+    assert (config.cache.merging, config.cache.storage) == ("pairs", "int4")
+    assert config.attention.density * config.cache.budget_latent_frames == pytest.approx(12)
+    assert (config.attention.history_at, config.attention.clean_pass_share) == ((0,), 1 / 3)
     assert RenderConfig.model_validate_json(config.model_dump_json()) == config
 
 
-def test_by_default_every_call_looks_at_the_history() -> None:
-    attention = make().attention
-    assert isinstance(attention, TileAttentionConfig)
-    assert attention.history_at is None
+def test_the_kinds_alone_are_a_small_table_at_which_every_call_looks() -> None:
+    config = make(policy=None, cache={"kind": "tiles"}, attention={"kind": "tiles"})
+    assert isinstance(config.cache, TileCacheConfig)
+    assert isinstance(config.attention, TileAttentionConfig)
+    assert config.cache.chunks(3) == {"sink_chunks": 1, "recent_chunks": 1, "kept_chunks": 9, "spare_chunks": 5}
+    assert (config.attention.density, config.attention.history_at) == (0.1, None)
     once = make(attention={"choose_at": [0, 2], "history_at": [0, 2, 3]}).attention
     assert isinstance(once, TileAttentionConfig)
     assert once.history_at == (0, 2, 3)
@@ -50,7 +53,10 @@ def test_a_tile_is_at_most_an_eighth_of_a_latent_frame(frame_tokens: int, tile: 
         ({"cache": {"budget_latent_frames": 20}}, r"cache\.budget_latent_frames: 20 is below 22, the sum of"),
         ({"cache": {"storage": "fp8"}}, r"cache\.tiles\.storage\n *Input should be 'model', 'int8' or 'int4'"),
         ({"attention": {"choose_at": [1, 2]}}, r"attention\.choose_at: \[1, 2\] must begin with 0 and rise"),
-        ({"attention": {"choose_at": [0, 4]}}, r"attention\.choose_at: 4 is no denoising step: .* from 0 to 3"),
+        (
+            {"attention": {"choose_at": [0, 4], "history_at": None}},
+            r"attention\.choose_at: 4 is no denoising step: .* from 0 to 3",
+        ),
         ({"attention": {"history_at": [1, 2]}}, r"attention\.history_at: \[1, 2\] must begin with 0 and rise"),
         ({"attention": {"history_at": [0, 2, 2]}}, r"attention\.history_at: \[0, 2, 2\] must begin with 0 and rise"),
         ({"attention": {"history_at": []}}, r"attention\.tiles\.history_at\s+Tuple should have at least 1 item"),

@@ -27,8 +27,14 @@ def make_model(storage: str = "model", **attention: Any) -> LoadedModel:
         "backbone": {"name": "tiny-test"},
         "video": {"width": 64, "height": 32},
         "sampling": {"num_steps": 2},
-        "cache": {"budget_latent_frames": 15, "spare_latent_frames": 3, "mass_decay": 0.5, "storage": storage},
-        "attention": attention,
+        "cache": {
+            "budget_latent_frames": 15,
+            "spare_latent_frames": 3,
+            "merging": "chains",
+            "mass_decay": 0.5,
+            "storage": storage,
+        },
+        "attention": {"estimate": "quant", "history_at": None, "clean_pass_share": 1.0} | attention,
     }
     return load_model(RenderConfig.model_validate(record))
 
