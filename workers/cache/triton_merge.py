@@ -33,7 +33,7 @@ from workers.cache.triton_pairs import (
 from workers.cache.unrotated import TurnBack
 
 _WEIGHT_UNITS = tl.constexpr(float(2**24))
-_VALUE_UNITS = tl.constexpr(float(2**20))
+VALUE_UNITS = tl.constexpr(float(2**20))
 """As in `shrink.py`."""
 
 
@@ -97,7 +97,7 @@ def _weigh(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _total_weight(weight, added, slot, there):  # type: ignore[no-untyped-def]
+def total_weight(weight, added, slot, there):  # type: ignore[no-untyped-def]
     """Own weight of a survivor, and that of its group; pointers are those of its row."""
     own = tl.load(weight + slot, mask=there, other=0.0)
     return own, own + tl.load(added + slot, mask=there, other=0).to(tl.float32) / _WEIGHT_UNITS
@@ -106,13 +106,13 @@ def _total_weight(weight, added, slot, there):  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _in_units(v, at_v, w, total, there, D: tl.constexpr):  # type: ignore[no-untyped-def]
     """Values that begin at these places, times their share of the group, in whole numbers."""
-    part = w / tl.maximum(total, 1e-30) * _VALUE_UNITS
+    part = w / tl.maximum(total, 1e-30) * VALUE_UNITS
     value = tl.load(v + at_v[:, None] + tl.arange(0, D)[None, :], mask=there[:, None], other=0.0).to(tl.float32)
     return tl.floor(value * part[:, None] + 0.5).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["first_row"])  # type: ignore[untyped-decorator, unused-ignore]
-def _add_values(  # type: ignore[no-untyped-def]
+def add_values(  # type: ignore[no-untyped-def]
     v, weight, share, added, head_of, number, summed, stride_vn, stride_vl, stride_wn, start_k, first_row, num_slots,
     num_groups, D: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
@@ -124,7 +124,7 @@ def _add_values(  # type: ignore[no-untyped-def]
     w = tl.load(share + at, mask=slot < num_slots, other=-1.0)
     given_up = w >= 0
     newest = tl.load(head_of + at, mask=given_up, other=0)
-    _, total = _total_weight(weight + row * stride_wn, added + row * num_slots, newest, given_up)
+    _, total = total_weight(weight + row * stride_wn, added + row * num_slots, newest, given_up)
     channel = tl.arange(0, D)[None, :]
     at_v = row * stride_vn + (start_k + slot).to(tl.int64) * stride_vl
     units = _in_units(v, at_v, w, total, given_up, D)
@@ -134,7 +134,7 @@ def _add_values(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _store_log_mass(at, mass, is_key, inside, root_dim, no_key, EXTRA: tl.constexpr):  # type: ignore[no-untyped-def]
+def store_log_mass(at, mass, is_key, inside, root_dim, no_key, EXTRA: tl.constexpr):  # type: ignore[no-untyped-def]
     """sqrt(D) log m in two parts, as `table_layout.write_log_mass`, and nothing in the channels behind them."""
     log_mass = tl.maximum(tl.log(tl.maximum(mass, 1e-30)) * root_dim, no_key)
     log_mass = tl.where(is_key & (mass > 0), log_mass, no_key)
@@ -147,7 +147,7 @@ def _store_log_mass(at, mass, is_key, inside, root_dim, no_key, EXTRA: tl.conste
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _partner_of_group(partner, root, head_of, rank, slot, is_key, shift):  # type: ignore[no-untyped-def]
+def partner_of_group(partner, root, head_of, rank, slot, is_key, shift):  # type: ignore[no-untyped-def]
     """A group keeps the partner of its root, which is outside of it: where that one's group goes, or -1."""
     old = tl.load(partner + tl.load(root + slot, mask=is_key, other=0), mask=is_key, other=-1)
     has = is_key & (old >= 0)
@@ -173,7 +173,7 @@ def _collect(  # type: ignore[no-untyped-def]
     mine = row * num_slots
     more = tl.load(joined + mine + slot, mask=is_key, other=0)
     mass = tl.load(m + row * stride_mn + slot, mask=is_key, other=0) + more
-    own, total = _total_weight(weight + row * stride_wn, added + mine, slot, is_key)
+    own, total = total_weight(weight + row * stride_wn, added + mine, slot, is_key)
     channel = tl.arange(0, D)[None, :]
     group = tl.load(number + mine + slot, mask=is_key, other=1) - 1
     at_sum = ((local * num_groups + group) * D)[:, None] + channel
@@ -187,20 +187,20 @@ def _collect(  # type: ignore[no-untyped-def]
         others += _in_units(v, at_v, w, total, there, D)
     at_v = row * stride_vn + (start_k + slot).to(tl.int64) * stride_vl
     value = tl.load(v + at_v[:, None] + channel, mask=is_key[:, None], other=0.0).to(tl.float32)
-    value = value * (own / tl.maximum(total, 1e-30))[:, None] + others.to(tl.float32) / _VALUE_UNITS
+    value = value * (own / tl.maximum(total, 1e-30))[:, None] + others.to(tl.float32) / VALUE_UNITS
     out = local * num_keep + place
     tl.store(new_v + out[:, None] * D + channel, value.to(new_v.dtype.element_ty), mask=inside[:, None])
     at_k = row * stride_kn + (start_k + slot).to(tl.int64) * stride_kl
     key = tl.load(k + at_k[:, None] + channel, mask=is_key[:, None], other=0.0)
     tl.store(new_k + out[:, None] * (D + EXTRA) + channel, key, mask=inside[:, None])
-    _store_log_mass(new_k + out * (D + EXTRA) + D, total, is_key, inside, root_dim, no_key, EXTRA)
+    store_log_mass(new_k + out * (D + EXTRA) + D, total, is_key, inside, root_dim, no_key, EXTRA)
     for axis in tl.static_range(3):
         at_p = tl.load(position + row * stride_pn + slot * 3 + axis, mask=is_key, other=0.0)
         tl.store(new_position + out * 3 + axis, at_p, mask=inside)
     tl.store(new_m + out, mass, mask=inside)
     tl.store(new_weight + out, tl.where(is_key, total, 0.0), mask=inside)
     shift = num_keep - tl.load(rank + mine + num_slots - 1) - 1
-    older = _partner_of_group(partner + row * stride_rn, root + mine, head_of + mine, rank + mine, slot, is_key, shift)
+    older = partner_of_group(partner + row * stride_rn, root + mine, head_of + mine, rank + mine, slot, is_key, shift)
     tl.store(new_partner + out, older, mask=inside)
 
 
@@ -271,19 +271,17 @@ class _Sums(NamedTuple):
     """From 1, of each group that gets more than are listed."""
 
 
-def merge(
-    history: History, records: Sequence[Tensor], turn_back: TurnBack, room: Room, heads_at_once: int, tile: int
-) -> None:
-    """Merge pairs and move what survives to the end of the room that is kept; all of it is written.
+class Found(NamedTuple):
+    """What merges, and where the rest goes."""
 
-    Args:
-        history: Full, of as many heads as one likes.
-        records: v_NLD in the slots of the keys; m_NC, weight_NC, partner_NC of each slot of the history.
-        turn_back: RoPE of the model.
-        room: How it is made.
-        heads_at_once: Heads that are written again together, through a buffer.
-        tile: Of the means.
-    """
+    source: Tensor
+    """Old slot of each new one, -1 where no key goes: int32 [N, num_keep]."""
+    sums: _Sums
+    families: _Families
+
+
+def find_sums(history: History, records: Sequence[Tensor], turn_back: TurnBack, room: Room) -> Found:
+    """What merges; nothing of the history is written. Arguments as of `merge`."""
     k, position = history.k_NLW, history.position_NC3
     v, m, weight, partner = records
     heads, num = m.shape
@@ -306,12 +304,29 @@ def merge(
     listed = room.num_listed
     members = list_members(share, families.head_of, listed) if listed else Members(joined, joined, share)
     sums = _Sums(share, added, joined, members, (members.tally > listed).cumsum(-1, dtype=torch.int32))
+    return Found(source, sums, families)
+
+
+def merge(
+    history: History, records: Sequence[Tensor], turn_back: TurnBack, room: Room, heads_at_once: int, tile: int
+) -> None:
+    """Merge pairs and move what survives to the end of the room that is kept; all of it is written.
+
+    Args:
+        history: Full, of as many heads as one likes.
+        records: v_NLD in the slots of the keys; m_NC, weight_NC, partner_NC of each slot of the history.
+        turn_back: RoPE of the model.
+        room: How it is made.
+        heads_at_once: Heads that are written again together, through a buffer.
+        tile: Of the means.
+    """
+    found, heads, listed = find_sums(history, records, turn_back, room), records[1].shape[0], room.num_listed
     buffers = _buffers(history, records, heads_at_once, room.num_keep)
     # As many groups as keys are given up, at most, if one is enough.
     groups = (heads_at_once, max(1, room.num_merges // (listed + 1)), turn_back.head_dim)
-    summed = torch.empty(groups, dtype=torch.int32, device=k.device)
+    summed = torch.empty(groups, dtype=torch.int32, device=history.k_NLW.device)
     for first in range(0, heads, heads_at_once):
-        _move(history, records, turn_back, (source, sums, families), (summed, buffers), first, tile, listed)
+        _move(history, records, turn_back, found, (summed, buffers), first, tile, listed)
 
 
 def _join_nearest(cosine: Tensor, partner: Tensor, num_merges: int) -> Tensor:
@@ -349,7 +364,7 @@ def _buffers(history: History, records: Sequence[Tensor], heads: int, num_keep: 
 
 def _move(
     history: History, records: Sequence[Tensor], turn_back: TurnBack,
-    found: tuple[Tensor, _Sums, _Families], to: tuple[Tensor, tuple[Tensor, ...]], first: int, tile: int, listed: int,
+    found: Found, to: tuple[Tensor, tuple[Tensor, ...]], first: int, tile: int, listed: int,
 ) -> None:  # fmt: skip
     """Heads from `first` on, as many as the buffers hold."""
     (source, sums, families), (summed, buffers) = found, to
@@ -360,7 +375,7 @@ def _move(
     extra = k.shape[-1] - dim
     strides = (*k.stride()[:2], *v.stride()[:2], *(x.stride(0) for x in (position, m, weight, partner)))
     summed.zero_()
-    _add_values[(triton.cdiv(num, 32), heads)](
+    add_values[(triton.cdiv(num, 32), heads)](
         v, weight, sums.members.rest_share, sums.added, families.head_of, sums.number, summed, *v.stride()[:2],
         weight.stride(0), history.start, first, num, num_groups, D=dim, M=32, num_warps=4,
     )  # fmt: skip
