@@ -20,8 +20,11 @@ from workers.attention.tile_mass import sample_places
 from workers.cache.low_bit import Storage
 from workers.cache.packed_history import PackedLayer, Part, PlainPacking, Workspace
 from workers.cache.packed_table import PackedTable, make_table
-from workers.cache.table_layout import MergeRule, TableSettings
+from workers.cache.partners import History
+from workers.cache.shrink import Room
+from workers.cache.table_layout import MEMBERS_LISTED, MergeRule, TableSettings, read_log_mass
 from workers.cache.tile_table import TableWork
+from workers.cache.unrotated import TurnBack
 from workers.model.backbones import find_backbone
 from workers.model.rope import grid_positions
 
@@ -50,6 +53,14 @@ SHAPES: tuple[tuple[Storage, int, int], ...] = (
     ("int4", 128, 128),
 )
 """Storage, channels, tile."""
+MERGED: tuple[tuple[Storage, MergeRule, int], ...] = (
+    ("int8", "pairs", 64),
+    ("int8", "chains", 16),
+    ("int4", "pairs", 16),
+    ("int4", "pairs", 128),
+    ("int4", "chains", 64),
+)
+"""Storage, rule, channels."""
 PARTS: tuple[Part, ...] = ("keys", "values", "both")
 
 
@@ -152,9 +163,9 @@ def check_pack(storage: Storage, head_dim: int, tile: int) -> None:
         assert torch.equal(found[name], tensor), name
 
 
-def fill(sizes: TableSettings, num_chunks: int, work: TableWork) -> PackedTable:
+def fill(sizes: TableSettings, num_chunks: int, work: TableWork, dtype: torch.dtype = torch.float32) -> PackedTable:
     """Chunks of keys near those of the chunk before; between two, the workspace is full of what is not there."""
-    table = make_table(sizes, torch.float32, DEVICE, work=work)
+    table = make_table(sizes, dtype, DEVICE, work=work)
     assert isinstance(table, PackedTable)
     generator, s = torch.Generator().manual_seed(7), sizes
     shape = (s.num_layers, 2, s.num_heads, s.chunk_tokens, s.head_dim)
@@ -168,6 +179,34 @@ def fill(sizes: TableSettings, num_chunks: int, work: TableWork) -> PackedTable:
         table.workspace.v_NLD.normal_()
         table.remember_chunk(grid_positions(torch.arange(3) + 3 * index, 2, s.frame_tokens // 2).to(DEVICE))
     return table
+
+
+def check_merge(storage: Storage, rule: MergeRule, head_dim: int = SIZES.head_dim) -> None:
+    """The same bits as merging in the workspace and packing all of it; where a layer has been full before too."""
+    from workers.cache.table_kernels import merge, merge_into_codes, pack
+
+    s = replace(sizes_of(storage, head_dim, SIZES.tile), num_layers=1, rule=rule)
+    for num_chunks in (s.kept_chunks + s.spare_chunks + 2, s.kept_chunks + 2 * s.spare_chunks + 2):
+        tables = [fill(s, num_chunks, "layers", DTYPE) for _ in range(2)]
+        turn_back, room = TurnBack(head_dim, s.theta, DEVICE), Room(s.kept_tokens, s.spare_tokens, rule, s.rate)
+        room, stop = replace(room, num_listed=MEMBERS_LISTED[rule]), s.history_tokens
+        for table, directly in zip(tables, (True, False), strict=True):
+            layer, of = table.layers[0], table.lay_out(0)
+            assert isinstance(layer, PackedLayer)
+            assert layer.pointer == stop
+            history = History(of.k_NLW, s.history_start, of.position_NC3[:, :stop], of.m_NC[:, :stop], of.mean_NJD)
+            records = (of.v_NLD, *(x[:, :stop] for x in (of.m_NC, of.weight_NC, of.partner_NC)))
+            if directly:
+                merge_into_codes(history, records, turn_back, room, layer, s)
+                continue
+            merge(history, records, turn_back, room, s.num_heads, s.tile)
+            pack(layer, table.workspace, s, slice(0, s.kept_tokens))
+            run = slice(s.history_start, s.history_start + stop)
+            layer.mass_NC2[:, :stop] = of.k_NLW[:, run, head_dim : head_dim + 2]
+        found, expected = (table.state() for table in tables)
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor), name
+        assert int(expected["0.m_NC"].max()) > 1
 
 
 def table_differs(storage: Storage, rule: MergeRule = "pairs", num_chunks: int = 9) -> float:
@@ -184,6 +223,9 @@ def table_differs(storage: Storage, rule: MergeRule = "pairs", num_chunks: int =
         apart = [((x - y).abs() > 1e-3).any(-1) for x, y in zip(*laid_out, strict=True)]
         run = slice(sizes.history_start, sizes.recent_start)
         other |= (apart[0] | apart[1])[:, run] & (b.m_NC > 0)
+        other |= ~torch.isclose(a.mean_NJD, b.mean_NJD, atol=1e-3).all(-1).repeat_interleave(sizes.tile, 1)
+        mass = (read_log_mass(laid_out[which][0][:, run], sizes.head_dim) for which in range(2))
+        other |= ~torch.isclose(*mass, rtol=1e-4, atol=1e-4)
         worst = max(worst, float(other.float().mean()))
     for table in (found, expected):
         check_sample(table, 3)
@@ -206,18 +248,20 @@ def captured_differs(kernels: tuple[str, ...], storage: Storage = "int4") -> flo
 
 
 def check_bits(shapes: Sequence[tuple[Storage, int, int]] = SHAPES) -> float:
-    """Unpacking and packing; 0, for nothing differs where nothing is raised."""
+    """Unpacking, packing and merging into codes; 0, for nothing differs where nothing is raised."""
     for (storage, head_dim, tile), part, some in product(shapes, PARTS, (False, True)):
         check_unpack(storage, head_dim, tile, part, some=some)
     for storage, head_dim, tile in shapes:
         check_unpack_sample(storage, head_dim, tile)
         check_pack(storage, head_dim, tile)
+    for storage, rule, head_dim in MERGED:
+        check_merge(storage, rule, head_dim)
     return 0.0
 
 
 def run_all() -> bool:
     """All that there is to check, however much of it fails; whether nothing did."""
-    checks: dict[str, tuple[Callable[[], float], float]] = {"unpacking and packing": (check_bits, 0.0)}
+    checks: dict[str, tuple[Callable[[], float], float]] = {"unpacking, packing and merging": (check_bits, 0.0)}
     for storage, rule in product(("int8", "int4"), ("chains", "pairs")):
         checks[f"a table in {storage} that merges {rule}"] = partial(table_differs, storage, rule), 0.01  # type: ignore[arg-type]
     if not INTERPRETED:

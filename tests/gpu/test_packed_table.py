@@ -8,9 +8,11 @@ import torch
 
 from tests.packed_checks import (
     INTERPRETED,
+    MERGED,
     PARTS,
     SHAPES,
     captured_differs,
+    check_merge,
     check_pack,
     check_unpack,
     check_unpack_sample,
@@ -48,10 +50,25 @@ def test_packing_gives_the_codes_of_the_plain_way(storage: Storage, head_dim: in
     check_pack(storage, head_dim, tile)
 
 
-@pytest.mark.parametrize(("storage", "rule"), [("int8", "chains"), ("int4", "pairs")])
-def test_kernels_take_over_chunks_as_the_plain_way_does(storage: Storage, rule: MergeRule) -> None:
+@pytest.mark.parametrize(
+    ("storage", "rule", "head_dim", "head_by_head"), [*((*sizes, False) for sizes in MERGED), (*MERGED[0], True)]
+)
+def test_merging_into_codes_gives_the_bits_of_merging_in_the_workspace_and_packing(
+    storage: Storage, rule: MergeRule, head_dim: int, head_by_head: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("triton")
-    assert table_differs(storage, rule, num_chunks=7) < 0.01
+    if head_by_head:
+        monkeypatch.setattr("workers.cache.triton_collect._SUMMED_BYTES", 1)
+    check_merge(storage, rule, head_dim)
+
+
+@pytest.mark.parametrize(
+    ("storage", "rule", "num_chunks"), [("int8", "chains", 7), ("int4", "pairs", 7), ("int4", "pairs", 3)]
+)
+def test_kernels_take_over_chunks_as_the_plain_way_does(storage: Storage, rule: MergeRule, num_chunks: int) -> None:
+    """Also the first chunk of a history, when nothing of it is laid out."""
+    pytest.importorskip("triton")
+    assert table_differs(storage, rule, num_chunks) < 0.01
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")

@@ -1,6 +1,7 @@
 """A tile table whose history lies in few bits: a layer is unpacked into one workspace before it is read or changed.
 
 What reads and changes a layer is that of `tile_table.py`, on the workspace; afterwards what changed is packed again.
+Kernels that merge write codes at once (`triton_collect.py`), and only the new chunk is laid out again.
 Coding twice changes nothing (`table_codes.py`), so rounding does not add up over merges: a key that stays has the codes
 that it came with. Layers take over a chunk one after another, since there is one workspace.
 """
@@ -16,7 +17,7 @@ from torch import Tensor
 from workers.cache.layer_table import TENSORS, LayerTable, new_tensors
 from workers.cache.packed_history import PACKED, PackedLayer, Packing, Part, PlainPacking, Workspace, new_codes
 from workers.cache.table_layout import TableSettings
-from workers.cache.tile_table import TableWork, TileTable, load_kernels
+from workers.cache.tile_table import TableKernels, TableWork, TileTable, load_kernels
 from workers.contracts import KeyValues
 from workers.search.nearest_rows import NearestRows, nearest_rows
 
@@ -55,8 +56,6 @@ class PackedTable(TileTable):
         """Takes over a chunk with no more of its keys laid out than it needs."""
         self._look = replace(self._look, bring=self._bring)
         self._packing: Packing = PlainPacking() if self._kernels is None else load_kernels(s)
-        # A buffer of a whole layer would be as large as the workspace.
-        self.heads_at_once = max(num for num in range(1, s.num_heads // 4 + 2) if s.num_heads % num == 0)
         tiles = s.num_slots // s.tile
         self._is_seen_LNJ = torch.ones(s.num_layers, s.num_heads, tiles, dtype=torch.uint8, device=device)
         self._is_end_NJ = torch.ones(s.num_heads, tiles, dtype=torch.uint8, device=device)
@@ -100,16 +99,28 @@ class PackedTable(TileTable):
 
     def _absorb(self, layer: LayerTable, source: int) -> None:
         assert isinstance(layer, PackedLayer)
-        merges = layer.pointer == self.settings.history_tokens
         self._mark("moving chunks")
+        if self._kernels is not None and layer.pointer == self.settings.history_tokens:
+            self._merge_into_codes(layer, self._kernels)
+        merges = layer.pointer == self.settings.history_tokens
         laid_out = self._lay_out(layer, "both") if merges else self._lay_out_newest(layer)
         self._mark("unpacking")
         super()._absorb(laid_out, source)
         self._growing = None
         changed = slice(0 if merges else layer.pointer, laid_out.pointer)
         layer.pointer = laid_out.pointer
-        self._pack(layer, changed)
+        self._packing.pack(layer, self.workspace, self.settings, changed)
+        # A merge frees slots behind the pointer, whose codes may stay: there is no key by their log m.
+        self._keep_log_mass(layer, slice(0, self.settings.history_tokens) if merges else changed)
         self._mark("packing")
+
+    def _merge_into_codes(self, layer: PackedLayer, kernels: TableKernels) -> None:
+        laid_out = self._lay_out(layer, "both")
+        self._mark("unpacking")
+        used, records = self._used(laid_out), self._records(laid_out)
+        kernels.merge_into_codes(used, records, self._turn_back, self._room(layer), layer, self.settings)
+        layer.pointer = self.settings.kept_tokens
+        self._mark("merging")
 
     def _lay_out_newest(self, layer: LayerTable) -> LayerTable:
         """What a chunk needs that becomes history without a merge; other keys are brought as matching asks for them."""
@@ -136,13 +147,10 @@ class PackedTable(TileTable):
     def _average_new(self, layer: LayerTable, new: slice) -> None:
         self._average_as_kernels(layer, new)
 
-    def _pack(self, layer: PackedLayer, changed: slice) -> None:
+    def _keep_log_mass(self, layer: PackedLayer, changed: slice) -> None:
         s = self.settings
-        self._packing.pack(layer, self.workspace, s, changed)
-        # A merge frees slots behind the pointer, whose codes may stay: there is no key by their log m.
-        stop = s.history_tokens if changed.start == 0 else changed.stop
-        run = slice(s.history_start + changed.start, s.history_start + stop)
-        layer.mass_NC2[:, changed.start : stop] = self.workspace.k_NLW[:, run, s.head_dim : s.head_dim + 2]
+        run = slice(s.history_start + changed.start, s.history_start + changed.stop)
+        layer.mass_NC2[:, changed] = self.workspace.k_NLW[:, run, s.head_dim : s.head_dim + 2]
 
     def _gather(self, layer: LayerTable) -> KeyValues:
         return super()._gather(self._lay_out(layer, "both"))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from workers.cache.layer_table import TENSORS, LayerTable, new_tensors
-from workers.cache.packed_history import Packing
+from workers.cache.packed_history import PackedLayer, Packing
 from workers.cache.partners import History, Look, find_partners
 from workers.cache.shrink import Fuse, Room, Survivors, shrink
 from workers.cache.table_layout import KEYS_AT_ONCE, MEMBERS_LISTED, TableSettings, read_log_mass, write_log_mass
@@ -36,13 +36,18 @@ our own, on a GPU and for sizes that are powers of two."""
 
 
 class TableKernels(Packing, Protocol):
-    """See `triton_match.py`, `triton_merge.py` and `triton_pack.py`."""
+    """See `triton_match.py`, `triton_merge.py`, `triton_collect.py` and `triton_pack.py`."""
 
     def match(self, history: History, partner_NC: Tensor, turn_back: TurnBack, new: slice, look: Look) -> None: ...
 
     def merge(
         self, history: History, records: Sequence[Tensor], turn_back: TurnBack, room: Room, heads_at_once: int,
         tile: int,
+    ) -> None: ...  # fmt: skip
+
+    def merge_into_codes(
+        self, history: History, records: Sequence[Tensor], turn_back: TurnBack, room: Room, to: PackedLayer,
+        s: TableSettings,
     ) -> None: ...  # fmt: skip
 
 
@@ -315,14 +320,13 @@ class TileTable:
 
     def _shrink(self, layer: LayerTable) -> None:
         s = self.settings
-        stop, used, room = s.history_tokens, self._used(layer), self._room(layer)
+        used, records, room = self._used(layer), self._records(layer), self._room(layer)
         layer.pointer = s.kept_tokens
-        weight, partner = layer.weight_NC[:, :stop], layer.partner_NC[:, :stop]
         if self._kernels is not None:
-            records = (layer.v_NLD, layer.m_NC[:, :stop], weight, partner)
             self._kernels.merge(used, records, self._turn_back, room, heads_at_once=self.heads_at_once, tile=s.tile)
             return
-        self._rewrite(layer, shrink(used, layer.v_NLD, weight, partner, self._turn_back, room, self._fuse))
+        v, _, weight, partner = records
+        self._rewrite(layer, shrink(used, v, weight, partner, self._turn_back, room, self._fuse))
         if s.candidate_tiles:
             self._average(layer, 0, layer.mean_NJD.shape[1])
 
@@ -337,6 +341,11 @@ class TileTable:
         stop = self.settings.history_tokens
         start = self.settings.history_start
         return History(layer.k_NLW, start, layer.position_NC3[:, :stop], layer.m_NC[:, :stop], layer.mean_NJD)
+
+    def _records(self, layer: LayerTable) -> tuple[Tensor, ...]:
+        """Values in the slots of the keys; m, weight and partner of those of the history that are used."""
+        stop = self.settings.history_tokens
+        return layer.v_NLD, layer.m_NC[:, :stop], layer.weight_NC[:, :stop], layer.partner_NC[:, :stop]
 
     def _rewrite(self, layer: LayerTable, found: Survivors) -> None:
         s = self.settings

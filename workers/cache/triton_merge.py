@@ -20,52 +20,15 @@ from torch import Tensor
 from workers.cache.partners import History
 from workers.cache.shrink import Room
 from workers.cache.table_layout import NO_KEY
-from workers.cache.table_pairs import LinkWays, choose_links, heaviest_of_root, pair_loss
+from workers.cache.triton_families import Families, find_families
 from workers.cache.triton_match import ROWS, unit_halves
-from workers.cache.triton_pairs import (
-    Members,
-    compare_pairs,
-    find_cosines,
-    find_distances,
-    list_members,
-    walk_every_other,
-)
-from workers.cache.triton_ranks import kth_smallest, running_sum
+from workers.cache.triton_pairs import Members, compare_pairs, list_members
+from workers.cache.triton_ranks import running_sum
 from workers.cache.unrotated import TurnBack
 
-_DOUBLING = LinkWays(kth_smallest=kth_smallest, running_sum=running_sum)
-_WAYS = LinkWays(walk_every_other, kth_smallest, running_sum)
 _WEIGHT_UNITS = tl.constexpr(float(2**24))
-_VALUE_UNITS = tl.constexpr(float(2**20))
+VALUE_UNITS = tl.constexpr(float(2**20))
 """As in `shrink.py`."""
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _find_roots(link, root, head, num_slots, M: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where the chain of merged pairs of each slot ends, and the newest slot of each such end."""
-    slot = tl.program_id(0) * M + tl.arange(0, M)
-    base = tl.program_id(1).to(tl.int64) * num_slots
-    inside = slot < num_slots
-    here = tl.load(link + base + slot, mask=inside, other=0)
-    beyond = tl.load(link + base + here, mask=inside, other=0)
-    while tl.max((beyond != here).to(tl.int32), 0) > 0:
-        here = beyond
-        beyond = tl.load(link + base + here, mask=inside, other=0)
-    tl.store(root + base + slot, here, mask=inside)
-    tl.atomic_max(head + base + here, slot, mask=inside & (here != slot), sem="relaxed")
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _find_survivors(root, head, m, head_of, survives, stride_mn, num_slots, M: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Who stands for a group survives."""
-    slot = tl.program_id(0) * M + tl.arange(0, M)
-    row = tl.program_id(1).to(tl.int64)
-    inside = slot < num_slots
-    end = tl.load(root + row * num_slots + slot, mask=inside, other=0)
-    newest = tl.load(head + row * num_slots + end, mask=inside, other=0)
-    live = tl.load(m + row * stride_mn + slot, mask=inside, other=0) > 0
-    tl.store(head_of + row * num_slots + slot, newest, mask=inside)
-    tl.store(survives + row * num_slots + slot, (live & (newest == slot)).to(tl.int32), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -117,7 +80,7 @@ def _weigh(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _total_weight(weight, added, slot, there):  # type: ignore[no-untyped-def]
+def total_weight(weight, added, slot, there):  # type: ignore[no-untyped-def]
     """Own weight of a survivor, and that of its group; pointers are those of its row."""
     own = tl.load(weight + slot, mask=there, other=0.0)
     return own, own + tl.load(added + slot, mask=there, other=0).to(tl.float32) / _WEIGHT_UNITS
@@ -126,13 +89,13 @@ def _total_weight(weight, added, slot, there):  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _in_units(v, at_v, w, total, there, D: tl.constexpr):  # type: ignore[no-untyped-def]
     """Values that begin at these places, times their share of the group, in whole numbers."""
-    part = w / tl.maximum(total, 1e-30) * _VALUE_UNITS
+    part = w / tl.maximum(total, 1e-30) * VALUE_UNITS
     value = tl.load(v + at_v[:, None] + tl.arange(0, D)[None, :], mask=there[:, None], other=0.0).to(tl.float32)
     return tl.floor(value * part[:, None] + 0.5).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["first_row"])  # type: ignore[untyped-decorator, unused-ignore]
-def _add_values(  # type: ignore[no-untyped-def]
+def add_values(  # type: ignore[no-untyped-def]
     v, weight, share, added, head_of, number, summed, stride_vn, stride_vl, stride_wn, start_k, first_row, num_slots,
     num_groups, D: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
@@ -144,7 +107,7 @@ def _add_values(  # type: ignore[no-untyped-def]
     w = tl.load(share + at, mask=slot < num_slots, other=-1.0)
     given_up = w >= 0
     newest = tl.load(head_of + at, mask=given_up, other=0)
-    _, total = _total_weight(weight + row * stride_wn, added + row * num_slots, newest, given_up)
+    _, total = total_weight(weight + row * stride_wn, added + row * num_slots, newest, given_up)
     channel = tl.arange(0, D)[None, :]
     at_v = row * stride_vn + (start_k + slot).to(tl.int64) * stride_vl
     units = _in_units(v, at_v, w, total, given_up, D)
@@ -154,7 +117,7 @@ def _add_values(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _store_log_mass(at, mass, is_key, inside, root_dim, no_key, EXTRA: tl.constexpr):  # type: ignore[no-untyped-def]
+def store_log_mass(at, mass, is_key, inside, root_dim, no_key, EXTRA: tl.constexpr):  # type: ignore[no-untyped-def]
     """sqrt(D) log m in two parts, as `table_layout.write_log_mass`, and nothing in the channels behind them."""
     log_mass = tl.maximum(tl.log(tl.maximum(mass, 1e-30)) * root_dim, no_key)
     log_mass = tl.where(is_key & (mass > 0), log_mass, no_key)
@@ -167,7 +130,7 @@ def _store_log_mass(at, mass, is_key, inside, root_dim, no_key, EXTRA: tl.conste
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _partner_of_group(partner, root, head_of, rank, slot, is_key, shift):  # type: ignore[no-untyped-def]
+def partner_of_group(partner, root, head_of, rank, slot, is_key, shift):  # type: ignore[no-untyped-def]
     """A group keeps the partner of its root, which is outside of it: where that one's group goes, or -1."""
     old = tl.load(partner + tl.load(root + slot, mask=is_key, other=0), mask=is_key, other=-1)
     has = is_key & (old >= 0)
@@ -193,7 +156,7 @@ def _collect(  # type: ignore[no-untyped-def]
     mine = row * num_slots
     more = tl.load(joined + mine + slot, mask=is_key, other=0)
     mass = tl.load(m + row * stride_mn + slot, mask=is_key, other=0) + more
-    own, total = _total_weight(weight + row * stride_wn, added + mine, slot, is_key)
+    own, total = total_weight(weight + row * stride_wn, added + mine, slot, is_key)
     channel = tl.arange(0, D)[None, :]
     group = tl.load(number + mine + slot, mask=is_key, other=1) - 1
     at_sum = ((local * num_groups + group) * D)[:, None] + channel
@@ -207,20 +170,20 @@ def _collect(  # type: ignore[no-untyped-def]
         others += _in_units(v, at_v, w, total, there, D)
     at_v = row * stride_vn + (start_k + slot).to(tl.int64) * stride_vl
     value = tl.load(v + at_v[:, None] + channel, mask=is_key[:, None], other=0.0).to(tl.float32)
-    value = value * (own / tl.maximum(total, 1e-30))[:, None] + others.to(tl.float32) / _VALUE_UNITS
+    value = value * (own / tl.maximum(total, 1e-30))[:, None] + others.to(tl.float32) / VALUE_UNITS
     out = local * num_keep + place
     tl.store(new_v + out[:, None] * D + channel, value.to(new_v.dtype.element_ty), mask=inside[:, None])
     at_k = row * stride_kn + (start_k + slot).to(tl.int64) * stride_kl
     key = tl.load(k + at_k[:, None] + channel, mask=is_key[:, None], other=0.0)
     tl.store(new_k + out[:, None] * (D + EXTRA) + channel, key, mask=inside[:, None])
-    _store_log_mass(new_k + out * (D + EXTRA) + D, total, is_key, inside, root_dim, no_key, EXTRA)
+    store_log_mass(new_k + out * (D + EXTRA) + D, total, is_key, inside, root_dim, no_key, EXTRA)
     for axis in tl.static_range(3):
         at_p = tl.load(position + row * stride_pn + slot * 3 + axis, mask=is_key, other=0.0)
         tl.store(new_position + out * 3 + axis, at_p, mask=inside)
     tl.store(new_m + out, mass, mask=inside)
     tl.store(new_weight + out, tl.where(is_key, total, 0.0), mask=inside)
     shift = num_keep - tl.load(rank + mine + num_slots - 1) - 1
-    older = _partner_of_group(partner + row * stride_rn, root + mine, head_of + mine, rank + mine, slot, is_key, shift)
+    older = partner_of_group(partner + row * stride_rn, root + mine, head_of + mine, rank + mine, slot, is_key, shift)
     tl.store(new_partner + out, older, mask=inside)
 
 
@@ -267,15 +230,6 @@ def _write_again(  # type: ignore[no-untyped-def]
     tl.store(at + 1, (sum_odd / TILE).to(mean.dtype.element_ty))
 
 
-class _Families(NamedTuple):
-    """See `shrink.py`; int32 [N, C]."""
-
-    root: Tensor
-    head_of: Tensor
-    survives: Tensor
-    rank: Tensor
-
-
 class _Sums(NamedTuple):
     """What keys that are given up bring, [N, C]; at the one that stands for their group but for the first."""
 
@@ -291,29 +245,21 @@ class _Sums(NamedTuple):
     """From 1, of each group that gets more than are listed."""
 
 
-def merge(
-    history: History, records: Sequence[Tensor], turn_back: TurnBack, room: Room, heads_at_once: int, tile: int
-) -> None:
-    """Merge pairs and move what survives to the end of the room that is kept; all of it is written.
+class Found(NamedTuple):
+    """What merges, and where the rest goes."""
 
-    Args:
-        history: Full, of as many heads as one likes.
-        records: v_NLD in the slots of the keys; m_NC, weight_NC, partner_NC of each slot of the history.
-        turn_back: RoPE of the model.
-        room: How it is made.
-        heads_at_once: Heads that are written again together, through a buffer.
-        tile: Of the means.
-    """
+    source: Tensor
+    """Old slot of each new one, -1 where no key goes: int32 [N, num_keep]."""
+    sums: _Sums
+    families: Families
+
+
+def find_sums(history: History, records: Sequence[Tensor], turn_back: TurnBack, room: Room) -> Found:
+    """What merges; nothing of the history is written. Arguments as of `merge`."""
     k, position = history.k_NLW, history.position_NC3
     v, m, weight, partner = records
     heads, num = m.shape
-    if room.rule == "pairs":
-        loss = pair_loss(find_distances(history, v, partner, turn_back), m, partner, turn_back.head_dim)
-        link = choose_links(loss, partner, room.num_merges, _WAYS if room.num_listed else _DOUBLING)
-        families = _find_families(link, m, by_mass=True)
-    else:
-        link = _join_nearest(find_cosines(history, partner, turn_back), partner, room.num_merges)
-        families = _find_families(link, m, by_mass=False)
+    families = find_families(history, (v, m, partner), turn_back, room)
     share = torch.empty((heads, num), dtype=torch.float32, device=k.device)
     joined, added = torch.zeros_like(families.root), torch.zeros_like(families.root, dtype=torch.int64)
     source = torch.full((heads, room.num_keep), -1, dtype=torch.int32, device=k.device)
@@ -332,38 +278,29 @@ def merge(
     listed = room.num_listed
     members = list_members(share, families.head_of, listed) if listed else Members(joined, joined, share)
     sums = _Sums(share, added, joined, members, running_sum(members.tally > listed))
+    return Found(source, sums, families)
+
+
+def merge(
+    history: History, records: Sequence[Tensor], turn_back: TurnBack, room: Room, heads_at_once: int, tile: int
+) -> None:
+    """Merge pairs and move what survives to the end of the room that is kept; all of it is written.
+
+    Args:
+        history: Full, of as many heads as one likes.
+        records: v_NLD in the slots of the keys; m_NC, weight_NC, partner_NC of each slot of the history.
+        turn_back: RoPE of the model.
+        room: How it is made.
+        heads_at_once: Heads that are written again together, through a buffer.
+        tile: Of the means.
+    """
+    found, heads, listed = find_sums(history, records, turn_back, room), records[1].shape[0], room.num_listed
     buffers = _buffers(history, records, heads_at_once, room.num_keep)
     # As many groups as keys are given up, at most, if one is enough.
     groups = (heads_at_once, max(1, room.num_merges // (listed + 1)), turn_back.head_dim)
-    summed = torch.empty(groups, dtype=torch.int32, device=k.device)
+    summed = torch.empty(groups, dtype=torch.int32, device=history.k_NLW.device)
     for first in range(0, heads, heads_at_once):
-        _move(history, records, turn_back, (source, sums, families), (summed, buffers), first, tile, listed)
-
-
-def _join_nearest(cosine: Tensor, partner: Tensor, num_merges: int) -> Tensor:
-    """The slot that each slot is linked to, itself where it is not."""
-    heads, num = cosine.shape
-    own = torch.arange(num, dtype=torch.int32, device=cosine.device).expand(heads, num)
-    if num_merges == 0:
-        return own.contiguous()
-    least = cosine.kthvalue(num - num_merges + 1, dim=-1, keepdim=True).values
-    above, equal = cosine > least, cosine == least
-    room = num_merges - above.sum(-1, keepdim=True, dtype=torch.int32)
-    merged = (above | (equal & (running_sum(equal) <= room))) & ~cosine.isneginf()
-    return torch.where(merged, partner, own)
-
-
-def _find_families(link: Tensor, m: Tensor, *, by_mass: bool) -> _Families:
-    """Groups are stood for by their newest key, or by their heaviest."""
-    heads, num = link.shape
-    root, head, head_of, survives = (torch.empty_like(link) for _ in range(4))
-    head.copy_(torch.arange(num, dtype=torch.int32, device=link.device))
-    grid = (triton.cdiv(num, 1024), heads)
-    _find_roots[grid](link, root, head, num, M=1024, num_warps=4)
-    if by_mass:
-        head = heaviest_of_root(root.long(), m).int()
-    _find_survivors[grid](root, head, m, head_of, survives, m.stride(0), num, M=1024, num_warps=4)
-    return _Families(root, head_of, survives, running_sum(survives))
+        _move(history, records, turn_back, found, (summed, buffers), first, tile, listed)
 
 
 def _buffers(history: History, records: Sequence[Tensor], heads: int, num_keep: int) -> tuple[Tensor, ...]:
@@ -375,7 +312,7 @@ def _buffers(history: History, records: Sequence[Tensor], heads: int, num_keep: 
 
 def _move(
     history: History, records: Sequence[Tensor], turn_back: TurnBack,
-    found: tuple[Tensor, _Sums, _Families], to: tuple[Tensor, tuple[Tensor, ...]], first: int, tile: int, listed: int,
+    found: Found, to: tuple[Tensor, tuple[Tensor, ...]], first: int, tile: int, listed: int,
 ) -> None:  # fmt: skip
     """Heads from `first` on, as many as the buffers hold."""
     (source, sums, families), (summed, buffers) = found, to
@@ -386,7 +323,7 @@ def _move(
     extra = k.shape[-1] - dim
     strides = (*k.stride()[:2], *v.stride()[:2], *(x.stride(0) for x in (position, m, weight, partner)))
     summed.zero_()
-    _add_values[(triton.cdiv(num, 32), heads)](
+    add_values[(triton.cdiv(num, 32), heads)](
         v, weight, sums.members.rest_share, sums.added, families.head_of, sums.number, summed, *v.stride()[:2],
         weight.stride(0), history.start, first, num, num_groups, D=dim, M=32, num_warps=4,
     )  # fmt: skip

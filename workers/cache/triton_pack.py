@@ -133,17 +133,34 @@ def _pack_rows(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Some vectors of a head: from rows of the workspace to slots of the history."""
     HALF: tl.constexpr = D // HALVES
+    run, channel = tl.arange(0, HALF // RUN)[None, :, None], tl.arange(0, RUN)[None, None, :]
+    there = inside[:, None, None]
+    at_x = at_row[:, None, None] * stride_x + run * RUN + channel
+    first = tl.load(x + at_x, mask=there, other=0.0).to(tl.float32)
+    second = first
+    if HALVES == 2:
+        second = tl.load(x + at_x + HALF, mask=there, other=0.0).to(tl.float32)
+    store_codes(first, second, code, largest, at_slot, inside, limit, least, D, GROUP, RUN, HALVES)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def store_codes(  # type: ignore[no-untyped-def]
+    first, second, code, largest, at_slot, inside, limit, least,
+    D: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
+    """Some vectors of a head, float32 [M, runs, RUN], to slots of the history; `second` counts if there are two halves.
+
+    For kernels in which nothing is fused, as `_code` says.
+    """
+    HALF: tl.constexpr = D // HALVES
     RUNS: tl.constexpr = HALF // RUN
     GROUPS: tl.constexpr = D // GROUP
     run, channel = tl.arange(0, RUNS)[None, :, None], tl.arange(0, RUN)[None, None, :]
     there = inside[:, None, None]
-    at_x = at_row[:, None, None] * stride_x + run * RUN + channel
-    first = tl.load(x + at_x, mask=there, other=0.0).to(tl.float32)
     most_first = tl.max(tl.abs(first), 2)
     at_group = at_slot[:, None] * GROUPS + tl.arange(0, RUNS)[None, :]
     at_code = at_slot[:, None, None] * HALF + run * RUN + channel
     if HALVES == 2:
-        second = tl.load(x + at_x + HALF, mask=there, other=0.0).to(tl.float32)
         most_second = tl.max(tl.abs(second), 2)
         if GROUPS == 1:  # one largest channel for both halves
             most_first = tl.maximum(most_first, most_second)
@@ -198,7 +215,7 @@ def unpack(layer: PackedLayer, to: Workspace, s: TableSettings, part: Part, is_s
         *tensors, *ends, to.k_NLW, to.v_NLD, to.k_NLW if is_seen_NJ is None else is_seen_NJ,
         tiles, s.history_start // s.tile, s.recent_start // s.tile, s.history_slots, s.num_slots - s.history_slots,
         1 / LIMITS[s.storage],
-        **_shape(s, s.storage), TILE=s.tile, M=min(_UNPACKED_AT_ONCE, s.tile),
+        **vector_shape(s, s.storage), TILE=s.tile, M=min(_UNPACKED_AT_ONCE, s.tile),
         KEYS=part != "values", VALUES=part != "keys", SOME=is_seen_NJ is not None, num_warps=4,
     )  # fmt: skip
 
@@ -214,7 +231,7 @@ def unpack_sample(layer: PackedLayer, to: Workspace, s: TableSettings, slot_R: T
         *tensors, per_tile,
         tiles, s.history_start // s.tile, s.recent_start // s.tile, s.history_slots, s.num_slots - s.history_slots,
         1 / LIMITS[s.storage],
-        **_shape(s, s.storage), TILE=s.tile, M=triton.next_power_of_2(per_tile), num_warps=2,
+        **vector_shape(s, s.storage), TILE=s.tile, M=triton.next_power_of_2(per_tile), num_warps=2,
     )  # fmt: skip
 
 
@@ -226,11 +243,11 @@ def pack(layer: PackedLayer, of: Workspace, s: TableSettings, new: slice) -> Non
     pack_slots[(triton.cdiv(new.stop - new.start, _PACKED_AT_ONCE), s.num_heads)](
         of.k_NLW, of.v_NLD, *tensors, new.start, new.stop, s.history_start, s.num_slots, s.history_slots,
         float(LIMITS[s.storage]), LEAST,
-        **_shape(s, s.storage), M=_PACKED_AT_ONCE, num_warps=4, enable_fp_fusion=False,
+        **vector_shape(s, s.storage), M=_PACKED_AT_ONCE, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 
-def _shape(s: TableSettings, storage: CodedStorage) -> dict[str, int]:
+def vector_shape(s: TableSettings, storage: CodedStorage) -> dict[str, int]:
     """How a vector is cut."""
     halves, group = 2 if storage == "int4" else 1, group_channels(s.head_dim, storage)
     run = min(group, s.head_dim // halves)
