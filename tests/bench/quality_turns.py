@@ -1,7 +1,8 @@
 """Time per chunk of policies that take turns, chunk by chunk, so that they share the moods of the machine.
 
 `python -m tests.bench.quality_turns --policies dense window fastar-quant --frames 3000`: free rollouts of one world
-without the pictures; each row has the seconds of its chunks at several lengths and its speed-up over the first policy.
+without the pictures, each in a process of its own, so that none meets what another has left of the memory; each row has
+the seconds of its chunks at several lengths and its speed-up over the first policy.
 `kv_bytes` is what the cache says that it takes, `held_bytes` what its tensors are seen to take. Is a chunk at the end
 as fast as one at frame 600? A machine is not the same a quarter of an hour later, so with `--behind` a second rollout
 of each policy begins so late that its chunks up to frame 600 take turns with the last ones of the first.
@@ -10,9 +11,12 @@ of each policy begins so late that its chunks up to frame 600 take turns with th
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -29,7 +33,66 @@ _BEHIND = 50
 """Chunks that a rollout which begins late makes: up to frame 600."""
 
 
-def paired(runner: Runner, behind: Runner) -> dict[str, float]:
+@dataclass(frozen=True)
+class Timed:
+    """Of each chunk of a rollout; see `Runner`."""
+
+    seconds: list[float]
+    cpu_seconds: list[float]
+    density: list[float]
+    kv_bytes: list[float]
+    held_bytes: list[int]
+    revision: str
+    """Of the weights."""
+
+    @classmethod
+    def of(cls, runner: Runner, revision: str) -> Self:
+        return cls(runner.seconds, runner.cpu_seconds, runner.density, runner.kv_bytes, runner.held_bytes, revision)
+
+
+class Apart:
+    """A rollout in another process, which makes a chunk when it is told to.
+
+    Args:
+        policy: Its name.
+        options: Of the command line.
+    """
+
+    def __init__(self, policy: str, options: argparse.Namespace) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._ours, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, policy, options), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.num_chunks: int = self._ours.recv()
+        self.seconds = 0.0
+
+    def step(self) -> None:
+        """One chunk; until it is made."""
+        self._ours.send(True)
+        self.seconds += self._ours.recv()
+
+    def end(self) -> Timed:
+        """What was measured; the process ends."""
+        self._ours.send(False)
+        found: Timed = self._ours.recv()
+        self._process.join()
+        return found
+
+
+def _serve(connection: Connection, policy: str, options: argparse.Namespace) -> None:
+    torch.set_num_threads(options.threads)
+    lab = QualityLab(torch.device("cuda" if torch.cuda.is_available() else "cpu"), "float32", options.weights)
+    walks = lab.walks("still", [options.world], options.frames)
+    runner = Runner(lab, walks, lab.model(ALL[policy], as_served=True))
+    connection.send(walks.num_chunks)
+    while connection.recv():
+        runner.step()
+        connection.send(runner.seconds[-1])
+    connection.send(Timed.of(runner, lab.revision))
+
+
+def paired(runner: Timed, behind: Timed) -> dict[str, float]:
     """Time of the last chunks of a rollout, over that of the chunks before frame 600 of one that took turns with them:
     by the clock, which a median reads, and of the CPU on average, chunks that make room included."""
     clock = statistics.median(runner.seconds[-_AROUND:]) / statistics.median(behind.seconds[-_AROUND:])
@@ -37,7 +100,7 @@ def paired(runner: Runner, behind: Runner) -> dict[str, float]:
     return {"paired_time_end_to_600": clock, "paired_mean_cpu_time_end_to_600": cpu}
 
 
-def make_row(name: str, runner: Runner, first: Runner, frames: int) -> dict[str, Any]:
+def make_row(name: str, runner: Timed, first: Timed, frames: int) -> dict[str, Any]:
     """Figures of one rollout."""
     chunks = len(runner.seconds)
     marks = sorted({mark for mark in (50, 100, 125, 200, chunks) if mark <= chunks})
@@ -75,26 +138,25 @@ def main() -> None:
     parser.add_argument("--behind", action="store_true", help="compare the end with frame 600, chunk by chunk")
     parser.add_argument("--name", default="quality_turns")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    lab = QualityLab(torch.device("cuda" if torch.cuda.is_available() else "cpu"), "float32", options.weights)
-    walks = lab.walks("still", [options.world], options.frames)
-    models = {name: lab.model(ALL[name], as_served=True) for name in options.policies}
-    runners = {name: Runner(lab, walks, model) for name, model in models.items()}
-    behind: dict[str, Runner] = {}
-    for chunk in range(walks.num_chunks):
-        if options.behind and chunk == walks.num_chunks - _BEHIND:
-            behind = {name: Runner(lab, walks, model) for name, model in models.items()}
+    runners = {name: Apart(name, options) for name in options.policies}
+    behind: dict[str, Apart] = {}
+    num_chunks = max(runner.num_chunks for runner in runners.values())
+    for chunk in range(num_chunks):
+        if options.behind and chunk == num_chunks - _BEHIND:
+            behind = {name: Apart(name, options) for name in options.policies}
         for runner in (*runners.values(), *behind.values()):
             runner.step()
         if chunk % 25 == 24:
-            seconds = {name: f"{sum(runner.seconds):.1f} s" for name, runner in runners.items()}
-            print(f"chunk {chunk + 1} of {walks.num_chunks}: {seconds}", flush=True)
-    first = next(iter(runners.values()))
-    rows = [make_row(name, runner, first, options.frames) for name, runner in runners.items()]
-    for row in rows:
-        if row["policy"] in behind:
-            row |= paired(runners[row["policy"]], behind[row["policy"]])
-    report(options.name, rows, f"weights {lab.revision[:16]}; {options.threads} threads. {load_text()}")
+            seconds = {name: f"{runner.seconds:.1f} s" for name, runner in runners.items()}
+            print(f"chunk {chunk + 1} of {num_chunks}: {seconds}", flush=True)
+    timed = {name: runner.end() for name, runner in runners.items()}
+    late = {name: runner.end() for name, runner in behind.items()}
+    first = next(iter(timed.values()))
+    rows = [
+        make_row(name, found, first, options.frames) | (paired(found, late[name]) if name in late else {})
+        for name, found in timed.items()
+    ]
+    report(options.name, rows, f"weights {first.revision[:16]}; {options.threads} threads. {load_text()}")
 
 
 if __name__ == "__main__":
