@@ -42,8 +42,8 @@ _NOTES = (
     "of query and key computed, over those of dense full history. kv_share_of_full: of a bfloat16 cache of the whole "
     "history. revisit: hard cuts back to places last seen 42 to 600 latent frames before. psnr_db, ssim, "
     "one_step_error (RMS of latents): against dense with the same true history and noise; psnr_db_at_frame of free "
-    "rollouts. seconds_per_chunk_at: of quality_turns, by video frame. ci95: half the width over worlds. "
-    "LPIPS is null: its weights are not bundled."
+    "rollouts. seconds_per_chunk_at: of quality_turns, by video frame; paired_time_end_to_600: a chunk at frame 3000 "
+    "over one at 600 made beside it. ci95: half the width over worlds. LPIPS is null: its weights are not bundled."
 )
 
 

@@ -228,7 +228,8 @@ def failures(folder: Path) -> list[str]:
 
 
 def add_times(rows: Sequence[Row], turns: dict[str, Any], revision: str) -> None:
-    """Give walks of a policy the seconds of its chunks by video frame, as `quality_turns` timed them.
+    """Give walks of a policy the seconds of its chunks by video frame, as `quality_turns` timed them, and the time of
+    its last chunks over that of those at frame 600 which another rollout made beside them.
 
     Args:
         rows: Changed in place; what was not timed gets None.
@@ -236,7 +237,8 @@ def add_times(rows: Sequence[Row], turns: dict[str, Any], revision: str) -> None
         revision: Of the weights of the rows; other weights are not theirs.
     """
     is_same = f"weights {revision[:16]}" in turns["notes"]
-    timed = {row["policy"]: row["seconds_per_chunk_at"] for row in turns["rows"]} if is_same else {}
+    timed = {row["policy"]: row for row in turns["rows"]} if is_same else {}
     for row in rows:
         if row["part"] == "walk":
-            row["seconds_per_chunk_at"] = timed.get(row["policy"])
+            for name in ("seconds_per_chunk_at", "paired_time_end_to_600"):
+                row[name] = timed.get(row["policy"], {}).get(name)
