@@ -159,12 +159,14 @@ def ann_settings(config: AnnSelfAttentionConfig, frame_tokens: int) -> AnnSettin
     what a slow camera comes back to (0.7 dB of one world, where 64 by 64 lose 0.3 with as many pairs).
     """
     sees_some = config.seen_latent_frames is not None and config.target_recall is None
-    small = sees_some and frame_tokens <= _QUERIES_TOGETHER // 2
+    is_small = frame_tokens <= _QUERIES_TOGETHER // 2
+    small = sees_some and is_small
     tile = config.tile or (max(8, frame_tokens // 2) if small else min(_LARGEST_TILE, frame_tokens))
     query_tile = config.query_tile or (_QUERIES_TOGETHER // frame_tokens * frame_tokens if small else tile)
     across_layers = config.seen_across == "model" and sees_some
     # Where later calls take what the first one saw, there is no second choice for layers to compete in.
     at_once = across_layers and (small or config.history_at is not None)
+    looks_once = config.target_recall is not None and config.history_at is not None
     return AnnSettings(
         sink_tokens=config.sink_latent_frames * frame_tokens,
         recent_tokens=config.recent_latent_frames * frame_tokens,
@@ -172,7 +174,7 @@ def ann_settings(config: AnnSelfAttentionConfig, frame_tokens: int) -> AnnSettin
         seen_keys=None if config.seen_latent_frames is None else config.seen_latent_frames * frame_tokens,
         across_layers=across_layers,
         at_once=at_once,
-        clean_share=_clean_share(config, frame_tokens, at_once=at_once),
+        clean_share=_clean_share(config, fewer=is_small and (at_once or looks_once)),
         target_recall=config.target_recall,
         query_tile=query_tile,
         key_tile=tile,
@@ -186,12 +188,10 @@ def ann_settings(config: AnnSelfAttentionConfig, frame_tokens: int) -> AnnSettin
     )
 
 
-def _clean_share(config: AnnSelfAttentionConfig, frame_tokens: int, *, at_once: bool) -> float:
-    """Of what a step sees; a share of all keys is the same in every call."""
+def _clean_share(config: AnnSelfAttentionConfig, *, fewer: bool) -> float:
+    """Of what a step sees, unless configured all or `fewer`; a share of all keys is the same in every call."""
     if config.seen_latent_frames is None and config.target_recall is None:
         return 1.0
-    looks_once = config.target_recall is not None and config.history_at is not None
-    fewer = (at_once or looks_once) and frame_tokens <= _QUERIES_TOGETHER // 2
     return config.clean_pass_share or (_CLEAN_SHARE if fewer else 1.0)
 
 

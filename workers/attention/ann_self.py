@@ -26,6 +26,7 @@ from workers.attention.tile_mass import (
     TileMass,
     TileSample,
     estimate_mass,
+    heaviest_first,
     keep_above,
     keep_heaviest,
     keep_mass,
@@ -224,8 +225,7 @@ class AnnSelfAttention:
             seen_before.append(visible.sum(-1, dtype=torch.float32).mean((1, 2)))
         # The heaviest first: a clean pass that sees fewer of the same choice sees the first of them.
         is_shared = s.clean_share < 1 and not s.every_step
-        first = mass.history_BNIJ.masked_fill(~visible, -1.0) if is_shared else None
-        tile_order = None if first is None else first.argsort(dim=-1, descending=True, stable=True)
+        tile_order = heaviest_first(mass, visible) if is_shared else None
         tiles = Tiles(visible, query_tile, s.key_tile, query_order, indexed.key_order_BNK, tile_order)
         return _Chosen(cached, tiles, mass)
 

@@ -130,9 +130,7 @@ class TileChoice:
         if clean_NIJ is not None:
             clean_NIJ[..., : self.num_clean] = self._candidate_J[chosen[..., : self.num_clean]]
 
-    def _choose_by_kernels(
-        self, q_QNW: Tensor, k_NLW: Tensor, index_NIJ: Tensor, clean_NIJ: Tensor | None = None
-    ) -> None:
+    def _choose_by_kernels(self, q_QNW: Tensor, k_NLW: Tensor, index_NIJ: Tensor, clean_NIJ: Tensor | None) -> None:
         from workers.attention.triton_choice import tile_lse, write_heaviest
 
         shape = (k_NLW.shape[0], len(self._query_S), len(self._is_candidate_J))

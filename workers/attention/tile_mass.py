@@ -228,10 +228,17 @@ def keep_above(mass: TileMass, num: int, seen_before: Sequence[Tensor] | None = 
     return torch.zeros_like(flat_BM, dtype=torch.bool).scatter_(-1, index, is_kept).view(mass.history_BNIJ.shape)
 
 
+def heaviest_first(mass: TileMass, visible_BNIJ: Tensor) -> Tensor:
+    """Numbers of tiles, those that each head and query tile sees before the others, the heaviest first: order_BNIJ."""
+    order_BNIJ: Tensor = mass.history_BNIJ.masked_fill(~visible_BNIJ, -1.0).argsort(
+        dim=-1, descending=True, stable=True
+    )
+    return order_BNIJ
+
+
 def keep_heaviest(mass: TileMass, visible_BNIJ: Tensor, share: float) -> Tensor:
     """Of the tiles that each head and query tile sees, the heaviest share, rounded up: visible_BNIJ."""
-    mass_BNIJ = mass.history_BNIJ.masked_fill(~visible_BNIJ, -1.0)
-    order_BNIJ = mass_BNIJ.argsort(dim=-1, descending=True, stable=True)
+    order_BNIJ = heaviest_first(mass, visible_BNIJ)
     num_BNI1 = (share * visible_BNIJ.sum(-1, keepdim=True)).ceil()
     is_kept = torch.arange(order_BNIJ.shape[-1], device=order_BNIJ.device) < num_BNI1
     return torch.zeros_like(visible_BNIJ).scatter_(-1, order_BNIJ, is_kept)

@@ -67,7 +67,7 @@ def pair_loss(found: Distances, m_NC: Tensor, partner_NC: Tensor, head_dim: int)
 
 
 class LinkWays(NamedTuple):
-    """What chooses links, in plain torch; `triton_merge.py` has its own."""
+    """What chooses links, in plain torch; `triton_families.py` has its own."""
 
     every_other: Callable[[Tensor], Tensor] = lambda toward: every_other(toward.long())
     """Of slots of int32."""
@@ -76,18 +76,20 @@ class LinkWays(NamedTuple):
     running_sum: Callable[[Tensor], Tensor] = lambda x: x.cumsum(-1, dtype=torch.int32)
 
 
-def choose_links(loss_NC: Tensor, partner_NC: Tensor, num_merges: int, ways: LinkWays | None = None) -> Tensor:
+_PLAIN = LinkWays()
+
+
+def choose_links(loss_NC: Tensor, partner_NC: Tensor, num_merges: int, ways: LinkWays = _PLAIN) -> Tensor:
     """Let so many keys of each head join their partners: the slot that each slot is linked to, itself where it is not.
 
     Args:
         loss_NC: float32; inf where there is no link.
         partner_NC: int32; -1 for none.
         num_merges: As many at most.
-        ways: None takes plain torch.
+        ways: Plain torch, or kernels.
     Returns:
         int32 [N, C].
     """
-    ways = ways or LinkWays()
     own = torch.arange(loss_NC.shape[1], dtype=torch.int32, device=loss_NC.device).expand_as(loss_NC)
     if num_merges == 0:
         return own.contiguous()

@@ -96,8 +96,6 @@ class TileTable:
             self._reset(layer, index)
         self._kernels = load_kernels(settings) if work == "kernels" else None
         self._views: dict[int, KeyValues] = {}
-        self.heads_at_once = settings.num_heads
-        """That a merge by kernels writes again together, through a buffer."""
         self.before_change: Callable[[int, bool], None] = lambda layer_index, is_history: None
         """Told the layer that is changes next, and whether more of it does than its newest chunks and what is free."""
         self.on_part: Callable[[str], None] | None = None
@@ -323,7 +321,8 @@ class TileTable:
         used, records, room = self._used(layer), self._records(layer), self._room(layer)
         layer.pointer = s.kept_tokens
         if self._kernels is not None:
-            self._kernels.merge(used, records, self._turn_back, room, heads_at_once=self.heads_at_once, tile=s.tile)
+            # The buffer is that of one layer, however many go together.
+            self._kernels.merge(used, records, self._turn_back, room, heads_at_once=s.num_heads, tile=s.tile)
             return
         v, _, weight, partner = records
         self._rewrite(layer, shrink(used, v, weight, partner, self._turn_back, room, self._fuse))

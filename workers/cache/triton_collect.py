@@ -21,8 +21,9 @@ from workers.cache.table_layout import NO_KEY, TableSettings
 from workers.cache.triton_match import ROWS, unit_halves
 from workers.cache.triton_merge import (
     VALUE_UNITS,
-    add_values,
+    add_rest,
     find_sums,
+    most_groups,
     partner_of_group,
     store_log_mass,
     total_weight,
@@ -184,21 +185,16 @@ def merge_into_codes(
     written = to.position_NC3, to.m_NC, to.weight_NC, to.partner_NC
     assert all(x.is_contiguous() for x in (k, v, *codes, *written, to.mean_NJD))
     (heads, num), num_keep, listed = m.shape, room.num_keep, room.num_listed
-    source, sums, families = find_sums(history, records, turn_back, room)
+    source, sums, families = found = find_sums(history, records, turn_back, room)
     likes = position, m, weight, partner
     buffers = tuple(torch.empty((heads, num_keep, *x.shape[2:]), dtype=x.dtype, device=x.device) for x in likes)
-    # As many groups as keys are given up, at most, if one is enough.
-    num_groups = max(1, room.num_merges // (listed + 1))
+    num_groups = most_groups(room)
     at_once = min(heads, max(1, _SUMMED_BYTES // (num_groups * s.head_dim * 4)))
     summed = torch.empty((at_once, num_groups, s.head_dim), dtype=torch.int32, device=k.device)
     slots = history.start, k.shape[1], s.history_slots, num, num_keep
     for first in range(0, heads, at_once):
         some = min(at_once, heads - first)
-        summed[:some].zero_()
-        add_values[(triton.cdiv(num, 32), some)](
-            v, weight, sums.members.rest_share, sums.added, families.head_of, sums.number, summed, *v.stride()[:2],
-            weight.stride(0), history.start, first, num, num_groups, D=s.head_dim, M=32, num_warps=4,
-        )  # fmt: skip
+        add_rest(history, records, found, summed[:some], first)
         collect_codes[(triton.cdiv(num_keep, _COLLECTED_AT_ONCE), some)](
             k, v, position, m, weight, partner, source, sums.added, sums.joined, sums.members.tally, sums.number,
             summed, sums.members.listed, sums.share, families.root, families.head_of, families.rank, *codes, *buffers,

@@ -95,7 +95,7 @@ def _in_units(v, at_v, w, total, there, D: tl.constexpr):  # type: ignore[no-unt
 
 
 @triton.jit(do_not_specialize=["first_row"])  # type: ignore[untyped-decorator, unused-ignore]
-def add_values(  # type: ignore[no-untyped-def]
+def _add_values(  # type: ignore[no-untyped-def]
     v, weight, share, added, head_of, number, summed, stride_vn, stride_vl, stride_wn, start_k, first_row, num_slots,
     num_groups, D: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
@@ -294,13 +294,36 @@ def merge(
         heads_at_once: Heads that are written again together, through a buffer.
         tile: Of the means.
     """
-    found, heads, listed = find_sums(history, records, turn_back, room), records[1].shape[0], room.num_listed
+    found, heads, device = find_sums(history, records, turn_back, room), records[1].shape[0], history.k_NLW.device
     buffers = _buffers(history, records, heads_at_once, room.num_keep)
-    # As many groups as keys are given up, at most, if one is enough.
-    groups = (heads_at_once, max(1, room.num_merges // (listed + 1)), turn_back.head_dim)
-    summed = torch.empty(groups, dtype=torch.int32, device=history.k_NLW.device)
+    groups = (heads_at_once, most_groups(room), turn_back.head_dim)
+    summed = torch.empty(groups, dtype=torch.int32, device=device)
     for first in range(0, heads, heads_at_once):
-        _move(history, records, turn_back, found, (summed, buffers), first, tile, listed)
+        add_rest(history, records, found, summed, first)
+        _move(history, records, turn_back, found, (summed, buffers), first, tile, room.num_listed)
+
+
+def most_groups(room: Room) -> int:
+    """That can get more members than are listed: as many as keys are given up, if one is enough."""
+    return max(1, room.num_merges // (room.num_listed + 1))
+
+
+def add_rest(history: History, records: Sequence[Tensor], found: Found, summed: Tensor, first: int) -> None:
+    """Add up the values that are not listed.
+
+    Args:
+        history, records: As of `merge`.
+        found: By `find_sums`.
+        summed: Written: int32 [heads, `most_groups`, D].
+        first: Of those heads.
+    """
+    (v, m, weight, _), (_, sums, families) = records, found
+    heads, num_groups, dim = summed.shape
+    summed.zero_()
+    _add_values[(triton.cdiv(m.shape[1], 32), heads)](
+        v, weight, sums.members.rest_share, sums.added, families.head_of, sums.number, summed, *v.stride()[:2],
+        weight.stride(0), history.start, first, m.shape[1], num_groups, D=dim, M=32, num_warps=4,
+    )  # fmt: skip
 
 
 def _buffers(history: History, records: Sequence[Tensor], heads: int, num_keep: int) -> tuple[Tensor, ...]:
@@ -322,11 +345,6 @@ def _move(
     dim, num, num_groups = turn_back.head_dim, m.shape[1], summed.shape[1]
     extra = k.shape[-1] - dim
     strides = (*k.stride()[:2], *v.stride()[:2], *(x.stride(0) for x in (position, m, weight, partner)))
-    summed.zero_()
-    add_values[(triton.cdiv(num, 32), heads)](
-        v, weight, sums.members.rest_share, sums.added, families.head_of, sums.number, summed, *v.stride()[:2],
-        weight.stride(0), history.start, first, num, num_groups, D=dim, M=32, num_warps=4,
-    )  # fmt: skip
     _collect[(triton.cdiv(num_keep, 16), heads)](
         k, v, position, m, weight, partner, source, sums.added, sums.joined, sums.members.tally, sums.number, summed,
         sums.members.listed, sums.share, families.root, families.head_of, families.rank, *buffers, *strides,

@@ -340,3 +340,14 @@ def test_merged_entries_are_ordered_by_time_row_and_column(step: float) -> None:
             empty = mass[b, n].isneginf().tolist()
             there = [(*position[b, at, n].tolist(), at) for at in range(400) if not empty[at]]
             assert order[b, n].tolist()[: len(there)] == [at for *_, at in sorted(there)]
+
+
+@pytest.mark.parametrize("share", [0.2, 1 / 3, 1.0])
+def test_of_what_is_seen_the_heaviest_share_is_kept(share: float) -> None:
+    g = torch.Generator().manual_seed(3)
+    mass = tile_mass.TileMass(torch.rand(2, 3, 2, 11, generator=g), torch.zeros(2, 3, 2))
+    visible = torch.rand(2, 3, 2, 11, generator=g) < 0.6
+    kept = tile_mass.keep_heaviest(mass, visible, share)
+    for masses, seen, found in zip(*(x.flatten(0, 2) for x in (mass.history_BNIJ, visible, kept)), strict=True):
+        by_mass = sorted(seen.nonzero().flatten().tolist(), key=lambda tile: -float(masses[tile]))
+        assert set(found.nonzero().flatten().tolist()) == set(by_mass[: math.ceil(share * len(by_mass) - 1e-6)])

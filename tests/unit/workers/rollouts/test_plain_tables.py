@@ -23,18 +23,17 @@ SIZE, CHUNKS = (4, 8), 11
 
 def make_model(storage: str = "model", **attention: Any) -> LoadedModel:
     record = {
-        "policy": "fastar-tiles",
         "backbone": {"name": "tiny-test"},
         "video": {"width": 64, "height": 32},
         "sampling": {"num_steps": 2},
         "cache": {
+            "kind": "tiles",
             "budget_latent_frames": 15,
             "spare_latent_frames": 3,
-            "merging": "chains",
             "mass_decay": 0.5,
             "storage": storage,
         },
-        "attention": {"estimate": "quant", "history_at": None, "clean_pass_share": 1.0} | attention,
+        "attention": {"kind": "tiles", **attention},
     }
     return load_model(RenderConfig.model_validate(record))
 
