@@ -215,7 +215,8 @@ class PlainTileChoice:
         q_QNW[..., : s.head_dim] = q_QND
         q_QNW[..., s.head_dim : s.head_dim + 2] = 1
         layer = table.layers[layer_index]
-        lists = [self._chooser.new_list(q_QND.shape[1], for_clean_pass=is_clean) for is_clean in (False, True)]
+        early = self._chooser.has_early_list and not table.has_merged
+        lists = [self._chooser.new_list(q_QND.shape[1], for_clean_pass=clean, early=early) for clean in (False, True)]
         self._chooser.choose(q_QNW, layer.k_NLW, *lists)
         order = self._read_order(layer)
         of_step, of_clean_pass = (

@@ -115,8 +115,10 @@ def choice_settings(
 ) -> ChoiceSettings:
     """How many tiles are chosen, and by how close a look; `fused` by kernels of our own."""
     num_candidates = sum(stop - first for first, stop in runs.candidates)
+    early = config.density_until_full
     return ChoiceSettings(
         num_chosen=max(1, round(config.density * num_candidates)),
+        num_early=0 if early is None else max(1, round(early * num_candidates)),
         clean_share=config.clean_pass_share,
         keys_per_tile=min(config.keys_per_tile, s.tile),
         queries_per_tile=min(config.queries_per_tile, s.tile),
@@ -208,7 +210,7 @@ class TableSeat:
 
     @torch.inference_mode()
     def rehearse(self) -> None:
-        """Run what a take runs between chunks until every layer has merged: compiles what is compiled."""
+        """Run what a take runs until every layer has merged: compiles and captures it."""
         s, device = self.settings, self._dit.head.modulation.device
         rollout = self.begin_take()
         rows, columns = self._dit.backbone.token_grid(self._latent_size)
@@ -216,6 +218,7 @@ class TableSeat:
         for index in range(s.sink_chunks + s.recent_chunks + s.kept_chunks + s.spare_chunks + 1):
             time = torch.arange(index * num, (index + 1) * num, device=device)
             rollout.remember(grid_positions(time, rows, columns, None))
+        rollout.rehearse()
         self.table.clear()
 
     @property

@@ -100,6 +100,9 @@ class TileAttentionConfig(Part):
 
     kind: Literal["tiles"] = "tiles"
     density: float = Field(0.1, gt=0.0, le=1.0, description="Share of the table's tiles that a query sees.")
+    density_until_full: float | None = Field(
+        None, gt=0.0, le=1.0, description="The same until the history merges for the first time; empty: density."
+    )
     estimate: Literal["exact", "quant", "lsh"] = Field("quant", description="How the mass of a tile is estimated.")
     keys_per_tile: int = Field(16, ge=1, le=LARGEST_TILE, description="Keys of a tile that are looked at.")
     queries_per_tile: int = Field(8, ge=1, le=LARGEST_TILE, description="Queries of a tile that look.")

@@ -62,6 +62,8 @@ class Variant:
     """Denoising steps that look at the history; None: all. The clean pass always does."""
     clean_share: float = 1.0
     """Of the chosen tiles, the heaviest that the clean pass sees."""
+    density_until_full: float | None = None
+    """As `density`, until the history merges for the first time."""
     dense_own: bool = True
     """Where not all look: what all see is attended to by a dense kernel, if there is one; else by lists."""
     keys_per_tile: int = 16
@@ -204,6 +206,7 @@ def make_engine(
             variant.choose_at, graphs=graphs and device.type == "cuda", history_at=variant.history_at
         ),
         clean_share=variant.clean_share,
+        num_early=round((variant.density_until_full or 0) * num_candidates),
         keys_per_tile=min(sizes.tile, variant.keys_per_tile),
         queries_per_tile=min(sizes.tile, variant.queries_per_tile),
     )
@@ -246,6 +249,7 @@ def warm_up(engine: Engine, settings: Settings) -> float:
         pass
     for _ in range(engine.chunks_to_fill):
         engine.rollout.remember(engine.rollout.begin(plan, 2))
+    engine.rollout.rehearse()
     if settings.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began

@@ -69,7 +69,7 @@ def short_row(variant: Variant, settings: Settings, hardware: Hardware) -> RowRe
     total = sum(seconds) + sum(last) / len(last) * (settings.num_chunks - num)
     share = compression_share(engine, settings)
     with_vae = fps_with_pictures(engine, settings)
-    num_seen = engine.chooser.num_slots_seen
+    num_seen = engine.chooser.num_slots_seen()
     notes = (
         f"{engine.chooser.num_chosen} cached tiles chosen, {num_seen} slots seen, by {variant.estimate}; "
         f"{chosen_parts(settings)}; tiles chosen at steps {variant.choose_at}; rolled out over the first {num} chunks "
@@ -136,6 +136,7 @@ class ReplayedTable:
     """A `Table` of one layer in the place of all; made for the longest history, shorter ones are a run of it."""
 
     is_packed = False
+    has_merged = False
 
     def __init__(self, settings: Settings, most_chunks: int) -> None:
         backbone = settings.backbone
@@ -199,7 +200,7 @@ def annsa_row(estimate: Estimate, settings: Settings, hardware: Hardware) -> Row
             vae, _ = make_vae(settings)
             chunks = rollout.run(make_plan(lent, settings, num + _PICTURE_CHUNKS + 8), num)
             with_vae = settings.chunk_frames / seconds_with_pictures(chunks, vae, settings, _PICTURE_CHUNKS)
-        seen = rollout.chooser.num_slots_seen
+        seen = rollout.chooser.num_slots_seen()
         rollout.begin(make_plan(lent, settings, num + 1), num)
         rollout.load(lent.latents, 500.0)
         share = _selection_seconds(rollout, settings.device) / taken[num]

@@ -52,6 +52,8 @@ class ChoiceSettings:
     """That a kernel compares with at a time, a power of two: fewer take less of a multiprocessor."""
     clean_share: float = 1.0
     """Of the chosen tiles, the heaviest that a clean pass sees, in (0, 1]: nothing is denoised there."""
+    num_early: int = 0
+    """Candidates that are seen until the history merges for the first time; 0: as many as later."""
 
 
 class TileChoice:
@@ -72,7 +74,7 @@ class TileChoice:
         self._candidate_J = _numbers(runs.candidates, device)
         self._always_A = _numbers(runs.always, device)
         self.num_chosen = min(s.num_chosen, len(self._candidate_J))
-        self.num_clean = max(1, round(s.clean_share * self.num_chosen))
+        self.num_early = min(s.num_early or s.num_chosen, len(self._candidate_J))
         self.query_tiles = -(-num_queries // s.tile)
         self._query_S = sample_places(num_queries, s.tile, s.queries_per_tile, device)[0]
         self.sampled_slot_R = sample_places(runs.num_tiles * s.tile, s.tile, s.keys_per_tile, device)[0]
@@ -89,10 +91,9 @@ class TileChoice:
             self._is_candidate_J[self._candidate_J] = 1
             self._head_dim = head_dim
 
-    @property
-    def num_slots_seen(self) -> int:
+    def num_slots_seen(self, *, early: bool = False) -> int:
         """By a query, empty ones included."""
-        return (self.num_chosen + len(self._always_A)) * self.settings.tile
+        return (self._num_listed(early) + len(self._always_A)) * self.settings.tile
 
     def compile(self, backend: str | Callable[..., object] = "inductor") -> None:
         """Fuse what follows the products."""
@@ -101,11 +102,20 @@ class TileChoice:
     @property
     def has_clean_list(self) -> bool:
         """Whether a clean pass sees fewer than a step."""
-        return self.num_clean < self.num_chosen
+        return self._num_listed(early=False, for_clean_pass=True) < self.num_chosen
 
-    def new_list(self, num_heads: int, *, for_clean_pass: bool = False) -> Tensor:
+    @property
+    def has_early_list(self) -> bool:
+        """Whether another number is seen until the history merges."""
+        return self.num_early != self.num_chosen
+
+    def _num_listed(self, early: bool, for_clean_pass: bool = False) -> int:
+        num = self.num_early if early else self.num_chosen
+        return max(1, round(self.settings.clean_share * num)) if for_clean_pass else num
+
+    def new_list(self, num_heads: int, *, for_clean_pass: bool = False, early: bool = False) -> Tensor:
         """A list to be filled, int32 [N, I, listed]: the chosen first, then those that are always seen."""
-        num = self.num_clean if for_clean_pass else self.num_chosen
+        num = self._num_listed(early, for_clean_pass)
         shape = (num_heads, self.query_tiles, num + len(self._always_A))
         index = torch.zeros(shape, dtype=torch.int32, device=self._candidate_J.device)
         index[..., :num] = self._candidate_J[:num]
@@ -125,10 +135,15 @@ class TileChoice:
             self._choose_by_kernels(q_QNW, k_NLW, index_NIJ, clean_NIJ)
             return
         mass_NIJ = self.mass(q_QNW, k_NLW).index_select(2, self._candidate_J)
-        chosen = mass_NIJ.topk(self.num_chosen, dim=-1, sorted=clean_NIJ is not None).indices
-        index_NIJ[..., : self.num_chosen] = self._candidate_J[chosen]
+        num = self._num_to_fill(index_NIJ)
+        chosen = mass_NIJ.topk(num, dim=-1, sorted=clean_NIJ is not None).indices
+        index_NIJ[..., :num] = self._candidate_J[chosen]
         if clean_NIJ is not None:
-            clean_NIJ[..., : self.num_clean] = self._candidate_J[chosen[..., : self.num_clean]]
+            fewer = self._num_to_fill(clean_NIJ)
+            clean_NIJ[..., :fewer] = self._candidate_J[chosen[..., :fewer]]
+
+    def _num_to_fill(self, index_NIJ: Tensor) -> int:
+        return index_NIJ.shape[-1] - len(self._always_A)
 
     def _choose_by_kernels(self, q_QNW: Tensor, k_NLW: Tensor, index_NIJ: Tensor, clean_NIJ: Tensor | None) -> None:
         from workers.attention.triton_choice import tile_lse, write_heaviest
@@ -145,9 +160,9 @@ class TileChoice:
             quant=is_quant,
             keys_at_once=self.settings.keys_at_once,
         )
-        write_heaviest(lse_NSJ, self._is_candidate_J, self.num_chosen, index_NIJ)
-        if clean_NIJ is not None:
-            write_heaviest(lse_NSJ, self._is_candidate_J, self.num_clean, clean_NIJ)
+        for index in (index_NIJ, clean_NIJ):
+            if index is not None:
+                write_heaviest(lse_NSJ, self._is_candidate_J, self._num_to_fill(index), index)
 
     def mass(self, q_QNW: Tensor, k_NLW: Tensor) -> Tensor:
         """Estimated share of the softmax in each tile of the table, mean over the queries of a tile, [N, I, J]."""

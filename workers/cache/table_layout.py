@@ -86,6 +86,12 @@ class TableSettings:
         return self.sink_chunks * self.chunk_slots
 
     @property
+    def chunks_before_merging(self) -> int:
+        """Taken over when the first layer is full; layers become full one chunk after another."""
+        ahead = min(self.spare_chunks, self.num_layers) - 1
+        return self.sink_chunks + self.recent_chunks + self.kept_chunks + self.spare_chunks - ahead
+
+    @property
     def history_slots(self) -> int:
         """In whole tiles."""
         return -(-self.history_tokens // self.tile) * self.tile

@@ -162,8 +162,7 @@ class TileTable:
         """These layers are about to take over a chunk."""
         for index in layer_indices:
             layer, s = self.layers[index], self.settings
-            fills_sink, is_full = layer.num_chunks < s.sink_chunks, layer.pointer == s.history_tokens
-            self.before_change(index, fills_sink or is_full)
+            self.before_change(index, layer.num_chunks < s.sink_chunks or layer.pointer == s.history_tokens)
 
     def _take_over(self, layer: LayerTable, position_T3: Tensor) -> None:
         s, index = self.settings, layer.num_chunks
@@ -194,6 +193,11 @@ class TileTable:
         if layer_index not in self._views:
             self._views[layer_index] = self._gather(self.layers[layer_index])
         return self._views[layer_index]
+
+    @property
+    def has_merged(self) -> bool:
+        """Whether some layer's history has been full."""
+        return self.layers[0].num_chunks > self.settings.chunks_before_merging
 
     @property
     def num_tokens(self) -> int:

@@ -43,6 +43,9 @@ class Table(Protocol):
     @property
     def num_bytes(self) -> int: ...
 
+    @property
+    def has_merged(self) -> bool: ...
+
     def own(self, layer_index: int) -> tuple[Tensor, Tensor]: ...
 
     def note_seen(self, layer_index: int, index_NIJ: Tensor) -> None: ...
@@ -60,12 +63,14 @@ class Chooser(Protocol):
     sampled_slot_R: Tensor
 
     @property
-    def num_slots_seen(self) -> int: ...
-
-    @property
     def has_clean_list(self) -> bool: ...
 
-    def new_list(self, num_heads: int, *, for_clean_pass: bool = False) -> Tensor: ...
+    @property
+    def has_early_list(self) -> bool: ...
+
+    def num_slots_seen(self, *, early: bool = False) -> int: ...
+
+    def new_list(self, num_heads: int, *, for_clean_pass: bool = False, early: bool = False) -> Tensor: ...
 
     def choose(self, q_QNW: Tensor, k_NLW: Tensor, index_NIJ: Tensor, clean_NIJ: Tensor | None = None) -> None: ...
 
@@ -142,14 +147,11 @@ class CapturedRollout:
         self._q_QNW = empty(num, b.num_heads, table.layers[0].k_NLW.shape[-1])
         self._q_QNW[..., b.head_dim : b.head_dim + 2] = 1.0
         self._targets = [Targets(self._q_QNW[..., : b.head_dim], *table.own(index)) for index in range(b.num_layers)]
-        self._lists = [self.chooser.new_list(b.num_heads) for _ in range(b.num_layers)]
-        self._clean_lists = [
-            self.chooser.new_list(b.num_heads, for_clean_pass=True) if self.chooser.has_clean_list else None
-            for _ in range(b.num_layers)
-        ]
+        self._is_early = self.chooser.has_early_list
+        self._lists = {early: self._new_lists(early) for early in {False, self._is_early}}
         self._prompt: list[PromptTable] = []
         self._held: Sequence[PromptKeys] | None = None
-        self._graphs: dict[tuple[bool, bool, bool], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[bool, bool, bool, bool], torch.cuda.CUDAGraph] = {}
         self.on_part: Mark | None = None
         """Told `calls` after each call and `sampler` after what lies between two; for measurements."""
 
@@ -186,7 +188,7 @@ class CapturedRollout:
 
     def slots_seen(self, num_steps: int) -> float:
         """By a query, empty ones included, on average over so many denoising steps of a chunk."""
-        steps, seen = self._settings.history_at, self.chooser.num_slots_seen
+        steps, seen = self._settings.history_at, self.chooser.num_slots_seen(early=self._is_early)
         if not isinstance(self._attend, KeptHistory) or steps is None:
             return seen
         return seen * len(steps) / num_steps + self._attend.num_slots_fresh
@@ -205,9 +207,17 @@ class CapturedRollout:
             self.compute(choose, look=look, clean=clean)
             return
         call = (choose, look, clean and self.chooser.has_clean_list)
-        if call not in self._graphs:
-            self._graphs[call] = self._capture(*call)
-        self._graphs[call].replay()
+        key = (*call, self._is_early and look)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(*call)
+        self._graphs[key].replay()
+
+    def rehearse(self) -> None:
+        """Capture the calls of a history that has merged, where those before see another number of tiles."""
+        self._is_early = False
+        for choose, look, clean, early in list(self._graphs):
+            if early:
+                self.replay(choose, look, clean)
 
     def _mark(self, part: str) -> None:
         if self.on_part is not None:
@@ -232,7 +242,7 @@ class CapturedRollout:
         time_T6E = time_BT6E[0]
         mark("embed")
         for index, weights in enumerate(layers.weights):
-            listed, fewer = self._lists[index], self._clean_lists[index]
+            listed, fewer = self._lists[self._is_early][index]
             layers.enter(weights, x, time_T6E, self._rotation, self._targets[index])
             mark("queries, keys, values")
             if choose:
@@ -273,6 +283,7 @@ class CapturedRollout:
     def begin(self, plan: RolloutPlan, index: int) -> Tensor:
         """Fill the buffers for a chunk; its positions."""
         b = self._model.backbone
+        self._is_early = self.chooser.has_early_list and not self.table.has_merged
         position = chunk_positions(plan, b, index, self._device)
         rotation = make_rotation(position, b.head_dim, b.rope_theta)
         for buffer, values in zip(self._rotation, rotation, strict=True):
@@ -284,6 +295,17 @@ class CapturedRollout:
         if self._control is not None and maps is not None:
             self._control.copy_(self._model.embed_control(maps.to(self._device)))
         return position
+
+    def _new_lists(self, early: bool) -> list[tuple[Tensor, Tensor | None]]:
+        """Of each layer: the tiles that a step sees, and those that a clean pass does where they are fewer."""
+        b, new_list = self._model.backbone, self.chooser.new_list
+        return [
+            (
+                new_list(b.num_heads, early=early),
+                new_list(b.num_heads, for_clean_pass=True, early=early) if self.chooser.has_clean_list else None,
+            )
+            for _ in range(b.num_layers)
+        ]
 
     def _hold(self, prompt: Sequence[PromptKeys]) -> None:
         """Another prompt: into the buffers of the last one where they fit, else the calls are captured anew."""

@@ -143,7 +143,8 @@ def test_what_nobody_sees_of_a_packed_table_may_be_anything(
     for kind in (Whole, PackedTable, Littered):
         monkeypatch.setattr("tests.tables.make_table", kind)
         rollout = make_captured(model, sizes, SIZE, num_chosen=2, estimate=estimate, keys_per_tile=2)
-        found.append([(chunk.latents_BTCHW, torch.stack(rollout._lists)) for chunk in rollout.run(plan)])
+        lists = [index for index, _ in rollout._lists[False]]
+        found.append([(chunk.latents_BTCHW, torch.stack(lists)) for chunk in rollout.run(plan)])
     assert isinstance(rollout.table, Littered)
     assert rollout.table.num_unseen > 0
     for whole, *others in zip(*found, strict=True):

@@ -120,6 +120,29 @@ def test_density_counts_the_steps_that_look(model: CausalDiT) -> None:
     assert roll(model, plan, None, num_chosen=5)[-1].density == pytest.approx(8 * (5 + 3) / (6 * TOKENS))
 
 
+@pytest.mark.parametrize("clean_share", [1.0, 0.5])
+def test_another_number_of_tiles_is_seen_until_the_history_merges(model: CausalDiT, clean_share: float) -> None:
+    plan, shared = make_plan(model, 9), {"clean_share": clean_share}
+    settings = CapturedSettings(graphs=False, history_at=(0,))
+    found = make_captured(model, sizes_of(), SIZE, settings=settings, num_chosen=2, num_early=6, **shared)
+    many = make_captured(model, sizes_of(), SIZE, settings=settings, num_chosen=6, **shared)
+    few = make_captured(model, sizes_of(), SIZE, settings=settings, num_chosen=2, **shared)
+    # Sink and newest chunk, and the 3 after which the layer that begins one chunk ahead is full.
+    merges_after = 1 + 1 + 3
+    states, chunks = [], []
+    for chunk in found.run(plan):
+        chunks.append(chunk)
+        assert found.table.has_merged == (chunk.index >= merges_after)  # it has been taken over
+        states.append({name: x.clone() for name, x in found.table.state().items()})
+    before = slice(0, merges_after + 1)
+    assert_same(chunks[before], list(many.run(plan))[before])
+    few.table.restore(states[merges_after])
+    after = list(few.run(plan, merges_after + 1))
+    assert_same(chunks[merges_after + 1 :], after)
+    assert [chunk.density for chunk in chunks[merges_after + 1 :]] == [chunk.density for chunk in after]
+    assert chunks[merges_after].density > chunks[merges_after + 1].density * 7 / 6
+
+
 def test_a_video_after_another_takes_nothing_from_it(model: CausalDiT) -> None:
     plan = make_plan(model, 5)
     settings = CapturedSettings(graphs=False, history_at=(0,))

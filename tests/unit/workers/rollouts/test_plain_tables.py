@@ -81,6 +81,8 @@ def latents(chunks: list[CleanChunk]) -> Tensor:
         ("int4", {"history_at": (0,)}),
         ("model", {"clean_pass_share": 0.3}),
         ("int4", {"history_at": (0,), "clean_pass_share": 0.3}),
+        ("model", {"density_until_full": 0.8}),
+        ("int4", {"history_at": (0,), "clean_pass_share": 0.3, "density_until_full": 0.8}),
         ("model", {"history_at": (0,), "always_recent": True}),
         ("int4", {"history_at": (0, 1), "always_sink": True, "always_recent": True}),
         ("model", {"history_at": (0, 1), "always_sink": True, "always_recent": True}),
