@@ -38,7 +38,7 @@ from workers.model.fp8_linears import (
     row_codes_plain,
 )
 from workers.model.rope import grid_positions, make_rotation
-from workers.model.static_layers import StaticLayers, Targets, hold_prompt, linear_gelu
+from workers.model.static_layers import LayerWeights, StaticLayers, Targets, hold_prompt, linear_gelu
 
 Row = dict[str, Any]
 LAYERS, CALLS = 4, 5
@@ -149,16 +149,15 @@ def products(bench: Bench) -> Iterator[Case]:
             calls = [partial(result, one) for one in some]
             return Case(name, way, list(calls), lambda: distance(calls[0]().value, exact), sizes[0], times=sizes[1])
 
-        yield case("bfloat16", partial(_multiply, x, vectors=False), linears)
+        yield case("bfloat16", partial(_multiply, x), linears)
         if name == "up":
             yield case("bfloat16, GELU in it", partial(_multiply_gelu, x), linears, F.gelu(exact, approximate="tanh"))
-        coded = [quantise(one) for one in linears]
         for way, vectors in (("8 bits", False), ("8 bits, vectors", True)):
-            yield case(way, partial(_multiply, codes, vectors=vectors), coded)
+            yield case(way, partial(_multiply, codes), [quantise(one, vectors=vectors) for one in linears])
 
 
-def _multiply(x: Tensor | Codes, linear: LinearWeights, *, vectors: bool) -> Product:
-    return multiply(linear, x, vectors=vectors)
+def _multiply(x: Tensor | Codes, linear: LinearWeights) -> Product:
+    return multiply(linear, x)
 
 
 def _multiply_gelu(x: Tensor, linear: LinearWeights) -> Product:
@@ -207,6 +206,9 @@ def all_casts(bench: Bench) -> Iterator[Cast]:
     gelu = by_warps(lambda num: own.gelu_codes(wide, num, approximate=True), 4, 8, 16)
     gelu |= {"kernel, 8 warps, exp": lambda: own.gelu_codes(wide, 8, approximate=False)}
     yield Cast("GELU -> codes", lambda: gelu_codes_plain(Product(*wide)), gelu, 3 * tokens * ffn)
+    value = own.Sum(bench.draw(tokens, ffn, seed=11), None, None, None)
+    gelu = by_warps(lambda num: own.gelu_codes(value, num, approximate=True), 4, 8, 16)
+    yield Cast("GELU of values -> codes", lambda: gelu_codes_plain(Product(*value)), gelu, 3 * tokens * ffn)
     rows = by_warps(lambda num: own.row_codes(heads, num), 2, 4, 8)
     yield Cast("heads -> codes", lambda: row_codes_plain(heads), rows, 3 * tokens * dim)
 
@@ -279,7 +281,9 @@ WAYS: dict[str, tuple[Fp8Linears, Fp8Way]] = {
     "ffn": ("ffn", Fp8Way()),
     "large": ("large", Fp8Way()),
     "all": ("all", Fp8Way()),
-    "large, vectors, compiler (as it was)": ("large", Fp8Way(vectors=True, kernels=False)),
+    "large, vectors, compiler (as it was)": ("large", Fp8Way(LayerWeights._fields, kernels=False)),
+    "large, up by vectors": ("large", Fp8Way(vectors=("up",))),
+    "large, vectors": ("large", Fp8Way(LayerWeights._fields)),
     "large, compiler": ("large", Fp8Way(kernels=False)),
 }
 

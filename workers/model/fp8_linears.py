@@ -30,7 +30,7 @@ class LinearWeights(NamedTuple):
     bias_O: Tensor
     scale_1O: Tensor | None = None
     one: Tensor | None = None
-    """A float32 scalar, where the weight is in 8 bits: the scale that such a product asks for."""
+    """Where the weight is in 8 bits: the one scale of a product that knows no others, float32; None: it applies all."""
 
 
 class Codes(NamedTuple):
@@ -80,8 +80,8 @@ class Norm(NamedTuple):
 class Fp8Way(NamedTuple):
     """How products and codes are computed: by the best that was measured, unless a bench asks for other."""
 
-    vectors: bool = False
-    """The product itself applies scales and bias; else what follows it."""
+    vectors: tuple[str, ...] = ()
+    """Products (fields of `LayerWeights`) that apply scales and bias themselves; for the others what follows does."""
     kernels: bool = True
     """Codes are written by kernels of our own on a GPU; else by what the compiler makes of the plain forms."""
 
@@ -108,35 +108,41 @@ def has_products(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= PRODUCTS_FROM
 
 
-def quantise(linear: LinearWeights) -> LinearWeights:
-    """The same as codes, each output with a scale of its own; in 8 bits where the device multiplies such."""
+def quantise(linear: LinearWeights, *, vectors: bool = False) -> LinearWeights:
+    """The same as codes, each output with a scale of its own; in 8 bits where the device multiplies such.
+
+    Args:
+        linear: One layer.
+        vectors: Its product applies scales and bias, where that writes bfloat16, the one dtype that it can.
+    """
     weight = linear.weight_OI
     assert all(size % _MULTIPLE == 0 for size in weight.shape), weight.shape
     code, scale_O1 = encode_rows(weight)
     scale_1O = scale_O1.t().contiguous()
     if not has_products(weight.device):
         return LinearWeights(code.to(weight.dtype), linear.bias_O, scale_1O)
-    return LinearWeights(code, linear.bias_O, scale_1O, torch.ones((), device=weight.device))
+    applies = vectors and weight.dtype == torch.bfloat16
+    return LinearWeights(code, linear.bias_O, scale_1O, None if applies else torch.ones((), device=weight.device))
 
 
-def multiply(linear: LinearWeights, x_QI: Tensor | Codes, *, vectors: bool = False) -> Product:
-    """The product; `vectors`: in 8 bits, scales and bias applied by it."""
+def multiply(linear: LinearWeights, x_QI: Tensor | Codes) -> Product:
+    """The product, of codes where the weight is codes."""
     weight, bias, scale_1O, one = linear
     if isinstance(x_QI, Tensor):
         assert scale_1O is None
         return Product(F.linear(x_QI, weight, bias))
     assert scale_1O is not None
     code, scale_Q1 = x_QI
-    if one is None:
+    if weight.dtype != torch.float8_e4m3fn:
         return Product(F.linear(code.to(weight.dtype), weight), scale_Q1, scale_1O, bias)
-    if vectors:
-        scaled = torch._scaled_mm(
-            code, weight.t(), scale_Q1, scale_1O, bias, out_dtype=bias.dtype, use_fast_accum=True
-        )  # fmt: skip
-        return Product(scaled)
+    kind = bias.dtype
+    if one is None:
+        return Product(
+            torch._scaled_mm(code, weight.t(), scale_Q1, scale_1O, bias, out_dtype=kind, use_fast_accum=True)
+        )
     # A sum of 8960 squares of 448 is below 2^31: bfloat16 has float32's exponents, so nothing overflows.
-    raw = torch._scaled_mm(code, weight.t(), one, one, out_dtype=bias.dtype, use_fast_accum=True)
-    return Product(raw, scale_Q1, scale_1O, bias)
+    sums = torch._scaled_mm(code, weight.t(), one, one, out_dtype=kind, use_fast_accum=True)
+    return Product(sums, scale_Q1, scale_1O, bias)
 
 
 def encode_rows(x_QI: Tensor) -> Codes:

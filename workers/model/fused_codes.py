@@ -31,12 +31,12 @@ class Sum(NamedTuple):
 def _apply_scales(  # type: ignore[no-untyped-def]
     sums, row_scale, column_scale, bias, row, channel, inside, E: tl.constexpr, SCALED: tl.constexpr
 ):  # fmt: skip
-    """A piece of a row of a product, float32."""
-    value = tl.load(sums + row * E + channel, mask=inside, other=0.0).to(tl.float32)
+    """A piece of a row of a product, float32. Scales of columns and bias are every row's and stay near."""
+    value = tl.load(sums + row * E + channel, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
     if SCALED:
-        column = tl.load(column_scale + channel, mask=inside, other=0.0)
+        column = tl.load(column_scale + channel, mask=inside, other=0.0, eviction_policy="evict_last")
         value = value * (tl.load(row_scale + row) * column)
-        value += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+        value += tl.load(bias + channel, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
     return value
 
 

@@ -8,7 +8,7 @@ result of attention to the end of the layer. Products may run in 8-bit floats (`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -70,9 +70,10 @@ class StaticLayers:
 
     def __init__(self, model: CausalDiT, fp8: Fp8Linears = "none", way: Fp8Way | None = None) -> None:
         assert not model.backbone.image_dim
-        self.weights = [_read_layer(layer, fp8) for layer in model.layers]
+        by = way or Fp8Way()
+        self.weights = [_read_layer(layer, fp8, by.vectors) for layer in model.layers]
         self.eps = model.backbone.eps
-        eps, by = self.eps, way or Fp8Way()
+        eps = self.eps
 
         def enter(w: LayerWeights, x_QE: Tensor, time_T6E: Tensor, rotation: Rotation, to: Targets) -> None:
             _enter(w, x_QE, time_T6E, rotation, to, (eps, by))
@@ -116,7 +117,7 @@ def _enter(
         h: Tensor | Codes = modulate(x_QE[None], m[:, :, 0], m[:, :, 1], eps)[0]
     else:
         _, h = way.norm_codes(x_QE, None, Norm(w.modulation_6E, time_T6E, shift=0), eps)
-    product = multiply(w.qkv, h, vectors=way.vectors)
+    product = multiply(w.qkv, h)
     norm_rotate_into(*product, w.norm_q_E, w.norm_k_E, rotation.cos, rotation.sin, eps, *to)
 
 
@@ -160,17 +161,17 @@ def _leave(
     m = (w.modulation_6E + time_T6E)[None, :, :, None]
     h: Tensor | Codes
     x_QE, h = _to_cross_queries(w, x_QE, out_QND, time_T6E, how)
-    q = multiply(w.cross_q, h, vectors=way.vectors).value
+    q = multiply(w.cross_q, h).value
     q = F.rms_norm(q, (x_QE.shape[-1],), None, eps) * w.norm_cross_q_E
-    product = multiply(w.cross_out, _as_inputs(w.cross_out, _attend_prompt(q, prompt), way), vectors=way.vectors)
+    product = multiply(w.cross_out, _as_inputs(w.cross_out, _attend_prompt(q, prompt), way))
     if w.up.scale_1O is None:
         x_QE = x_QE + product.value
         moved = modulate(x_QE[None], m[:, :, 3], m[:, :, 4], eps)[0]
         h = cast(Tensor, linear_gelu(moved, w.up.weight_OI, w.up.bias_O))
     else:
         x_QE, codes = way.norm_codes(x_QE, product, Norm(w.modulation_6E, time_T6E, shift=3), eps)
-        h = way.gelu_codes(multiply(w.up, codes, vectors=way.vectors))
-    product = multiply(w.down, h, vectors=way.vectors)
+        h = way.gelu_codes(multiply(w.up, codes))
+    product = multiply(w.down, h)
     return add_gated(x_QE[None], product.value[None], m[:, :, 5])[0]
 
 
@@ -179,7 +180,7 @@ def _to_cross_queries(
 ) -> tuple[Tensor, Tensor | Codes]:
     """Add what attention found; the stream, and what queries of the prompt are made of."""
     eps, way = how
-    product = multiply(w.out, _as_inputs(w.out, out_QND, way), vectors=way.vectors)
+    product = multiply(w.out, _as_inputs(w.out, out_QND, way))
     if w.cross_q.scale_1O is None:
         gate = (w.modulation_6E[2] + time_T6E[:, 2])[None, :, None]
         x_QE = add_gated(x_QE[None], product.value[None], gate)[0]
@@ -218,28 +219,28 @@ def _(x_QI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
     return x_QI.new_empty(x_QI.shape[0], weight_OI.shape[0])
 
 
-def _read_layer(layer: Layer, fp8: Fp8Linears) -> LayerWeights:
+def _read_layer(layer: Layer, fp8: Fp8Linears, vectors: Collection[str]) -> LayerWeights:
     attention, cross = layer.self_attn, layer.cross_attn
     is_ffn, is_large, is_all = fp8 != "none", fp8 in ("large", "all"), fp8 == "all"
+
+    def read(name: str, linear: LinearWeights, wanted: bool) -> LinearWeights:
+        return quantise(linear, vectors=name in vectors) if wanted else linear
+
     return LayerWeights(
         modulation_6E=layer.modulation.detach()[0],
-        qkv=_quantise_if(is_large, LinearWeights(*attention.fused)),
+        qkv=read("qkv", LinearWeights(*attention.fused), is_large),
         norm_q_E=attention.norm_q.weight.detach(),
         norm_k_E=attention.norm_k.weight.detach(),
-        out=_quantise_if(is_all, _read(attention.o)),
+        out=read("out", _read(attention.o), is_all),
         norm3_E=layer.norm3.weight.detach(),
         norm3_bias_E=layer.norm3.bias.detach(),
-        cross_q=_quantise_if(is_all, _read(cross.q)),
+        cross_q=read("cross_q", _read(cross.q), is_all),
         norm_cross_q_E=cross.norm_q.weight.detach(),
-        cross_out=_quantise_if(is_all, _read(cross.o)),
-        up=_quantise_if(is_ffn, _read(cast(nn.Linear, layer.ffn[0]))),
-        down=_quantise_if(is_ffn, _read(cast(nn.Linear, layer.ffn[2]))),
+        cross_out=read("cross_out", _read(cross.o), is_all),
+        up=read("up", _read(cast(nn.Linear, layer.ffn[0])), is_ffn),
+        down=read("down", _read(cast(nn.Linear, layer.ffn[2])), is_ffn),
     )
 
 
 def _read(linear: nn.Linear) -> LinearWeights:
     return LinearWeights(linear.weight.detach(), linear.bias.detach())
-
-
-def _quantise_if(wanted: bool, linear: LinearWeights) -> LinearWeights:
-    return quantise(linear) if wanted else linear
