@@ -20,8 +20,9 @@ from workers.kernels.listed_codes import CodedKeys
 from workers.kernels.listed_parts import PartedAttention, make_parted
 from workers.kernels.listed_tiles import AttendTable, make_attend
 from workers.model.dit import CausalDiT
+from workers.model.fp8_linears import Fp8Linears
 from workers.model.rope import grid_positions
-from workers.model.static_layers import Fp8Linears, StaticLayers
+from workers.model.static_layers import StaticLayers
 from workers.rollouts.captured import CapturedRollout, CapturedSettings
 from workers.rollouts.kept_history import KeptHistory
 from workers.search.nearest_rows import NearestRows, nearest_rows

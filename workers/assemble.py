@@ -21,7 +21,7 @@ import torch
 
 from workers.assemble_cache import make_temporal_cache, temporal_settings
 from workers.assemble_policies import make_policy, make_prompt_attention, make_reindex, make_reuse, resolve_calibration
-from workers.assemble_tiles import TableSeat, choose_ways, table_settings
+from workers.assemble_tiles import TableSeat, choose_ways, say_fp8, table_settings
 from workers.cache.dense import DenseCache
 from workers.cache.flow import FlowCache, FlowSettings
 from workers.cache.temporal_merge import MergeSettings
@@ -47,6 +47,7 @@ from workers.model.backbones import Backbone, find_backbone
 from workers.model.compiled import compile_around_attention
 from workers.model.control_branch import ControlBranch
 from workers.model.dit import CausalDiT
+from workers.model.fp8_linears import Fp8Linears
 from workers.model.image_encoder import ImageEncoder
 from workers.model.text_encoder import PromptEncoder
 from workers.model.vae import PictureDecoder
@@ -142,7 +143,7 @@ def load_model(config: RenderConfig) -> LoadedModel:
         control_branch=modules.control_branch,
     )
     if config.cache.kind == "tiles":
-        model = replace(model, seat=make_seat(model))
+        model = replace(model, seat=make_seat(model, config.backbone.fp8))
     prepare_take(model, 0)  # what cannot be built is refused before the first take
     logger.info("loaded %s revision %s on %s, kernel %s", backbone.name, modules.revision[:12], device, model.backend)
     return model
@@ -195,12 +196,13 @@ def _frame_tokens(model: LoadedModel) -> int:
 
 
 def in_full_precision(model: LoadedModel) -> LoadedModel:
-    """The same model, its transformer (and control module) computing in float32; itself if it does already.
+    """The same model, its transformer (and control module) computing in float32, linear layers too; itself if all do.
 
     Raises:
         KernelUnavailable: The kernel that was asked for cannot compute so.
     """
-    if model.dit.dtype == torch.float32:
+    fp8 = "none" if model.seat is None else model.seat.ways.fp8
+    if model.dit.dtype == torch.float32 and fp8 == "none":
         return model
     kernel = select_kernel(
         model.config.kernel.name, model.device, _kernel_need(model.config, model.backbone, torch.float32)
@@ -209,12 +211,15 @@ def in_full_precision(model: LoadedModel) -> LoadedModel:
     if model.seat is not None:
         model.seat.release()  # there may be no room for two tables
     wide = replace(model, dit=copy.deepcopy(model.dit).float(), control_branch=branch, kernel=kernel, seat=None)
-    return wide if model.seat is None else replace(wide, seat=make_seat(wide))
+    return wide if model.seat is None else replace(wide, seat=make_seat(wide, "none"))
 
 
-def make_seat(model: LoadedModel) -> TableSeat:
+def make_seat(model: LoadedModel, fp8: Fp8Linears) -> TableSeat:
     """The place of a model's tile table; the table itself is made when a take needs it.
 
+    Args:
+        model: Loaded.
+        fp8: Its linear layers in 8-bit floats.
     Raises:
         ConfigUnsupported: The sizes of the table do not go with this model's chunks.
         KernelUnavailable: The kernel that was asked for cannot run here.
@@ -223,7 +228,9 @@ def make_seat(model: LoadedModel) -> TableSeat:
     assert isinstance(config, TileCacheConfig)
     settings = table_settings(config, model.backbone, model.latent_size)
     need = KernelNeed(model.dit.dtype, model.backbone.head_dim)
-    ways = choose_ways(model.config, Hardware.of(model.device), need, settings.tile)
+    hardware = Hardware.of(model.device)
+    ways = replace(choose_ways(model.config, hardware, need, settings.tile), fp8=fp8)
+    say_fp8(fp8, hardware)
     return TableSeat(model.dit, model.config, model.latent_size, ways)
 
 

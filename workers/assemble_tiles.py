@@ -27,6 +27,7 @@ from workers.kernels.select import Hardware, KernelNeed
 from workers.kernels.select_listed import ListedChoice, choose_listed, load_parted
 from workers.model.backbones import Backbone
 from workers.model.dit import CausalDiT
+from workers.model.fp8_linears import PRODUCTS_FROM, Fp8Linears
 from workers.model.rope import grid_positions
 from workers.model.static_layers import StaticLayers
 from workers.rollouts.captured import CapturedRollout, CapturedSettings
@@ -51,11 +52,14 @@ class TileWays:
     """Chunks are taken over and tiles chosen by kernels of our own, in place of torch."""
     graphs: bool
     compiled: bool
+    fp8: Fp8Linears = "none"
+    """Linear layers in 8-bit floats."""
 
     @property
     def version(self) -> str:
         """As it stands in the manifest."""
-        return f"{self.listed.version}, {'CUDA graphs' if self.graphs else 'call by call'}"
+        fp8 = "" if self.fp8 == "none" else f", linear layers in 8-bit floats: {self.fp8}"
+        return f"{self.listed.version}, {'CUDA graphs' if self.graphs else 'call by call'}{fp8}"
 
 
 def table_settings(config: TileCacheConfig, backbone: Backbone, latent_size: tuple[int, int]) -> TableSettings:
@@ -148,6 +152,22 @@ def choose_ways(config: RenderConfig, hardware: Hardware, need: KernelNeed, tile
     return ways
 
 
+def say_fp8(fp8: Fp8Linears, hardware: Hardware) -> None:
+    """One line on linear layers in 8-bit floats, if there are any: whether they are faster here."""
+    if fp8 == "none":
+        return
+    compute = hardware.compute
+    if compute is not None and compute >= PRODUCTS_FROM:
+        logger.info("backbone.fp8: %s: these linear layers are products of 8-bit floats", fp8)
+        return
+    here = hardware.device_type if compute is None else "compute capability {}.{}".format(*compute)
+    logger.warning(
+        "backbone.fp8: %s: %s has no products of 8-bit floats (they need compute capability %d.%d); inputs and weights "
+        "are rounded the same and multiplied in backbone.dtype, which is slower here than backbone.fp8: none",
+        *(fp8, here, *PRODUCTS_FROM),
+    )
+
+
 def _why_no_kernels(config: RenderConfig, hardware: Hardware, sizes: tuple[int, int], listed: ListedChoice) -> str:
     """Empty where a table's own kernels can run; `sizes` are those of a head and of a tile."""
     cache, attention = config.cache, config.attention
@@ -233,7 +253,7 @@ class TableSeat:
         s, dit, ways = self.settings, self._dit, self.ways
         device = dit.head.modulation.device
         work: TableWork = "kernels" if ways.kernels else "groups"
-        table, layers = make_table(s, dit.dtype, device, ways.nearest, work), StaticLayers(dit)
+        table, layers = make_table(s, dit.dtype, device, ways.nearest, work), StaticLayers(dit, ways.fp8)
         runs = runs_of(self._attention, s)
         choice = choice_settings(self._attention, s, runs, fused=ways.kernels)
         attend: AttendTable | KeptHistory = ways.listed.attend

@@ -45,6 +45,11 @@ class BackboneConfig(Part):
         description="Compile the transformer around its attention: a slower start, other last bits, "
         "and on a GPU fewer trips to memory.",
     )
+    fp8: Literal["none", "ffn", "large", "all"] = Field(
+        "none",
+        description="Linear layers in 8-bit floats: those of the feed-forward, also those of queries, keys and values, "
+        "or all in a layer. Faster on a GPU that multiplies such, a little less exact; with cache.kind: tiles only.",
+    )
 
     @field_validator("checkpoint", "finetune")
     @classmethod

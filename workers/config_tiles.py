@@ -139,6 +139,11 @@ def conflicts(render: Any) -> Iterator[str]:
     if attention == "tiles" != cache:
         yield f"attention.kind: tiles goes with cache.kind: tiles alone, not with {cache} (policy: fastar-tiles)"
     if cache != "tiles":
+        if render.backbone.fp8 != "none":
+            yield (
+                f"backbone.fp8: {render.backbone.fp8} goes with cache.kind: tiles alone, not with {cache}; it must be "
+                "none (or policy: fastar-tiles)"
+            )
         return
     whole = "does not go with cache.kind: tiles, whose calls are replayed whole"
     if attention != "tiles":

@@ -23,7 +23,7 @@ from workers.kernels.listed_parts import make_parted
 from workers.kernels.listed_tiles import AttendTable, ListedName
 from workers.model.backbones import Backbone
 from workers.model.dit import CausalDiT
-from workers.model.static_layers import Fp8Linears
+from workers.model.fp8_linears import Fp8Linears
 from workers.rollout import RolloutPlan
 from workers.rollouts.captured import CapturedRollout, CapturedSettings
 from workers.search.nearest_rows import NearestRows, nearest_rows

@@ -67,6 +67,9 @@ def _spare_15(variant: Variant) -> Variant:
 
 
 _FAITHFUL = (_pairs(120, 12, 15), _pairs(180, 12, 30), _pairs(180, 30, 30), _pairs(240, 24, 30))
+_TILES = replace(
+    _spare_15(_seen_by_clean_pass(_packed(_own(_pairs(150, 12, 15))), 1 / 3)), name="fastar-tiles", with_pictures=True
+)
 ONCE = (
     replace(_SMALL, name="fastar-exact-once"),
     replace(_SMALL, name="fastar-exact-once-own", always_recent=False),
@@ -77,11 +80,9 @@ ONCE = (
     *(_packed(_own(variant)) for variant in (_FAITHFUL[1], _pairs(240, 12, 30), _pairs(156, 12, 30))),
     *(_seen_by_clean_pass(_packed(_own(_pairs(156, seen, 30))), 1 / 3) for seen in (12, 18)),
     *(_spare_15(_seen_by_clean_pass(_packed(_own(_pairs(156, seen, 15))), 1 / 3)) for seen in (12, 18)),
-    replace(
-        _spare_15(_seen_by_clean_pass(_packed(_own(_pairs(150, 12, 15))), 1 / 3)),
-        name="fastar-tiles",
-        with_pictures=True,
-    ),
+    _TILES,
+    replace(_TILES, name="fastar-tiles-fp8", fp8="large"),
+    replace(_TILES, name="fastar-tiles-fp8-all", fp8="all"),
     _seen_by_clean_pass(_own(_pairs(240, 18, 30)), 1 / 3),
 )
 """Tiles are chosen by products of 16 bits, which is the faster way there; `fastar-tiles` is the policy of that name."""

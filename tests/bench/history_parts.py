@@ -19,7 +19,7 @@ from tests.bench.history_engine import Engine, make_plan
 from tests.bench.rollout_rows import Settings
 from workers.cache.packed_table import PackedTable
 from workers.cache.table_codes import coded_bytes
-from workers.model.static_layers import LinearWeights, apply_linear, apply_linear_gelu
+from workers.model.static_layers import linear_gelu
 
 _UNPACKING, _UNPACK = "unpacking in calls", re.compile("unpack_(tiles|slots)")
 COMPRESSION = ("selection", "moving chunks", "matching", "merging", "unpacking", "packing", _UNPACKING)
@@ -168,10 +168,10 @@ def feed_forward_rows(settings: Settings, times: int = 20) -> list[dict[str, Any
     tokens = settings.frame_tokens * backbone.chunk_latent_frames
     shapes = (tokens, backbone.dim), (backbone.ffn_dim, backbone.dim)
     x, weight = (torch.randn(shape, device=settings.device).to(settings.dtype) for shape in shapes)
-    up = LinearWeights(weight / backbone.dim**0.5, weight[:, 0].clone())
-    after = torch.compile(lambda: F.gelu(apply_linear(up, x), approximate="tanh"))
+    up = weight / backbone.dim**0.5, weight[:, 0].clone()
+    after = torch.compile(lambda: F.gelu(F.linear(x, *up), approximate="tanh"))
     ways: dict[str, Callable[[], torch.Tensor]] = {
-        "GELU in the product": lambda: apply_linear_gelu(up, x),
+        "GELU in the product": lambda: linear_gelu(x, *up),
         "GELU after the product": after,
     }
     found, rows = [], []

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tests.bench.quality_places import CHUNK_LATENTS, DISTANCES, GROUPS, Walks, place_before, take_walks
+from tests.plain_fp8 import round_linears
 from tests.plain_tables import plain_table_parts
 from workers.assemble import LoadedModel, TakeParts, load_model, prepare_take
 from workers.assemble_cache import make_temporal_cache, temporal_settings
@@ -29,6 +30,8 @@ from workers.denoise import Schedule, add_noise, draw_noise
 from workers.kernels.sdpa import SdpaKernel
 from workers.metrics import Stopwatch
 from workers.model.control import control_maps
+from workers.model.dit import CausalDiT
+from workers.model.fp8_linears import Fp8Linears
 from workers.model.text_encoder import fold_padding
 from workers.model.vae import VideoVAE
 from workers.quality.reference import psnr_db, ssim
@@ -89,6 +92,7 @@ class QualityLab:
         assert isinstance(self._base.vae, VideoVAE)
         self._vae = self._base.vae
         self.revision, self.dtype = self._base.revision, dtype
+        self._rounded: tuple[Fp8Linears, CausalDiT] = "none", self._base.dit
         self._walks: dict[tuple[str, tuple[int, ...], int], Walks] = {}
 
     def model(self, record: dict[str, object], *, as_served: bool = False) -> LoadedModel:
@@ -98,8 +102,14 @@ class QualityLab:
             record: Of the render.
             as_served: With the kernel that a render gets here; else one that does the same everywhere.
         """
-        config = RenderConfig.model_validate({"backbone": self._backbone, **record})
-        return load_model(config) if as_served else replace(self._base, config=config, kernel=SdpaKernel("flash"))
+        given = record.get("backbone", {})
+        assert isinstance(given, dict)
+        config = RenderConfig.model_validate(record | {"backbone": self._backbone | given})
+        if as_served:
+            return load_model(config)
+        if self._rounded[0] != config.backbone.fp8:
+            self._rounded = config.backbone.fp8, round_linears(self._base.dit, config.backbone.fp8)
+        return replace(self._base, config=config, kernel=SdpaKernel("flash"), dit=self._rounded[1])
 
     def walks(self, group: str, indices: Sequence[int], num_frames: int) -> Walks:
         """Held-out worlds; an index is the same walk for every policy and in every run. The newest ones are kept."""

@@ -93,6 +93,8 @@ VARIANTS: dict[str, Record] = {
         _tiles(156, 30, 18, 1 / 3, "int4", keys_per_tile=keys, queries_per_tile=queries)
         for keys, queries in ((2, 2), (4, 1))
     ),
+    "fastar-tiles, fp8 large": {"policy": "fastar-tiles", "backbone": {"fp8": "large"}},
+    "fastar-tiles, fp8 all": {"policy": "fastar-tiles", "backbone": {"fp8": "all"}},
     GUARDED: {"policy": "fastar-quant", "guard": {"enabled": True}},
 }
 

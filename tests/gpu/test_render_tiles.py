@@ -47,3 +47,18 @@ def test_what_a_gpu_may_lack_changes_rounding_alone(tmp_path: Path) -> None:
     assert "plain torch" in plain.backend
     assert abs(fast.quality.mean_luma - plain.quality.mean_luma) < 4
     assert fast.kv_bytes == plain.kv_bytes
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_products_of_8_bits_stay_near_those_of_the_models_dtype(tmp_path: Path, dtype: str, compiled: bool) -> None:
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs products of 8-bit floats")
+    backbone = {"dtype": dtype, "compiled": compiled}
+    results = [
+        render(make_model(backbone=backbone | {"fp8": fp8}), tmp_path, task_id=f"{fp8}-0")
+        for fp8 in ("none", "ffn", "large", "all")
+    ]
+    assert len({result.frames_sha256 for result in results}) == 4
+    for result in results[1:]:
+        assert abs(result.quality.mean_luma - results[0].quality.mean_luma) < 4

@@ -116,6 +116,19 @@ def test_an_attempt_in_float32_has_a_table_of_its_own(tmp_path: Path) -> None:
     assert render(half, tmp_path, task_id="c-0").ladder == ()
 
 
+def test_linear_layers_in_8_bit_floats_change_frames_a_little_and_say_so(tmp_path: Path) -> None:
+    fields = {"cache": SMALL, "backbone": {"name": "tiny-test", "fp8": "all"}}
+    plain, rounded = make_model(cache=SMALL), make_model(**fields)
+    first, second = render(plain, tmp_path), render(rounded, tmp_path, task_id="b-0")
+    assert second.backend == f"{first.backend}, linear layers in 8-bit floats: all"
+    assert second.frames_sha256 != first.frames_sha256
+    assert abs(second.quality.mean_luma - first.quality.mean_luma) < 2
+    assert plain.config.fingerprint != rounded.config.fingerprint, "no snapshot of one is gone on with by the other"
+    assert render(make_model(**fields), tmp_path, task_id="c-0").frames_sha256 == second.frames_sha256
+    exact = render(rounded, tmp_path, task_id="d-0", full_precision=True)
+    assert exact.frames_sha256 == first.frames_sha256, "an attempt in float32 has its linear layers in it too"
+
+
 @pytest.mark.slow
 @pytest.mark.alone
 def test_a_job_whose_driver_is_killed_ends_with_the_frames_of_an_undisturbed_actor(tmp_path: Path) -> None:

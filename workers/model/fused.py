@@ -97,9 +97,9 @@ def normalise_into(out_THWC: Tensor, x_THWC: Tensor, gamma_C: Tensor, *, silu: b
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _norm_rotate(  # type: ignore[no-untyped-def]
-    qkv, weight_q, weight_k, cos, sin, q, k, v,
+    qkv, row_scale, column_scale, bias, weight_q, weight_k, cos, sin, q, k, v,
     stride_x, stride_qn, stride_qq, stride_kn, stride_kq, stride_vn, stride_vq, eps,
-    E: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    E: tl.constexpr, HALF: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: queries, keys and values of one token, all heads. Roundings are those of the plain form."""
     token = tl.program_id(0).to(tl.int64)
@@ -110,8 +110,13 @@ def _norm_rotate(  # type: ignore[no-untyped-def]
     c = tl.load(cos + at_table, mask=pair < E // 2, other=0.0)
     s = tl.load(sin + at_table, mask=pair < E // 2, other=0.0)
     kind = q.dtype.element_ty
+    row = tl.load(row_scale + token) if SCALED else 1.0
     for which in tl.static_range(2):
-        x = tl.load(qkv + token * stride_x + which * E + channel, mask=inside, other=0.0).to(tl.float32)
+        at = which * E + channel
+        x = tl.load(qkv + token * stride_x + at, mask=inside, other=0.0).to(tl.float32)
+        if SCALED:
+            x *= row * tl.load(column_scale + at, mask=inside, other=0.0)
+            x = (x + tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)).to(kind).to(tl.float32)
         x = (x * (1.0 / tl.sqrt(tl.sum(x * x, 0) / E + eps))).to(kind).to(tl.float32)
         weight = tl.load((weight_q if which == 0 else weight_k) + channel, mask=inside, other=0.0).to(tl.float32)
         x = (x * weight).to(kind).to(tl.float32)
@@ -121,13 +126,17 @@ def _norm_rotate(  # type: ignore[no-untyped-def]
             tl.store(q + token * stride_qq + head * stride_qn + own, turned, mask=inside)
         else:
             tl.store(k + token * stride_kq + head * stride_kn + own, turned, mask=inside)
-    x = tl.load(qkv + token * stride_x + 2 * E + channel, mask=inside, other=0.0)
+    at = 2 * E + channel
+    x = tl.load(qkv + token * stride_x + at, mask=inside, other=0.0)
+    if SCALED:
+        x = x.to(tl.float32) * (row * tl.load(column_scale + at, mask=inside, other=0.0))
+        x = (x + tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)).to(kind)
     tl.store(v + token * stride_vq + head * stride_vn + own, x, mask=inside)
 
 
 def norm_rotate(
     qkv_QF: Tensor, norms: tuple[Tensor, Tensor], rotation: tuple[Tensor, Tensor], eps: float,
-    to: tuple[Tensor, Tensor, Tensor],
+    to: tuple[Tensor, Tensor, Tensor], scales: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
     """RMSNorm over all heads and RoPE of queries and keys, and values, each to where attention reads it, in one pass.
 
@@ -137,6 +146,7 @@ def norm_rotate(
         rotation: Cosines and sines, float32 [1, Q, 1, D / 2], contiguous.
         eps: Of the norm.
         to: q_QND, k_NQD, v_NQD, written; channels side by side.
+        scales: Of rows and columns of the products (float32), and the bias, where they are still to be applied.
     """
     (q, k, v), (cos, sin) = to, rotation
     num_tokens, heads, head_dim = q.shape
@@ -146,6 +156,7 @@ def norm_rotate(
     assert sin.is_contiguous()
     dim = heads * head_dim
     _norm_rotate[(num_tokens,)](
-        qkv_QF, *norms, cos, sin, q, k, v, qkv_QF.stride(0), q.stride(1), q.stride(0), *k.stride()[:2], *v.stride()[:2],
-        eps, E=dim, HALF=head_dim // 2, BLOCK=triton.next_power_of_2(dim), num_warps=4,
+        qkv_QF, *(scales or (qkv_QF, qkv_QF, qkv_QF)), *norms, cos, sin, q, k, v,
+        qkv_QF.stride(0), q.stride(1), q.stride(0), *k.stride()[:2], *v.stride()[:2], eps,
+        E=dim, HALF=head_dim // 2, SCALED=scales is not None, BLOCK=triton.next_power_of_2(dim), num_warps=4,
     )  # fmt: skip

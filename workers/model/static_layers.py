@@ -2,14 +2,14 @@
 
 The pieces are functions of tensors alone, so each is compiled once for all layers, and a call can be captured in a CUDA
 graph. The first writes queries and keys (after RoPE) and values where attention reads them; the second goes from the
-result of attention to the end of the layer. Large products may run in 8-bit floats (`Fp8Linears`), which rounds.
+result of attention to the end of the layer. Products may run in 8-bit floats (`fp8_linears.py`), which rounds.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,21 +17,8 @@ from torch import Tensor, nn
 
 from workers.contracts import PromptKeys
 from workers.model.dit import CausalDiT, Layer, add_gated, modulate
+from workers.model.fp8_linears import Codes, Fp8Linears, Fp8Way, LinearWeights, Norm, Product, multiply, quantise
 from workers.model.rope import Rotation, rotate_in_parts
-
-Fp8Linears = Literal["none", "ffn", "large"]
-"""Which products run in 8-bit floats: those of the feed-forward, or those of queries, keys and values as well."""
-
-_FP8_MAX = 448.0
-"""Largest number of torch.float8_e4m3fn."""
-
-
-class LinearWeights(NamedTuple):
-    """One linear layer; a scale for each output where the weight is in 8-bit floats."""
-
-    weight_OI: Tensor
-    bias_O: Tensor
-    scale_1O: Tensor | None = None
 
 
 class LayerWeights(NamedTuple):
@@ -77,20 +64,22 @@ class StaticLayers:
 
     Args:
         model: In evaluation mode, its weights where they stay; without image tokens.
-        fp8: Products in 8-bit floats; needs a GPU that has them.
+        fp8: Products in 8-bit floats.
+        way: How those are computed.
     """
 
-    def __init__(self, model: CausalDiT, fp8: Fp8Linears = "none") -> None:
+    def __init__(self, model: CausalDiT, fp8: Fp8Linears = "none", way: Fp8Way | None = None) -> None:
         assert not model.backbone.image_dim
-        self.weights = [_read_layer(layer, fp8) for layer in model.layers]
+        by = way or Fp8Way()
+        self.weights = [_read_layer(layer, fp8, by.vectors) for layer in model.layers]
         self.eps = model.backbone.eps
         eps = self.eps
 
         def enter(w: LayerWeights, x_QE: Tensor, time_T6E: Tensor, rotation: Rotation, to: Targets) -> None:
-            _enter(w, x_QE, time_T6E, rotation, to, eps)
+            _enter(w, x_QE, time_T6E, rotation, to, (eps, by))
 
         def leave(w: LayerWeights, prompt: PromptTable, x_QE: Tensor, out_QND: Tensor, time_T6E: Tensor) -> Tensor:
-            return _leave(w, prompt, x_QE, out_QND, time_T6E, eps)
+            return _leave(w, prompt, x_QE, out_QND, time_T6E, (eps, by))
 
         self.enter: Enter = enter
         self.leave: Leave = leave
@@ -119,27 +108,37 @@ def hold_prompt(prompt: Sequence[PromptKeys], multiple: int = 16) -> list[Prompt
     return tables
 
 
-def _enter(w: LayerWeights, x_QE: Tensor, time_T6E: Tensor, rotation: Rotation, to: Targets, eps: float) -> None:
-    m = (w.modulation_6E + time_T6E)[None, :, :, None]
-    h = modulate(x_QE[None], m[:, :, 0], m[:, :, 1], eps)[0]
-    norm_rotate_into(apply_linear(w.qkv, h), w.norm_q_E, w.norm_k_E, rotation.cos, rotation.sin, eps, *to)
+def _enter(
+    w: LayerWeights, x_QE: Tensor, time_T6E: Tensor, rotation: Rotation, to: Targets, how: tuple[float, Fp8Way]
+) -> None:
+    eps, way = how
+    if w.qkv.scale_1O is None:
+        m = (w.modulation_6E + time_T6E)[None, :, :, None]
+        h: Tensor | Codes = modulate(x_QE[None], m[:, :, 0], m[:, :, 1], eps)[0]
+    else:
+        _, h = way.norm_codes(x_QE, None, Norm(w.modulation_6E, time_T6E, shift=0), eps)
+    product = multiply(w.qkv, h)
+    norm_rotate_into(*product, w.norm_q_E, w.norm_k_E, rotation.cos, rotation.sin, eps, *to)
 
 
 @torch.library.custom_op("longtake::norm_rotate_into", mutates_args=("q_QND", "k_NQD", "v_NQD"))
 def norm_rotate_into(
-    qkv_QF: Tensor, norm_q_E: Tensor, norm_k_E: Tensor, cos: Tensor, sin: Tensor, eps: float,
+    qkv_QF: Tensor, scale_Q1: Tensor | None, scale_1F: Tensor | None, bias_F: Tensor | None,
+    norm_q_E: Tensor, norm_k_E: Tensor, cos: Tensor, sin: Tensor, eps: float,
     q_QND: Tensor, k_NQD: Tensor, v_NQD: Tensor,
 ) -> None:  # fmt: skip
     """RMSNorm over all heads and RoPE of queries and keys, and values, to where attention reads them.
 
-    On a GPU by a kernel of our own, whose arguments are these; see `fused.norm_rotate`.
+    The first four are a `Product`. On a GPU by a kernel of our own, whose arguments are these; see `fused.norm_rotate`.
     """
     if qkv_QF.is_cuda:
         from workers.model.fused import norm_rotate
 
-        norm_rotate(qkv_QF, (norm_q_E, norm_k_E), (cos, sin), eps, (q_QND, k_NQD, v_NQD))
+        scales = None if scale_Q1 is None or scale_1F is None or bias_F is None else (scale_Q1, scale_1F, bias_F)
+        norm_rotate(qkv_QF, (norm_q_E, norm_k_E), (cos, sin), eps, (q_QND, k_NQD, v_NQD), scales)
         return
-    norm_rotate_plain(qkv_QF, norm_q_E, norm_k_E, Rotation(cos, sin), eps, Targets(q_QND, k_NQD, v_NQD))
+    value = Product(qkv_QF, scale_Q1, scale_1F, bias_F).value
+    norm_rotate_plain(value, norm_q_E, norm_k_E, Rotation(cos, sin), eps, Targets(q_QND, k_NQD, v_NQD))
 
 
 def norm_rotate_plain(
@@ -155,49 +154,61 @@ def norm_rotate_plain(
     to.v_NQD.copy_(v.unflatten(-1, heads).transpose(0, 1))
 
 
-def _leave(w: LayerWeights, prompt: PromptTable, x_QE: Tensor, out_QND: Tensor, time_T6E: Tensor, eps: float) -> Tensor:
+def _leave(
+    w: LayerWeights, prompt: PromptTable, x_QE: Tensor, out_QND: Tensor, time_T6E: Tensor, how: tuple[float, Fp8Way]
+) -> Tensor:
+    eps, way = how
     m = (w.modulation_6E + time_T6E)[None, :, :, None]
-    x_QE = add_gated(x_QE[None], apply_linear(w.out, out_QND.flatten(1))[None], m[:, :, 2])[0]
-    h = F.layer_norm(x_QE, (x_QE.shape[-1],), w.norm3_E, w.norm3_bias_E, eps)
-    q = F.rms_norm(apply_linear(w.cross_q, h), (x_QE.shape[-1],), None, eps) * w.norm_cross_q_E
-    x_QE = x_QE + apply_linear(w.cross_out, _attend_prompt(q, prompt))
-    h = modulate(x_QE[None], m[:, :, 3], m[:, :, 4], eps)[0]
-    h = apply_linear(w.down, apply_linear_gelu(w.up, h))
-    return add_gated(x_QE[None], h[None], m[:, :, 5])[0]
+    h: Tensor | Codes
+    x_QE, h = _to_cross_queries(w, x_QE, out_QND, time_T6E, how)
+    q = multiply(w.cross_q, h).value
+    q = F.rms_norm(q, (x_QE.shape[-1],), None, eps) * w.norm_cross_q_E
+    product = multiply(w.cross_out, _as_inputs(w.cross_out, _attend_prompt(q, prompt), way))
+    if w.up.scale_1O is None:
+        x_QE = x_QE + product.value
+        moved = modulate(x_QE[None], m[:, :, 3], m[:, :, 4], eps)[0]
+        h = cast(Tensor, linear_gelu(moved, w.up.weight_OI, w.up.bias_O))
+    else:
+        x_QE, codes = way.norm_codes(x_QE, product, Norm(w.modulation_6E, time_T6E, shift=3), eps)
+        h = way.gelu_codes(multiply(w.up, codes))
+    product = multiply(w.down, h)
+    return add_gated(x_QE[None], product.value[None], m[:, :, 5])[0]
+
+
+def _to_cross_queries(
+    w: LayerWeights, x_QE: Tensor, out_QND: Tensor, time_T6E: Tensor, how: tuple[float, Fp8Way]
+) -> tuple[Tensor, Tensor | Codes]:
+    """Add what attention found; the stream, and what queries of the prompt are made of."""
+    eps, way = how
+    product = multiply(w.out, _as_inputs(w.out, out_QND, way))
+    if w.cross_q.scale_1O is None:
+        gate = (w.modulation_6E[2] + time_T6E[:, 2])[None, :, None]
+        x_QE = add_gated(x_QE[None], product.value[None], gate)[0]
+        return x_QE, F.layer_norm(x_QE, (x_QE.shape[-1],), w.norm3_E, w.norm3_bias_E, eps)
+    norm = Norm(w.modulation_6E, time_T6E, gate=2, weight_E=w.norm3_E, bias_E=w.norm3_bias_E)
+    return way.norm_codes(x_QE, product, norm, eps)
+
+
+def _as_inputs(linear: LinearWeights, h_QND: Tensor, way: Fp8Way) -> Tensor | Codes:
+    """What attention gives, as a linear layer takes it."""
+    return h_QND.flatten(1) if linear.scale_1O is None else way.row_codes(h_QND)
 
 
 def _attend_prompt(q_QE: Tensor, prompt: PromptTable) -> Tensor:
-    """Plain products: a prompt is one or two tiles long once its padding is folded."""
+    """[Q, N, D], heads outside in memory. Plain products: a prompt is one or two tiles long, its padding folded."""
     heads, _, dim = prompt.k_NPD.shape
     q_NQD = q_QE.unflatten(-1, (heads, dim)).transpose(0, 1)
     logit = torch.bmm(q_NQD, prompt.k_NPD.mT).float() / math.sqrt(dim) + prompt.log_mass_P
     out_NQD = torch.bmm(logit.softmax(-1).to(q_QE.dtype), prompt.v_NPD)
-    return out_NQD.transpose(0, 1).flatten(1)
-
-
-def apply_linear(linear: LinearWeights, x_QI: Tensor) -> Tensor:
-    """The product; inputs get a scale for each row where the weight is in 8-bit floats."""
-    if linear.scale_1O is None:
-        return F.linear(x_QI, linear.weight_OI, linear.bias_O)
-    scale_Q1 = x_QI.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / _FP8_MAX
-    code = (x_QI.float() / scale_Q1).to(torch.float8_e4m3fn)
-    product = torch._scaled_mm(
-        code, linear.weight_OI.t(), scale_a=scale_Q1, scale_b=linear.scale_1O, out_dtype=torch.bfloat16,
-        use_fast_accum=True,
-    )  # fmt: skip
-    return product + linear.bias_O
-
-
-def apply_linear_gelu(linear: LinearWeights, x_QI: Tensor) -> Tensor:
-    """`apply_linear` and GELU by tanh, on a GPU at the end of the product, unless it is one of 8-bit floats."""
-    if linear.scale_1O is None:
-        return cast(Tensor, linear_gelu(x_QI, linear.weight_OI, linear.bias_O))
-    return F.gelu(apply_linear(linear, x_QI), approximate="tanh")
+    return out_NQD.transpose(0, 1)
 
 
 @torch.library.custom_op("longtake::linear_gelu", mutates_args=())
 def linear_gelu(x_QI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
-    """An operation of its own, so that compiling does not take it apart: the library fuses, the compiler would not."""
+    """A product and GELU by tanh, on a GPU at its end.
+
+    An operation of its own, so that compiling does not take it apart: the library fuses, the compiler would not.
+    """
     if x_QI.is_cuda:  # GELU by tanh there, by erf on a CPU
         return torch._addmm_activation(bias_O, x_QI, weight_OI.t(), use_gelu=True)
     return F.gelu(F.linear(x_QI, weight_OI, bias_O), approximate="tanh")
@@ -208,34 +219,28 @@ def _(x_QI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
     return x_QI.new_empty(x_QI.shape[0], weight_OI.shape[0])
 
 
-def _read_layer(layer: Layer, fp8: Fp8Linears) -> LayerWeights:
+def _read_layer(layer: Layer, fp8: Fp8Linears, vectors: Collection[str]) -> LayerWeights:
     attention, cross = layer.self_attn, layer.cross_attn
+    is_ffn, is_large, is_all = fp8 != "none", fp8 in ("large", "all"), fp8 == "all"
+
+    def read(name: str, linear: LinearWeights, wanted: bool) -> LinearWeights:
+        return quantise(linear, vectors=name in vectors) if wanted else linear
+
     return LayerWeights(
         modulation_6E=layer.modulation.detach()[0],
-        qkv=_quantise_if(fp8 == "large", LinearWeights(*attention.fused)),
+        qkv=read("qkv", LinearWeights(*attention.fused), is_large),
         norm_q_E=attention.norm_q.weight.detach(),
         norm_k_E=attention.norm_k.weight.detach(),
-        out=_read(attention.o),
+        out=read("out", _read(attention.o), is_all),
         norm3_E=layer.norm3.weight.detach(),
         norm3_bias_E=layer.norm3.bias.detach(),
-        cross_q=_read(cross.q),
+        cross_q=read("cross_q", _read(cross.q), is_all),
         norm_cross_q_E=cross.norm_q.weight.detach(),
-        cross_out=_read(cross.o),
-        up=_quantise_if(fp8 != "none", _read(cast(nn.Linear, layer.ffn[0]))),
-        down=_quantise_if(fp8 != "none", _read(cast(nn.Linear, layer.ffn[2]))),
+        cross_out=read("cross_out", _read(cross.o), is_all),
+        up=read("up", _read(cast(nn.Linear, layer.ffn[0])), is_ffn),
+        down=read("down", _read(cast(nn.Linear, layer.ffn[2])), is_ffn),
     )
 
 
 def _read(linear: nn.Linear) -> LinearWeights:
     return LinearWeights(linear.weight.detach(), linear.bias.detach())
-
-
-def _quantise_if(wanted: bool, linear: LinearWeights) -> LinearWeights:
-    return quantise(linear) if wanted else linear
-
-
-def quantise(linear: LinearWeights) -> LinearWeights:
-    """The same in 8-bit floats, each output with a scale of its own."""
-    scale_O1 = linear.weight_OI.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / _FP8_MAX
-    code = (linear.weight_OI.float() / scale_O1).to(torch.float8_e4m3fn)
-    return LinearWeights(code, linear.bias_O, scale_O1.t().contiguous())

@@ -73,6 +73,10 @@ def test_a_tile_is_at_most_an_eighth_of_a_latent_frame(frame_tokens: int, tile: 
         ({"sampling": {"guidance": 3.0}}, r"sampling\.guidance: 3: .* one branch; it must be 1"),
         ({"kernel": {"name": "sdpa"}}, r"kernel\.name: sdpa .* allowed: auto, flash-attn-4, triton, reference"),
         ({"policy": None, "cache": {"kind": "tiles"}}, r"attention\.kind: dense does not go with cache\.kind: tiles"),
+        (
+            {"policy": "fastar-quant", "backbone": {"fp8": "large"}},
+            r"backbone\.fp8: large goes with cache\.kind: tiles alone, not with temporal; it must be none",
+        ),
         ({"policy": None, "attention": {"kind": "tiles"}}, r"attention\.kind: tiles .* not with dense"),
     ],
 )

@@ -12,7 +12,7 @@ import torch
 
 from tests.tables import draw_listed
 from workers import assemble_tiles
-from workers.assemble_tiles import choose_ways
+from workers.assemble_tiles import choose_ways, say_fp8
 from workers.config import KernelName, RenderConfig
 from workers.errors import KernelUnavailable
 from workers.kernels import listed_tiles
@@ -83,6 +83,25 @@ def test_what_runs_is_said_in_one_line(hardware: Hardware, mode: str, caplog: py
     assert "not flash-attn-4: " in line
     assert "not triton: " in line
     assert ways.graphs == (hardware.device_type == "cuda")
+
+
+@pytest.mark.parametrize(
+    ("hardware", "level", "message"),
+    [
+        (CPU, logging.WARNING, r"backbone\.fp8: large: cpu has no products .* slower here than backbone\.fp8: none"),
+        (AMPERE, logging.WARNING, r"compute capability 8\.0 has no products .*\(they need compute capability 8\.9"),
+        (HOPPER, logging.INFO, r"backbone\.fp8: large: these linear layers are products of 8-bit floats"),
+    ],
+)
+def test_whether_8_bit_floats_are_faster_here_is_said_in_one_line(
+    hardware: Hardware, level: int, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        say_fp8("large", hardware)
+        say_fp8("none", hardware)
+    (record,) = caplog.records
+    assert record.levelno == level
+    assert re.search(message, record.getMessage())
 
 
 @pytest.mark.parametrize("num_queries", [48, 37])

@@ -1,0 +1,264 @@
+"""Linear layers in 8-bit floats (e4m3): a scale for each row of the inputs and for each output of the weights.
+
+The product is one of codes alone, by the library's kernel that knows no vectors of scales, which is its fastest; scales
+and bias are applied by what reads the result anyway. Codes of inputs are written by what makes the inputs. Where a
+device has no such products, codes are multiplied in the model's own dtype: the same rounding of inputs and weights.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Fp8Linears = Literal["none", "ffn", "large", "all"]
+"""Which products run in 8-bit floats: those of the feed-forward; also of queries, keys and values; or every one."""
+PRODUCTS_FROM = (8, 9)
+"""Compute capability that has products of 8-bit floats."""
+_MAX = 448.0
+"""Largest number of torch.float8_e4m3fn."""
+_MULTIPLE = 16
+"""What inputs and outputs of such a product are multiples of; so are the sizes of every backbone."""
+
+
+class LinearWeights(NamedTuple):
+    """One linear layer; a scale for each output (float32) where the weight is codes, in 8 bits or in a wider dtype."""
+
+    weight_OI: Tensor
+    bias_O: Tensor
+    scale_1O: Tensor | None = None
+    one: Tensor | None = None
+    """Where the weight is in 8 bits: the one scale of a product that knows no others, float32; None: it applies all."""
+
+
+class Codes(NamedTuple):
+    """Inputs of a product: float8_e4m3fn, and what the codes of a row are times (float32)."""
+
+    code_QI: Tensor
+    scale_Q1: Tensor
+
+
+class Product(NamedTuple):
+    """A linear layer's result, or, with scales, what becomes it by `value`."""
+
+    sum_QO: Tensor
+    scale_Q1: Tensor | None = None
+    scale_1O: Tensor | None = None
+    bias_O: Tensor | None = None
+
+    @property
+    def value(self) -> Tensor:
+        """The result [Q, O], scales and bias applied; dtype of the sum."""
+        return self.sum_QO if self.scale_Q1 is None else self.in_float32().to(self.sum_QO.dtype)
+
+    def in_float32(self) -> Tensor:
+        """The same, not rounded."""
+        value = self.sum_QO.float()
+        if self.scale_Q1 is None or self.scale_1O is None or self.bias_O is None:
+            return value
+        return value * (self.scale_Q1 * self.scale_1O) + self.bias_O.float()
+
+
+class Norm(NamedTuple):
+    """What a product is added to the residual stream by, and what comes of the norm after it.
+
+    Modulation is [6, E] of a layer and [T, 6, E] of its latent frames' timesteps, to be added up.
+    """
+
+    modulation_6E: Tensor
+    time_T6E: Tensor
+    gate: int = -1
+    """Place of the factor on the product among the six; -1: none."""
+    shift: int = -1
+    """Place of what is added after the norm, the factor (less one) right behind it; -1: weights instead."""
+    weight_E: Tensor | None = None
+    bias_E: Tensor | None = None
+
+
+class Fp8Way(NamedTuple):
+    """How products and codes are computed: by the best that was measured, unless a bench asks for other."""
+
+    vectors: tuple[str, ...] = ()
+    """Products (fields of `LayerWeights`) that apply scales and bias themselves; for the others what follows does."""
+    kernels: bool = True
+    """Codes are written by kernels of our own on a GPU; else by what the compiler makes of the plain forms."""
+
+    def norm_codes(self, x_QE: Tensor, product: Product | None, norm: Norm, eps: float) -> tuple[Tensor, Codes]:
+        """See `norm_codes_plain`."""
+        if not self.kernels:
+            return norm_codes_plain(x_QE, product, norm, eps)
+        if product is None:
+            return x_QE, Codes(*_norm_codes(x_QE, *norm, eps))
+        x_QE, code, scale = _add_norm_codes(x_QE, *product, *norm, eps)
+        return x_QE, Codes(code, scale)
+
+    def gelu_codes(self, product: Product) -> Codes:
+        """See `gelu_codes_plain`."""
+        return Codes(*_gelu_codes(*product)) if self.kernels else gelu_codes_plain(product)
+
+    def row_codes(self, h_QND: Tensor) -> Codes:
+        """See `row_codes_plain`."""
+        return Codes(*_row_codes(h_QND)) if self.kernels else row_codes_plain(h_QND)
+
+
+def has_products(device: torch.device) -> bool:
+    """Whether the device multiplies 8-bit floats."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= PRODUCTS_FROM
+
+
+def quantise(linear: LinearWeights, *, vectors: bool = False) -> LinearWeights:
+    """The same as codes, each output with a scale of its own; in 8 bits where the device multiplies such.
+
+    Args:
+        linear: One layer.
+        vectors: Its product applies scales and bias, where that writes bfloat16, the one dtype that it can.
+    """
+    weight = linear.weight_OI
+    assert all(size % _MULTIPLE == 0 for size in weight.shape), weight.shape
+    code, scale_O1 = encode_rows(weight)
+    scale_1O = scale_O1.t().contiguous()
+    if not has_products(weight.device):
+        return LinearWeights(code.to(weight.dtype), linear.bias_O, scale_1O)
+    applies = vectors and weight.dtype == torch.bfloat16
+    return LinearWeights(code, linear.bias_O, scale_1O, None if applies else torch.ones((), device=weight.device))
+
+
+def multiply(linear: LinearWeights, x_QI: Tensor | Codes) -> Product:
+    """The product, of codes where the weight is codes."""
+    weight, bias, scale_1O, one = linear
+    if isinstance(x_QI, Tensor):
+        assert scale_1O is None
+        return Product(F.linear(x_QI, weight, bias))
+    assert scale_1O is not None
+    code, scale_Q1 = x_QI
+    if weight.dtype != torch.float8_e4m3fn:
+        return Product(F.linear(code.to(weight.dtype), weight), scale_Q1, scale_1O, bias)
+    kind = bias.dtype
+    if one is None:
+        return Product(
+            torch._scaled_mm(code, weight.t(), scale_Q1, scale_1O, bias, out_dtype=kind, use_fast_accum=True)
+        )
+    # A sum of 8960 squares of 448 is below 2^31: bfloat16 has float32's exponents, so nothing overflows.
+    sums = torch._scaled_mm(code, weight.t(), one, one, out_dtype=kind, use_fast_accum=True)
+    return Product(sums, scale_Q1, scale_1O, bias)
+
+
+def encode_rows(x_QI: Tensor) -> Codes:
+    """Codes of rows, of any dtype."""
+    x_QI = x_QI.float()
+    scale_Q1 = x_QI.abs().amax(-1, keepdim=True).clamp(min=1e-12) / _MAX
+    return Codes((x_QI / scale_Q1).to(torch.float8_e4m3fn), scale_Q1)
+
+
+def norm_codes_plain(x_QE: Tensor, product: Product | None, norm: Norm, eps: float) -> tuple[Tensor, Codes]:
+    """Add the product to the residual stream, gated; then LayerNorm, modulate, encode: the stream, and the codes."""
+    frames = norm.time_T6E.shape[0]
+
+    def modulation(place: int) -> Tensor:
+        one_T1E = (norm.modulation_6E[place].float() + norm.time_T6E[:, place].float())[:, None]
+        return one_T1E.expand(-1, len(x_QE) // frames, -1).flatten(0, 1)
+
+    if product is not None:
+        more = product.in_float32()
+        more = more if norm.gate < 0 else more * modulation(norm.gate)
+        x_QE = (x_QE.float() + more).to(x_QE.dtype)
+    h = F.layer_norm(x_QE.float(), (x_QE.shape[-1],), None, None, eps)
+    if norm.weight_E is not None and norm.bias_E is not None:
+        return x_QE, encode_rows(h * norm.weight_E.float() + norm.bias_E.float())
+    return x_QE, encode_rows(h * (1 + modulation(norm.shift + 1)) + modulation(norm.shift))
+
+
+def gelu_codes_plain(product: Product) -> Codes:
+    """GELU by tanh of a product's value, encoded."""
+    return encode_rows(F.gelu(product.in_float32(), approximate="tanh"))
+
+
+def row_codes_plain(h_QND: Tensor) -> Codes:
+    """All heads of a token side by side, encoded."""
+    return encode_rows(h_QND.flatten(1))
+
+
+# Operations of their own, so that compiling leaves them whole: on a GPU each is one kernel, whose arguments are these.
+
+
+@torch.library.custom_op("longtake::norm_codes", mutates_args=())
+def _norm_codes(
+    x_QE: Tensor, modulation_6E: Tensor, time_T6E: Tensor, gate: int, shift: int,
+    weight_E: Tensor | None, bias_E: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    norm = Norm(modulation_6E, time_T6E, gate, shift, weight_E, bias_E)
+    return _by_norm(x_QE, None, norm, eps)[1:]
+
+
+@torch.library.custom_op("longtake::add_norm_codes", mutates_args=())
+def _add_norm_codes(
+    x_QE: Tensor, sum_QE: Tensor, scale_Q1: Tensor | None, scale_1E: Tensor | None, sum_bias_E: Tensor | None,
+    modulation_6E: Tensor, time_T6E: Tensor, gate: int, shift: int, weight_E: Tensor | None, bias_E: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    norm = Norm(modulation_6E, time_T6E, gate, shift, weight_E, bias_E)
+    return _by_norm(x_QE, Product(sum_QE, scale_Q1, scale_1E, sum_bias_E), norm, eps)
+
+
+def _by_norm(x_QE: Tensor, product: Product | None, norm: Norm, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    if not has_products(x_QE.device):
+        x_QE, codes = norm_codes_plain(x_QE, product, norm, eps)
+        return x_QE, *codes
+    from workers.model import fused_codes
+
+    weights = None if norm.weight_E is None or norm.bias_E is None else (norm.weight_E, norm.bias_E)
+    return fused_codes.norm_codes(
+        x_QE,
+        None if product is None else fused_codes.Sum(*product),
+        (norm.modulation_6E, norm.time_T6E),
+        weights,
+        (norm.gate, norm.shift),
+        eps,
+    )
+
+
+@torch.library.custom_op("longtake::gelu_codes", mutates_args=())
+def _gelu_codes(
+    sum_QO: Tensor, scale_Q1: Tensor | None, scale_1O: Tensor | None, bias_O: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if not has_products(sum_QO.device):
+        return gelu_codes_plain(Product(sum_QO, scale_Q1, scale_1O, bias_O))
+    from workers.model import fused_codes
+
+    return fused_codes.gelu_codes(fused_codes.Sum(sum_QO, scale_Q1, scale_1O, bias_O))
+
+
+@torch.library.custom_op("longtake::row_codes", mutates_args=())
+def _row_codes(h_QND: Tensor) -> tuple[Tensor, Tensor]:
+    if not has_products(h_QND.device):
+        return row_codes_plain(h_QND)
+    from workers.model import fused_codes
+
+    return fused_codes.row_codes(h_QND)
+
+
+def _room(like: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    code = like.new_empty(like.shape[0], width, dtype=torch.float8_e4m3fn)
+    return code, like.new_empty(like.shape[0], 1, dtype=torch.float32)
+
+
+@_norm_codes.register_fake
+def _(x_QE: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return _room(x_QE, x_QE.shape[1])
+
+
+@_add_norm_codes.register_fake
+def _(x_QE: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x_QE), *_room(x_QE, x_QE.shape[1])
+
+
+@_gelu_codes.register_fake
+def _(sum_QO: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return _room(sum_QO, sum_QO.shape[1])
+
+
+@_row_codes.register_fake
+def _(h_QND: Tensor) -> tuple[Tensor, Tensor]:
+    return _room(h_QND, h_QND.shape[1] * h_QND.shape[2])

@@ -1,0 +1,213 @@
+"""Triton kernels that write the inputs of products of 8-bit floats: codes and the scale of each row, in one pass.
+
+Each does what stands between two products: scales and bias of the one before, residual, norm or GELU, then the row's
+largest magnitude and its codes. A row stays in registers, in two pieces, as its length is seldom a power of two. The
+plain forms are in `fp8_linears.py`; imported where a tensor lies on a GPU, never earlier.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NORM_WARPS, GELU_WARPS, ROW_WARPS = 4, 8, 4
+"""Of a program, which does one row."""
+
+
+class Sum(NamedTuple):
+    """Result of a product; with scales of its rows and columns and a bias that are still to be applied, or None."""
+
+    sum_QO: Tensor
+    scale_Q1: Tensor | None
+    scale_1O: Tensor | None
+    bias_O: Tensor | None
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _apply_scales(  # type: ignore[no-untyped-def]
+    sums, row_scale, column_scale, bias, row, channel, inside, E: tl.constexpr, SCALED: tl.constexpr
+):  # fmt: skip
+    """A piece of a row of a product, float32. Scales of columns and bias are every row's and stay near."""
+    value = tl.load(sums + row * E + channel, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    if SCALED:
+        column = tl.load(column_scale + channel, mask=inside, other=0.0, eviction_policy="evict_last")
+        value = value * (tl.load(row_scale + row) * column)
+        value += tl.load(bias + channel, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    return value
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _store_codes(  # type: ignore[no-untyped-def]
+    code, scale, row, a, b, at_a, at_b, in_a, in_b, E: tl.constexpr
+):  # fmt: skip
+    """Two pieces of a row, zero outside of it."""
+    most = tl.maximum(tl.max(tl.abs(a), 0), tl.max(tl.abs(b), 0))
+    most = tl.maximum(most, 1e-12)
+    tl.store(scale + row, most / 448.0)
+    tl.store(code + row * E + at_a, (a * (448.0 / most)).to(code.dtype.element_ty), mask=in_a)
+    tl.store(code + row * E + at_b, (b * (448.0 / most)).to(code.dtype.element_ty), mask=in_b)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _add(  # type: ignore[no-untyped-def]
+    x, sums, row_scale, column_scale, bias, modulation, time, out, row, frame, channel, inside,
+    E: tl.constexpr, GATE: tl.constexpr, ADDS: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """A piece of the residual stream, the product added and written; else as it is."""
+    value = tl.load(x + row * E + channel, mask=inside, other=0.0).to(tl.float32)
+    if ADDS:
+        more = _apply_scales(sums, row_scale, column_scale, bias, row, channel, inside, E, SCALED)
+        if GATE >= 0:
+            gate = tl.load(modulation + GATE * E + channel, mask=inside, other=0.0).to(tl.float32)
+            more *= gate + tl.load(time + (frame * 6 + GATE) * E + channel, mask=inside, other=0.0).to(tl.float32)
+        rounded = (value + more).to(out.dtype.element_ty)
+        tl.store(out + row * E + channel, rounded, mask=inside)
+        value = rounded.to(tl.float32)
+    return value
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _modulate(  # type: ignore[no-untyped-def]
+    value, modulation, time, weight, weight_bias, frame, channel, inside, E: tl.constexpr, SHIFT: tl.constexpr
+):  # fmt: skip
+    """A piece of a normalised row, times and plus what its frame has, or what all have."""
+    if SHIFT >= 0:
+        at_time = time + (frame * 6 + SHIFT) * E + channel
+        shift = tl.load(modulation + SHIFT * E + channel, mask=inside, other=0.0).to(tl.float32)
+        shift += tl.load(at_time, mask=inside, other=0.0).to(tl.float32)
+        factor = 1.0 + tl.load(modulation + (SHIFT + 1) * E + channel, mask=inside, other=0.0).to(tl.float32)
+        factor += tl.load(at_time + E, mask=inside, other=0.0).to(tl.float32)
+    else:
+        shift = tl.load(weight_bias + channel, mask=inside, other=0.0).to(tl.float32)
+        factor = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
+    return value * factor + shift
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _norm_codes(  # type: ignore[no-untyped-def]
+    x, sums, row_scale, column_scale, bias, modulation, time, weight, weight_bias, out, code, scale,
+    frame_tokens, eps, E: tl.constexpr, GATE: tl.constexpr, SHIFT: tl.constexpr, ADDS: tl.constexpr,
+    SCALED: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """One program: a token."""
+    row = tl.program_id(0).to(tl.int64)
+    frame = row // frame_tokens
+    at_a, at_b = tl.arange(0, A), A + tl.arange(0, B)
+    in_a, in_b = at_a < E, at_b < E
+    a = _add(
+        x, sums, row_scale, column_scale, bias, modulation, time, out, row, frame, at_a, in_a, E, GATE, ADDS, SCALED
+    )
+    b = _add(
+        x, sums, row_scale, column_scale, bias, modulation, time, out, row, frame, at_b, in_b, E, GATE, ADDS, SCALED
+    )
+    mean = (tl.sum(a, 0) + tl.sum(b, 0)) / E
+    a, b = tl.where(in_a, a - mean, 0.0), tl.where(in_b, b - mean, 0.0)
+    inverse = 1.0 / tl.sqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / E + eps)
+    a = _modulate(a * inverse, modulation, time, weight, weight_bias, frame, at_a, in_a, E, SHIFT)
+    b = _modulate(b * inverse, modulation, time, weight, weight_bias, frame, at_b, in_b, E, SHIFT)
+    _store_codes(code, scale, row, a, b, at_a, at_b, in_a, in_b, E)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _gelu(x, APPROXIMATE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """By tanh; approximate: by the unit that a GPU has for it, off by 2^-11, where a code is off by 2^-4."""
+    inner = x * (0.7978845608028654 + 0.035677408136300125 * x * x)
+    if APPROXIMATE:
+        tanh = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [inner], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return 0.5 * x * (1.0 + tanh)
+    return x / (1.0 + tl.exp(-2.0 * inner))
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _gelu_codes(  # type: ignore[no-untyped-def]
+    sums, row_scale, column_scale, bias, code, scale,
+    E: tl.constexpr, SCALED: tl.constexpr, APPROXIMATE: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """One program: a token."""
+    row = tl.program_id(0).to(tl.int64)
+    at_a, at_b = tl.arange(0, A), A + tl.arange(0, B)
+    in_a, in_b = at_a < E, at_b < E
+    a = _gelu(_apply_scales(sums, row_scale, column_scale, bias, row, at_a, in_a, E, SCALED), APPROXIMATE)
+    b = _gelu(_apply_scales(sums, row_scale, column_scale, bias, row, at_b, in_b, E, SCALED), APPROXIMATE)
+    _store_codes(code, scale, row, a, b, at_a, at_b, in_a, in_b, E)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _row_codes(  # type: ignore[no-untyped-def]
+    h, code, scale, stride_q, stride_n, E: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """One program: a token, its heads wherever they lie."""
+    row = tl.program_id(0).to(tl.int64)
+    at_a, at_b = tl.arange(0, A), A + tl.arange(0, B)
+    in_a, in_b = at_a < E, at_b < E
+    at = h + row * stride_q
+    a = tl.load(at + (at_a // D).to(tl.int64) * stride_n + at_a % D, mask=in_a, other=0.0).to(tl.float32)
+    b = tl.load(at + (at_b // D).to(tl.int64) * stride_n + at_b % D, mask=in_b, other=0.0).to(tl.float32)
+    _store_codes(code, scale, row, a, b, at_a, at_b, in_a, in_b, E)
+
+
+def norm_codes(
+    x_QE: Tensor,
+    product: Sum | None,
+    modulation: tuple[Tensor, Tensor],
+    norm: tuple[Tensor, Tensor] | None,
+    places: tuple[int, int],
+    eps: float,
+    num_warps: int = NORM_WARPS,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`fp8_linears.norm_codes_plain`; without a product x is given back, else a new one."""
+    num_tokens, dim = x_QE.shape
+    (modulation_6E, time_T6E), (gate, shift) = modulation, places
+    assert all(x is None or x.is_contiguous() for x in (x_QE, *modulation, *(product or ())))
+    assert norm is not None or shift >= 0
+    sums, *scales = product or Sum(x_QE, None, None, None)
+    out = x_QE if product is None else torch.empty_like(x_QE)
+    code, scale = _room(x_QE, dim)
+    _norm_codes[(num_tokens,)](
+        x_QE, sums, *(x_QE if s is None else s for s in scales), modulation_6E, time_T6E, *(norm or (x_QE, x_QE)),
+        out, code, scale, num_tokens // len(time_T6E), eps, E=dim, GATE=gate, SHIFT=shift,
+        ADDS=product is not None, SCALED=scales[0] is not None, **_pieces(dim), num_warps=num_warps,
+    )  # fmt: skip
+    return out, code, scale
+
+
+def gelu_codes(product: Sum, num_warps: int = GELU_WARPS, *, approximate: bool = True) -> tuple[Tensor, Tensor]:
+    """`fp8_linears.gelu_codes_plain`."""
+    sums, *scales = product
+    assert sums.is_contiguous()
+    code, scale = _room(sums, sums.shape[1])
+    _gelu_codes[(len(sums),)](
+        sums, *(sums if s is None else s for s in scales), code, scale, E=sums.shape[1],
+        SCALED=scales[0] is not None, APPROXIMATE=approximate, **_pieces(sums.shape[1]), num_warps=num_warps,
+    )  # fmt: skip
+    return code, scale
+
+
+def row_codes(h_QND: Tensor, num_warps: int = ROW_WARPS) -> tuple[Tensor, Tensor]:
+    """`fp8_linears.row_codes_plain`; channels of a head lie side by side."""
+    num_tokens, heads, head_dim = h_QND.shape
+    assert h_QND.stride(2) == 1
+    code, scale = _room(h_QND, heads * head_dim)
+    _row_codes[(num_tokens,)](
+        h_QND, code, scale, *h_QND.stride()[:2], E=heads * head_dim, D=head_dim,
+        **_pieces(heads * head_dim), num_warps=num_warps,
+    )  # fmt: skip
+    return code, scale
+
+
+def _room(like: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    rows, device = len(like), like.device
+    code = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=device)
+    return code, torch.empty(rows, 1, dtype=torch.float32, device=device)
+
+
+def _pieces(width: int) -> dict[str, Any]:
+    """Two powers of two that hold a row with little to spare: 1536 is 1024 and 512, 8960 is 8192 and 768 of 1024."""
+    first = triton.next_power_of_2(width) // 2
+    return {"A": first, "B": triton.next_power_of_2(width - first)}
