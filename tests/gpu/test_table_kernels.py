@@ -106,20 +106,25 @@ def test_members_that_are_listed_give_the_bits_of_those_that_add_themselves(
 @pytest.mark.parametrize("num_kinds", [1, 3, 40])
 def test_lists_hold_who_is_given_up_and_the_rest_is_left(num_kinds: int) -> None:
     pairs = pytest.importorskip("workers.cache.triton_pairs", exc_type=ImportError)
-    generator, shape, listed = torch.Generator().manual_seed(num_kinds), (3, 1500), 4
+    generator, shape, most = torch.Generator().manual_seed(num_kinds), (3, 1500), 600
     head_of = torch.randint(num_kinds, shape, generator=generator, dtype=torch.int32)
-    share = torch.rand(shape, generator=generator)
-    share = torch.where(torch.rand(shape, generator=generator) < 0.3, share, -1.0)
-    found = pairs.list_members(share.to(DEVICE), head_of.to(DEVICE), listed)
-    rest = found.rest_share.cpu()
-    for row in range(shape[0]):
-        for group in range(num_kinds):
-            mine = ((share[row] >= 0) & (head_of[row] == group)).nonzero().flatten().tolist()
-            held = found.listed[row, group, : min(listed, len(mine))].tolist()
-            assert int(found.tally[row, group]) == len(mine)
-            assert set(held) <= set(mine)
-            assert sorted(held + [slot for slot in mine if rest[row, slot] >= 0]) == mine
-    assert torch.equal(rest[rest >= 0], share[rest >= 0])
+    given_up = torch.rand(shape, generator=generator).argsort(-1)[:, :most].int()
+    num_given_up = torch.tensor([0, 450, most], dtype=torch.int32)
+    for listed in (0, 4):
+        found = pairs.list_members(given_up.to(DEVICE), num_given_up.to(DEVICE), head_of.to(DEVICE), listed)
+        for row in range(shape[0]):
+            rest = set(found.rest[row, : int(found.num_rest[row])].tolist())
+            all_of = {group: [] for group in range(num_kinds)}
+            for slot in given_up[row, : int(num_given_up[row])].tolist():
+                all_of[int(head_of[row, slot])].append(slot)
+            for group, mine in all_of.items():
+                held = found.listed[row, group, : min(listed, len(mine))].tolist()
+                assert int(found.tally[row, group]) == len(mine)
+                assert sorted(held + [slot for slot in mine if slot in rest]) == sorted(mine)
+            joined = [group for group, mine in all_of.items() if mine]
+            assert sorted(found.group[row, : int(found.num_group[row])].tolist()) == joined
+            large = [group for group, mine in all_of.items() if len(mine) > listed]
+            assert sorted(found.number[row, large].tolist()) == list(range(len(large)))
 
 
 def test_walking_along_chains_finds_every_other_link() -> None:

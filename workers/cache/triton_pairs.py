@@ -93,17 +93,33 @@ def _walk(toward, is_odd, num_slots, M: tl.constexpr):  # type: ignore[no-untype
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _list_members(share, head_of, tally, member, rest, num_slots, LISTED: tl.constexpr, M: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Count who is given up to each group and list the first that come; the shares of the rest, -1 for others."""
-    slot = tl.program_id(0) * M + tl.arange(0, M)
-    base = tl.program_id(1).to(tl.int64) * num_slots
-    inside = slot < num_slots
-    w = tl.load(share + base + slot, mask=inside, other=-1.0)
-    given_up = w >= 0
-    group = base + tl.load(head_of + base + slot, mask=given_up, other=0)
-    place = tl.atomic_add(tally + group, 1, mask=given_up, sem="relaxed")
-    tl.store(member + group * LISTED + place, slot, mask=given_up & (place < LISTED))
-    tl.store(rest + base + slot, tl.where(given_up & (place >= LISTED), w, -1.0), mask=inside)
+def append(to, count, value, wanted):  # type: ignore[no-untyped-def]
+    """Values that are wanted, behind the first `count` of a list, which grows; in any order."""
+    place = tl.cumsum(wanted.to(tl.int32), 0)
+    first = tl.atomic_add(count, tl.max(place, 0), sem="relaxed")
+    tl.store(to + first + place - 1, value, mask=wanted)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _list_members(  # type: ignore[no-untyped-def]
+    given_up, num_given_up, head_of, tally, member, number, group, rest, counts, num_slots, num_most, num_rows,
+    LISTED: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Count who is given up to each group and list the first that come, the groups, and who is not listed."""
+    place = tl.program_id(0) * M + tl.arange(0, M)
+    row = tl.program_id(1).to(tl.int64)
+    there = place < tl.load(num_given_up + row)
+    slot = tl.load(given_up + row * num_most + place, mask=there, other=0)
+    newest = tl.load(head_of + row * num_slots + slot, mask=there, other=0)
+    at = row * num_slots + newest
+    before = tl.atomic_add(tally + at, 1, mask=there, sem="relaxed")
+    tl.store(member + at * LISTED + before, slot, mask=there & (before < LISTED))
+    append(group + row * num_most, counts + row, newest, there & (before == 0))
+    append(rest + row * num_most, counts + num_rows + row, slot, there & (before >= LISTED))
+    is_large = there & (before == LISTED)
+    nth = tl.cumsum(is_large.to(tl.int32), 0)
+    first = tl.atomic_add(counts + 2 * num_rows + row, tl.max(nth, 0), sem="relaxed")
+    tl.store(number + at, first + nth - 1, mask=is_large)
 
 
 def walk_every_other(toward: Tensor) -> Tensor:
@@ -117,34 +133,42 @@ def walk_every_other(toward: Tensor) -> Tensor:
 
 
 class Members(NamedTuple):
-    """Who is given up to each group, [N, C]; at the slot that stands for it but for the last."""
+    """Who is given up to each group; [N, C] at the slot that stands for it, or lists in any order, int32 all."""
 
     tally: Tensor
-    """How many, int32."""
+    """How many [N, C]."""
     listed: Tensor
-    """The first of them, in any order: [N, C, listed] of int32, anything behind their number."""
-    rest_share: Tensor
-    """Weights of the others, -1 elsewhere."""
+    """The first of them: [N, C, listed], anything behind their number."""
+    number: Tensor
+    """Of each group that has more than are listed, from 0, [N, C]; anything for others."""
+    group: Tensor
+    """Who stands for a group that somebody is given up to, [N, most]."""
+    num_group: Tensor
+    """Of those, [N]."""
+    rest: Tensor
+    """Who is given up and not listed, [N, most]."""
+    num_rest: Tensor
+    """Of those, [N]."""
 
 
-def list_members(share: Tensor, head_of: Tensor, num_listed: int) -> Members:
+def list_members(given_up: Tensor, num_given_up: Tensor, head_of: Tensor, num_listed: int) -> Members:
     """List so many of each group.
 
     Args:
-        share: float32, -1 for a slot that is not given up.
+        given_up: Slots [N, most], int32.
+        num_given_up: How many of them count, [N], int32.
         head_of: Who stands for the group of each slot, int32.
-        num_listed: At least 1.
+        num_listed: May be 0.
     """
-    shape, device = share.shape, share.device
-    found = Members(
-        torch.zeros(shape, dtype=torch.int32, device=device),
-        torch.empty((*shape, num_listed), dtype=torch.int32, device=device),
-        torch.empty_like(share),
-    )
-    _list_members[(triton.cdiv(shape[1], 1024), shape[0])](
-        share, head_of, *found, shape[1], LISTED=num_listed, M=1024, num_warps=4
-    )
-    return found
+    (heads, num), most = head_of.shape, given_up.shape[1]
+    tally, number = torch.zeros_like(head_of), torch.empty_like(head_of)
+    listed = head_of.new_empty((heads, num, num_listed))
+    group, rest, counts = torch.empty_like(given_up), torch.empty_like(given_up), head_of.new_zeros((3, heads))
+    _list_members[(triton.cdiv(most, 256), heads)](
+        given_up, num_given_up, head_of, tally, listed, number, group, rest, counts, num, most, heads,
+        LISTED=num_listed, M=256, num_warps=4,
+    )  # fmt: skip
+    return Members(tally, listed, number, group, counts[0], rest, counts[1])
 
 
 def find_cosines(history: History, partner: Tensor, turn_back: TurnBack) -> Tensor:
