@@ -247,7 +247,7 @@ def merge_into_codes(
     buffers = tuple(torch.empty((heads, num_keep, *x.shape[2:]), dtype=x.dtype, device=x.device) for x in likes)
     sums, families, slots = found.sums, found.families, (s.history_slots, num, num_keep)
     collect_records[(triton.cdiv(num_keep, _RECORDS_AT_ONCE), heads)](
-        *written, found.source, sums.added, sums.joined, families.root, families.head_of, families.rank, *buffers,
+        *written, found.source, sums.added, sums.joined, families.root, families.head_of, found.rank, *buffers,
         *slots, s.head_dim**0.5, NO_KEY, M=_RECORDS_AT_ONCE, num_warps=4,
     )  # fmt: skip
     _move_codes(to, found.source, s)
@@ -290,7 +290,7 @@ def _average_groups(
 ) -> None:
     """Values that change; records of the layer are still those before the merge, codes have moved."""
     assert s.storage != "model"
-    (v, m, weight, _), (_, sums, families), members = records, found, found.sums.members
+    (v, m, weight, _), sums, members = records, found.sums, found.sums.members
     (heads, num), num_groups, listed = m.shape, most_groups(room), room.num_listed
     assert v.is_contiguous()
     at_once = min(heads, max(1, _SUMMED_BYTES // (num_groups * s.head_dim * 4)))
@@ -299,7 +299,7 @@ def _average_groups(
         some = min(at_once, heads - first)
         add_rest(history, records, found, summed[:some], first)
         average_groups[(triton.cdiv(members.group.shape[1], _AVERAGED_AT_ONCE), some)](
-            v, weight, sums.added, members.tally, members.number, summed, members.listed, sums.share, families.rank,
+            v, weight, sums.added, members.tally, members.number, summed, members.listed, sums.share, found.rank,
             members.group, members.num_group, to.v_code_NCB, to.v_largest_NCG,
             first, history.start, v.shape[1], s.history_slots, num, room.num_keep, num_groups, members.group.shape[1],
             float(LIMITS[s.storage]), LEAST, **vector_shape(s, s.storage),

@@ -21,6 +21,7 @@ from workers.cache.partners import History
 from workers.cache.shrink import Room
 from workers.cache.table_layout import NO_KEY
 from workers.cache.triton_families import Families, find_families
+from workers.cache.triton_links import PIECE, count_before
 from workers.cache.triton_match import ROWS, unit_halves
 from workers.cache.triton_pairs import Members, append, compare_pairs, list_members
 from workers.cache.unrotated import TurnBack
@@ -32,18 +33,22 @@ VALUE_UNITS = tl.constexpr(float(2**20))
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _place(  # type: ignore[no-untyped-def]
-    m, survives, rank, source, given_up, tally, stride_mn, num_slots, num_keep, num_given_up, M: tl.constexpr,
+    m, head_of, num_survivors, rank, source, given_up, tally, stride_mn, num_slots, num_keep, num_given_up,
+    PIECES: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """Where each key goes, and a list of those that are given up, in any order."""
     slot = tl.program_id(0) * M + tl.arange(0, M)
     row = tl.program_id(1).to(tl.int64)
     inside, at = slot < num_slots, row * num_slots + slot
-    keeps = tl.load(survives + at, mask=inside, other=0) > 0
-    total = tl.load(rank + row * num_slots + num_slots - 1)
-    target = tl.load(rank + at, mask=inside, other=0) - 1 + num_keep - total
-    tl.store(source + row * num_keep + target, slot, mask=inside & keeps & (target >= 0))
-    is_given_up = (tl.load(m + row * stride_mn + slot, mask=inside, other=0) > 0) & (keeps == 0)
-    append(given_up + row * num_given_up, tally + row, slot, is_given_up)
+    live = tl.load(m + row * stride_mn + slot, mask=inside, other=0) > 0
+    keeps = live & (tl.load(head_of + at, mask=inside, other=-1) == slot)
+    before, total = count_before(num_survivors, row, PIECES)
+    nth = before + tl.cumsum(keeps.to(tl.int32), 0)
+    tl.store(rank + at, nth, mask=inside)
+    target = nth - 1 + num_keep - total
+    tl.store(source + row * num_keep + target, slot, mask=keeps & (target >= 0))
+    tl.store(source + row * num_keep + slot, tl.full([M], -1, tl.int32), mask=slot < num_keep - total)
+    append(given_up + row * num_given_up, tally + row, slot, live & (keeps == 0))
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -244,6 +249,8 @@ class Found(NamedTuple):
 
     source: Tensor
     """Old slot of each new one, -1 where no key goes: int32 [N, num_keep]."""
+    rank: Tensor
+    """Of each slot, how many survive up to it, int32 [N, C]."""
     sums: _Sums
     families: Families
 
@@ -256,13 +263,14 @@ def find_sums(history: History, records: Sequence[Tensor], turn_back: TurnBack, 
     families = find_families(history, (v, m, partner), turn_back, room)
     share = torch.empty((heads, num), dtype=torch.float32, device=k.device)
     joined, added = torch.zeros_like(families.root), torch.zeros_like(families.root, dtype=torch.int64)
-    source = torch.full((heads, room.num_keep), -1, dtype=torch.int32, device=k.device)
+    source = torch.empty((heads, room.num_keep), dtype=torch.int32, device=k.device)
+    rank = torch.empty_like(families.root)
     # Each link that is chosen gives up one key.
     given_up = torch.empty((heads, max(1, room.num_merges)), dtype=torch.int32, device=k.device)
     tally = torch.zeros(heads, dtype=torch.int32, device=k.device)
-    _place[(triton.cdiv(num, 1024), heads)](
-        m, families.survives, families.rank, source, given_up, tally, m.stride(0),
-        num, room.num_keep, given_up.shape[1], M=1024, num_warps=4,
+    _place[(triton.cdiv(num, PIECE), heads)](
+        m, families.head_of, families.num_survivors, rank, source, given_up, tally, m.stride(0), num, room.num_keep,
+        given_up.shape[1], PIECES=triton.next_power_of_2(families.num_survivors.shape[1]), M=PIECE, num_warps=4,
     )  # fmt: skip
     _weigh[(triton.cdiv(given_up.shape[1], ROWS), heads)](
         k, position, m, weight, families.head_of, given_up, tally, share, added, joined,
@@ -271,7 +279,7 @@ def find_sums(history: History, records: Sequence[Tensor], turn_back: TurnBack, 
         FALLS=room.rate > 0, num_warps=4,
     )  # fmt: skip
     members = list_members(given_up, tally, families.head_of, room.num_listed)
-    return Found(source, _Sums(share, added, joined, members), families)
+    return Found(source, rank, _Sums(share, added, joined, members), families)
 
 
 def merge(
@@ -310,7 +318,8 @@ def add_rest(history: History, records: Sequence[Tensor], found: Found, summed: 
         summed: Written: int32 [heads, `most_groups`, D].
         first: Of those heads.
     """
-    (v, m, weight, _), (_, sums, families) = records, found
+    v, m, weight, _ = records
+    sums, families = found.sums, found.families
     (heads, num_groups, dim), rest = summed.shape, sums.members.rest
     summed.zero_()
     _add_values[(triton.cdiv(rest.shape[1], 32), heads)](
@@ -332,7 +341,7 @@ def _move(
     found: Found, to: tuple[Tensor, tuple[Tensor, ...]], first: int, tile: int, listed: int,
 ) -> None:  # fmt: skip
     """Heads from `first` on, as many as the buffers hold."""
-    (source, sums, families), (summed, buffers) = found, to
+    (source, rank, sums, families), (summed, buffers) = found, to
     k, position, mean = history.k_NLW, history.position_NC3, history.mean_NJD
     v, m, weight, partner = records
     heads, num_keep = buffers[2].shape[:2]
@@ -341,7 +350,7 @@ def _move(
     strides = (*k.stride()[:2], *v.stride()[:2], *(x.stride(0) for x in (position, m, weight, partner)))
     _collect[(triton.cdiv(num_keep, 16), heads)](
         k, v, position, m, weight, partner, source, sums.added, sums.joined, sums.members.tally, sums.members.number,
-        summed, sums.members.listed, sums.share, families.root, families.head_of, families.rank, *buffers, *strides,
+        summed, sums.members.listed, sums.share, families.root, families.head_of, rank, *buffers, *strides,
         history.start, first, num, num_keep, num_groups, dim**0.5, NO_KEY,
         D=dim, EXTRA=extra, M=16, LISTED=listed, num_warps=4,
     )  # fmt: skip

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.cache.pairs import most_common_parity
 from workers.cache.partners import History
 from workers.cache.table_pairs import Distances
 from workers.cache.triton_match import ROWS, load_halves, sin_cos, turn_by
@@ -78,10 +77,11 @@ def _pair_distances(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _walk(toward, is_odd, num_slots, M: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Whether the end of the chain of each slot is an odd number of links away."""
+def _walk(toward, is_odd, num_odd, num_linked, num_slots, M: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Whether the end of the chain of each slot is an odd number of links away; how many are, and how many linked."""
     slot = tl.program_id(0) * M + tl.arange(0, M)
-    base = tl.program_id(1).to(tl.int64) * num_slots
+    row = tl.program_id(1)
+    base = row.to(tl.int64) * num_slots
     inside = slot < num_slots
     here, steps = tl.where(inside, slot, 0), tl.zeros([M], tl.int32)
     beyond = tl.load(toward + base + here, mask=inside, other=0)
@@ -90,6 +90,8 @@ def _walk(toward, is_odd, num_slots, M: tl.constexpr):  # type: ignore[no-untype
         here = beyond
         beyond = tl.load(toward + base + here, mask=inside, other=0)
     tl.store(is_odd + base + slot, (steps & 1).to(tl.int8), mask=inside)
+    tl.atomic_add(num_odd + row, tl.sum(steps & 1, 0), sem="relaxed")
+    tl.atomic_add(num_linked + row, tl.sum((steps > 0).to(tl.int32), 0), sem="relaxed")
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -122,14 +124,17 @@ def _list_members(  # type: ignore[no-untyped-def]
     tl.store(number + at, first + nth - 1, mask=is_large)
 
 
-def walk_every_other(toward: Tensor) -> Tensor:
-    """What `pairs.every_other` gives, with slots of int32, contiguous [N, C]."""
+def walk(toward: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Whether each slot is an odd number of links from where its chain ends; how many of a row are, and are linked.
+
+    Args:
+        toward: Slot that each is linked to, itself where its chain ends: int32, contiguous [N, C].
+    """
+    heads, num = toward.shape
     is_odd = torch.empty(toward.shape, dtype=torch.int8, device=toward.device)
-    _walk[(triton.cdiv(toward.shape[1], 1024), toward.shape[0])](
-        toward, is_odd, toward.shape[1], M=1024, num_warps=4
-    )  # fmt: skip
-    own = torch.arange(toward.shape[1], dtype=torch.int32, device=toward.device)
-    return most_common_parity(is_odd > 0, toward != own)
+    counts = torch.zeros((2, heads), dtype=torch.int32, device=toward.device)
+    _walk[(triton.cdiv(num, 1024), heads)](toward, is_odd, counts[0], counts[1], num, M=1024, num_warps=4)
+    return is_odd, counts[0], counts[1]
 
 
 class Members(NamedTuple):
