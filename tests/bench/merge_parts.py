@@ -104,7 +104,8 @@ class FullTable:
         layer = self.table.layers[0]
         assert isinstance(layer, PackedLayer)
         assert layer.pointer == s.history_tokens
-        self.layer, self._before = layer, self.tensors()
+        self.layer = layer
+        self._before = self.tensors()
         self.turn_back = TurnBack(s.head_dim, s.theta, device)
         self.room = Room(s.kept_tokens, s.spare_tokens, s.rule, s.rate, MEMBERS_LISTED[s.rule])
         self._laid_out = self.laid_out()
