@@ -72,7 +72,8 @@ VARIANTS: tuple[tuple[str, str, Changes], ...] = (
         for settings in ({"maxnreg": 96}, {"maxnreg": 80}, {"num_warps": 8}, {"M": 16}, {"M": 16, "num_warps": 2})
     ),
     *(
-        (f"distances: {settings}", "_pair_distances", {(triton_pairs, "_pair_distances"): settings})
+        (f"distances of {of}s: {settings}", f"_{of}_distances", {(triton_pairs, f"_{of}_distances"): settings})
+        for of in ("key", "value")
         for settings in ({"maxnreg": 96}, {"maxnreg": 80}, {"num_warps": 8})
     ),
     *(
@@ -112,7 +113,7 @@ class FullTable:
 
     def tensors(self) -> dict[str, Tensor]:
         """Copies of all that a merge may write."""
-        return {name: getattr(self.layer, name).clone() for name in self.table.tensors}
+        return {name: getattr(self.layer, name).clone() for name in (*self.table.tensors, "apart_NC")}
 
     def put_back(self) -> None:
         for name, tensor in self._before.items():
@@ -180,17 +181,18 @@ def check_large(full: FullTable) -> dict[str, Tensor]:
     run = slice(s.history_start, s.history_start + s.history_tokens)
     layer.mass_NC2[:, : s.history_tokens] = history.k_NLW[:, run, s.head_dim : s.head_dim + 2]
     expected = full.tensors()
-    other = [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]
+    other = [name for name in full.table.tensors if not torch.equal(found[name], expected[name])]
     print(f"{'BAD' if other else 'good'}: the same bits as merging in the workspace {other or ''}", flush=True)
     return found
 
 
 def least_gigabytes(s: TableSettings) -> dict[str, float]:
-    """What each kernel cannot do without; a partner's key and value are counted as if they lay in a cache."""
+    """What each kernel cannot do without; a partner's value is counted as if it lay in a cache."""
     slots, kept, given_up = (s.num_heads * num for num in (s.history_tokens, s.kept_tokens, s.spare_tokens))
     vector, codes = 2 * s.head_dim, 2 * coded_bytes(s.head_dim, "int4")
     return {
-        "_pair_distances": slots * (2 * vector + 32) / 1e9,
+        "_value_distances": slots * (vector + 16) / 1e9,
+        "_key_distances": 2 * given_up * (2 * vector + 28) / 1e9,
         "move_codes": kept * 4 * codes / 1e9,
         "average_tiles": kept * (vector + 20) / 1e9,
         "collect_records": kept * 96 / 1e9,

@@ -150,9 +150,9 @@ def move_codes(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def collect_records(  # type: ignore[no-untyped-def]
-    position, m, weight, partner, log_mass, source, added, joined, root, head_of, rank,
-    new_position, new_m, new_weight, new_partner,
-    history_slots, num_slots, num_keep, root_dim, no_key, M: tl.constexpr,
+    position, m, weight, partner, apart, log_mass, source, added, joined, root, head_of, rank,
+    new_position, new_m, new_weight, new_partner, new_apart,
+    history_slots, num_slots, num_keep, root_dim, no_key, M: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """One program: records of M slots of a head as they will be, into buffers; log m at once."""
     place = tl.program_id(0) * M + tl.arange(0, M)
@@ -173,12 +173,18 @@ def collect_records(  # type: ignore[no-untyped-def]
     shift = num_keep - tl.load(rank + mine + num_slots - 1) - 1
     older = partner_of_group(partner + held, root + mine, head_of + mine, rank + mine, slot, is_key, shift)
     tl.store(new_partner + out, older, mask=inside)
+    if APART:
+        # Of a key that follows no other one and whose partner stays.
+        own_partner = tl.load(partner + held + slot, mask=is_key, other=-1)
+        stays = is_key & (own_partner >= 0) & (tl.load(root + mine + slot, mask=is_key, other=-1) == slot)
+        stays &= tl.load(head_of + mine + own_partner, mask=stays, other=-1) == own_partner
+        tl.store(new_apart + out, tl.load(apart + held + slot, mask=stays, other=-1.0), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def write_records(  # type: ignore[no-untyped-def]
-    position, m, weight, partner, log_mass, new_position, new_m, new_weight, new_partner,
-    history_slots, num_slots, num_keep, no_key, no_key_low, M: tl.constexpr,
+    position, m, weight, partner, apart, log_mass, new_position, new_m, new_weight, new_partner, new_apart,
+    history_slots, num_slots, num_keep, no_key, no_key_low, M: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """One program: records of M slots of a head, from the buffers."""
     slot = tl.program_id(0) * M + tl.arange(0, M)
@@ -191,6 +197,8 @@ def write_records(  # type: ignore[no-untyped-def]
     tl.store(m + there, tl.load(new_m + here, mask=kept, other=0), mask=used)
     tl.store(weight + there, tl.load(new_weight + here, mask=kept, other=0.0), mask=used)
     tl.store(partner + there, tl.load(new_partner + here, mask=kept, other=-1), mask=used)
+    if APART:
+        tl.store(apart + there, tl.load(new_apart + here, mask=kept, other=-1.0), mask=used)
     # Codes of free slots may stay: there is no key by their log m.
     part = tl.arange(0, 2)[None, :]
     nothing = tl.where(part == 0, no_key, no_key_low).to(log_mass.dtype.element_ty)
@@ -239,16 +247,17 @@ def merge_into_codes(
     assert s.storage != "model"
     k, position = history.k_NLW, history.position_NC3
     _, m, weight, partner = records
-    written = to.position_NC3, to.m_NC, to.weight_NC, to.partner_NC, to.mass_NC2
+    apart = to.weight_NC if to.apart_NC is None else to.apart_NC
+    written = to.position_NC3, to.m_NC, to.weight_NC, to.partner_NC, apart, to.mass_NC2
     assert all(x.is_contiguous() for x in (k, *written, to.mean_NJD))
     (heads, num), num_keep = m.shape, room.num_keep
-    found = find_sums(history, records, turn_back, room)
-    likes = position, m, weight, partner
+    found = find_sums(history, records, turn_back, room, None if to.apart_NC is None else to.apart_NC[:, :num])
+    likes = position, m, weight, partner, apart
     buffers = tuple(torch.empty((heads, num_keep, *x.shape[2:]), dtype=x.dtype, device=x.device) for x in likes)
     sums, families, slots = found.sums, found.families, (s.history_slots, num, num_keep)
     collect_records[(triton.cdiv(num_keep, _RECORDS_AT_ONCE), heads)](
         *written, found.source, sums.added, sums.joined, families.root, families.head_of, found.rank, *buffers,
-        *slots, s.head_dim**0.5, NO_KEY, M=_RECORDS_AT_ONCE, num_warps=4,
+        *slots, s.head_dim**0.5, NO_KEY, M=_RECORDS_AT_ONCE, APART=to.apart_NC is not None, num_warps=4,
     )  # fmt: skip
     _move_codes(to, found.source, s)
     _average_groups(history, records, found, room, to, s)
@@ -259,8 +268,9 @@ def merge_into_codes(
     )  # fmt: skip
     high = float(torch.tensor(NO_KEY).to(k.dtype))
     write_records[(triton.cdiv(num, _RECORDS_AT_ONCE), heads)](
-        *written, *buffers, *slots, high, NO_KEY - high, M=_RECORDS_AT_ONCE, num_warps=4
-    )
+        *written, *buffers, *slots, high, NO_KEY - high,
+        M=_RECORDS_AT_ONCE, APART=to.apart_NC is not None, num_warps=4,
+    )  # fmt: skip
 
 
 def _move_codes(to: PackedLayer, source: Tensor, s: TableSettings) -> None:

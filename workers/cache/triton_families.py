@@ -25,7 +25,7 @@ class Families(NamedTuple):
 
 
 def find_families(
-    history: History, records: tuple[Tensor, Tensor, Tensor], turn_back: TurnBack, room: Room
+    history: History, records: tuple[Tensor, Tensor, Tensor], turn_back: TurnBack, room: Room, known: Tensor | None
 ) -> Families:
     """By the rule of the room.
 
@@ -34,10 +34,11 @@ def find_families(
         records: v_NLD in the slots of the keys; m_NC and partner_NC of each slot of the history.
         turn_back: RoPE of the model.
         room: How it is made.
+        known: See `find_distances`.
     """
     v, m, partner = records
     if room.rule == "pairs":
-        found = find_distances(history, v, partner, turn_back)
+        found = find_distances(history, v, partner, turn_back, known)
         link = choose_links(found, m, partner, turn_back.head_dim, room.num_merges)
         return Families(*follow(link, m, by_mass=True))
     link = _join_nearest(find_cosines(history, partner, turn_back), partner, room.num_merges)

@@ -22,8 +22,8 @@ PIECE = 1024
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _price_links(  # type: ignore[no-untyped-def]
-    of_keys, of_values, all_lengths, num_live, m, partner, bits, toward, stride_mn, stride_rn, num_slots, per_distance,
-    no_link, M: tl.constexpr,
+    of_keys, of_values, all_lengths, num_live, m, partner, bits, toward, stride_on, stride_mn, stride_rn, num_slots,
+    per_distance, no_link, M: tl.constexpr,
 ):  # fmt: skip
     """Bits of what each link loses, and where it leads. Compiled to fuse nothing."""
     slot = tl.program_id(0) * M + tl.arange(0, M)
@@ -35,7 +35,7 @@ def _price_links(  # type: ignore[no-untyped-def]
     nothing = tl.zeros([M], tl.float32)
     live = tl.maximum(tl.load(num_live + row), 1).to(tl.float32) + nothing
     length = tl.maximum(tl.div_rn(tl.load(all_lengths + row) + nothing, live), 1e-30)
-    loss = tl.load(of_keys + at, mask=is_link, other=0.0) * per_distance
+    loss = tl.load(of_keys + row * stride_on + slot, mask=is_link, other=0.0) * per_distance
     unlike = tl.div_rn(tl.load(of_values + at, mask=is_link, other=0.0), length)
     loss = tl.where(loss > 0, loss + unlike, loss)
     a = own.to(tl.float32)
@@ -153,7 +153,7 @@ def choose_links(found: Distances, m: Tensor, partner: Tensor, head_dim: int, nu
         return link.copy_(torch.arange(num, dtype=torch.int32, device=device))
     _price_links[grid](
         found.of_keys, found.of_values, found.lengths.sum(-1), (m > 0).sum(-1), m, partner, bits, toward,
-        m.stride(0), partner.stride(0), num, 1 / (2 * math.sqrt(head_dim)), NO_LINK,
+        found.of_keys.stride(0), m.stride(0), partner.stride(0), num, 1 / (2 * math.sqrt(head_dim)), NO_LINK,
         M=PIECE, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     is_odd, num_odd, num_linked = walk(toward)

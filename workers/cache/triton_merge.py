@@ -255,12 +255,14 @@ class Found(NamedTuple):
     families: Families
 
 
-def find_sums(history: History, records: Sequence[Tensor], turn_back: TurnBack, room: Room) -> Found:
-    """What merges; nothing of the history is written. Arguments as of `merge`."""
+def find_sums(
+    history: History, records: Sequence[Tensor], turn_back: TurnBack, room: Room, known: Tensor | None = None
+) -> Found:
+    """What merges; nothing of the history is written. Arguments as of `merge` and `find_distances`."""
     k, position = history.k_NLW, history.position_NC3
     v, m, weight, partner = records
     heads, num = m.shape
-    families = find_families(history, (v, m, partner), turn_back, room)
+    families = find_families(history, (v, m, partner), turn_back, room, known)
     share = torch.empty((heads, num), dtype=torch.float32, device=k.device)
     joined, added = torch.zeros_like(families.root), torch.zeros_like(families.root, dtype=torch.int64)
     source = torch.empty((heads, room.num_keep), dtype=torch.int32, device=k.device)

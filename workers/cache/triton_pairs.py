@@ -14,6 +14,9 @@ from workers.cache.table_pairs import Distances
 from workers.cache.triton_match import ROWS, load_halves, sin_cos, turn_by
 from workers.cache.unrotated import TurnBack
 
+_LIST_PROGRAMS = 128
+"""Of a head, for lists whose length only the device knows: with 12 heads enough to fill a GPU."""
+
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def compare_pairs(  # type: ignore[no-untyped-def]
@@ -50,27 +53,60 @@ def pair_cosine(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _pair_distances(  # type: ignore[no-untyped-def]
-    k, v, position, m, partner, of_keys, of_values, lengths, axis, frequency,
-    stride_kn, stride_kl, stride_vn, stride_vl, stride_pn, stride_mn, stride_rn, start_k, num_slots,
+def append(to, count, value, wanted):  # type: ignore[no-untyped-def]
+    """Values that are wanted, behind the first `count` of a list, which grows; in any order."""
+    place = tl.cumsum(wanted.to(tl.int32), 0)
+    first = tl.atomic_add(count, tl.max(place, 0), sem="relaxed")
+    tl.store(to + first + place - 1, value, mask=wanted)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _list_unknown(of_keys, m, partner, unknown, count, stride_on, stride_mn, stride_rn, num_slots, M: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Keys with a partner whose distance from it is not known."""
+    slot = tl.program_id(0) * M + tl.arange(0, M)
+    row = tl.program_id(1).to(tl.int64)
+    inside = slot < num_slots
+    paired = inside & (tl.load(partner + row * stride_rn + slot, mask=inside, other=-1) >= 0)
+    paired &= tl.load(m + row * stride_mn + slot, mask=inside, other=0) > 0
+    wanted = paired & (tl.load(of_keys + row * stride_on + slot, mask=inside, other=0.0) < 0)
+    append(unknown + row * num_slots, count + row, slot, wanted)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _key_distances(  # type: ignore[no-untyped-def]
+    k, position, partner, of_keys, unknown, count, axis, frequency,
+    stride_kn, stride_kl, stride_pn, stride_rn, stride_on, start_k, num_slots, P: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Squared distances of listed keys from their partners' before RoPE; programs share a list of any length."""
+    row = tl.program_id(1).to(tl.int64)
+    num = tl.load(count + row)
+    for first in range(tl.program_id(0) * M, num, tl.num_programs(0) * M):
+        there = first + tl.arange(0, M) < num
+        slot = tl.load(unknown + row * num_slots + first + tl.arange(0, M), mask=there, other=0)
+        other = tl.load(partner + row * stride_rn + slot, mask=there, other=0)
+        at_a, at_b = (start_k + slot).to(tl.int64), (start_k + other).to(tl.int64)
+        at_k, at_p = row * stride_kn, row * stride_pn
+        inner, a, b = compare_pairs(
+            k, at_k + at_a * stride_kl, at_k + at_b * stride_kl, position, at_p + slot * 3, at_p + other * 3, there,
+            axis, frequency, P, M,
+        )  # fmt: skip
+        tl.store(of_keys + row * stride_on + slot, tl.maximum(a + b - 2 * inner, 0.0), mask=there)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _value_distances(  # type: ignore[no-untyped-def]
+    v, m, partner, of_values, lengths, stride_vn, stride_vl, stride_mn, stride_rn, start_k, num_slots,
     P: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """Squared distance of each key from its partner's before RoPE, and of its value from that one's; its length."""
+    """Squared distance of each value from that of the partner; its length."""
     slot = tl.program_id(0) * M + tl.arange(0, M)
     row = tl.program_id(1).to(tl.int64)
     inside = slot < num_slots
     other = tl.load(partner + row * stride_rn + slot, mask=inside, other=-1)
     live = tl.load(m + row * stride_mn + slot, mask=inside, other=0) > 0
-    paired = live & (other >= 0)
     at_a, at_b = (start_k + slot).to(tl.int64), (start_k + other).to(tl.int64)
-    at_k, at_p, at_v = row * stride_kn, row * stride_pn, row * stride_vn
-    inner, a, b = compare_pairs(
-        k, at_k + at_a * stride_kl, at_k + at_b * stride_kl, position, at_p + slot * 3, at_p + other * 3, paired,
-        axis, frequency, P, M,
-    )  # fmt: skip
-    tl.store(of_keys + row * num_slots + slot, tl.maximum(a + b - 2 * inner, 0.0), mask=inside)
-    even_a, odd_a = load_halves(v, at_v + at_a * stride_vl, live, P, M)
-    even_b, odd_b = load_halves(v, at_v + at_b * stride_vl, paired, P, M)
+    even_a, odd_a = load_halves(v, row * stride_vn + at_a * stride_vl, live, P, M)
+    even_b, odd_b = load_halves(v, row * stride_vn + at_b * stride_vl, live & (other >= 0), P, M)
     tl.store(lengths + row * num_slots + slot, tl.sum(even_a * even_a + odd_a * odd_a, 1), mask=inside)
     even, odd = even_a - even_b, odd_a - odd_b
     tl.store(of_values + row * num_slots + slot, tl.sum(even * even + odd * odd, 1), mask=inside)
@@ -92,14 +128,6 @@ def _walk(toward, is_odd, num_odd, num_linked, num_slots, M: tl.constexpr):  # t
     tl.store(is_odd + base + slot, (steps & 1).to(tl.int8), mask=inside)
     tl.atomic_add(num_odd + row, tl.sum(steps & 1, 0), sem="relaxed")
     tl.atomic_add(num_linked + row, tl.sum((steps > 0).to(tl.int32), 0), sem="relaxed")
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def append(to, count, value, wanted):  # type: ignore[no-untyped-def]
-    """Values that are wanted, behind the first `count` of a list, which grows; in any order."""
-    place = tl.cumsum(wanted.to(tl.int32), 0)
-    first = tl.atomic_add(count, tl.max(place, 0), sem="relaxed")
-    tl.store(to + first + place - 1, value, mask=wanted)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -188,20 +216,33 @@ def find_cosines(history: History, partner: Tensor, turn_back: TurnBack) -> Tens
     return cosine
 
 
-def find_distances(history: History, v: Tensor, partner: Tensor, turn_back: TurnBack) -> Distances:
-    """What `table_pairs.find_distances` gives.
+def find_distances(
+    history: History, v: Tensor, partner: Tensor, turn_back: TurnBack, known: Tensor | None = None
+) -> Distances:
+    """What `table_pairs.find_distances` gives; of slots without a key the length is 0.
 
     Args:
         history: Full.
         v: Values in the slots of the keys.
         partner: -1 for none.
         turn_back: RoPE of the model.
+        known: Distances of keys that are known, -1 elsewhere, [N, C] of float32: what is missing is written.
     """
     k, position, m = history.k_NLW, history.position_NC3, history.m_NC
-    found = Distances(*(torch.empty(m.shape, dtype=torch.float32, device=k.device) for _ in range(3)))
-    _pair_distances[(triton.cdiv(m.shape[1], ROWS), m.shape[0])](
-        k, v, position, m, partner, *found, turn_back.axis_int32_D, turn_back.frequency_D,
-        *k.stride()[:2], *v.stride()[:2], position.stride(0), m.stride(0), partner.stride(0), history.start,
-        m.shape[1], P=turn_back.head_dim // 2, M=ROWS, num_warps=4,
+    (heads, num), pairs, start = m.shape, turn_back.head_dim // 2, history.start
+    if known is None:
+        known = torch.full(m.shape, -1.0, device=k.device)
+    unknown, count = torch.empty_like(m, memory_format=torch.contiguous_format), m.new_zeros(heads)
+    _list_unknown[(triton.cdiv(num, 1024), heads)](
+        known, m, partner, unknown, count, known.stride(0), m.stride(0), partner.stride(0), num, M=1024, num_warps=4
+    )
+    _key_distances[(min(_LIST_PROGRAMS, triton.cdiv(num, ROWS)), heads)](
+        k, position, partner, known, unknown, count, turn_back.axis_int32_D, turn_back.frequency_D, *k.stride()[:2],
+        position.stride(0), partner.stride(0), known.stride(0), start, num, P=pairs, M=ROWS, num_warps=4,
     )  # fmt: skip
-    return found
+    of_values, lengths = (torch.empty(m.shape, dtype=torch.float32, device=k.device) for _ in range(2))
+    _value_distances[(triton.cdiv(num, ROWS), heads)](
+        v, m, partner, of_values, lengths, *v.stride()[:2], m.stride(0), partner.stride(0), start, num,
+        P=pairs, M=ROWS, num_warps=4,
+    )  # fmt: skip
+    return Distances(known, of_values, lengths)
