@@ -35,7 +35,7 @@ from workers.cache.unrotated import TurnBack
 
 _SUMMED_BYTES = 3 * 10**8
 """Of the sums of values of all heads; beyond, some heads are collected after the others."""
-_MOVED_BYTES = 4 * 10**7
+_MOVED_BYTES = 6 * 10**7
 """Of codes that move together, those of one head at least."""
 _MOVED_AT_ONCE = 64
 _AVERAGED_AT_ONCE = 16
@@ -213,8 +213,7 @@ def average_tiles(  # type: ignore[no-untyped-def]
     """One program: the mean of a tile of the history as it will be, from keys where they were. Records are buffers."""
     head = tl.program_id(1).to(tl.int64)
     P: tl.constexpr = D // 2
-    pair = tl.arange(0, P)
-    sum_even, sum_odd = tl.zeros([P], tl.float32), tl.zeros([P], tl.float32)
+    summed = tl.zeros([P, 2], tl.float32)
     kind = k.dtype.element_ty
     row = head * table_slots + start_k
     for step in range(TILE // M):
@@ -224,11 +223,10 @@ def average_tiles(  # type: ignore[no-untyped-def]
         at_k = (row + tl.load(source + here, mask=live, other=0)) * (D + EXTRA)
         even, odd = unit_halves(k, at_k, position, here * 3, live, axis, frequency, P, M)
         # Those of slots without a key are 0.
-        sum_even += tl.sum(even.to(kind).to(tl.float32), 0)
-        sum_odd += tl.sum(odd.to(kind).to(tl.float32), 0)
-    at = mean + (head * (history_slots // TILE) + tl.program_id(0)) * D + 2 * pair
-    tl.store(at, (sum_even / TILE).to(mean.dtype.element_ty))
-    tl.store(at + 1, (sum_odd / TILE).to(mean.dtype.element_ty))
+        summed += tl.sum(tl.join(even, odd).to(kind).to(tl.float32), 0)
+    at = mean + (head * (history_slots // TILE) + tl.program_id(0)) * D
+    channel = 2 * tl.arange(0, P)[:, None] + tl.arange(0, 2)[None, :]
+    tl.store(at + channel, (summed / TILE).to(mean.dtype.element_ty))
 
 
 def merge_into_codes(
