@@ -61,7 +61,7 @@ class OtherLaunch:
 VARIANTS: tuple[tuple[str, str, Changes], ...] = (
     *(
         (f"{megabytes} MB of codes move together", "move_codes", {(triton_collect, "_MOVED_BYTES"): megabytes * 10**6})
-        for megabytes in (1, 80, 160, 1000)
+        for megabytes in (1, 120, 250, 1000)
     ),
     *(
         (f"{num} slots of codes at once", "move_codes", {(triton_collect, "_MOVED_AT_ONCE"): num})

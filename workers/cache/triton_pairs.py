@@ -11,7 +11,7 @@ from torch import Tensor
 
 from workers.cache.partners import History
 from workers.cache.table_pairs import Distances
-from workers.cache.triton_match import ROWS, load_halves, sin_cos, turn_by
+from workers.cache.triton_match import ROWS, beside, load_halves, sin_cos, turn_by
 from workers.cache.unrotated import TurnBack
 
 _LIST_PROGRAMS = 128
@@ -26,7 +26,7 @@ def compare_pairs(  # type: ignore[no-untyped-def]
     even_a, odd_a = load_halves(k, at_a, there, P, M)
     even_b, odd_b = load_halves(k, at_b, there, P, M)
     angle = turn_by(position, at_pa, there, axis, frequency, P) - turn_by(position, at_pb, there, axis, frequency, P)
-    sin, cos = sin_cos(angle)
+    sin, cos = sin_cos(beside(angle, even_a))
     inner = (even_a * even_b + odd_a * odd_b) * cos + (odd_a * even_b - even_a * odd_b) * sin
     squares_a, squares_b = even_a * even_a + odd_a * odd_a, even_b * even_b + odd_b * odd_b
     return tl.sum(inner, 1), tl.sum(squares_a, 1), tl.sum(squares_b, 1)
@@ -113,21 +113,38 @@ def _value_distances(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _walk(toward, is_odd, num_odd, num_linked, num_slots, M: tl.constexpr):  # type: ignore[no-untyped-def]
+def _jump(toward, far, is_odd_jump, num_slots, STEPS: tl.constexpr, M: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The slot so many links away, or where the chain ends before; whether it is an odd number of links."""
+    slot = tl.program_id(0) * M + tl.arange(0, M)
+    base = tl.program_id(1).to(tl.int64) * num_slots
+    inside = slot < num_slots
+    here, is_odd = tl.where(inside, slot, 0), tl.zeros([M], tl.int32)
+    for _ in tl.static_range(STEPS):
+        beyond = tl.load(toward + base + here, mask=inside, other=0)
+        is_odd ^= (beyond != here).to(tl.int32)
+        here = beyond
+    tl.store(far + base + slot, here, mask=inside)
+    tl.store(is_odd_jump + base + slot, is_odd.to(tl.int8), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _walk(far, is_odd_jump, is_odd, num_odd, num_linked, num_slots, M: tl.constexpr):  # type: ignore[no-untyped-def]
     """Whether the end of the chain of each slot is an odd number of links away; how many are, and how many linked."""
     slot = tl.program_id(0) * M + tl.arange(0, M)
     row = tl.program_id(1)
     base = row.to(tl.int64) * num_slots
     inside = slot < num_slots
     here, steps = tl.where(inside, slot, 0), tl.zeros([M], tl.int32)
-    beyond = tl.load(toward + base + here, mask=inside, other=0)
+    beyond = tl.load(far + base + here, mask=inside, other=0)
+    is_linked = (beyond != here).to(tl.int32)
     while tl.max((beyond != here).to(tl.int32), 0) > 0:
-        steps += (beyond != here).to(tl.int32)
+        steps += tl.load(is_odd_jump + base + here, mask=inside, other=0).to(tl.int32)
         here = beyond
-        beyond = tl.load(toward + base + here, mask=inside, other=0)
-    tl.store(is_odd + base + slot, (steps & 1).to(tl.int8), mask=inside)
-    tl.atomic_add(num_odd + row, tl.sum(steps & 1, 0), sem="relaxed")
-    tl.atomic_add(num_linked + row, tl.sum((steps > 0).to(tl.int32), 0), sem="relaxed")
+        beyond = tl.load(far + base + here, mask=inside, other=0)
+    parity = steps & 1
+    tl.store(is_odd + base + slot, parity.to(tl.int8), mask=inside)
+    tl.atomic_add(num_odd + row, tl.sum(parity, 0), sem="relaxed")
+    tl.atomic_add(num_linked + row, tl.sum(is_linked, 0), sem="relaxed")
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -159,9 +176,11 @@ def walk(toward: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         toward: Slot that each is linked to, itself where its chain ends: int32, contiguous [N, C].
     """
     heads, num = toward.shape
-    is_odd = torch.empty(toward.shape, dtype=torch.int8, device=toward.device)
-    counts = torch.zeros((2, heads), dtype=torch.int32, device=toward.device)
-    _walk[(triton.cdiv(num, 1024), heads)](toward, is_odd, counts[0], counts[1], num, M=1024, num_warps=4)
+    is_odd, is_odd_jump = (torch.empty(toward.shape, dtype=torch.int8, device=toward.device) for _ in range(2))
+    far, counts = torch.empty_like(toward), toward.new_zeros((2, heads))
+    grid = triton.cdiv(num, 1024), heads
+    _jump[grid](toward, far, is_odd_jump, num, STEPS=8, M=1024, num_warps=4)
+    _walk[grid](far, is_odd_jump, is_odd, counts[0], counts[1], num, M=1024, num_warps=4)
     return is_odd, counts[0], counts[1]
 
 
