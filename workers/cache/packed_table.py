@@ -131,7 +131,7 @@ class PackedTable(TileTable):
         self._mark("packing")
 
     def _merge_into_codes(self, layer: PackedLayer, kernels: TableKernels) -> None:
-        laid_out = self._lay_out(layer, "both")
+        laid_out = self._lay_out(layer, "both", 1 - self._is_end_NJ)
         self._mark("unpacking")
         used, records = self._used(laid_out), self._records(laid_out)
         kernels.merge_into_codes(used, records, self._turn_back, self._room(layer), layer, self.settings)
