@@ -209,6 +209,27 @@ def check_merge(storage: Storage, rule: MergeRule, head_dim: int = SIZES.head_di
         assert int(expected["0.m_NC"].max()) > 1
 
 
+def check_known_distances() -> None:
+    """What a table by kernels knows of the distances of keys after some merges is what is found anew, bit by bit."""
+    from workers.cache.triton_pairs import find_distances
+
+    s = replace(SIZES, storage="int4", num_layers=1, kept_chunks=4, spare_chunks=1)
+    for num_chunks in (s.kept_chunks + s.spare_chunks + 3, s.kept_chunks + 3 * s.spare_chunks + 3):
+        table = fill(s, num_chunks, "kernels", DTYPE)
+        layer, of = table.layers[0], table.lay_out(0)
+        assert isinstance(layer, PackedLayer)
+        assert layer.apart_NC is not None
+        history = History(of.k_NLW, s.history_start, of.position_NC3, of.m_NC, of.mean_NJD)
+        v = of.v_NLD
+        found = find_distances(history, v, of.partner_NC, TurnBack(s.head_dim, s.theta, DEVICE)).of_keys
+        is_known = layer.apart_NC >= 0
+        assert 0.2 < float(is_known[:, : s.kept_tokens].float().mean()) < 1
+        assert not bool(is_known[:, s.kept_tokens :].any())
+        assert torch.equal(found[is_known], layer.apart_NC[is_known])
+        table.restore({name: tensor.clone() for name, tensor in table.state().items()})
+        assert bool((layer.apart_NC == -1).all())
+
+
 def table_differs(storage: Storage, rule: MergeRule = "pairs", num_chunks: int = 9) -> float:
     """Share of slots whose key, value or record is another one than by plain torch, in float32.
 
@@ -256,6 +277,7 @@ def check_bits(shapes: Sequence[tuple[Storage, int, int]] = SHAPES) -> float:
         check_pack(storage, head_dim, tile)
     for storage, rule, head_dim in MERGED:
         check_merge(storage, rule, head_dim)
+    check_known_distances()
     return 0.0
 
 

@@ -150,6 +150,8 @@ class Workload:
             return b.num_layers * b.num_heads * ((ends + history) * vector + records)
         groups = b.head_dim // TABLE_CODE_GROUP if cache.storage == "int4" and b.head_dim % TABLE_CODE_GROUP == 0 else 1
         coded = b.head_dim * TABLE_CODE_BITS[cache.storage] // 8 + 2 * groups
+        if cache.merging == "pairs":  # kernels keep distances from partners
+            records += history * FLOAT32_BYTES
         packed = ends * vector + history * (2 * coded + 2 * itemsize) + records
         return b.num_heads * (b.num_layers * packed + (ends + history) * vector)
 

@@ -12,6 +12,7 @@ from tests.packed_checks import (
     PARTS,
     SHAPES,
     captured_differs,
+    check_known_distances,
     check_merge,
     check_pack,
     check_unpack,
@@ -60,6 +61,11 @@ def test_merging_into_codes_gives_the_bits_of_merging_in_the_workspace_and_packi
     if head_by_head:
         monkeypatch.setattr("workers.cache.triton_collect._SUMMED_BYTES", 1)
     check_merge(storage, rule, head_dim)
+
+
+def test_distances_that_are_known_are_those_that_are_found_anew() -> None:
+    pytest.importorskip("triton")
+    check_known_distances()
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import torch
 from workers.attention.tile_choice import ChoiceSettings, Estimate, TileChoice, TileRuns
 from workers.cache import table_layout
 from workers.cache.layer_table import LayerTable
-from workers.cache.pairs import every_other
+from workers.cache.pairs import every_other, most_common_parity
 from workers.cache.table_layout import MergeRule, TableSettings, read_log_mass
+from workers.cache.table_pairs import Distances, choose_links, heaviest, pair_loss
 from workers.cache.tile_table import TableWork, TileTable
 from workers.contracts import KeyValues
 from workers.model.rope import grid_positions, make_rotation, rotate
@@ -106,20 +107,25 @@ def test_members_that_are_listed_give_the_bits_of_those_that_add_themselves(
 @pytest.mark.parametrize("num_kinds", [1, 3, 40])
 def test_lists_hold_who_is_given_up_and_the_rest_is_left(num_kinds: int) -> None:
     pairs = pytest.importorskip("workers.cache.triton_pairs", exc_type=ImportError)
-    generator, shape, listed = torch.Generator().manual_seed(num_kinds), (3, 1500), 4
+    generator, shape, most = torch.Generator().manual_seed(num_kinds), (3, 1500), 600
     head_of = torch.randint(num_kinds, shape, generator=generator, dtype=torch.int32)
-    share = torch.rand(shape, generator=generator)
-    share = torch.where(torch.rand(shape, generator=generator) < 0.3, share, -1.0)
-    found = pairs.list_members(share.to(DEVICE), head_of.to(DEVICE), listed)
-    rest = found.rest_share.cpu()
-    for row in range(shape[0]):
-        for group in range(num_kinds):
-            mine = ((share[row] >= 0) & (head_of[row] == group)).nonzero().flatten().tolist()
-            held = found.listed[row, group, : min(listed, len(mine))].tolist()
-            assert int(found.tally[row, group]) == len(mine)
-            assert set(held) <= set(mine)
-            assert sorted(held + [slot for slot in mine if rest[row, slot] >= 0]) == mine
-    assert torch.equal(rest[rest >= 0], share[rest >= 0])
+    given_up = torch.rand(shape, generator=generator).argsort(-1)[:, :most].int()
+    num_given_up = torch.tensor([0, 450, most], dtype=torch.int32)
+    for listed in (0, 4):
+        found = pairs.list_members(given_up.to(DEVICE), num_given_up.to(DEVICE), head_of.to(DEVICE), listed)
+        for row in range(shape[0]):
+            rest = set(found.rest[row, : int(found.num_rest[row])].tolist())
+            all_of = {group: [] for group in range(num_kinds)}
+            for slot in given_up[row, : int(num_given_up[row])].tolist():
+                all_of[int(head_of[row, slot])].append(slot)
+            for group, mine in all_of.items():
+                held = found.listed[row, group, : min(listed, len(mine))].tolist()
+                assert int(found.tally[row, group]) == len(mine)
+                assert sorted(held + [slot for slot in mine if slot in rest]) == sorted(mine)
+            joined = [group for group, mine in all_of.items() if mine]
+            assert sorted(found.group[row, : int(found.num_group[row])].tolist()) == joined
+            large = [group for group, mine in all_of.items() if len(mine) > listed]
+            assert sorted(found.number[row, large].tolist()) == list(range(len(large)))
 
 
 def test_walking_along_chains_finds_every_other_link() -> None:
@@ -129,7 +135,42 @@ def test_walking_along_chains_finds_every_other_link() -> None:
     older = (torch.rand(3, num, generator=generator) * torch.arange(num)).int()
     toward = torch.where(torch.rand(3, num, generator=generator) < 0.9, older, torch.arange(num, dtype=torch.int32))
     toward[2] = (torch.arange(num) - 1).clamp(min=0)  # one long chain
-    assert torch.equal(pairs.walk_every_other(toward.to(DEVICE)).cpu(), every_other(toward.long()))
+    is_odd, num_odd, num_linked = (x.cpu() for x in pairs.walk(toward.to(DEVICE)))
+    is_linked = toward != torch.arange(num)
+    assert torch.equal(num_odd, is_odd.sum(-1))
+    assert torch.equal(num_linked, is_linked.sum(-1))
+    assert torch.equal(most_common_parity(is_odd > 0, is_linked), every_other(toward.long()))
+
+
+@pytest.mark.parametrize("num", [40, 2100])
+@pytest.mark.parametrize("num_merges", [0, 1, 17, 39])
+@pytest.mark.parametrize("num_alike", [0, 30])
+def test_kernels_choose_the_links_that_the_plain_way_chooses(num: int, num_merges: int, num_alike: int) -> None:
+    """Also where some lose nothing, and more than may merge lose alike."""
+    links = pytest.importorskip("workers.cache.triton_links", exc_type=ImportError)
+    generator, shape = torch.Generator().manual_seed(num), (3, num)
+    partner = (torch.rand(shape, generator=generator) * torch.arange(num)).int()
+    partner[torch.rand(shape, generator=generator) < 0.1] = -1
+    m = torch.randint(0, 4, shape, generator=generator, dtype=torch.int32)
+    # Where there is no key nobody's partner is, and a sum of whole numbers has no order.
+    partner = torch.where(m.gather(1, partner.long().clamp(min=0)) > 0, partner, -1)
+    of_keys, of_values, lengths = (torch.randint(1, 2**10, shape, generator=generator).float() for _ in range(3))
+    of_keys[:, :num_alike:2] = 0
+    of_keys[:, 1:num_alike:2], of_values[:, 1:num_alike:2], m[:, 1:num_alike:2] = 3.0, 5.0, 1
+    found = Distances(of_keys, of_values, lengths * (m > 0))
+    expected = choose_links(pair_loss(found, m, partner, DIM), partner, num_merges)
+    on_device = Distances(*(x.to(DEVICE) for x in found)), m.to(DEVICE), partner.to(DEVICE)
+    link = links.choose_links(*on_device, DIM, num_merges)
+    assert torch.equal(link.cpu(), expected)
+    root, head_of, counts = (x.cpu() for x in links.follow(link, on_device[1], by_mass=True))
+    end = expected.long()
+    for _ in range(num.bit_length()):
+        end = end.gather(1, end)
+    assert torch.equal(root.long(), end)
+    assert torch.equal(head_of.long(), heaviest(end, m))
+    survives = (m > 0) & (head_of == torch.arange(num))
+    pieces = torch.nn.functional.pad(survives, (0, -num % links.PIECE)).unflatten(1, (-1, links.PIECE))
+    assert torch.equal(counts, pieces.sum(-1, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("num_chunks", [3, 5, 7])
@@ -198,7 +239,9 @@ def test_ranks_of_long_rows(rows: int, num: int, spread: int) -> None:
 
     x = torch.randint(-spread, spread, (rows, num), generator=torch.Generator().manual_seed(num)).int()
     for k in {1, num, (num + 1) // 2, min(num, 17)}:
-        assert torch.equal(kth_smallest(x.to(DEVICE), k).cpu(), x.kthvalue(k, dim=-1, keepdim=True).values)
+        value, nth = (found.cpu() for found in kth_smallest(x.to(DEVICE), k))
+        assert torch.equal(value, x.kthvalue(k, dim=-1, keepdim=True).values)
+        assert torch.equal(nth, k - (x < value).sum(-1, keepdim=True, dtype=torch.int32))
     for values in (x > 0, (x > 0).int() * 3):
         assert torch.equal(running_sum(values.to(DEVICE)).cpu(), values.cumsum(-1, dtype=torch.int32))
 

@@ -32,6 +32,9 @@ class PackedLayer(LayerTable):
     v_largest_NCG: Tensor
     mass_NC2: Tensor
     """The channels of log m, in the dtype of the keys."""
+    apart_NC: Tensor | None = None
+    """For kernels that merge pairs: squared distance of each key from its partner's, float32; -1 where it is not known.
+    Found again where it is lost, so no snapshot has it."""
 
 
 class Workspace:

@@ -8,6 +8,7 @@ that it came with. Layers take over a chunk one after another, since there is on
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar
 
@@ -56,6 +57,11 @@ class PackedTable(TileTable):
         """Takes over a chunk with no more of its keys laid out than it needs."""
         self._look = replace(self._look, bring=self._bring)
         self._packing: Packing = PlainPacking() if self._kernels is None else load_kernels(s)
+        if self._kernels is not None and s.rule == "pairs":
+            apart_LNC = torch.full((s.num_layers, s.num_heads, s.history_slots), -1.0, device=device)
+            for layer, apart_NC in zip(self.layers, apart_LNC, strict=True):
+                assert isinstance(layer, PackedLayer)
+                layer.apart_NC = apart_NC
         tiles = s.num_slots // s.tile
         self._is_seen_LNJ = torch.ones(s.num_layers, s.num_heads, tiles, dtype=torch.uint8, device=device)
         self._is_end_NJ = torch.ones(s.num_heads, tiles, dtype=torch.uint8, device=device)
@@ -87,6 +93,16 @@ class PackedTable(TileTable):
         for index in range(len(self.layers)):
             self.remember(index, position_T3)
 
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        super().restore(state)
+        for layer in self.layers:
+            self._forget_distances(layer)
+
+    def _forget_distances(self, layer: LayerTable) -> None:
+        assert isinstance(layer, PackedLayer)
+        if layer.apart_NC is not None:
+            layer.apart_NC.fill_(-1.0)
+
     def _lay_out(self, layer: LayerTable, part: Part, is_seen_NJ: Tensor | None = None) -> LayerTable:
         assert isinstance(layer, PackedLayer)
         self._packing.unpack(layer, self.workspace, self.settings, part, is_seen_NJ)
@@ -115,7 +131,7 @@ class PackedTable(TileTable):
         self._mark("packing")
 
     def _merge_into_codes(self, layer: PackedLayer, kernels: TableKernels) -> None:
-        laid_out = self._lay_out(layer, "both")
+        laid_out = self._lay_out(layer, "both", 1 - self._is_end_NJ)
         self._mark("unpacking")
         used, records = self._used(laid_out), self._records(laid_out)
         kernels.merge_into_codes(used, records, self._turn_back, self._room(layer), layer, self.settings)
@@ -166,3 +182,4 @@ class PackedTable(TileTable):
         dim = self.settings.head_dim
         # Nothing is in the first slot of all yet, and it is never one of the chunk in hand.
         layer.mass_NC2.copy_(layer.k_NLW[:, :1, dim : dim + 2])
+        self._forget_distances(layer)

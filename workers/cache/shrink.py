@@ -52,8 +52,7 @@ class Room:
     rate: float
     """Of the falling weight, per squared distance."""
     num_listed: int = 0
-    """Of the kernels: so many members of a group are summed from a list, and chains are walked along; 0: every member
-    is added by atomic sums, and chains are followed by doubling."""
+    """Of the kernels: so many members of a group are summed from a list, the others by atomic sums."""
 
 
 class Families(NamedTuple):

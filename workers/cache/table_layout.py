@@ -144,6 +144,8 @@ class TableSettings:
     def used_bytes(self, dtype: torch.dtype, num_ends: int, pointer: int) -> int:
         """Of one layer: chunks beside its history, and slots of that with their records."""
         record = 3 * 4 + 4 + 4 + 4
+        if self.storage != "model" and self.rule == "pairs":
+            record += 4  # what kernels know of distances
         ends = num_ends * self.chunk_tokens * self._vector_bytes(dtype)
         return self.num_heads * (ends + pointer * (self._history_bytes(dtype) + record))
 

@@ -10,7 +10,6 @@ form trees, for merging what a link connects makes no circle.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,8 +19,8 @@ from workers.cache.pairs import every_other
 from workers.cache.partners import History
 from workers.cache.unrotated import TurnBack
 
-_SLOT_BITS = 24
-_EARLY, _NO_LINK = -(1 << 31), (1 << 31) - 1
+SLOT_BITS = 24
+EARLY, NO_LINK = -(1 << 31), (1 << 31) - 1
 """The sign of what comes first, and what comes behind every loss: those are not negative and have 31 bits."""
 
 
@@ -58,7 +57,7 @@ def pair_loss(found: Distances, m_NC: Tensor, partner_NC: Tensor, head_dim: int)
     """
     live, m = m_NC > 0, m_NC.float()
     length = (found.lengths * live).sum(-1, keepdim=True) / live.sum(-1, keepdim=True).clamp(min=1)
-    loss = found.of_keys / (2 * math.sqrt(head_dim))
+    loss = found.of_keys * (1 / (2 * math.sqrt(head_dim)))
     # Equal keys lose nothing, whatever their values (FAST-AR, lemma 5.1).
     loss = torch.where(loss > 0, loss + found.of_values / length.clamp(min=1e-30), loss)
     there = m.gather(1, partner_NC.long().clamp(min=0))
@@ -66,27 +65,13 @@ def pair_loss(found: Distances, m_NC: Tensor, partner_NC: Tensor, head_dim: int)
     return loss.masked_fill((partner_NC < 0) | ~live, torch.inf)
 
 
-class LinkWays(NamedTuple):
-    """What chooses links, in plain torch; `triton_families.py` has its own."""
-
-    every_other: Callable[[Tensor], Tensor] = lambda toward: every_other(toward.long())
-    """Of slots of int32."""
-    kth_smallest: Callable[[Tensor, int], Tensor] = lambda x, k: x.kthvalue(k, dim=-1, keepdim=True).values
-    """Of int32 along rows."""
-    running_sum: Callable[[Tensor], Tensor] = lambda x: x.cumsum(-1, dtype=torch.int32)
-
-
-_PLAIN = LinkWays()
-
-
-def choose_links(loss_NC: Tensor, partner_NC: Tensor, num_merges: int, ways: LinkWays = _PLAIN) -> Tensor:
+def choose_links(loss_NC: Tensor, partner_NC: Tensor, num_merges: int) -> Tensor:
     """Let so many keys of each head join their partners: the slot that each slot is linked to, itself where it is not.
 
     Args:
         loss_NC: float32; inf where there is no link.
         partner_NC: int32; -1 for none.
         num_merges: As many at most.
-        ways: Plain torch, or kernels.
     Returns:
         int32 [N, C].
     """
@@ -95,26 +80,21 @@ def choose_links(loss_NC: Tensor, partner_NC: Tensor, num_merges: int, ways: Lin
         return own.contiguous()
     is_link = ~loss_NC.isinf()
     toward = torch.where(is_link, partner_NC, own)
-    is_early = ways.every_other(toward)
+    is_early = every_other(toward.long())
     # Losses are not negative, so their bits are in their order.
-    bits = loss_NC.view(torch.int32) & _NO_LINK
-    rank = torch.where(is_early | (bits == 0), bits | _EARLY, bits).masked_fill(~is_link, _NO_LINK)
-    last = ways.kth_smallest(rank, num_merges)
+    bits = loss_NC.view(torch.int32) & NO_LINK
+    rank = torch.where(is_early | (bits == 0), bits | EARLY, bits).masked_fill(~is_link, NO_LINK)
+    last = rank.kthvalue(num_merges, dim=-1, keepdim=True).values
     # Of equal ones the first slot's comes first.
     before, equal = rank < last, rank == last
     room = num_merges - before.sum(-1, keepdim=True)
-    chosen = before | (equal & (ways.running_sum(equal) <= room))
+    chosen = before | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
     return torch.where(chosen & is_link, toward, own)
 
 
 def heaviest(root_NC: Tensor, m_NC: Tensor) -> Tensor:
     """The slot of the heaviest key of each slot's group, of equally heavy ones the last; int64."""
-    return heaviest_of_root(root_NC, m_NC).gather(1, root_NC)
-
-
-def heaviest_of_root(root_NC: Tensor, m_NC: Tensor) -> Tensor:
-    """The same where the slot is the root of a group."""
-    assert root_NC.shape[1] < 1 << _SLOT_BITS
-    weight = m_NC.long() << _SLOT_BITS | torch.arange(root_NC.shape[1], device=root_NC.device)
+    assert root_NC.shape[1] < 1 << SLOT_BITS
+    weight = m_NC.long() << SLOT_BITS | torch.arange(root_NC.shape[1], device=root_NC.device)
     most = torch.zeros_like(weight).scatter_reduce_(1, root_NC, weight, "amax")
-    return most & ((1 << _SLOT_BITS) - 1)
+    return (most & ((1 << SLOT_BITS) - 1)).gather(1, root_NC)

@@ -1,7 +1,8 @@
-"""Kernels that make room in a full packed history: what survives goes from the workspace straight into codes.
+"""Kernels that make room in a full packed history: codes move as they are, and only what changes is coded anew.
 
-Which keys merge, and all sums, are those of `triton_merge.py`. What is read and what is written are different memory,
-so keys and values need no buffer; records are read and written in the same tensors and go through one.
+Which keys merge, and all sums, are those of `triton_merge.py`. A key never changes and its value only where another one
+joins it; coding again what was decoded would give the same codes (`table_codes.py`). Codes and records move within the
+tensors of the layer, so they go through buffers: those of codes are small enough to stay in a GPU's cache.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from workers.cache.table_layout import NO_KEY, TableSettings
 from workers.cache.triton_match import ROWS, unit_halves
 from workers.cache.triton_merge import (
     VALUE_UNITS,
+    Found,
     add_rest,
     find_sums,
     most_groups,
@@ -33,7 +35,11 @@ from workers.cache.unrotated import TurnBack
 
 _SUMMED_BYTES = 3 * 10**8
 """Of the sums of values of all heads; beyond, some heads are collected after the others."""
-_COLLECTED_AT_ONCE = 16
+_MOVED_BYTES = 6 * 10**7
+"""Of codes that move together, those of one head at least."""
+_MOVED_AT_ONCE = 64
+_AVERAGED_AT_ONCE = 16
+_RECORDS_AT_ONCE = 512
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -66,12 +72,12 @@ def _mean_values(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Both halves of the means of the groups of some slots; pointers are those of their head."""
     HALF: tl.constexpr = D // HALVES
-    group = tl.load(number + slot, mask=is_key, other=1) - 1
     count = tl.load(tally + slot, mask=is_key, other=0)
+    has_rest = is_key & (count > LISTED)
+    group = tl.load(number + slot, mask=has_rest, other=0)
     at_sum = group.to(tl.int64)[:, None, None] * D + channel
     own_first, own_second = _load_halves(v, slot.to(tl.int64)[:, None, None] * D + channel, is_key, HALF, HALVES)
-    has_rest = is_key & (count > LISTED) & (group < num_groups)
-    first, second = _load_halves(summed, at_sum, has_rest, HALF, HALVES)
+    first, second = _load_halves(summed, at_sum, has_rest & (group < num_groups), HALF, HALVES)
     most = tl.maximum(total, 1e-30)
     for which in tl.static_range(LISTED):
         there = is_key & (count > which)
@@ -84,38 +90,79 @@ def _mean_values(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["first_head"])  # type: ignore[untyped-decorator, unused-ignore]
-def collect_codes(  # type: ignore[no-untyped-def]
-    k, v, position, m, weight, partner, source, added, joined, tally, number, summed, member, share,
-    root, head_of, rank, k_code, k_largest, v_code, v_largest, log_mass,
-    new_position, new_m, new_weight, new_partner,
-    first_head, start_k, table_slots, history_slots, num_slots, num_keep, num_groups, root_dim, no_key, limit, least,
+def average_groups(  # type: ignore[no-untyped-def]
+    v, weight, added, tally, number, summed, member, share, rank, groups, num_group, v_code, v_largest,
+    first_head, start_k, table_slots, history_slots, num_slots, num_keep, num_groups, num_most, limit, least,
     D: tl.constexpr, EXTRA: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, HALVES: tl.constexpr,
     M: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
-    """One program: M slots of a head as they will be; records into buffers. Compiled to fuse only what says so."""
-    place = tl.program_id(0) * M + tl.arange(0, M)
+    """One program: values of M groups of a head that somebody joins, as codes. Compiled to fuse only what says so."""
     local = tl.program_id(1).to(tl.int64)
     head = first_head + local
+    count = tl.load(num_group + head)
+    if tl.program_id(0) * M < count:
+        listed = tl.program_id(0) * M + tl.arange(0, M)
+        is_key = listed < count
+        slot = tl.load(groups + head * num_most + listed, mask=is_key, other=0)
+        mine, held = head * num_slots, head * history_slots
+        own, total = total_weight(weight + held, added + mine, slot, is_key)
+        HALF: tl.constexpr = D // HALVES
+        channel = tl.arange(0, HALF // RUN)[None, :, None] * RUN + tl.arange(0, RUN)[None, None, :]
+        first, second = _mean_values(
+            v + (head * table_slots + start_k) * D, tally + mine, number + mine, summed + local * num_groups * D,
+            member + mine * LISTED, share + mine, own, total, slot, is_key, num_groups, channel, D, HALVES, LISTED,
+        )  # fmt: skip
+        shift = num_keep - tl.load(rank + mine + num_slots - 1) - 1
+        place = tl.load(rank + mine + slot, mask=is_key, other=0) + shift
+        store_codes(
+            first, second, v_code, v_largest, held + place, is_key & (place >= 0), limit, least,
+            D, GROUP, RUN, HALVES,
+        )  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _move_rows(of, to, at_of, at_to, is_key, inside, nothing, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    channel = tl.arange(0, WIDTH)[None, :]
+    x = tl.load(of + at_of[:, None] * WIDTH + channel, mask=is_key[:, None], other=nothing)
+    tl.store(to + at_to[:, None] * WIDTH + channel, x, mask=inside[:, None])
+
+
+@triton.jit(do_not_specialize=["first_head", "first_of", "first_to"])  # type: ignore[untyped-decorator, unused-ignore]
+def move_codes(  # type: ignore[no-untyped-def]
+    k_code, k_largest, v_code, v_largest, to_k_code, to_k_largest, to_v_code, to_v_largest, source,
+    first_head, first_of, first_to, slots_of, slots_to, num_keep, CODE_OF_0: tl.constexpr,
+    BYTES: tl.constexpr, GROUPS: tl.constexpr, M: tl.constexpr, GATHERS: tl.constexpr,
+):  # fmt: skip
+    """One program: M slots of a head, from where they were, or as they lie; zero where no key goes."""
+    place = tl.program_id(0) * M + tl.arange(0, M)
+    local = tl.program_id(1).to(tl.int64)
+    inside = place < num_keep
+    slot, there = place, inside
+    if GATHERS:
+        slot = tl.load(source + (first_head + local) * num_keep + place, mask=inside, other=-1)
+        there = slot >= 0
+    at_of, at_to = (first_of + local) * slots_of + slot, (first_to + local) * slots_to + place
+    _move_rows(k_code, to_k_code, at_of, at_to, there, inside, CODE_OF_0, BYTES)
+    _move_rows(v_code, to_v_code, at_of, at_to, there, inside, CODE_OF_0, BYTES)
+    _move_rows(k_largest, to_k_largest, at_of, at_to, there, inside, 0.0, GROUPS)
+    _move_rows(v_largest, to_v_largest, at_of, at_to, there, inside, 0.0, GROUPS)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def collect_records(  # type: ignore[no-untyped-def]
+    position, m, weight, partner, apart, log_mass, source, added, joined, root, head_of, rank,
+    new_position, new_m, new_weight, new_partner, new_apart,
+    history_slots, num_slots, num_keep, root_dim, no_key, M: tl.constexpr, APART: tl.constexpr,
+):  # fmt: skip
+    """One program: records of M slots of a head as they will be, into buffers; log m at once."""
+    place = tl.program_id(0) * M + tl.arange(0, M)
+    head = tl.program_id(1).to(tl.int64)
     inside = place < num_keep
     slot = tl.load(source + head * num_keep + place, mask=inside, other=-1)
     is_key = slot >= 0
-    mine, held, row = head * num_slots, head * history_slots, head * table_slots + start_k
-    own, total = total_weight(weight + held, added + mine, slot, is_key)
-    at_out = held + place
-    HALF: tl.constexpr = D // HALVES
-    channel = tl.arange(0, HALF // RUN)[None, :, None] * RUN + tl.arange(0, RUN)[None, None, :]
-    at_k = (row + slot)[:, None, None] * (D + EXTRA) + channel
-    key_first, key_second = _load_halves(k, at_k, is_key, HALF, HALVES)
-    first, second = _mean_values(
-        v + row * D, tally + mine, number + mine, summed + local * num_groups * D, member + mine * LISTED, share + mine,
-        own, total, slot, is_key, num_groups, channel, D, HALVES, LISTED,
-    )  # fmt: skip
-    store_codes(
-        key_first.to(tl.float32), key_second.to(tl.float32), k_code, k_largest, at_out, inside, limit, least,
-        D, GROUP, RUN, HALVES,
-    )  # fmt: skip
-    store_codes(first, second, v_code, v_largest, at_out, inside, limit, least, D, GROUP, RUN, HALVES)
-    store_log_mass(log_mass + at_out * 2, total, is_key, inside, root_dim, no_key, 2)
+    mine, held = head * num_slots, head * history_slots
+    _, total = total_weight(weight + held, added + mine, slot, is_key)
+    store_log_mass(log_mass + (held + place) * 2, total, is_key, inside, root_dim, no_key, 2)
     out = head * num_keep + place
     for axis in tl.static_range(3):
         at_p = tl.load(position + (held + slot) * 3 + axis, mask=is_key, other=0.0)
@@ -126,43 +173,60 @@ def collect_codes(  # type: ignore[no-untyped-def]
     shift = num_keep - tl.load(rank + mine + num_slots - 1) - 1
     older = partner_of_group(partner + held, root + mine, head_of + mine, rank + mine, slot, is_key, shift)
     tl.store(new_partner + out, older, mask=inside)
+    if APART:
+        # Of a key that follows no other one and whose partner stays.
+        own_partner = tl.load(partner + held + slot, mask=is_key, other=-1)
+        stays = is_key & (own_partner >= 0) & (tl.load(root + mine + slot, mask=is_key, other=-1) == slot)
+        stays &= tl.load(head_of + mine + own_partner, mask=stays, other=-1) == own_partner
+        tl.store(new_apart + out, tl.load(apart + held + slot, mask=stays, other=-1.0), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def write_records(  # type: ignore[no-untyped-def]
-    k, position, m, weight, partner, log_mass, mean, source, new_position, new_m, new_weight, new_partner,
-    axis, frequency, start_k, table_slots, history_slots, num_slots, num_keep, no_key, no_key_low,
+    position, m, weight, partner, apart, log_mass, new_position, new_m, new_weight, new_partner, new_apart,
+    history_slots, num_slots, num_keep, no_key, no_key_low, M: tl.constexpr, APART: tl.constexpr,
+):  # fmt: skip
+    """One program: records of M slots of a head, from the buffers."""
+    slot = tl.program_id(0) * M + tl.arange(0, M)
+    head = tl.program_id(1).to(tl.int64)
+    kept, used = slot < num_keep, slot < num_slots
+    here, there = head * num_keep + slot, head * history_slots + slot
+    for which in tl.static_range(3):
+        at = tl.load(new_position + here * 3 + which, mask=kept, other=0.0)
+        tl.store(position + there * 3 + which, at, mask=kept)
+    tl.store(m + there, tl.load(new_m + here, mask=kept, other=0), mask=used)
+    tl.store(weight + there, tl.load(new_weight + here, mask=kept, other=0.0), mask=used)
+    tl.store(partner + there, tl.load(new_partner + here, mask=kept, other=-1), mask=used)
+    if APART:
+        tl.store(apart + there, tl.load(new_apart + here, mask=kept, other=-1.0), mask=used)
+    # Codes of free slots may stay: there is no key by their log m.
+    part = tl.arange(0, 2)[None, :]
+    nothing = tl.where(part == 0, no_key, no_key_low).to(log_mass.dtype.element_ty)
+    tl.store(log_mass + there[:, None] * 2 + part, nothing, mask=(used & (kept == 0))[:, None])
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def average_tiles(  # type: ignore[no-untyped-def]
+    k, position, m, mean, source, axis, frequency, start_k, table_slots, history_slots, num_keep,
     TILE: tl.constexpr, D: tl.constexpr, EXTRA: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """One program: records of a tile of the history, from the buffers, and its mean, from keys where they were."""
+    """One program: the mean of a tile of the history as it will be, from keys where they were. Records are buffers."""
     head = tl.program_id(1).to(tl.int64)
     P: tl.constexpr = D // 2
-    pair, part = tl.arange(0, P), tl.arange(0, 2)[None, :]
-    sum_even, sum_odd = tl.zeros([P], tl.float32), tl.zeros([P], tl.float32)
+    summed = tl.zeros([P, 2], tl.float32)
     kind = k.dtype.element_ty
     row = head * table_slots + start_k
     for step in range(TILE // M):
         slot = tl.program_id(0) * TILE + step * M + tl.arange(0, M)
-        kept, used = slot < num_keep, slot < num_slots
-        here, there = head * num_keep + slot, head * history_slots + slot
-        for which in tl.static_range(3):
-            at = tl.load(new_position + here * 3 + which, mask=kept, other=0.0)
-            tl.store(position + there * 3 + which, at, mask=kept)
-        mass = tl.load(new_m + here, mask=kept, other=0)
-        tl.store(m + there, mass, mask=used)
-        tl.store(weight + there, tl.load(new_weight + here, mask=kept, other=0.0), mask=used)
-        tl.store(partner + there, tl.load(new_partner + here, mask=kept, other=-1), mask=used)
-        # Codes of free slots may stay: there is no key by their log m.
-        nothing = tl.where(part == 0, no_key, no_key_low).to(kind)
-        tl.store(log_mass + there[:, None] * 2 + part, nothing, mask=(used & (kept == 0))[:, None])
-        live = mass > 0
+        here = head * num_keep + slot
+        live = tl.load(m + here, mask=slot < num_keep, other=0) > 0
         at_k = (row + tl.load(source + here, mask=live, other=0)) * (D + EXTRA)
-        even, odd = unit_halves(k, at_k, new_position, here * 3, live, axis, frequency, P, M)
-        sum_even += tl.sum(tl.where(live[:, None], even.to(kind).to(tl.float32), 0.0), 0)
-        sum_odd += tl.sum(tl.where(live[:, None], odd.to(kind).to(tl.float32), 0.0), 0)
-    at = mean + (head * (history_slots // TILE) + tl.program_id(0)) * D + 2 * pair
-    tl.store(at, (sum_even / TILE).to(mean.dtype.element_ty))
-    tl.store(at + 1, (sum_odd / TILE).to(mean.dtype.element_ty))
+        even, odd = unit_halves(k, at_k, position, here * 3, live, axis, frequency, P, M)
+        # Those of slots without a key are 0.
+        summed += tl.sum(tl.join(even, odd).to(kind).to(tl.float32), 0)
+    at = mean + (head * (history_slots // TILE) + tl.program_id(0)) * D
+    channel = 2 * tl.arange(0, P)[:, None] + tl.arange(0, 2)[None, :]
+    tl.store(at + channel, (summed / TILE).to(mean.dtype.element_ty))
 
 
 def merge_into_codes(
@@ -180,30 +244,72 @@ def merge_into_codes(
     """
     assert s.storage != "model"
     k, position = history.k_NLW, history.position_NC3
-    v, m, weight, partner = records
-    codes = to.k_code_NCB, to.k_largest_NCG, to.v_code_NCB, to.v_largest_NCG, to.mass_NC2
-    written = to.position_NC3, to.m_NC, to.weight_NC, to.partner_NC
-    assert all(x.is_contiguous() for x in (k, v, *codes, *written, to.mean_NJD))
-    (heads, num), num_keep, listed = m.shape, room.num_keep, room.num_listed
-    source, sums, families = found = find_sums(history, records, turn_back, room)
-    likes = position, m, weight, partner
+    _, m, weight, partner = records
+    apart = to.weight_NC if to.apart_NC is None else to.apart_NC
+    written = to.position_NC3, to.m_NC, to.weight_NC, to.partner_NC, apart, to.mass_NC2
+    assert all(x.is_contiguous() for x in (k, *written, to.mean_NJD))
+    (heads, num), num_keep = m.shape, room.num_keep
+    found = find_sums(history, records, turn_back, room, None if to.apart_NC is None else to.apart_NC[:, :num])
+    likes = position, m, weight, partner, apart
     buffers = tuple(torch.empty((heads, num_keep, *x.shape[2:]), dtype=x.dtype, device=x.device) for x in likes)
-    num_groups = most_groups(room)
+    sums, families, slots = found.sums, found.families, (s.history_slots, num, num_keep)
+    collect_records[(triton.cdiv(num_keep, _RECORDS_AT_ONCE), heads)](
+        *written, found.source, sums.added, sums.joined, families.root, families.head_of, found.rank, *buffers,
+        *slots, s.head_dim**0.5, NO_KEY, M=_RECORDS_AT_ONCE, APART=to.apart_NC is not None, num_warps=4,
+    )  # fmt: skip
+    _move_codes(to, found.source, s)
+    _average_groups(history, records, found, room, to, s)
+    average_tiles[(s.history_slots // s.tile, heads)](
+        k, *buffers[:2], to.mean_NJD, found.source, turn_back.axis_int32_D, turn_back.frequency_D,
+        history.start, k.shape[1], s.history_slots, num_keep,
+        TILE=s.tile, D=s.head_dim, EXTRA=s.width - s.head_dim, M=min(ROWS, s.tile), num_warps=4,
+    )  # fmt: skip
+    high = float(torch.tensor(NO_KEY).to(k.dtype))
+    write_records[(triton.cdiv(num, _RECORDS_AT_ONCE), heads)](
+        *written, *buffers, *slots, high, NO_KEY - high,
+        M=_RECORDS_AT_ONCE, APART=to.apart_NC is not None, num_warps=4,
+    )  # fmt: skip
+
+
+def _move_codes(to: PackedLayer, source: Tensor, s: TableSettings) -> None:
+    """To where they go, some heads after the others."""
+    codes = to.k_code_NCB, to.k_largest_NCG, to.v_code_NCB, to.v_largest_NCG
+    assert all(x.is_contiguous() for x in codes)
+    heads, num_keep = source.shape
+    of_head = num_keep * sum(x.shape[2] * x.itemsize for x in codes)
+    at_once = min(heads, max(1, _MOVED_BYTES // of_head))
+    buffers = [x.new_empty((at_once, num_keep, x.shape[2])) for x in codes]
+    sizes = {"BYTES": codes[0].shape[2], "GROUPS": codes[1].shape[2], "M": _MOVED_AT_ONCE}
+    sizes["CODE_OF_0"] = 0x88 if s.storage == "int4" else 0
+    for first in range(0, heads, at_once):
+        grid = triton.cdiv(num_keep, _MOVED_AT_ONCE), min(at_once, heads - first)
+        move_codes[grid](
+            *codes, *buffers, source, first, first, 0, s.history_slots, num_keep, num_keep,
+            **sizes, GATHERS=True, num_warps=4,
+        )  # fmt: skip
+        move_codes[grid](
+            *buffers, *codes, source, first, 0, first, num_keep, s.history_slots, num_keep,
+            **sizes, GATHERS=False, num_warps=4,
+        )  # fmt: skip
+
+
+def _average_groups(
+    history: History, records: Sequence[Tensor], found: Found, room: Room, to: PackedLayer, s: TableSettings
+) -> None:
+    """Values that change; records of the layer are still those before the merge, codes have moved."""
+    assert s.storage != "model"
+    (v, m, weight, _), sums, members = records, found.sums, found.sums.members
+    (heads, num), num_groups, listed = m.shape, most_groups(room), room.num_listed
+    assert v.is_contiguous()
     at_once = min(heads, max(1, _SUMMED_BYTES // (num_groups * s.head_dim * 4)))
-    summed = torch.empty((at_once, num_groups, s.head_dim), dtype=torch.int32, device=k.device)
-    slots = history.start, k.shape[1], s.history_slots, num, num_keep
+    summed = torch.empty((at_once, num_groups, s.head_dim), dtype=torch.int32, device=v.device)
     for first in range(0, heads, at_once):
         some = min(at_once, heads - first)
         add_rest(history, records, found, summed[:some], first)
-        collect_codes[(triton.cdiv(num_keep, _COLLECTED_AT_ONCE), some)](
-            k, v, position, m, weight, partner, source, sums.added, sums.joined, sums.members.tally, sums.number,
-            summed, sums.members.listed, sums.share, families.root, families.head_of, families.rank, *codes, *buffers,
-            first, *slots, num_groups, s.head_dim**0.5, NO_KEY, float(LIMITS[s.storage]), LEAST,
-            **vector_shape(s, s.storage), M=_COLLECTED_AT_ONCE, LISTED=listed, num_warps=4, enable_fp_fusion=False,
+        average_groups[(triton.cdiv(members.group.shape[1], _AVERAGED_AT_ONCE), some)](
+            v, weight, sums.added, members.tally, members.number, summed, members.listed, sums.share, found.rank,
+            members.group, members.num_group, to.v_code_NCB, to.v_largest_NCG,
+            first, history.start, v.shape[1], s.history_slots, num, room.num_keep, num_groups, members.group.shape[1],
+            float(LIMITS[s.storage]), LEAST, **vector_shape(s, s.storage),
+            M=_AVERAGED_AT_ONCE, LISTED=listed, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
-    high = float(torch.tensor(NO_KEY).to(k.dtype))
-    write_records[(s.history_slots // s.tile, heads)](
-        k, *written, to.mass_NC2, to.mean_NJD, source, *buffers, turn_back.axis_int32_D, turn_back.frequency_D,
-        *slots, high, NO_KEY - high, TILE=s.tile, D=s.head_dim, EXTRA=s.width - s.head_dim, M=min(ROWS, s.tile),
-        num_warps=4,
-    )  # fmt: skip

@@ -33,6 +33,18 @@ def turn_by(position, at, there, axis, frequency, P: tl.constexpr):  # type: ign
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def beside(angle, channel):  # type: ignore[no-untyped-def]
+    """The angle, in the layout of these channels, which are finite: else sin and cos go through shared memory."""
+    return tl.fma(channel, 0.0, angle)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _negate(x, turn):  # type: ignore[no-untyped-def]
+    """Where the second bit is set: it goes to that of the sign."""
+    return (x.to(tl.int32, bitcast=True) ^ ((turn << 30) & -0x80000000)).to(tl.float32, bitcast=True)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def sin_cos(angle):  # type: ignore[no-untyped-def]
     """Of angles up to some ten thousand, to 1e-7: without the branch for larger ones that the library's ways carry.
 
@@ -47,7 +59,7 @@ def sin_cos(angle):  # type: ignore[no-untyped-def]
     turn = quarter.to(tl.int32)
     is_odd = (turn & 1) > 0
     first, second = tl.where(is_odd, cos, sin), tl.where(is_odd, sin, cos)
-    return tl.where((turn & 2) > 0, -first, first), tl.where(((turn + 1) & 2) > 0, -second, second)
+    return _negate(first, turn), _negate(second, turn + 1)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -64,7 +76,7 @@ def unit_halves(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Even and odd channels before RoPE, of length 1, float32."""
     even, odd = load_halves(k, at_k, there, P, M)
-    sin, cos = sin_cos(turn_by(position, at_p, there, axis, frequency, P))
+    sin, cos = sin_cos(beside(turn_by(position, at_p, there, axis, frequency, P), even))
     a, b = even * cos + odd * sin, odd * cos - even * sin
     scale = 1.0 / tl.sqrt(tl.maximum(tl.sum(a * a + b * b, 1), 1e-24))
     return a * scale[:, None], b * scale[:, None]
@@ -91,8 +103,9 @@ def _turn_back(  # type: ignore[no-untyped-def]
         wanted = ((slot >= before) & (slot < stop))[:, None]
         tl.store(unit + at, even, mask=wanted)
         tl.store(unit + at + P, odd, mask=wanted)
-        sum_even += tl.sum(tl.where(live[:, None], even.to(tl.float32), 0.0), 0)
-        sum_odd += tl.sum(tl.where(live[:, None], odd.to(tl.float32), 0.0), 0)
+        # Those of slots without a key are 0.
+        sum_even += tl.sum(even.to(tl.float32), 0)
+        sum_odd += tl.sum(odd.to(tl.float32), 0)
     at = mean + row * stride_jn + tile * (2 * P) + 2 * pair
     tl.store(at, (sum_even / TILE).to(mean.dtype.element_ty))
     tl.store(at + 1, (sum_odd / TILE).to(mean.dtype.element_ty))

@@ -21,9 +21,9 @@ from workers.cache.partners import History
 from workers.cache.shrink import Room
 from workers.cache.table_layout import NO_KEY
 from workers.cache.triton_families import Families, find_families
+from workers.cache.triton_links import PIECE, count_before
 from workers.cache.triton_match import ROWS, unit_halves
-from workers.cache.triton_pairs import Members, compare_pairs, list_members
-from workers.cache.triton_ranks import running_sum
+from workers.cache.triton_pairs import Members, append, compare_pairs, list_members
 from workers.cache.unrotated import TurnBack
 
 _WEIGHT_UNITS = tl.constexpr(float(2**24))
@@ -33,35 +33,35 @@ VALUE_UNITS = tl.constexpr(float(2**20))
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _place(  # type: ignore[no-untyped-def]
-    m, survives, rank, share, source, given_up, tally, stride_mn, num_slots, num_keep, num_given_up, M: tl.constexpr,
+    m, head_of, num_survivors, rank, source, given_up, tally, stride_mn, num_slots, num_keep, num_given_up,
+    PIECES: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """Where each key goes, and a list of those that are given up, in any order; -1 as the share of all."""
+    """Where each key goes, and a list of those that are given up, in any order."""
     slot = tl.program_id(0) * M + tl.arange(0, M)
     row = tl.program_id(1).to(tl.int64)
     inside, at = slot < num_slots, row * num_slots + slot
-    keeps = tl.load(survives + at, mask=inside, other=0) > 0
-    total = tl.load(rank + row * num_slots + num_slots - 1)
-    target = tl.load(rank + at, mask=inside, other=0) - 1 + num_keep - total
-    tl.store(source + row * num_keep + target, slot, mask=inside & keeps & (target >= 0))
-    tl.store(share + at, tl.full([M], -1.0, tl.float32), mask=inside)
-    is_given_up = (tl.load(m + row * stride_mn + slot, mask=inside, other=0) > 0) & (keeps == 0)
-    number = tl.cumsum(is_given_up.to(tl.int32), 0)
-    first = tl.atomic_add(tally + row, tl.max(number, 0), sem="relaxed")
-    tl.store(given_up + row * num_given_up + first + number - 1, slot, mask=is_given_up)
+    live = tl.load(m + row * stride_mn + slot, mask=inside, other=0) > 0
+    keeps = live & (tl.load(head_of + at, mask=inside, other=-1) == slot)
+    before, total = count_before(num_survivors, row, PIECES)
+    nth = before + tl.cumsum(keeps.to(tl.int32), 0)
+    tl.store(rank + at, nth, mask=inside)
+    target = nth - 1 + num_keep - total
+    tl.store(source + row * num_keep + target, slot, mask=keeps & (target >= 0))
+    tl.store(source + row * num_keep + slot, tl.full([M], -1, tl.int32), mask=slot < num_keep - total)
+    append(given_up + row * num_given_up, tally + row, slot, live & (keeps == 0))
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _weigh(  # type: ignore[no-untyped-def]
-    k, position, m, weight, head_of, given_up_slot, share, added, joined, axis, frequency,
+    k, position, m, weight, head_of, given_up_slot, tally, share, added, joined, axis, frequency,
     stride_kn, stride_kl, stride_pn, stride_mn, stride_wn, start_k, num_slots, num_given_up, rate,
     P: tl.constexpr, M: tl.constexpr, FALLS: tl.constexpr,
 ):  # fmt: skip
     """Weight of each key that is given up, added to its group."""
     listed = tl.program_id(0) * M + tl.arange(0, M)
     row = tl.program_id(1).to(tl.int64)
-    slot = tl.load(given_up_slot + row * num_given_up + listed, mask=listed < num_given_up, other=-1)
-    given_up = slot >= 0
-    slot = tl.where(given_up, slot, 0)
+    given_up = listed < tl.load(tally + row)
+    slot = tl.load(given_up_slot + row * num_given_up + listed, mask=given_up, other=0)
     at = row * num_slots + slot
     own_m = tl.load(m + row * stride_mn + slot, mask=given_up, other=0)
     newest = tl.load(head_of + at, mask=given_up, other=0)
@@ -96,22 +96,23 @@ def _in_units(v, at_v, w, total, there, D: tl.constexpr):  # type: ignore[no-unt
 
 @triton.jit(do_not_specialize=["first_row"])  # type: ignore[untyped-decorator, unused-ignore]
 def _add_values(  # type: ignore[no-untyped-def]
-    v, weight, share, added, head_of, number, summed, stride_vn, stride_vl, stride_wn, start_k, first_row, num_slots,
-    num_groups, D: tl.constexpr, M: tl.constexpr,
+    v, weight, share, added, head_of, number, rest, counts, summed, stride_vn, stride_vl, stride_wn, start_k, first_row,
+    num_slots, num_rest, num_groups, D: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """One program: M slots; values of those that are given up are added to the sums of their groups."""
-    slot = tl.program_id(0) * M + tl.arange(0, M)
+    """One program: values of M keys that are given up and not listed are added to the sums of their groups."""
+    listed = tl.program_id(0) * M + tl.arange(0, M)
     local = tl.program_id(1).to(tl.int64)
     row = first_row + local
+    given_up = listed < tl.load(counts + row)
+    slot = tl.load(rest + row * num_rest + listed, mask=given_up, other=0)
     at = row * num_slots + slot
-    w = tl.load(share + at, mask=slot < num_slots, other=-1.0)
-    given_up = w >= 0
+    w = tl.load(share + at, mask=given_up, other=0.0)
     newest = tl.load(head_of + at, mask=given_up, other=0)
     _, total = total_weight(weight + row * stride_wn, added + row * num_slots, newest, given_up)
     channel = tl.arange(0, D)[None, :]
     at_v = row * stride_vn + (start_k + slot).to(tl.int64) * stride_vl
     units = _in_units(v, at_v, w, total, given_up, D)
-    group = tl.load(number + row * num_slots + newest, mask=given_up, other=1) - 1
+    group = tl.load(number + row * num_slots + newest, mask=given_up, other=0)
     at_sum = ((local * num_groups + group) * D)[:, None] + channel
     tl.atomic_add(summed + at_sum, units, mask=(given_up & (group < num_groups))[:, None], sem="relaxed")
 
@@ -158,10 +159,11 @@ def _collect(  # type: ignore[no-untyped-def]
     mass = tl.load(m + row * stride_mn + slot, mask=is_key, other=0) + more
     own, total = total_weight(weight + row * stride_wn, added + mine, slot, is_key)
     channel = tl.arange(0, D)[None, :]
-    group = tl.load(number + mine + slot, mask=is_key, other=1) - 1
-    at_sum = ((local * num_groups + group) * D)[:, None] + channel
     count = tl.load(tally + mine + slot, mask=is_key, other=0)
-    others = tl.load(summed + at_sum, mask=(is_key & (count > LISTED) & (group < num_groups))[:, None], other=0)
+    has_rest = is_key & (count > LISTED)
+    group = tl.load(number + mine + slot, mask=has_rest, other=0)
+    at_sum = ((local * num_groups + group) * D)[:, None] + channel
+    others = tl.load(summed + at_sum, mask=(has_rest & (group < num_groups))[:, None], other=0)
     for which in tl.static_range(LISTED):
         there = is_key & (count > which)
         of = tl.load(member + (mine + slot) * LISTED + which, mask=there, other=0)
@@ -234,15 +236,12 @@ class _Sums(NamedTuple):
     """What keys that are given up bring, [N, C]; at the one that stands for their group but for the first."""
 
     share: Tensor
-    """Weight of each such key, -1 for others."""
+    """Weight of each such key; anything for others."""
     added: Tensor
     """Weights in whole numbers, int64."""
     joined: Tensor
     """Sum of m, int32."""
     members: Members
-    """Where nobody is listed, the tally is the sum of m and the rest all: only whether there are any counts."""
-    number: Tensor
-    """From 1, of each group that gets more than are listed."""
 
 
 class Found(NamedTuple):
@@ -250,35 +249,39 @@ class Found(NamedTuple):
 
     source: Tensor
     """Old slot of each new one, -1 where no key goes: int32 [N, num_keep]."""
+    rank: Tensor
+    """Of each slot, how many survive up to it, int32 [N, C]."""
     sums: _Sums
     families: Families
 
 
-def find_sums(history: History, records: Sequence[Tensor], turn_back: TurnBack, room: Room) -> Found:
-    """What merges; nothing of the history is written. Arguments as of `merge`."""
+def find_sums(
+    history: History, records: Sequence[Tensor], turn_back: TurnBack, room: Room, known: Tensor | None = None
+) -> Found:
+    """What merges; nothing of the history is written. Arguments as of `merge` and `find_distances`."""
     k, position = history.k_NLW, history.position_NC3
     v, m, weight, partner = records
     heads, num = m.shape
-    families = find_families(history, (v, m, partner), turn_back, room)
+    families = find_families(history, (v, m, partner), turn_back, room, known)
     share = torch.empty((heads, num), dtype=torch.float32, device=k.device)
     joined, added = torch.zeros_like(families.root), torch.zeros_like(families.root, dtype=torch.int64)
-    source = torch.full((heads, room.num_keep), -1, dtype=torch.int32, device=k.device)
+    source = torch.empty((heads, room.num_keep), dtype=torch.int32, device=k.device)
+    rank = torch.empty_like(families.root)
     # Each link that is chosen gives up one key.
-    given_up = torch.full((heads, max(1, room.num_merges)), -1, dtype=torch.int32, device=k.device)
-    _place[(triton.cdiv(num, 1024), heads)](
-        m, families.survives, families.rank, share, source, given_up, torch.zeros_like(given_up[:, 0]), m.stride(0),
-        num, room.num_keep, given_up.shape[1], M=1024, num_warps=4,
+    given_up = torch.empty((heads, max(1, room.num_merges)), dtype=torch.int32, device=k.device)
+    tally = torch.zeros(heads, dtype=torch.int32, device=k.device)
+    _place[(triton.cdiv(num, PIECE), heads)](
+        m, families.head_of, families.num_survivors, rank, source, given_up, tally, m.stride(0), num, room.num_keep,
+        given_up.shape[1], PIECES=triton.next_power_of_2(families.num_survivors.shape[1]), M=PIECE, num_warps=4,
     )  # fmt: skip
     _weigh[(triton.cdiv(given_up.shape[1], ROWS), heads)](
-        k, position, m, weight, families.head_of, given_up, share, added, joined,
+        k, position, m, weight, families.head_of, given_up, tally, share, added, joined,
         turn_back.axis_int32_D, turn_back.frequency_D, *k.stride()[:2], position.stride(0), m.stride(0),
         weight.stride(0), history.start, num, given_up.shape[1], room.rate, P=turn_back.head_dim // 2, M=ROWS,
         FALLS=room.rate > 0, num_warps=4,
     )  # fmt: skip
-    listed = room.num_listed
-    members = list_members(share, families.head_of, listed) if listed else Members(joined, joined, share)
-    sums = _Sums(share, added, joined, members, running_sum(members.tally > listed))
-    return Found(source, sums, families)
+    members = list_members(given_up, tally, families.head_of, room.num_listed)
+    return Found(source, rank, _Sums(share, added, joined, members), families)
 
 
 def merge(
@@ -317,12 +320,14 @@ def add_rest(history: History, records: Sequence[Tensor], found: Found, summed: 
         summed: Written: int32 [heads, `most_groups`, D].
         first: Of those heads.
     """
-    (v, m, weight, _), (_, sums, families) = records, found
-    heads, num_groups, dim = summed.shape
+    v, m, weight, _ = records
+    sums, families = found.sums, found.families
+    (heads, num_groups, dim), rest = summed.shape, sums.members.rest
     summed.zero_()
-    _add_values[(triton.cdiv(m.shape[1], 32), heads)](
-        v, weight, sums.members.rest_share, sums.added, families.head_of, sums.number, summed, *v.stride()[:2],
-        weight.stride(0), history.start, first, m.shape[1], num_groups, D=dim, M=32, num_warps=4,
+    _add_values[(triton.cdiv(rest.shape[1], 32), heads)](
+        v, weight, sums.share, sums.added, families.head_of, sums.members.number, rest, sums.members.num_rest, summed,
+        *v.stride()[:2], weight.stride(0), history.start, first, m.shape[1], rest.shape[1], num_groups,
+        D=dim, M=32, num_warps=4,
     )  # fmt: skip
 
 
@@ -338,7 +343,7 @@ def _move(
     found: Found, to: tuple[Tensor, tuple[Tensor, ...]], first: int, tile: int, listed: int,
 ) -> None:  # fmt: skip
     """Heads from `first` on, as many as the buffers hold."""
-    (source, sums, families), (summed, buffers) = found, to
+    (source, rank, sums, families), (summed, buffers) = found, to
     k, position, mean = history.k_NLW, history.position_NC3, history.mean_NJD
     v, m, weight, partner = records
     heads, num_keep = buffers[2].shape[:2]
@@ -346,8 +351,8 @@ def _move(
     extra = k.shape[-1] - dim
     strides = (*k.stride()[:2], *v.stride()[:2], *(x.stride(0) for x in (position, m, weight, partner)))
     _collect[(triton.cdiv(num_keep, 16), heads)](
-        k, v, position, m, weight, partner, source, sums.added, sums.joined, sums.members.tally, sums.number, summed,
-        sums.members.listed, sums.share, families.root, families.head_of, families.rank, *buffers, *strides,
+        k, v, position, m, weight, partner, source, sums.added, sums.joined, sums.members.tally, sums.members.number,
+        summed, sums.members.listed, sums.share, families.root, families.head_of, rank, *buffers, *strides,
         history.start, first, num, num_keep, num_groups, dim**0.5, NO_KEY,
         D=dim, EXTRA=extra, M=16, LISTED=listed, num_warps=4,
     )  # fmt: skip

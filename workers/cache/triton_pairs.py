@@ -9,11 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.cache.pairs import most_common_parity
 from workers.cache.partners import History
 from workers.cache.table_pairs import Distances
-from workers.cache.triton_match import ROWS, load_halves, sin_cos, turn_by
+from workers.cache.triton_match import ROWS, beside, load_halves, sin_cos, turn_by
 from workers.cache.unrotated import TurnBack
+
+_LIST_PROGRAMS = 128
+"""Of a head, for lists whose length only the device knows: with 12 heads enough to fill a GPU."""
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -24,7 +26,7 @@ def compare_pairs(  # type: ignore[no-untyped-def]
     even_a, odd_a = load_halves(k, at_a, there, P, M)
     even_b, odd_b = load_halves(k, at_b, there, P, M)
     angle = turn_by(position, at_pa, there, axis, frequency, P) - turn_by(position, at_pb, there, axis, frequency, P)
-    sin, cos = sin_cos(angle)
+    sin, cos = sin_cos(beside(angle, even_a))
     inner = (even_a * even_b + odd_a * odd_b) * cos + (odd_a * even_b - even_a * odd_b) * sin
     squares_a, squares_b = even_a * even_a + odd_a * odd_a, even_b * even_b + odd_b * odd_b
     return tl.sum(inner, 1), tl.sum(squares_a, 1), tl.sum(squares_b, 1)
@@ -51,100 +53,174 @@ def pair_cosine(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _pair_distances(  # type: ignore[no-untyped-def]
-    k, v, position, m, partner, of_keys, of_values, lengths, axis, frequency,
-    stride_kn, stride_kl, stride_vn, stride_vl, stride_pn, stride_mn, stride_rn, start_k, num_slots,
+def append(to, count, value, wanted):  # type: ignore[no-untyped-def]
+    """Values that are wanted, behind the first `count` of a list, which grows; in any order."""
+    place = tl.cumsum(wanted.to(tl.int32), 0)
+    first = tl.atomic_add(count, tl.max(place, 0), sem="relaxed")
+    tl.store(to + first + place - 1, value, mask=wanted)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _list_unknown(of_keys, m, partner, unknown, count, stride_on, stride_mn, stride_rn, num_slots, M: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Keys with a partner whose distance from it is not known."""
+    slot = tl.program_id(0) * M + tl.arange(0, M)
+    row = tl.program_id(1).to(tl.int64)
+    inside = slot < num_slots
+    paired = inside & (tl.load(partner + row * stride_rn + slot, mask=inside, other=-1) >= 0)
+    paired &= tl.load(m + row * stride_mn + slot, mask=inside, other=0) > 0
+    wanted = paired & (tl.load(of_keys + row * stride_on + slot, mask=inside, other=0.0) < 0)
+    append(unknown + row * num_slots, count + row, slot, wanted)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _key_distances(  # type: ignore[no-untyped-def]
+    k, position, partner, of_keys, unknown, count, axis, frequency,
+    stride_kn, stride_kl, stride_pn, stride_rn, stride_on, start_k, num_slots, P: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Squared distances of listed keys from their partners' before RoPE; programs share a list of any length."""
+    row = tl.program_id(1).to(tl.int64)
+    num = tl.load(count + row)
+    for first in range(tl.program_id(0) * M, num, tl.num_programs(0) * M):
+        there = first + tl.arange(0, M) < num
+        slot = tl.load(unknown + row * num_slots + first + tl.arange(0, M), mask=there, other=0)
+        other = tl.load(partner + row * stride_rn + slot, mask=there, other=0)
+        at_a, at_b = (start_k + slot).to(tl.int64), (start_k + other).to(tl.int64)
+        at_k, at_p = row * stride_kn, row * stride_pn
+        inner, a, b = compare_pairs(
+            k, at_k + at_a * stride_kl, at_k + at_b * stride_kl, position, at_p + slot * 3, at_p + other * 3, there,
+            axis, frequency, P, M,
+        )  # fmt: skip
+        tl.store(of_keys + row * stride_on + slot, tl.maximum(a + b - 2 * inner, 0.0), mask=there)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _value_distances(  # type: ignore[no-untyped-def]
+    v, m, partner, of_values, lengths, stride_vn, stride_vl, stride_mn, stride_rn, start_k, num_slots,
     P: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """Squared distance of each key from its partner's before RoPE, and of its value from that one's; its length."""
+    """Squared distance of each value from that of the partner; its length."""
     slot = tl.program_id(0) * M + tl.arange(0, M)
     row = tl.program_id(1).to(tl.int64)
     inside = slot < num_slots
     other = tl.load(partner + row * stride_rn + slot, mask=inside, other=-1)
     live = tl.load(m + row * stride_mn + slot, mask=inside, other=0) > 0
-    paired = live & (other >= 0)
     at_a, at_b = (start_k + slot).to(tl.int64), (start_k + other).to(tl.int64)
-    at_k, at_p, at_v = row * stride_kn, row * stride_pn, row * stride_vn
-    inner, a, b = compare_pairs(
-        k, at_k + at_a * stride_kl, at_k + at_b * stride_kl, position, at_p + slot * 3, at_p + other * 3, paired,
-        axis, frequency, P, M,
-    )  # fmt: skip
-    tl.store(of_keys + row * num_slots + slot, tl.maximum(a + b - 2 * inner, 0.0), mask=inside)
-    even_a, odd_a = load_halves(v, at_v + at_a * stride_vl, live, P, M)
-    even_b, odd_b = load_halves(v, at_v + at_b * stride_vl, paired, P, M)
+    even_a, odd_a = load_halves(v, row * stride_vn + at_a * stride_vl, live, P, M)
+    even_b, odd_b = load_halves(v, row * stride_vn + at_b * stride_vl, live & (other >= 0), P, M)
     tl.store(lengths + row * num_slots + slot, tl.sum(even_a * even_a + odd_a * odd_a, 1), mask=inside)
     even, odd = even_a - even_b, odd_a - odd_b
     tl.store(of_values + row * num_slots + slot, tl.sum(even * even + odd * odd, 1), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _walk(toward, is_odd, num_slots, M: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Whether the end of the chain of each slot is an odd number of links away."""
+def _jump(toward, far, is_odd_jump, num_slots, STEPS: tl.constexpr, M: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The slot so many links away, or where the chain ends before; whether it is an odd number of links."""
     slot = tl.program_id(0) * M + tl.arange(0, M)
     base = tl.program_id(1).to(tl.int64) * num_slots
     inside = slot < num_slots
-    here, steps = tl.where(inside, slot, 0), tl.zeros([M], tl.int32)
-    beyond = tl.load(toward + base + here, mask=inside, other=0)
-    while tl.max((beyond != here).to(tl.int32), 0) > 0:
-        steps += (beyond != here).to(tl.int32)
-        here = beyond
+    here, is_odd = tl.where(inside, slot, 0), tl.zeros([M], tl.int32)
+    for _ in tl.static_range(STEPS):
         beyond = tl.load(toward + base + here, mask=inside, other=0)
-    tl.store(is_odd + base + slot, (steps & 1).to(tl.int8), mask=inside)
+        is_odd ^= (beyond != here).to(tl.int32)
+        here = beyond
+    tl.store(far + base + slot, here, mask=inside)
+    tl.store(is_odd_jump + base + slot, is_odd.to(tl.int8), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _list_members(share, head_of, tally, member, rest, num_slots, LISTED: tl.constexpr, M: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Count who is given up to each group and list the first that come; the shares of the rest, -1 for others."""
+def _walk(far, is_odd_jump, is_odd, num_odd, num_linked, num_slots, M: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Whether the end of the chain of each slot is an odd number of links away; how many are, and how many linked."""
     slot = tl.program_id(0) * M + tl.arange(0, M)
-    base = tl.program_id(1).to(tl.int64) * num_slots
+    row = tl.program_id(1)
+    base = row.to(tl.int64) * num_slots
     inside = slot < num_slots
-    w = tl.load(share + base + slot, mask=inside, other=-1.0)
-    given_up = w >= 0
-    group = base + tl.load(head_of + base + slot, mask=given_up, other=0)
-    place = tl.atomic_add(tally + group, 1, mask=given_up, sem="relaxed")
-    tl.store(member + group * LISTED + place, slot, mask=given_up & (place < LISTED))
-    tl.store(rest + base + slot, tl.where(given_up & (place >= LISTED), w, -1.0), mask=inside)
+    here, steps = tl.where(inside, slot, 0), tl.zeros([M], tl.int32)
+    beyond = tl.load(far + base + here, mask=inside, other=0)
+    is_linked = (beyond != here).to(tl.int32)
+    while tl.max((beyond != here).to(tl.int32), 0) > 0:
+        steps += tl.load(is_odd_jump + base + here, mask=inside, other=0).to(tl.int32)
+        here = beyond
+        beyond = tl.load(far + base + here, mask=inside, other=0)
+    parity = steps & 1
+    tl.store(is_odd + base + slot, parity.to(tl.int8), mask=inside)
+    tl.atomic_add(num_odd + row, tl.sum(parity, 0), sem="relaxed")
+    tl.atomic_add(num_linked + row, tl.sum(is_linked, 0), sem="relaxed")
 
 
-def walk_every_other(toward: Tensor) -> Tensor:
-    """What `pairs.every_other` gives, with slots of int32, contiguous [N, C]."""
-    is_odd = torch.empty(toward.shape, dtype=torch.int8, device=toward.device)
-    _walk[(triton.cdiv(toward.shape[1], 1024), toward.shape[0])](
-        toward, is_odd, toward.shape[1], M=1024, num_warps=4
-    )  # fmt: skip
-    own = torch.arange(toward.shape[1], dtype=torch.int32, device=toward.device)
-    return most_common_parity(is_odd > 0, toward != own)
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _list_members(  # type: ignore[no-untyped-def]
+    given_up, num_given_up, head_of, tally, member, number, group, rest, counts, num_slots, num_most, num_rows,
+    LISTED: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Count who is given up to each group and list the first that come, the groups, and who is not listed."""
+    place = tl.program_id(0) * M + tl.arange(0, M)
+    row = tl.program_id(1).to(tl.int64)
+    there = place < tl.load(num_given_up + row)
+    slot = tl.load(given_up + row * num_most + place, mask=there, other=0)
+    newest = tl.load(head_of + row * num_slots + slot, mask=there, other=0)
+    at = row * num_slots + newest
+    before = tl.atomic_add(tally + at, 1, mask=there, sem="relaxed")
+    tl.store(member + at * LISTED + before, slot, mask=there & (before < LISTED))
+    append(group + row * num_most, counts + row, newest, there & (before == 0))
+    append(rest + row * num_most, counts + num_rows + row, slot, there & (before >= LISTED))
+    is_large = there & (before == LISTED)
+    nth = tl.cumsum(is_large.to(tl.int32), 0)
+    first = tl.atomic_add(counts + 2 * num_rows + row, tl.max(nth, 0), sem="relaxed")
+    tl.store(number + at, first + nth - 1, mask=is_large)
+
+
+def walk(toward: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Whether each slot is an odd number of links from where its chain ends; how many of a row are, and are linked.
+
+    Args:
+        toward: Slot that each is linked to, itself where its chain ends: int32, contiguous [N, C].
+    """
+    heads, num = toward.shape
+    is_odd, is_odd_jump = (torch.empty(toward.shape, dtype=torch.int8, device=toward.device) for _ in range(2))
+    far, counts = torch.empty_like(toward), toward.new_zeros((2, heads))
+    grid = triton.cdiv(num, 1024), heads
+    _jump[grid](toward, far, is_odd_jump, num, STEPS=8, M=1024, num_warps=4)
+    _walk[grid](far, is_odd_jump, is_odd, counts[0], counts[1], num, M=1024, num_warps=4)
+    return is_odd, counts[0], counts[1]
 
 
 class Members(NamedTuple):
-    """Who is given up to each group, [N, C]; at the slot that stands for it but for the last."""
+    """Who is given up to each group; [N, C] at the slot that stands for it, or lists in any order, int32 all."""
 
     tally: Tensor
-    """How many, int32."""
+    """How many [N, C]."""
     listed: Tensor
-    """The first of them, in any order: [N, C, listed] of int32, anything behind their number."""
-    rest_share: Tensor
-    """Weights of the others, -1 elsewhere."""
+    """The first of them: [N, C, listed], anything behind their number."""
+    number: Tensor
+    """Of each group that has more than are listed, from 0, [N, C]; anything for others."""
+    group: Tensor
+    """Who stands for a group that somebody is given up to, [N, most]."""
+    num_group: Tensor
+    """Of those, [N]."""
+    rest: Tensor
+    """Who is given up and not listed, [N, most]."""
+    num_rest: Tensor
+    """Of those, [N]."""
 
 
-def list_members(share: Tensor, head_of: Tensor, num_listed: int) -> Members:
+def list_members(given_up: Tensor, num_given_up: Tensor, head_of: Tensor, num_listed: int) -> Members:
     """List so many of each group.
 
     Args:
-        share: float32, -1 for a slot that is not given up.
+        given_up: Slots [N, most], int32.
+        num_given_up: How many of them count, [N], int32.
         head_of: Who stands for the group of each slot, int32.
-        num_listed: At least 1.
+        num_listed: May be 0.
     """
-    shape, device = share.shape, share.device
-    found = Members(
-        torch.zeros(shape, dtype=torch.int32, device=device),
-        torch.empty((*shape, num_listed), dtype=torch.int32, device=device),
-        torch.empty_like(share),
-    )
-    _list_members[(triton.cdiv(shape[1], 1024), shape[0])](
-        share, head_of, *found, shape[1], LISTED=num_listed, M=1024, num_warps=4
-    )
-    return found
+    (heads, num), most = head_of.shape, given_up.shape[1]
+    tally, number = torch.zeros_like(head_of), torch.empty_like(head_of)
+    listed = head_of.new_empty((heads, num, num_listed))
+    group, rest, counts = torch.empty_like(given_up), torch.empty_like(given_up), head_of.new_zeros((3, heads))
+    _list_members[(triton.cdiv(most, 256), heads)](
+        given_up, num_given_up, head_of, tally, listed, number, group, rest, counts, num, most, heads,
+        LISTED=num_listed, M=256, num_warps=4,
+    )  # fmt: skip
+    return Members(tally, listed, number, group, counts[0], rest, counts[1])
 
 
 def find_cosines(history: History, partner: Tensor, turn_back: TurnBack) -> Tensor:
@@ -159,20 +235,33 @@ def find_cosines(history: History, partner: Tensor, turn_back: TurnBack) -> Tens
     return cosine
 
 
-def find_distances(history: History, v: Tensor, partner: Tensor, turn_back: TurnBack) -> Distances:
-    """What `table_pairs.find_distances` gives.
+def find_distances(
+    history: History, v: Tensor, partner: Tensor, turn_back: TurnBack, known: Tensor | None = None
+) -> Distances:
+    """What `table_pairs.find_distances` gives; of slots without a key the length is 0.
 
     Args:
         history: Full.
         v: Values in the slots of the keys.
         partner: -1 for none.
         turn_back: RoPE of the model.
+        known: Distances of keys that are known, -1 elsewhere, [N, C] of float32: what is missing is written.
     """
     k, position, m = history.k_NLW, history.position_NC3, history.m_NC
-    found = Distances(*(torch.empty(m.shape, dtype=torch.float32, device=k.device) for _ in range(3)))
-    _pair_distances[(triton.cdiv(m.shape[1], ROWS), m.shape[0])](
-        k, v, position, m, partner, *found, turn_back.axis_int32_D, turn_back.frequency_D,
-        *k.stride()[:2], *v.stride()[:2], position.stride(0), m.stride(0), partner.stride(0), history.start,
-        m.shape[1], P=turn_back.head_dim // 2, M=ROWS, num_warps=4,
+    (heads, num), pairs, start = m.shape, turn_back.head_dim // 2, history.start
+    if known is None:
+        known = torch.full(m.shape, -1.0, device=k.device)
+    unknown, count = torch.empty_like(m, memory_format=torch.contiguous_format), m.new_zeros(heads)
+    _list_unknown[(triton.cdiv(num, 1024), heads)](
+        known, m, partner, unknown, count, known.stride(0), m.stride(0), partner.stride(0), num, M=1024, num_warps=4
+    )
+    _key_distances[(min(_LIST_PROGRAMS, triton.cdiv(num, ROWS)), heads)](
+        k, position, partner, known, unknown, count, turn_back.axis_int32_D, turn_back.frequency_D, *k.stride()[:2],
+        position.stride(0), partner.stride(0), known.stride(0), start, num, P=pairs, M=ROWS, num_warps=4,
     )  # fmt: skip
-    return found
+    of_values, lengths = (torch.empty(m.shape, dtype=torch.float32, device=k.device) for _ in range(2))
+    _value_distances[(triton.cdiv(num, ROWS), heads)](
+        v, m, partner, of_values, lengths, *v.stride()[:2], m.stride(0), partner.stride(0), start, num,
+        P=pairs, M=ROWS, num_warps=4,
+    )  # fmt: skip
+    return Distances(known, of_values, lengths)

@@ -51,8 +51,8 @@ def _take_digit(counts, begin, wanted, FIRST: tl.constexpr, DIGITS: tl.constexpr
         tl.store(begin + row, tl.load(begin + row) * DIGITS + digit)
 
 
-def kth_smallest(x_NC: Tensor, k: int) -> Tensor:
-    """As `torch.kthvalue` along rows, of int32, contiguous: [N, 1]; k from 1 to C."""
+def kth_smallest(x_NC: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """As `torch.kthvalue` along rows, of int32, contiguous: [N, 1]; and which of equal ones it is, from 1."""
     rows, num = x_NC.shape
     assert x_NC.is_contiguous()
     assert 1 <= k <= num
@@ -64,7 +64,7 @@ def kth_smallest(x_NC: Tensor, k: int) -> Tensor:
             x_NC, begin, counts, num, SHIFT=shift, DIGITS=_DIGITS, M=_AT_ONCE, num_warps=8
         )
         _take_digit[(rows,)](counts, begin, wanted, FIRST=shift == 24, DIGITS=_DIGITS, num_warps=4)
-    return begin
+    return begin, wanted
 
 
 def running_sum(x_NC: Tensor) -> Tensor:

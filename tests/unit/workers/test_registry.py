@@ -139,6 +139,9 @@ def test_bytes_of_a_tile_table_are_those_that_it_takes(name: str, tile: int | No
         assert work.table_bytes(config, dtype.itemsize) == sum(held.values())
         records = ("position_NC3", "m_NC", "weight_NC", "partner_NC", "mean_NJD")
         assert sizes.bytes(dtype) == sum(num for key, num in held.items() if key.split(".")[-1] not in records)
+    of_pairs = work.table_bytes(config.model_copy(update={"merging": "pairs"})) - work.table_bytes(config)
+    distances = 4 * sizes.num_layers * sizes.num_heads * sizes.history_slots
+    assert of_pairs == (0 if storage == "model" else distances)
     short, long = (
         registry.estimate(name, gpu=GPUS["h100"], width=None, height=None, num_frames=frames) for frames in (501, 3000)
     )
