@@ -99,7 +99,7 @@ COLUMNS: tuple[Column, ...] = tuple(
         ("cost", "upload_wait_s", _F64, "s", "Part of gpu_seconds spent waiting for encoder or store."),
         ("cost", "wall_s", _F64, "s", "From the start of the attempt to the checked video."),
         ("cost", "queue_s", _F64, "s", "From the task's entry into the queue to the start of its last attempt."),
-        ("cost", "stage_s", STAGES, "s", "Wall time by stage; stages overlap and need not add up to wall_s."),
+        ("cost", "stage_s", STAGES, "s", "Seconds by stage, of all threads; stages overlap: no sum to wall_s."),
         ("cost", "peak_gpu_bytes", _I64, "bytes", "Highest GPU memory in use."),
         ("cost", "peak_rss_bytes", _I64, "bytes", "Highest resident memory of the actor."),
         ("cost", "usd", _F64, "US$", "(gpu_seconds + wasted_gpu_seconds) at the job's rate; null without a rate."),

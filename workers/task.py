@@ -72,7 +72,10 @@ class RenderSetup(Record):
 
 
 class StageSeconds(Record):
-    """Where a task's wall time went, in seconds; stages overlap, so they need not add up to `wall_s`."""
+    """Where a task's time went, in seconds; stages overlap, so they need not add up to `wall_s`.
+
+    `encode` and `check` are sums over threads and can each exceed the wall time.
+    """
 
     text: float = 0.0
     denoise: float = 0.0

@@ -19,11 +19,14 @@ from cluster.s3_store import S3Store
 from tests.fakes import ManualClock
 from tests.fault_proxy import FaultProxy
 from tests.moving_pictures import picture
+from tests.segment_takes import own_threads
 from tests.servers import shared_moto, use_endpoint
 from workers.config import VideoConfig
 from workers.errors import EncodeFailed, UploadFailed
+from workers.video import encoders as encoders_module
 from workers.video import writer as writer_module
 from workers.video.decode import decode_frames, probe, sha256_of_file
+from workers.video.encoders import SegmentEncoders
 from workers.video.writer import VideoWriter
 
 CONFIG = VideoConfig(segment_frames=16)
@@ -80,7 +83,14 @@ def scratch(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(root))
     yield root
     assert list(root.iterdir()) == []
-    assert not [thread for thread in threading.enumerate() if thread.name in ("encode-frames", "upload-segments")]
+    assert own_threads() == []
+
+
+@pytest.fixture(autouse=True, params=[1, 4])
+def num_encoders(request, monkeypatch):
+    """Every test holds with one encoder and with several."""
+    monkeypatch.setattr(writer_module, "choose_num_encoders", lambda num_cpus: request.param)
+    return request.param
 
 
 def frames(first: int, stop: int) -> np.ndarray:
@@ -260,7 +270,8 @@ def test_abort_before_the_first_frame(store):
     assert store.requests == []
 
 
-def test_a_store_that_stands_still_shows_as_blocked_time(store):
+def test_a_store_that_stands_still_shows_as_blocked_time(store, monkeypatch):
+    monkeypatch.setattr(encoders_module, "MAX_WAITING_BYTES", 0)  # three frames, and one more where a segment is ahead
     writer = open_writer(store, num_frames=60, config=VideoConfig(segment_frames=1))
     store.may_go_on.clear()
     store.delay_s = 0.01
@@ -269,7 +280,7 @@ def test_a_store_that_stands_still_shows_as_blocked_time(store):
         for index in range(60):
             writer.write(frames(index, index + 1))
 
-    watch = PutWatch(writer)
+    watch = PutWatch(monkeypatch)
     producer = threading.Thread(target=write_all)
     producer.start()
     wait_until(lambda: watch.waits_for_s() > 0.5)  # in `write`: there is no room for its next frame
@@ -283,27 +294,33 @@ def test_a_store_that_stands_still_shows_as_blocked_time(store):
 def test_a_producer_that_is_slower_than_the_store_is_never_blocked(store, monkeypatch):
     clock = ManualClock()  # moves only while there is no room
     monkeypatch.setattr(writer_module, "time", SimpleNamespace(perf_counter=clock.monotonic))
+    watch = PutWatch(monkeypatch, on_full=lambda: clock.advance(1.0))
     writer = open_writer(store)
-    PutWatch(writer, on_full=lambda: clock.advance(1.0))
     for index in range(0, 50, 10):
         writer.write(frames(index, index + 10))
-        wait_until(lambda index=index: writer._num_encoded == index + 10)
+        wait_until(lambda: watch.encoders.waiting_bytes == 0)
     assert writer.finish().blocked_s == 0
 
 
 class PutWatch:
-    """Looks on while a writer's producer hands over a piece: does it find room, and for how long has it waited?"""
+    """Looks on while a writer hands over a frame: does it find room, and for how long has it waited?"""
 
-    def __init__(self, writer: VideoWriter, on_full=lambda: None) -> None:
-        self._pieces, self._put, self._on_full = writer._pieces, writer._pieces.put, on_full
+    def __init__(self, monkeypatch, on_full=lambda: None) -> None:
+        self.encoders: SegmentEncoders | None = None
+        self._put, self._on_full = SegmentEncoders.put, on_full
         self._since: float | None = None
-        writer._pieces.put = self.put
 
-    def put(self, piece) -> None:
-        if self._pieces.full():
+        def put(encoders: SegmentEncoders, frame: np.ndarray) -> None:
+            self.look_on(encoders, frame)
+
+        monkeypatch.setattr(SegmentEncoders, "put", put)
+
+    def look_on(self, encoders: SegmentEncoders, frame: np.ndarray) -> None:
+        self.encoders = encoders
+        if encoders.waiting_bytes + frame.nbytes > encoders.max_waiting_bytes:
             self._on_full()
         self._since = time.perf_counter()
-        self._put(piece)
+        self._put(encoders, frame)
         self._since = None
 
     def waits_for_s(self) -> float:
@@ -332,7 +349,7 @@ def test_index_stands_before_the_data(store):
     ("width", "height", "num_frames"), [(128, 128, 2600), pytest.param(832, 480, 200, marks=pytest.mark.slow)]
 )
 def test_memory_is_constant_at_any_length(store, width, height, num_frames):
-    config = VideoConfig(width=width, height=height, preset="ultrafast")
+    config = VideoConfig(width=width, height=height, preset="ultrafast", segment_frames=16)
     process = psutil.Process()
     noise = np.random.default_rng(1).integers(0, 255, (height, width, 3), dtype=np.uint8)
     base = np.broadcast_to(np.linspace(0, 200, width, dtype=np.uint8)[None, :, None], (height, width, 3))
