@@ -17,13 +17,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Route = Literal["cudnn", "cudnn-tried", "triton"]
+if TYPE_CHECKING:
+    from workers.model import tile_conv
+
+Route = Literal["cudnn", "cudnn-tried", "triton", "tma"]
 
 _AT_ONCE = 3
 """Latent frames: a chunk. More would need more memory, and fill a GPU no better."""
@@ -39,7 +42,9 @@ class _Conv(NamedTuple):
     slot: int
     """Where its last inputs are remembered; -1 where it looks at one frame only."""
     flat_weight: Tensor | None = None
-    """For our own kernel; None leaves the convolution to cuDNN."""
+    """For `fused_conv`; None leaves the convolution to cuDNN."""
+    lined_weight: Tensor | None = None
+    """For `tile_conv`, likewise."""
 
     @classmethod
     def of(cls, module: nn.Module, slots: Iterator[int], out_channels: int = 0) -> _Conv:
@@ -76,6 +81,8 @@ class _Enlarge(NamedTuple):
     weight: Tensor
     """Of the four phases (row, column) of a 2x2 pixel: [4 * out, in, 2, 2]."""
     bias: Tensor
+    lined_weight: Tensor | None = None
+    """For `tile_conv`; None leaves the convolution to cuDNN."""
 
 
 class FastWanDecoder:
@@ -85,7 +92,10 @@ class FastWanDecoder:
         network: The library's AutoencoderKLWan, in evaluation mode, on its device.
         route: Who convolves. "cudnn" takes the algorithm that cuDNN recommends, "cudnn-tried" the one that wins at each
             new shape, which may differ from run to run and with it the last bits of pixels; "triton" is our own kernel
-            where its tiles fit, which are nine tenths of the work.
+            where its tiles fit, which are nine tenths of the work; "tma" is the one that needs compute capability 9.0,
+            for enlargements and doublings too.
+    Raises:
+        ValueError: The route needs another GPU or dtype.
     """
 
     def __init__(self, network: nn.Module, *, route: Route = "cudnn") -> None:
@@ -111,6 +121,8 @@ class FastWanDecoder:
         self.num_slots = next(slots)
         if route == "triton":
             self._flatten_weights()
+        if route == "tma":
+            self._line_up_weights()
 
     def _flatten_weights(self) -> None:
         """Have the units' convolutions computed by our own kernel where it can."""
@@ -126,6 +138,34 @@ class FastWanDecoder:
 
         self.before, self.after = flat_unit(self.before), flat_unit(self.after)
         self.stages = [([flat_unit(unit) for unit in units], enlarge) for units, enlarge in self.stages]
+
+    def _line_up_weights(self) -> None:
+        """Have all convolutions but the first and the last computed by tiles that the copy engine brings."""
+        weight = self.conv_in.weight
+        is_half = weight.dtype in (torch.bfloat16, torch.float16)
+        if weight.is_cuda and not (is_half and torch.cuda.get_device_capability(weight.device) >= (9, 0)):
+            raise ValueError(
+                "VAE by tma: needs compute capability 9.0 and 16-bit weights; by cudnn or triton it can run"
+            )
+        from workers.model import tile_conv  # Triton comes with CUDA builds of torch alone
+
+        def lined(conv: _Conv) -> _Conv:
+            out, channels = conv.weight.shape[:2]
+            fits = tile_conv.takes(channels, out)
+            return conv._replace(lined_weight=tile_conv.line_up(conv.weight)) if fits else conv
+
+        def lined_unit(unit: _Unit) -> _Unit:
+            return unit._replace(conv1=lined(unit.conv1), conv2=lined(unit.conv2))
+
+        def lined_enlarge(enlarge: _Enlarge) -> _Enlarge:
+            out, channels = enlarge.weight.shape[:2]
+            weight = tile_conv.line_up(enlarge.weight[:, :, None]) if tile_conv.takes(channels, out // 4) else None
+            return enlarge._replace(time=enlarge.time and lined(enlarge.time), lined_weight=weight)
+
+        self.before, self.after = lined_unit(self.before), lined_unit(self.after)
+        self.stages = [
+            ([lined_unit(unit) for unit in units], enlarge and lined_enlarge(enlarge)) for units, enlarge in self.stages
+        ]
 
     def stream(self) -> FastDecoding:
         """For one video."""
@@ -176,6 +216,8 @@ class FastDecoding:
         """Two frames for each; the very first latent frame of a video stays one, and the others never see it."""
         if time is None or self._is_first:
             return x_THWC
+        if time.lined_weight is not None:
+            return self._convolve_by_tiles(time, x_THWC, result="doubled")
         x = self._convolve(time, x_THWC)
         pairs: Tensor = x.unflatten(-1, (2, -1))
         return pairs.movedim(-2, 1).flatten(0, 1)
@@ -184,6 +226,8 @@ class FastDecoding:
         self, conv: _Conv, x_THWC: Tensor, gamma_C: Tensor | None = None, beside_THWC: Tensor | None = None
     ) -> Tensor:
         """A causal convolution; with gamma, of the norm and SiLU of its input; plus what stands beside it."""
+        if conv.lined_weight is not None:
+            return self._convolve_by_tiles(conv, x_THWC if gamma_C is None else _norm(x_THWC, gamma_C), beside_THWC)
         num, height, width, channels = x_THWC.shape
         rows, columns = (size // 2 for size in conv.weight.shape[3:])  # margins
         room = x_THWC.new_empty((_HISTORY + num, height + 2 * rows, width + 2 * columns, channels))
@@ -210,6 +254,25 @@ class FastDecoding:
         result_BCTHW = F.conv3d(room.movedim(-1, 0)[None], conv.weight, conv.bias)
         out = result_BCTHW[0].movedim(0, -1).contiguous()
         return out if beside_THWC is None else out.add_(beside_THWC)
+
+    def _convolve_by_tiles(
+        self, conv: _Conv, x_THWC: Tensor, beside_THWC: Tensor | None = None, result: tile_conv.Result = "plain"
+    ) -> Tensor:
+        """The same where the frames before are read where they are remembered, and margins are not there at all."""
+        from workers.model import tile_conv  # Triton comes with CUDA builds of torch alone
+
+        assert conv.lined_weight is not None
+        assert conv.bias is not None
+        before, first = self._memory[conv.slot], x_THWC[-_HISTORY:]
+        if len(first) < _HISTORY:
+            older = torch.zeros_like(first) if before is None else before[-1:]
+            self._memory[conv.slot] = torch.cat((older, first))
+        else:
+            self._memory[conv.slot] = first.clone()  # the others are needed for this call alone
+        size = conv.weight.shape
+        return tile_conv.convolve(
+            before, x_THWC, conv.lined_weight, conv.bias, beside_THWC, size=(size[2], size[3], size[4]), result=result
+        )
 
 
 def _tried_algorithms() -> AbstractContextManager[None]:
@@ -264,6 +327,13 @@ def _fold(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _enlarge_pictures(enlarge: _Enlarge, x_THWC: Tensor) -> Tensor:
+    if enlarge.lined_weight is not None:
+        from workers.model import tile_conv  # Triton comes with CUDA builds of torch alone
+
+        whole: Tensor = tile_conv.convolve(
+            None, x_THWC, enlarge.lined_weight, enlarge.bias, size=(1, 2, 2), result="enlarged"
+        )
+        return whole
     num, height, width, _ = x_THWC.shape
     # One pixel more each way: place (a, b) saw source rows a - 1 and a, and columns b - 1 and b.
     all_phases = F.conv2d(x_THWC.movedim(-1, 1), enlarge.weight, enlarge.bias, padding=1).movedim(1, -1)
@@ -276,8 +346,7 @@ def _enlarge_pictures(enlarge: _Enlarge, x_THWC: Tensor) -> Tensor:
 
 
 def _attend(middle: _Middle, x_THWC: Tensor) -> Tensor:
-    normed = torch.empty_like(x_THWC)
-    _norm_into(normed, x_THWC, middle.gamma_C, silu=False)
+    normed = _norm(x_THWC, middle.gamma_C, silu=False)
     q, k, v = F.linear(normed.flatten(1, 2), *middle.qkv)[:, None].chunk(3, -1)
     out = F.scaled_dot_product_attention(q, k, v)[:, 0]
     return x_THWC + F.linear(out, *middle.out).view(x_THWC.shape)
@@ -286,6 +355,12 @@ def _attend(middle: _Middle, x_THWC: Tensor) -> Tensor:
 def _each_frame(conv: _Conv, x_THWC: Tensor) -> Tensor:
     """A convolution of one pixel: a product."""
     return F.linear(x_THWC, conv.weight.flatten(1), conv.bias)
+
+
+def _norm(x_THWC: Tensor, gamma_C: Tensor, *, silu: bool = True) -> Tensor:
+    normed = torch.empty_like(x_THWC)
+    _norm_into(normed, x_THWC, gamma_C, silu=silu)
+    return normed
 
 
 def _norm_into(out_THWC: Tensor, x_THWC: Tensor, gamma_C: Tensor, *, silu: bool) -> None:
