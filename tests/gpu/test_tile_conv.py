@@ -34,27 +34,27 @@ def plain(frames_THWC: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 CUTS = [
-    (8, 32, 128, 0, 32, True),
-    (4, 16, 64, 64, 32, True),
-    (8, 16, 64, 32, 32, False),
-    (8, 16, 128, 0, 32, False),
+    (1, 8, 32, 128, 0, 32, True),
+    (2, 4, 16, 64, 64, 32, True),
+    (1, 8, 16, 64, 32, 32, False),
+    (4, 2, 16, 128, 0, 32, False),
 ]
-"""Rows, columns, channels of a program in two parts, channels of a step, whether weights are on the left."""
+"""Frames, rows, columns, channels of a program in two parts, channels of a step, whether weights are on the left."""
 
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize(("channels", "out_channels"), [(32, 96), (96, 192)])
 @pytest.mark.parametrize(("has_before", "has_beside"), [(False, False), (True, True)])
 def test_a_causal_convolution(
-    cut: tuple[int, int, int, int, int, bool], channels: int, out_channels: int, has_before: bool, has_beside: bool
+    cut: tuple[int, int, int, int, int, int, bool], channels: int, out_channels: int, has_before: bool, has_beside: bool
 ) -> None:
     pytest.importorskip("triton")
     from workers.model.tile_conv import Tiles, convolve, line_up
 
     torch.manual_seed(0)
     num, height, width = 3, 9, 37
-    rows, columns, wide, narrow, block_k, turned = cut
-    tiles = Tiles(rows, columns, wide, narrow, block_k, turned=turned)
+    frames, rows, columns, wide, narrow, block_k, turned = cut
+    tiles = Tiles(frames, rows, columns, wide, narrow, block_k, turned=turned)
     weight, bias = draw(out_channels, channels, 3, 3, 3) / (27 * channels) ** 0.5, draw(out_channels)
     before = draw(2, height, width, channels) if has_before else None
     new = draw(num, height, width, channels)

@@ -1,7 +1,7 @@
 """Convolutions as products of tiles that the GPU's copy engine (TMA) brings: compute capability 9.0, 16-bit numbers.
 
-A tile of TILE_H x TILE_W pixels meets each place of the kernel as the same tile moved by (frame, row, column), one copy
-of a box of [frames, rows, columns, channels]; what lies outside a picture arrives as zeros. So inputs need no margins,
+A tile of TILE_T x TILE_H x TILE_W pixels meets each place of the kernel as the same tile moved by (frame, row, column),
+one copy of a box of [frames, rows, columns, channels]; what lies outside arrives as zeros. So inputs need no margins,
 and the frames before the first are read where they are kept. An enlargement and a doubling of frames are convolutions
 whose results lie interleaved, and are written so at once. Each has its plain form beside its user
 (`wan_fast_decode.py`); equality was tested with Triton's interpreter on a CPU, and on a GPU by tests/gpu.
@@ -31,6 +31,7 @@ _PHASES: Mapping[Result, int] = {"plain": 1, "doubled": 2, "enlarged": 4}
 class Tiles(NamedTuple):
     """How a product is cut: pixels by channels by inputs of a step."""
 
+    frames: int = 1
     rows: int = 8
     columns: int = 32
     wide: int = 128
@@ -68,7 +69,7 @@ def _multiply(x, weight, total, TURNED: tl.constexpr, PRECISION: tl.constexpr): 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _accumulate(  # type: ignore[no-untyped-def]
     source, weight_wide, weight_narrow, wide, narrow, begin, end, frame, row, column, line, channels,
-    KH: tl.constexpr, KW: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_K: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, PIXELS: tl.constexpr, BLOCK_K: tl.constexpr,
     NARROW_N: tl.constexpr, LINE_NARROW: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Steps [begin, end), each BLOCK_K channels of one place of the kernel, all in one tensor of frames."""
@@ -77,7 +78,7 @@ def _accumulate(  # type: ignore[no-untyped-def]
         place = step // steps
         channel = (step % steps) * BLOCK_K
         box = source.load([frame + place // (KH * KW), row + place // KW % KH, column + place % KW, channel])
-        x = tl.reshape(box, [TILE_H * TILE_W, BLOCK_K])
+        x = tl.reshape(box, [PIXELS, BLOCK_K])
         wide = _multiply(x, weight_wide.load([line, step * BLOCK_K]), wide, TURNED, PRECISION)
         if NARROW_N > 0:
             part = weight_narrow.load([line + LINE_NARROW, step * BLOCK_K])
@@ -109,49 +110,52 @@ def _convolve(  # type: ignore[no-untyped-def]
     num, height, width, channels_in, channels_out, stride_t, stride_h, stride_w, jump_t, jump_h, jump_w,
     KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, PHASES: tl.constexpr,
     HAS_BEFORE: tl.constexpr, HAS_BESIDE: tl.constexpr, PRECISION: tl.constexpr, TURNED: tl.constexpr,
-    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_K: tl.constexpr,
+    TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_K: tl.constexpr,
     WIDE_N: tl.constexpr, NARROW_N: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile of pixels of one frame by WIDE_N + NARROW_N channels of one phase of the result."""
+    """One program: a tile of pixels by WIDE_N + NARROW_N channels of one phase of the result."""
+    PIXELS: tl.constexpr = TILE_T * TILE_H * TILE_W
     tiles_n = tl.cdiv(channels_out, WIDE_N + NARROW_N)
-    tiles_w = tl.cdiv(width, TILE_W)
-    tiles = tl.cdiv(height, TILE_H) * tiles_w
     phase = tl.program_id(0) % (tiles_n * PHASES) // tiles_n
     first = (tl.program_id(0) % tiles_n) * (WIDE_N + NARROW_N)
     rest = tl.program_id(0) // (tiles_n * PHASES)
-    group = rest // (GROUP * num)
+    tiles_t, tiles_w = tl.cdiv(num, TILE_T), tl.cdiv(width, TILE_W)
+    tiles = tl.cdiv(height, TILE_H) * tiles_w
+    group = rest // (GROUP * tiles_t)
     size = min(GROUP, tiles - group * GROUP)
-    frame = rest % (GROUP * num) // size
-    tile = group * GROUP + rest % (GROUP * num) % size
+    frame = rest % (GROUP * tiles_t) // size * TILE_T
+    tile = group * GROUP + rest % (GROUP * tiles_t) % size
     row, column = tile // tiles_w * TILE_H, tile % tiles_w * TILE_W
 
     if TURNED:
-        wide = tl.zeros([WIDE_N, TILE_H * TILE_W], tl.float32)
-        narrow = tl.zeros([max(NARROW_N, 16), TILE_H * TILE_W], tl.float32)
+        wide = tl.zeros([WIDE_N, PIXELS], tl.float32)
+        narrow = tl.zeros([max(NARROW_N, 16), PIXELS], tl.float32)
     else:
-        wide = tl.zeros([TILE_H * TILE_W, WIDE_N], tl.float32)
-        narrow = tl.zeros([TILE_H * TILE_W, max(NARROW_N, 16)], tl.float32)
+        wide = tl.zeros([PIXELS, WIDE_N], tl.float32)
+        narrow = tl.zeros([PIXELS, max(NARROW_N, 16)], tl.float32)
     # The kernel's first place: even phases of an enlargement begin a pixel earlier, as kernels of 3 do.
     from_row = row + (phase // 2 - 1 if KH == 2 else -(KH // 2))
     from_column = column + (phase % 2 - 1 if KW == 2 else -(KW // 2))
     line = phase * channels_out + first
+    # A tile of some frames may see both what is kept and what is new: from either, what it lacks arrives as zeros.
     steps = KH * KW * (channels_in // BLOCK_K)
-    in_before = max(KT - 1 - frame, 0) * steps
     if HAS_BEFORE:
         wide, narrow = _accumulate(
-            before, weight_wide, weight_narrow, wide, narrow, 0, in_before, frame, from_row, from_column, line,
-            channels_in, KH, KW, TILE_H, TILE_W, BLOCK_K, NARROW_N, WIDE_N, TURNED, PRECISION,
+            before, weight_wide, weight_narrow, wide, narrow, 0, max(KT - 1 - frame, 0) * steps,
+            frame, from_row, from_column, line, channels_in,
+            KH, KW, PIXELS, BLOCK_K, NARROW_N, WIDE_N, TURNED, PRECISION,
         )  # fmt: skip
     wide, narrow = _accumulate(
-        new, weight_wide, weight_narrow, wide, narrow, in_before, KT * steps, frame - (KT - 1), from_row, from_column,
-        line, channels_in, KH, KW, TILE_H, TILE_W, BLOCK_K, NARROW_N, WIDE_N, TURNED, PRECISION,
+        new, weight_wide, weight_narrow, wide, narrow, max(KT - TILE_T - frame, 0) * steps, KT * steps,
+        frame - (KT - 1), from_row, from_column, line, channels_in,
+        KH, KW, PIXELS, BLOCK_K, NARROW_N, WIDE_N, TURNED, PRECISION,
     )  # fmt: skip
 
-    pixel = tl.arange(0, TILE_H * TILE_W)
-    y, x = row + pixel // TILE_W, column + pixel % TILE_W
-    there = (y < height) & (x < width)
+    pixel = tl.arange(0, PIXELS)
+    t, y, x = pixel // (TILE_H * TILE_W), row + pixel // TILE_W % TILE_H, column + pixel % TILE_W
+    there = (frame + t < num) & (y < height) & (x < width)
     place = frame.to(tl.int64) * stride_t + phase * jump_t + (phase // 2) * jump_h + (phase % 2) * jump_w
-    at_pixel = y * stride_h + x * stride_w
+    at_pixel = t * stride_t + y * stride_h + x * stride_w
     _store(
         wide, bias, beside + place, out + place, at_pixel, there, line, first, channels_out,
         HAS_BESIDE, WIDE_N, TURNED,
@@ -207,13 +211,13 @@ def convolve(
     Returns:
         [T, H, W, O], [2 T, H, W, O / 2] or [T, 2 H, 2 W, O / 4].
     """
-    num, height, width, channels = new_THWC.shape
+    channels = new_THWC.shape[3]
     phases = _PHASES[result]
     out_channels = len(weight_OK) // phases
     assert new_THWC.is_contiguous()
     assert weight_OK.is_contiguous()
     assert weight_OK.shape[1] == size[0] * size[1] * size[2] * channels
-    assert before_THWC is None or before_THWC.shape == (size[0] - 1, height, width, channels)
+    assert before_THWC is None or before_THWC.shape == (size[0] - 1, *new_THWC.shape[1:])
     assert before_THWC is None or before_THWC.is_contiguous()
     assert (result == "enlarged") == (size == (1, 2, 2))
     out = _make_result(new_THWC, out_channels, result)
@@ -221,22 +225,23 @@ def convolve(
     cut = tiles or choose_tiles(channels, out_channels)
     frames_each, pixels_each = (2 if result == "doubled" else 1), (2 if result == "enlarged" else 1)
     stride_t, stride_h, stride_w = out.stride()[:3]
-    box, tiles_n = [1, cut.rows, cut.columns, cut.block_k], triton.cdiv(out_channels, cut.wide + cut.narrow)
+    box, tiles_n = [cut.frames, cut.rows, cut.columns, cut.block_k], triton.cdiv(out_channels, cut.wide + cut.narrow)
     new = TensorDescriptor.from_tensor(new_THWC, box)
-    grid = (num * triton.cdiv(height, cut.rows) * triton.cdiv(width, cut.columns) * tiles_n * phases,)
+    tiles_t, tiles_h, tiles_w = (triton.cdiv(*pair) for pair in zip(new_THWC.shape[:3], cut[:3], strict=True))
+    grid = (tiles_t * tiles_h * tiles_w * tiles_n * phases,)
     _convolve[grid](
         new if before_THWC is None else TensorDescriptor.from_tensor(before_THWC, box), new,
         TensorDescriptor.from_tensor(weight_OK, [cut.wide, cut.block_k]),
         TensorDescriptor.from_tensor(weight_OK, [cut.narrow or cut.wide, cut.block_k]),
         bias_O, out if beside_THWC is None else beside_THWC, out,
-        num, height, width, channels, out_channels,
+        *new_THWC.shape, out_channels,
         stride_t * frames_each, stride_h * pixels_each, stride_w * pixels_each,
         stride_t * (frames_each - 1), stride_h * (pixels_each - 1), stride_w * (pixels_each - 1),
         KT=size[0], KH=size[1], KW=size[2], PHASES=phases,
         HAS_BEFORE=before_THWC is not None, HAS_BESIDE=beside_THWC is not None,
         PRECISION="ieee" if new_THWC.dtype == torch.float32 else "tf32", TURNED=cut.turned,
-        TILE_H=cut.rows, TILE_W=cut.columns, BLOCK_K=cut.block_k, WIDE_N=cut.wide, NARROW_N=cut.narrow,
-        GROUP=_GROUP, num_warps=cut.warps, num_stages=cut.stages,
+        TILE_T=cut.frames, TILE_H=cut.rows, TILE_W=cut.columns, BLOCK_K=cut.block_k,
+        WIDE_N=cut.wide, NARROW_N=cut.narrow, GROUP=_GROUP, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return out
 
