@@ -9,20 +9,23 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.bench.record import report
 from tests.bench.rollout import machine
 from tests.bench.rollout_models import decode_milliseconds, make_vae_network
 from tests.bench.rollout_rows import Settings
-from workers.model import fused_conv, tile_conv
+from workers.model import fused_conv, halo_conv, tile_conv
 from workers.model.backbones import find_backbone
+from workers.model.halo_conv import Cut
 from workers.model.tile_conv import Result, Tiles
 from workers.model.wan_fast_decode import Route
 from workers.model.wan_vae import WanVae
@@ -107,6 +110,17 @@ def _cuts_of_96(block_k: int) -> list[Tiles]:
     ]
 
 
+def halo_cuts(shape: Shape, modes: Sequence[bool]) -> list[Cut]:
+    """Of `halo_conv`, in the modes that are right on this GPU."""
+    if shape.result != "plain" or not halo_conv.takes(shape.channels, shape.out_channels):
+        return []
+    if shape.out_channels == 96:
+        found = [Cut(96, 16, 16, 3, 6), Cut(96, 16, 16, 4, 4), Cut(96, 16, 32, 3, 5), Cut(96, 8, 16, 4, 6)]
+    else:
+        found = [Cut(192, 16, 16, 3, 4), Cut(192, 8, 16, 3, 5), Cut(192, 8, 32, 3, 4), Cut(96, 16, 16, 3, 6)]
+    return [cut._replace(plain=mode) for mode in modes for cut in found]
+
+
 class Inputs(NamedTuple):
     """Of one shape; `room` holds the frames before and the new ones with margins."""
 
@@ -172,16 +186,24 @@ def milliseconds(call: Callable[[], object], repeats: int = 5) -> float:
     return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
 
 
-def ways(shape: Shape, given: Inputs) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+def ways(shape: Shape, given: Inputs, modes: Sequence[bool]) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """Name and call of each."""
     yield "cudnn", lambda: by_cudnn(shape, given)
     if shape.result == "plain" and fused_conv.takes(shape.channels, shape.out_channels):
         flat = fused_conv.flatten_weight(given.weight)
         yield "triton", lambda: fused_conv.convolve(given.room, flat, given.bias, given.beside)
+    for cut in halo_cuts(shape, modes):
+        packed = halo_conv.pack_weight(given.weight, cut.channels)
+        yield (
+            "halo " + " ".join(str(int(part)) for part in cut),
+            lambda packed=packed, cut=cut: halo_conv.convolve(
+                given.before, given.new, packed, given.bias, given.beside, cut
+            ),
+        )
     lined = tile_conv.line_up(given.weight)
     for tiles in cuts(shape):
         yield (
-            " ".join(str(int(part)) for part in tiles),
+            "tma " + " ".join(str(int(part)) for part in tiles),
             lambda tiles=tiles: tile_conv.convolve(
                 given.before, given.new, lined, given.bias, given.beside,
                 size=shape.size, result=shape.result, tiles=tiles,
@@ -189,14 +211,14 @@ def ways(shape: Shape, given: Inputs) -> Iterator[tuple[str, Callable[[], Tensor
         )  # fmt: skip
 
 
-def measure_shape(shape: Shape) -> list[dict[str, Any]]:
+def measure_shape(shape: Shape, modes: Sequence[bool]) -> list[dict[str, Any]]:
     """A row for each way, the fastest first."""
     torch.manual_seed(0)
     given = draw(shape)
     exact = exact_corner(shape, given)
     whole = by_cudnn(shape, given)
     found = []
-    for name, call in ways(shape, given):
+    for name, call in ways(shape, given, modes):
         row: dict[str, Any] = {"convolution": shape.name, "count": shape.count, "way": name}
         try:
             out = call()
@@ -209,6 +231,36 @@ def measure_shape(shape: Shape) -> list[dict[str, Any]]:
             row["failed"] = f"{type(problem).__name__}: {str(problem).strip()[:100]}"
         found.append(row)
     return sorted(found, key=lambda row: row.get("ms", 1e9))
+
+
+def smoke(is_plain: bool) -> None:
+    """Raise unless `halo_conv` is right in this mode."""
+    for shape in (Shape(1, 3, 40, 56, 96, 96), Shape(1, 3, 40, 56, 192, 384)):
+        given = draw(shape)
+        cut = halo_conv.choose_cut(shape.out_channels)._replace(plain=is_plain)
+        packed = halo_conv.pack_weight(given.weight, cut.channels)
+        out = halo_conv.convolve(given.before, given.new, packed, given.bias, given.beside, cut)
+        exact = by_cudnn(shape, given).float()
+        error = ((out.float() - exact).std() / exact.std()).item()
+        print(f"halo_conv plain={is_plain}, {shape.name}: error {error:.2g}", flush=True)
+        assert error < 0.02
+
+
+def right_modes() -> list[bool]:
+    """Modes of `halo_conv` that are right, each tried in a process of its own."""
+    tried = {
+        mode: subprocess.Popen([sys.executable, "-m", "tests.bench.wan_conv", "--smoke", str(int(mode))])
+        for mode in (False, True)
+    }
+    found = []
+    for mode, process in tried.items():
+        try:
+            if process.wait(timeout=90) == 0:
+                found.append(mode)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    print(f"halo_conv is right with plain = {found}", flush=True)
+    return found
 
 
 def profile(vae: WanVae, chunk: Tensor, num_kernels: int = 25) -> list[dict[str, Any]]:
@@ -227,39 +279,55 @@ def profile(vae: WanVae, chunk: Tensor, num_kernels: int = 25) -> list[dict[str,
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=70, help="no further shape is begun after so long")
-    asked = parser.parse_args()
-    begun = time.monotonic()
-    backbone = find_backbone("self-forcing-1.3b")
-    device = torch.device("cuda")
-    settings = Settings(backbone, backbone.width, backbone.height, device, torch.bfloat16)
-    torch.backends.cudnn.allow_tf32 = False
-    network = make_vae_network(settings)
-    chunk = torch.randn(1, 3, 16, *settings.latent_size, device=device)
-    decoders: list[dict[str, Any]] = []
-    routes: tuple[Route, ...] = ("cudnn", "triton", "tma")
+def measure_decoders(network: nn.Module, chunk: Tensor, routes: Sequence[Route]) -> list[dict[str, Any]]:
+    """A row for each route."""
+    rows: list[dict[str, Any]] = []
     for route in routes:
         row: dict[str, Any] = {"decoder": route}
         try:
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             row["ms"] = decode_milliseconds(WanVae(network, route=route), chunk)
             row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         except Exception as problem:
             row["failed"] = f"{type(problem).__name__}: {str(problem).strip()[:160]}"
-        decoders.append(row)
-    report("wan_conv-decoders", decoders, machine(settings))
-    try:
-        report("wan_conv-kernels", profile(WanVae(network, route="tma"), chunk), "One chunk by route tma.")
-    except Exception as problem:
-        print(f"no profile: {type(problem).__name__}: {problem}")
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=75, help="no further shape is begun after so long")
+    parser.add_argument("--smoke", type=int, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    torch.backends.cudnn.allow_tf32 = False
+    if asked.smoke is not None:
+        smoke(bool(asked.smoke))
+        return
+    begun = time.monotonic()
+    modes = right_modes()
+    if modes == [True]:
+        choose = halo_conv.choose_cut
+        halo_conv.choose_cut = lambda channels_out: choose(channels_out)._replace(plain=True)
+    backbone = find_backbone("self-forcing-1.3b")
+    device = torch.device("cuda")
+    settings = Settings(backbone, backbone.width, backbone.height, device, torch.bfloat16)
+    network = make_vae_network(settings)
+    chunk = torch.randn(1, 3, 16, *settings.latent_size, device=device)
+    routes: tuple[Route, ...] = ("cudnn", "triton", "tma", "halo") if modes else ("cudnn", "triton", "tma")
+    report("wan_conv-decoders", measure_decoders(network, chunk, routes), machine(settings))
+    for route in routes[2:]:
+        try:
+            kernels = profile(WanVae(network, route=route), chunk)
+            report(f"wan_conv-kernels-{route}", kernels, f"One chunk by route {route}.")
+        except Exception as problem:
+            print(f"no profile: {type(problem).__name__}: {problem}")
     rows: list[dict[str, Any]] = []
-    note = f"Least possible for all: {sum(shape.tera * shape.count for shape in SHAPES):.1f} TFLOP. "
-    note += "A way by numbers is tile_conv's Tiles: " + ", ".join(Tiles._fields)
+    note = f"Least possible for all: {sum(shape.tera * shape.count for shape in SHAPES):.1f} TFLOP. By numbers: tma "
+    note += f"{', '.join(Tiles._fields)}; halo {', '.join(Cut._fields)}."
     for shape in SHAPES:
         if time.monotonic() - begun < asked.seconds:
-            rows += measure_shape(shape)
+            rows += measure_shape(shape, modes)
             torch.cuda.empty_cache()
     report("wan_conv", rows, note)
     print(f"{time.monotonic() - begun:.0f} s")

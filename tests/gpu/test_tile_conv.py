@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.wan_files import TINY
 from workers.model.backbones import WanVaeSizes
+from workers.model.wan_fast_decode import Route
 from workers.model.wan_vae import WanVae, make_wan_vae
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -110,10 +111,11 @@ def test_the_same_twice() -> None:
     assert torch.equal(once, again)
 
 
-def test_a_decoder_by_tiles_makes_the_pixels_of_the_plain_one() -> None:
+@pytest.mark.parametrize("route", ["tma"] if INTERPRETED else ["tma", "halo"])
+def test_a_decoder_by_tiles_makes_the_pixels_of_the_plain_one(route: Route) -> None:
     pytest.importorskip("triton")
     torch.manual_seed(4)
-    backbone = replace(TINY, wan_vae=WanVaeSizes(dim=32))
+    backbone = replace(TINY, wan_vae=WanVaeSizes(dim=32 if INTERPRETED else 96))
     module = make_wan_vae(backbone).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(5)
     for parameter in module.parameters():
@@ -122,7 +124,7 @@ def test_a_decoder_by_tiles_makes_the_pixels_of_the_plain_one() -> None:
     latents = torch.randn(1, 3, 16, 2, 3)
     exact = WanVae(module, fast=False).stream().decode(latents)
     module.to(DEVICE, DTYPE)
-    plain_vae, by_tiles = WanVae(module, fast=False), WanVae(module, fast=True, route="tma")
+    plain_vae, by_tiles = WanVae(module, fast=False), WanVae(module, fast=True, route=route)
     found, library = (
         torch.cat([stream.decode(chunk) for chunk in latents.split([1, 2], 1)], 1).float().cpu()
         for stream in (by_tiles.stream(), plain_vae.stream())
@@ -133,3 +135,28 @@ def test_a_decoder_by_tiles_makes_the_pixels_of_the_plain_one() -> None:
         torch.testing.assert_close(found, exact, atol=1e-4, rtol=0)
     else:
         assert (found - exact).std() < 1.2 * (library - exact).std()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="CUDA has no interpreter")
+@pytest.mark.parametrize("is_plain", [False, True])
+@pytest.mark.parametrize(("channels", "out_channels"), [(96, 96), (192, 384), (384, 192)])
+@pytest.mark.parametrize(("rows", "columns"), [(16, 16), (8, 16), (8, 32)])
+@pytest.mark.parametrize("has_before", [False, True])
+def test_a_causal_convolution_that_reads_inputs_once(
+    is_plain: bool, channels: int, out_channels: int, rows: int, columns: int, has_before: bool
+) -> None:
+    from workers.model.halo_conv import choose_cut, convolve, pack_weight
+
+    torch.manual_seed(5)
+    num, height, width = 3, 21, 45
+    weight, bias = draw(out_channels, channels, 3, 3, 3) / (27 * channels) ** 0.5, draw(out_channels)
+    before = draw(2, height, width, channels) if has_before else None
+    new = draw(num, height, width, channels)
+    beside = draw(num, height, width, out_channels) if has_before else None
+    cut = choose_cut(out_channels)._replace(rows=rows, columns=columns, plain=is_plain)
+    packed = pack_weight(weight, cut.channels)
+    out = convolve(before, new, packed, bias, beside, cut)
+    exact = plain(torch.cat((new.new_zeros(2, *new.shape[1:]) if before is None else before, new)), weight, bias)
+    exact = exact if beside is None else exact + beside.double()
+    torch.testing.assert_close(out.double(), exact, atol=TOLERANCE, rtol=TOLERANCE)
+    assert torch.equal(out, convolve(before, new, packed, bias, beside, cut))

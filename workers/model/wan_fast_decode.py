@@ -26,7 +26,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from workers.model import tile_conv
 
-Route = Literal["cudnn", "cudnn-tried", "triton", "tma"]
+Route = Literal["cudnn", "cudnn-tried", "triton", "tma", "halo"]
 
 _AT_ONCE = 3
 """Latent frames: a chunk. More would need more memory, and fill a GPU no better."""
@@ -45,6 +45,8 @@ class _Conv(NamedTuple):
     """For `fused_conv`; None leaves the convolution to cuDNN."""
     lined_weight: Tensor | None = None
     """For `tile_conv`, likewise."""
+    packed_weight: Tensor | None = None
+    """For `halo_conv`, which goes first."""
 
     @classmethod
     def of(cls, module: nn.Module, slots: Iterator[int], out_channels: int = 0) -> _Conv:
@@ -93,7 +95,7 @@ class FastWanDecoder:
         route: Who convolves. "cudnn" takes the algorithm that cuDNN recommends, "cudnn-tried" the one that wins at each
             new shape, which may differ from run to run and with it the last bits of pixels; "triton" is our own kernel
             where its tiles fit, which are nine tenths of the work; "tma" is the one that needs compute capability 9.0,
-            for enlargements and doublings too.
+            for enlargements and doublings too; "halo" is that with CUDA of our own for the units, in bfloat16.
     Raises:
         ValueError: The route needs another GPU or dtype.
     """
@@ -121,7 +123,7 @@ class FastWanDecoder:
         self.num_slots = next(slots)
         if route == "triton":
             self._flatten_weights()
-        if route == "tma":
+        if route in ("tma", "halo"):
             self._line_up_weights()
 
     def _flatten_weights(self) -> None:
@@ -141,18 +143,20 @@ class FastWanDecoder:
 
     def _line_up_weights(self) -> None:
         """Have all convolutions but the first and the last computed by tiles that the copy engine brings."""
-        weight = self.conv_in.weight
-        is_half = weight.dtype in (torch.bfloat16, torch.float16)
-        if weight.is_cuda and not (is_half and torch.cuda.get_device_capability(weight.device) >= (9, 0)):
-            raise ValueError(
-                "VAE by tma: needs compute capability 9.0 and 16-bit weights; by cudnn or triton it can run"
-            )
-        from workers.model import tile_conv  # Triton comes with CUDA builds of torch alone
+        self._refuse_elsewhere()
+        from workers.model import halo_conv, tile_conv  # Triton comes with CUDA builds of torch alone
+
+        def packed(conv: _Conv) -> Tensor | None:
+            out, channels, *size = conv.weight.shape
+            if self.route != "halo" or size != [3, 3, 3] or not halo_conv.takes(channels, out):
+                return None
+            return halo_conv.pack_weight(conv.weight, halo_conv.choose_cut(out).channels)
 
         def lined(conv: _Conv) -> _Conv:
             out, channels = conv.weight.shape[:2]
             fits = tile_conv.takes(channels, out)
-            return conv._replace(lined_weight=tile_conv.line_up(conv.weight)) if fits else conv
+            lined = tile_conv.line_up(conv.weight) if fits else None
+            return conv._replace(lined_weight=lined, packed_weight=packed(conv))
 
         def lined_unit(unit: _Unit) -> _Unit:
             return unit._replace(conv1=lined(unit.conv1), conv2=lined(unit.conv2))
@@ -166,6 +170,15 @@ class FastWanDecoder:
         self.stages = [
             ([lined_unit(unit) for unit in units], enlarge and lined_enlarge(enlarge)) for units, enlarge in self.stages
         ]
+
+    def _refuse_elsewhere(self) -> None:
+        """Triton's interpreter runs "tma" on a CPU."""
+        weight = self.conv_in.weight
+        major = torch.cuda.get_device_capability(weight.device)[0] if weight.is_cuda else 0
+        if self.route == "halo" and not (major == 9 and weight.dtype == torch.bfloat16):
+            raise ValueError("VAE by halo: needs compute capability 9.0 and bfloat16; cudnn and triton run elsewhere")
+        if weight.is_cuda and not (major >= 9 and weight.dtype in (torch.bfloat16, torch.float16)):
+            raise ValueError("VAE by tma: needs compute capability 9.0 and 16 bits; cudnn and triton run elsewhere")
 
     def stream(self) -> FastDecoding:
         """For one video."""
@@ -259,7 +272,7 @@ class FastDecoding:
         self, conv: _Conv, x_THWC: Tensor, beside_THWC: Tensor | None = None, result: tile_conv.Result = "plain"
     ) -> Tensor:
         """The same where the frames before are read where they are remembered, and margins are not there at all."""
-        from workers.model import tile_conv  # Triton comes with CUDA builds of torch alone
+        from workers.model import halo_conv, tile_conv  # Triton comes with CUDA builds of torch alone
 
         assert conv.lined_weight is not None
         assert conv.bias is not None
@@ -269,6 +282,9 @@ class FastDecoding:
             self._memory[conv.slot] = torch.cat((older, first))
         else:
             self._memory[conv.slot] = first.clone()  # the others are needed for this call alone
+        if conv.packed_weight is not None:
+            cut = halo_conv.choose_cut(len(conv.bias))
+            return halo_conv.convolve(before, x_THWC, conv.packed_weight, conv.bias, beside_THWC, cut)
         size = conv.weight.shape
         return tile_conv.convolve(
             before, x_THWC, conv.lined_weight, conv.bias, beside_THWC, size=(size[2], size[3], size[4]), result=result

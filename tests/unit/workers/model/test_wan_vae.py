@@ -127,6 +127,11 @@ def test_an_enlargement_is_folded_into_its_convolution() -> None:
             torch.testing.assert_close(phase, expected[:, :, row::2, column::2])
 
 
+def test_a_route_that_needs_another_gpu_is_refused(vae: WanVae) -> None:
+    with pytest.raises(ValueError, match=r"needs compute capability 9\.0"):
+        WanVae(vae.module, fast=True, route="halo")
+
+
 def test_latents_are_normalised_both_ways(vae: WanVae) -> None:
     torch.manual_seed(2)
     frames = torch.rand(1, 9, 3, 32, 48) * 2 - 1
