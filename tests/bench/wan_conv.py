@@ -27,7 +27,7 @@ from workers.model import fused_conv, halo_conv, tile_conv
 from workers.model.backbones import find_backbone
 from workers.model.halo_conv import Cut
 from workers.model.tile_conv import Result, Tiles
-from workers.model.wan_fast_decode import Route
+from workers.model.wan_decode_weights import Route
 from workers.model.wan_vae import WanVae
 
 
@@ -112,8 +112,10 @@ def _cuts_of_96(block_k: int) -> list[Tiles]:
 
 def halo_cuts(shape: Shape, modes: Sequence[bool]) -> list[Cut]:
     """Of `halo_conv`, in the modes that are right on this GPU."""
-    if shape.result != "plain" or not halo_conv.takes(shape.channels, shape.out_channels):
+    if shape.result != "plain":
         return []
+    if shape.out_channels < halo_conv.FEWEST:
+        return [Cut(halo_conv.FEWEST, *rest, plain=mode) for mode in modes for rest in ((16, 16, 3, 9), (16, 32, 3, 8))]
     if shape.out_channels == 96:
         found = [Cut(96, 16, 16, 3, 6), Cut(96, 16, 16, 4, 4), Cut(96, 16, 32, 3, 5), Cut(96, 8, 16, 4, 6)]
     else:
@@ -193,12 +195,14 @@ def ways(shape: Shape, given: Inputs, modes: Sequence[bool]) -> Iterator[tuple[s
         flat = fused_conv.flatten_weight(given.weight)
         yield "triton", lambda: fused_conv.convolve(given.room, flat, given.bias, given.beside)
     for cut in halo_cuts(shape, modes):
-        packed = halo_conv.pack_weight(given.weight, cut.channels)
+        missing = max(0, cut.channels - len(given.weight))
+        bias = F.pad(given.bias, (0, missing))
+        packed = halo_conv.pack_weight(F.pad(given.weight, (0, 0, 0, 0, 0, 0, 0, 0, 0, missing)), cut.channels)
         yield (
             "halo " + " ".join(str(int(part)) for part in cut),
-            lambda packed=packed, cut=cut: halo_conv.convolve(
-                given.before, given.new, packed, given.bias, given.beside, cut
-            ),
+            lambda packed=packed, bias=bias, cut=cut: halo_conv.convolve(
+                given.before, [given.new], packed, bias, given.beside, cut
+            )[..., : shape.out_channels],
         )
     lined = tile_conv.line_up(given.weight)
     for tiles in cuts(shape):
@@ -239,7 +243,7 @@ def smoke(is_plain: bool) -> None:
         given = draw(shape)
         cut = halo_conv.choose_cut(shape.out_channels)._replace(plain=is_plain)
         packed = halo_conv.pack_weight(given.weight, cut.channels)
-        out = halo_conv.convolve(given.before, given.new, packed, given.bias, given.beside, cut)
+        out = halo_conv.convolve(given.before, [given.new], packed, given.bias, given.beside, cut)
         exact = by_cudnn(shape, given).float()
         error = ((out.float() - exact).std() / exact.std()).item()
         print(f"halo_conv plain={is_plain}, {shape.name}: error {error:.2g}", flush=True)

@@ -141,8 +141,9 @@ __device__ __forceinline__ void store_block(
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1) convolve(
-    const __grid_constant__ TensorMap before, const __grid_constant__ TensorMap fresh, const char* weight,
-    const unsigned short* bias, const uint4* beside, uint4* out, int has_before, int num, int height, int width, int num_tiles) {
+    const __grid_constant__ TensorMap before, const __grid_constant__ TensorMap fresh, const __grid_constant__ TensorMap last,
+    const char* weight, const unsigned short* bias, const uint4* beside, uint4* out,
+    int has_before, int num_fresh, int num, int height, int width, int num_tiles) {
     extern __shared__ __align__(1024) char room[];
     __shared__ __align__(16) float bias_f[C_OUT];
     __shared__ __align__(8) u64 barriers[2 * (NA + NB)];
@@ -169,12 +170,13 @@ extern "C" __global__ void __launch_bounds__(384, 1) convolve(
         for (int index = blockIdx.x; index < num_tiles; index += gridDim.x) {
             Tile tile = find_tile(index, num, height, width);
             for (int dt = has_before ? 0 : max(0, 2 - tile.frame); dt < 3; dt++) {
-                int frame = tile.frame + dt;
+                int frame = tile.frame + dt - 2;  // those before the first are below zero
+                const TensorMap* map = frame < 0 ? &before : frame < num_fresh ? &fresh : &last;
+                frame = frame < 0 ? frame + 2 : frame < num_fresh ? frame : frame - num_fresh;
                 for (int step = 0; step < STEPS; step++) {
                     await(empty_a + sa * 8, pa ^ 1);
                     expect(full_a + sa * 8, A_BYTES);
-                    load_inputs(a_slots + sa * A_SLOT, frame < 2 ? &before : &fresh, full_a + sa * 8, step,
-                                tile.column - 1, tile.row - 1, frame < 2 ? frame : frame - 2);
+                    load_inputs(a_slots + sa * A_SLOT, map, full_a + sa * 8, step, tile.column - 1, tile.row - 1, frame);
                     if (++sa == NA) sa = 0, pa ^= 1;
                     const char* rows = weight + (u64)(((tile.first / N) * 3 + dt) * STEPS + step) * 3 * B_SLOT;
                     for (int dy = 0; dy < 3; dy++) {

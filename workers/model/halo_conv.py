@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from torch.cuda import _utils as cuda
 
 _KC = 32
 """Input channels of a step: rows of 64 bytes in shared memory."""
+FEWEST = 32
+"""Channels out; fewer are filled up, which costs little: where they are few, reading inputs takes longest."""
 _MOST_SHARED = 227 * 1024 - 4096
 """Bytes for slots, beside the bias and barriers."""
 
@@ -41,10 +44,12 @@ class Cut(NamedTuple):
 
 def takes(channels_in: int, channels_out: int) -> bool:
     """Whether these numbers of channels divide into its tiles."""
-    return channels_in % _KC == 0 and channels_out % 96 == 0
+    return channels_in % _KC == 0 and (channels_out % 96 == 0 or channels_out == FEWEST)
 
 
 def choose_cut(channels_out: int) -> Cut:
+    if channels_out == FEWEST:
+        return Cut(FEWEST, slots_b=9)
     return Cut(192, slots_b=4) if channels_out % 192 == 0 else Cut(96)
 
 
@@ -156,39 +161,47 @@ def _describe(frames_THWC: Tensor, cut: Cut) -> ctypes.Array[Any]:
 
 
 def convolve(
-    before_THWC: Tensor | None, new_THWC: Tensor, packed: Tensor, bias_O: Tensor, beside_THWC: Tensor | None, cut: Cut
+    before_THWC: Tensor | None,
+    new: Sequence[Tensor],
+    packed: Tensor,
+    bias_O: Tensor,
+    beside_THWC: Tensor | None = None,
+    cut: Cut | None = None,
 ) -> Tensor:
     """Result [T, H, W, O], plus `beside` if given; pictures are bordered by zeros.
 
     Args:
         before_THWC: The two frames before the first; None: zeros.
-        new_THWC: bfloat16, as all others; contiguous.
+        new: Frames [T, H, W, C] in one or two pieces, so that the last may be kept as they are for the next call.
         packed: `pack_weight` for the channels of the cut.
         bias_O: Of the convolution.
-        beside_THWC: Contiguous, in the shape of the result.
-        cut: How to do it.
+        beside_THWC: In the shape of the result, which it is added to after rounding.
+        cut: How to do it if not as `choose_cut` says. All tensors are contiguous and bfloat16.
     """
-    num, height, width, channels = new_THWC.shape
-    out = new_THWC.new_empty((num, height, width, len(bias_O)))
-    for given in (before_THWC, new_THWC, packed, bias_O, beside_THWC):
+    fresh, last = new[0], new[-1]
+    height, width, channels = fresh.shape[1:]
+    num, out_channels = sum(map(len, new)), len(bias_O)
+    cut = cut or choose_cut(out_channels)
+    out = fresh.new_empty((num, height, width, out_channels))
+    for given in (before_THWC, *new, packed, bias_O, beside_THWC):
         assert given is None or (given.is_contiguous() and given.dtype == torch.bfloat16)
-    assert packed.shape == (len(bias_O) // cut.channels, 3, channels // _KC, 3, 3, cut.channels, _KC)
+    assert len(new) <= 2
+    assert last.shape[1:] == fresh.shape[1:]
+    assert packed.shape == (out_channels // cut.channels, 3, channels // _KC, 3, 3, cut.channels, _KC)
     assert beside_THWC is None or beside_THWC.shape == out.shape
-    assert before_THWC is None or before_THWC.shape == (2, *new_THWC.shape[1:])
-    device = new_THWC.get_device()
-    function = _load(channels, len(bias_O), cut, device)
+    assert before_THWC is None or before_THWC.shape == (2, *fresh.shape[1:])
+    device = fresh.get_device()
+    function = _load(channels, out_channels, cut, device)
     assert device == torch.cuda.current_device()
-    num_tiles = num * -(-height // cut.rows) * -(-width // cut.columns) * (len(bias_O) // cut.channels)
-    fresh = _describe(new_THWC, cut)
-    before = fresh if before_THWC is None else _describe(before_THWC, cut)
-    pointers = (
-        packed.data_ptr(),
-        bias_O.data_ptr(),
-        0 if beside_THWC is None else beside_THWC.data_ptr(),
-        out.data_ptr(),
-    )
-    given_values: list[Any] = [before, fresh, *map(ctypes.c_void_p, pointers)]
-    given_values += [ctypes.c_int(value) for value in (before_THWC is not None, num, height, width, num_tiles)]
+    num_tiles = num * -(-height // cut.rows) * -(-width // cut.columns) * (out_channels // cut.channels)
+    maps = [_describe(frames, cut) for frames in (fresh if before_THWC is None else before_THWC, fresh, last)]
+    beside = 0 if beside_THWC is None else beside_THWC.data_ptr()
+    given_values: list[Any] = [
+        *maps,
+        *map(ctypes.c_void_p, (packed.data_ptr(), bias_O.data_ptr(), beside, out.data_ptr())),
+    ]
+    numbers = (before_THWC is not None, len(fresh), num, height, width, num_tiles)
+    given_values += map(ctypes.c_int, numbers)
     arguments = (ctypes.c_void_p * len(given_values))(*map(ctypes.addressof, given_values))
     programs = min(num_tiles, torch.cuda.get_device_properties(device).multi_processor_count)
     stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.wan_files import TINY, make_vae_tensors
-from workers.model.wan_fast_decode import fold_enlargement
+from workers.model.wan_decode_weights import fold_enlargement
 from workers.model.wan_vae import WanVae, make_wan_vae
 
 SIZE = (4, 6)
