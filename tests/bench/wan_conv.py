@@ -91,6 +91,8 @@ def cuts(shape: Shape) -> list[Tiles]:
         Tiles(1, 8, 16, 128, 64, 64, 8, 4, True),
         Tiles(1, 8, 16, 128, 64, 64, 8, 3, False),
     ]
+    if shape.count == 1:
+        return [found[0], *found[2:]]
     if shape.width % 32:
         found += [Tiles(1, 32, 8, 128, 64, 64, 8, 3, True), Tiles(2, 8, 16, 128, 64, 64, 8, 3, True)]
     if out == 384:

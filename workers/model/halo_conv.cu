@@ -116,27 +116,42 @@ __device__ __forceinline__ void transpose(u32 (&w)[4], int q) {
     }
 }
 
+// Where a lane's pixel of a block lies in the result, in units of eight channels; past a picture: -1.
+__device__ __forceinline__ long long find_pixel(const Tile& tile, int block, int half, int warp, int lane, int height, int width) {
+    int y = tile.row + block / (TW / 8) * 8 + warp % 4 * 2 + half;
+    int x = tile.column + block % (TW / 8) * 8 + lane / 4;
+    if (y >= height || x >= width) return -1;
+    return (((long long)tile.frame * height + y) * width + x) * (C_OUT / 8) + tile.first / 8 + lane % 4;
+}
+
+// All loads first: one after the other would each wait for memory.
+__device__ __forceinline__ void load_beside(uint4 (&other)[N / 32], const uint4* beside, long long pixel) {
+#pragma unroll
+    for (int j = 0; j < N / 32; j++) {
+        other[j] = make_uint4(0, 0, 0, 0);
+        if (beside && pixel >= 0) other[j] = beside[pixel + j * 4];
+    }
+}
+
 __device__ __forceinline__ void store_block(
-    float (&total)[N / 2], const float* bias, const uint4* beside, uint4* out, bool in_picture, u64 pixel, int half, int lane) {
+    float (&total)[N / 2], const float* bias, const uint4 (&other)[N / 32], bool has_beside, uint4* out, long long pixel,
+    int half, int lane) {
     int q = lane % 4;
 #pragma unroll
-    for (int j = 0; j < N / 8; j += 4) {
+    for (int j = 0; j < N / 32; j++) {
         u32 word[4];
 #pragma unroll
         for (int k = 0; k < 4; k++) {
-            float2 added = *(const float2*)(bias + (j + k) * 8 + q * 2);
-            word[k] = round_pair(total[(j + k) * 4 + half * 2] + added.x, total[(j + k) * 4 + half * 2 + 1] + added.y);
+            int column = j * 4 + k;
+            float2 added = *(const float2*)(bias + column * 8 + q * 2);
+            word[k] = round_pair(total[column * 4 + half * 2] + added.x, total[column * 4 + half * 2 + 1] + added.y);
         }
         transpose(word, q);
-        u64 at = pixel + j + q;  // eight channels each
-        if (in_picture) {
-            if (beside) {
-                uint4 other = beside[at];
-                word[0] = add_pair(word[0], other.x), word[1] = add_pair(word[1], other.y);
-                word[2] = add_pair(word[2], other.z), word[3] = add_pair(word[3], other.w);
-            }
-            out[at] = make_uint4(word[0], word[1], word[2], word[3]);
+        if (has_beside) {
+            word[0] = add_pair(word[0], other[j].x), word[1] = add_pair(word[1], other[j].y);
+            word[2] = add_pair(word[2], other[j].z), word[3] = add_pair(word[3], other[j].w);
         }
+        if (pixel >= 0) out[pixel + j * 4] = make_uint4(word[0], word[1], word[2], word[3]);
     }
 }
 
@@ -232,18 +247,25 @@ extern "C" __global__ void __launch_bounds__(384, 1) convolve(
                 if (++sa == NA) sa = 0, pa ^= 1;
             }
         }
+        uint4 other[MB][2][N / 32];
+        constexpr bool EARLY = MB * N <= 192;  // registers enough for the whole tile: it comes while products still run
+        if (EARLY) {
+#pragma unroll
+            for (int i = 0; i < 2 * MB; i++)
+                load_beside(other[i / 2][i % 2], beside, find_pixel(tile, group * MB + i / 2, i % 2, warp, lane, height, width));
+        }
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        // The compiler does not see that products write their totals until here.
+#pragma unroll
+        for (int m = 0; m < MB; m++)
+#pragma unroll
+            for (int i = 0; i < N / 2; i++) asm volatile("" : "+f"(total[m][i])::"memory");
         if (lane == 0) arrive(empty_b + last_b * 8), arrive(empty_a + last_a * 8);
 #pragma unroll
-        for (int m = 0; m < MB; m++) {
-            int block = group * MB + m;
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                int y = tile.row + block / (TW / 8) * 8 + warp % 4 * 2 + half;
-                int x = tile.column + block % (TW / 8) * 8 + lane / 4;
-                u64 pixel = (((u64)tile.frame * height + y) * width + x) * (C_OUT / 8) + tile.first / 8;
-                store_block(total[m], bias_f + tile.first, beside, out, y < height && x < width, pixel, half, lane);
-            }
+        for (int i = 0; i < 2 * MB; i++) {
+            long long pixel = find_pixel(tile, group * MB + i / 2, i % 2, warp, lane, height, width);
+            if (!EARLY) load_beside(other[i / 2][i % 2], beside, pixel);
+            store_block(total[i / 2], bias_f + tile.first, other[i / 2][i % 2], beside, out, pixel, i % 2, lane);
         }
     }
 }

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.cuda import _utils as cuda
 
 _KC = 32
 """Input channels of a step: rows of 64 bytes in shared memory."""
@@ -99,6 +98,27 @@ __device__ __forceinline__ void wgmma(float (&d)[{count}], unsigned long long a,
     return defines + product + Path(__file__).with_suffix(".cu").read_text()
 
 
+@functools.cache
+def _driver() -> Any:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def find_compiler(packages: Path) -> Any:
+    """CUDA's runtime compiler: the one that is loaded or installed, else the one beside torch.
+
+    Args:
+        packages: Where Python's packages lie.
+    """
+    version = (torch.version.cuda or "").split(".")[0]
+    found = [f"libnvrtc.so.{version}", *map(str, sorted(packages.glob("nvidia/*/lib/libnvrtc.so.*")))]
+    for name in found:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise RuntimeError(f"CUDA's runtime compiler was not found; tried {', '.join(found)}")
+
+
 def compile_source(source: str, library: Any, architecture: str = "sm_90a") -> bytes:
     """Machine code, by the runtime compiler; its messages are the error."""
     program = ctypes.c_void_p()
@@ -122,8 +142,8 @@ def compile_source(source: str, library: Any, architecture: str = "sm_90a") -> b
 def _load(channels_in: int, channels_out: int, cut: Cut, device: int) -> ctypes.c_void_p:
     """The function, on its device."""
     assert cut.shared_bytes <= _MOST_SHARED
-    code = compile_source(make_source(channels_in, channels_out, cut), cuda._get_nvrtc_library())
-    driver, module, function = cuda._get_cuda_library(), ctypes.c_void_p(), ctypes.c_void_p()
+    code = compile_source(make_source(channels_in, channels_out, cut), find_compiler(Path(torch.__file__).parents[1]))
+    driver, module, function = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
     with torch.cuda.device(device):
         _check(driver.cuModuleLoadData(ctypes.byref(module), code))
         _check(driver.cuModuleGetFunction(ctypes.byref(function), module, b"convolve"))
@@ -150,7 +170,7 @@ def _describe(frames_THWC: Tensor, cut: Cut) -> ctypes.Array[Any]:
     start = -ctypes.addressof(raw) % 64
     found = (ctypes.c_char * 128).from_buffer(raw, start)
     _check(
-        cuda._get_cuda_library().cuTensorMapEncodeTiled(
+        _driver().cuTensorMapEncodeTiled(
             ctypes.byref(found), bfloat16, rank, ctypes.c_void_p(frames_THWC.data_ptr()),
             (ctypes.c_uint64 * rank)(*sizes), (ctypes.c_uint64 * (rank - 1))(*(2 * stride for stride in strides)),
             (ctypes.c_uint32 * rank)(*box), (ctypes.c_uint32 * rank)(*[1] * rank),
@@ -205,6 +225,6 @@ def convolve(
     arguments = (ctypes.c_void_p * len(given_values))(*map(ctypes.addressof, given_values))
     programs = min(num_tiles, torch.cuda.get_device_properties(device).multi_processor_count)
     stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-    launch = cuda._get_cuda_library().cuLaunchKernel
+    launch = _driver().cuLaunchKernel
     _check(launch(function, programs, 1, 1, 384, 1, 1, cut.shared_bytes, stream, arguments, None))
     return out

@@ -104,7 +104,7 @@ def _store(  # type: ignore[no-untyped-def]
     tl.store(out + at, result, mask=written)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit(do_not_specialize=["num", "height", "width"])  # type: ignore[untyped-decorator, unused-ignore]
 def _convolve(  # type: ignore[no-untyped-def]
     before, new, weight_wide, weight_narrow, bias, beside, out,
     num, height, width, channels_in, channels_out, stride_t, stride_h, stride_w, jump_t, jump_h, jump_w,
