@@ -25,6 +25,7 @@ from tests.bench.rollout_models import decode_milliseconds, make_vae_network
 from tests.bench.rollout_rows import Settings
 from workers.model import fused_conv, halo_conv, tile_conv
 from workers.model.backbones import find_backbone
+from workers.model.fused import normalise_into
 from workers.model.halo_conv import Cut
 from workers.model.tile_conv import Result, Tiles
 from workers.model.wan_decode_weights import Route
@@ -269,6 +270,14 @@ def right_modes() -> list[bool]:
     return found
 
 
+def measure_norm(shape: Shape) -> dict[str, Any]:
+    """Norm and SiLU of what a convolution reads."""
+    x = torch.randn(shape.frames, shape.height, shape.width, shape.channels, device="cuda", dtype=torch.bfloat16)
+    gamma, out = torch.ones(shape.channels, device="cuda", dtype=torch.bfloat16), torch.empty_like(x)
+    taken = milliseconds(lambda: normalise_into(out, x, gamma, silu=True))
+    return {"input": shape.name, "ms": taken, "gb_s": 2e-6 * x.nbytes / taken, "ms_of_a_chunk": taken * shape.count}
+
+
 def profile(vae: WanVae, chunk: Tensor, num_kernels: int = 25) -> list[dict[str, Any]]:
     """Kernels of one chunk in the middle of a video, by time."""
     stream = vae.stream()
@@ -328,6 +337,7 @@ def main() -> None:
             report(f"wan_conv-kernels-{route}", kernels, f"One chunk by route {route}.")
         except Exception as problem:
             print(f"no profile: {type(problem).__name__}: {problem}")
+    report("wan_conv-norms", [measure_norm(shape) for shape in SHAPES[:5]], "Norm and SiLU before convolutions.")
     rows: list[dict[str, Any]] = []
     note = f"Least possible for all: {sum(shape.tera * shape.count for shape in SHAPES):.1f} TFLOP. By numbers: tma "
     note += f"{', '.join(Tiles._fields)}; halo {', '.join(Cut._fields)}."
