@@ -27,7 +27,7 @@ from tests.bench.record import report
 from tests.bench.rollout_rows import BASELINE, ROWS, BrokenDevice, RowResult, Settings, as_table, make_row
 from workers.kernels.select import Hardware, KernelNeed, Load, choose, load_kernel
 from workers.model.backbones import find_backbone
-from workers.model.wan_fast_decode import Route
+from workers.model.wan_decode_weights import Route
 
 FIRST = ("self-forcing native", "rolling-forcing native", BASELINE)
 LAST = ("wan2.1-14b bounded", "radial", "flowcache", "flowcache + radial", "annca", "svg")

@@ -31,7 +31,7 @@ from workers.model.compiled import compile_around_attention
 from workers.model.dit import CausalDiT
 from workers.model.rope import grid_positions
 from workers.model.vae import PictureDecoder, to_pictures
-from workers.model.wan_fast_decode import Route
+from workers.model.wan_decode_weights import Route
 from workers.model.wan_vae import WanVae, make_wan_vae
 from workers.rollout import CleanChunk, Rollout, RolloutPlan
 from workers.rollouts.beside import work_beside

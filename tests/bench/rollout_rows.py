@@ -17,7 +17,7 @@ import torch
 
 from workers.kernels.select import Hardware
 from workers.model.backbones import Backbone, find_backbone
-from workers.model.wan_fast_decode import Route
+from workers.model.wan_decode_weights import Route
 
 BASELINE = "dense"
 """The row that ratios are taken against: full history with the fastest dense kernel of the run."""

@@ -20,7 +20,7 @@ from tests.bench.rollout import machine
 from tests.bench.rollout_models import decode_milliseconds, make_vae_network
 from tests.bench.rollout_rows import Settings
 from workers.model.backbones import find_backbone
-from workers.model.wan_fast_decode import Route
+from workers.model.wan_decode_weights import Route
 from workers.model.wan_vae import WanVae
 
 TERA_PER_LATENT_FRAME = 13.47

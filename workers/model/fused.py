@@ -55,23 +55,36 @@ def rotate_into(out_BKND: Tensor, x_BKND: Tensor, cos: Tensor, sin: Tensor) -> N
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _normalise(  # type: ignore[no-untyped-def]
     x, gamma, out, num_pixels, height, width, stride_t, stride_h, channels, scale,
-    SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_P pixels with all their channels. Roundings are those of the plain form, in its order."""
+    """One program: BLOCK_P pixels with all their channels. Roundings are those of the plain form, in its order.
+
+    Channels come in pieces, since three times a power of two would leave a quarter of the threads idle, and twice: the
+    second time from a cache. Quotients are products with inverses, which take a third of the instructions.
+    """
     pixel = (tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P))[:, None]
-    channel = tl.arange(0, BLOCK_C)[None, :]
-    there = (pixel < num_pixels) & (channel < channels)
     kind = out.dtype.element_ty
-    value = tl.load(x + pixel.to(tl.int64) * channels + channel, mask=there, other=0.0).to(tl.float32)
-    length = tl.maximum(tl.sqrt(tl.sum(value * value, 1)), 1e-12)[:, None]
-    weight = tl.load(gamma + channel, mask=channel < channels, other=0.0).to(tl.float32)
-    unit = (value / length).to(kind).to(tl.float32)
-    result = ((unit * scale).to(kind).to(tl.float32) * weight).to(kind).to(tl.float32)
-    if SILU:
-        result = result / (1.0 + tl.exp(-result))
+    at_x = x + pixel.to(tl.int64) * channels
+    squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for piece in tl.static_range(PIECES):
+        channel = piece * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+        value = tl.load(at_x + channel, mask=(pixel < num_pixels) & (channel < channels), other=0.0).to(tl.float32)
+        squares += value * value
+    inverse = (1.0 / tl.maximum(tl.sqrt(tl.sum(squares, 1)), 1e-12))[:, None]
     line = pixel // width
     at = (line // height).to(tl.int64) * stride_t + (line % height).to(tl.int64) * stride_h
-    tl.store(out + at + (pixel % width).to(tl.int64) * channels + channel, result.to(kind), mask=there)
+    at_out = out + at + (pixel % width).to(tl.int64) * channels
+    for piece in tl.static_range(PIECES):
+        channel = piece * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+        there = (pixel < num_pixels) & (channel < channels)
+        value = tl.load(at_x + channel, mask=there, other=0.0).to(tl.float32)
+        weight = tl.load(gamma + channel, mask=channel < channels, other=0.0).to(tl.float32)
+        unit = (value * inverse).to(kind).to(tl.float32)
+        result = ((unit * scale).to(kind).to(tl.float32) * weight).to(kind).to(tl.float32)
+        if SILU:
+            grown = 1.0 + tl.exp2(result * -1.4426950408889634)
+            result = result * tl.rsqrt(grown * grown)
+        tl.store(at_out + channel, result.to(kind), mask=there)
 
 
 def normalise_into(out_THWC: Tensor, x_THWC: Tensor, gamma_C: Tensor, *, silu: bool) -> None:
@@ -87,11 +100,14 @@ def normalise_into(out_THWC: Tensor, x_THWC: Tensor, gamma_C: Tensor, *, silu: b
     assert out_THWC.shape == x_THWC.shape
     assert out_THWC.stride()[2:] == (channels, 1)
     num_pixels = num * height * width
-    block_c = triton.next_power_of_2(channels)
-    block_p = max(1, 4096 // block_c)
+    block_c = channels & -channels  # the greatest power of two that divides it
+    if block_c < 32:
+        block_c = triton.next_power_of_2(channels)
+    pieces = triton.cdiv(channels, block_c)
+    block_p = max(1, 4096 // triton.next_power_of_2(channels))
     _normalise[(triton.cdiv(num_pixels, block_p),)](
         x_THWC, gamma_C, out_THWC, num_pixels, height, width, *out_THWC.stride()[:2], channels, channels**0.5,
-        SILU=silu, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
+        SILU=silu, BLOCK_P=block_p, BLOCK_C=block_c, PIECES=pieces, num_warps=4,
     )  # fmt: skip
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from workers.model.backbones import Backbone
 from workers.model.umt5 import import_library
-from workers.model.wan_fast_decode import FastWanDecoder, Route
+from workers.model.wan_decode_weights import Route
+from workers.model.wan_fast_decode import FastWanDecoder
 
 
 def make_wan_vae(backbone: Backbone) -> nn.Module:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.wan_files import TINY, make_vae_tensors
-from workers.model.wan_fast_decode import fold_enlargement
+from workers.model.wan_decode_weights import fold_enlargement
 from workers.model.wan_vae import WanVae, make_wan_vae
 
 SIZE = (4, 6)
@@ -125,6 +125,11 @@ def test_an_enlargement_is_folded_into_its_convolution() -> None:
         for column in range(2):
             phase = folded[:, row, column, :, row : row + 4, column : column + 6]
             torch.testing.assert_close(phase, expected[:, :, row::2, column::2])
+
+
+def test_a_route_that_needs_another_gpu_is_refused(vae: WanVae) -> None:
+    with pytest.raises(ValueError, match=r"needs compute capability 9\.0"):
+        WanVae(vae.module, fast=True, route="halo")
 
 
 def test_latents_are_normalised_both_ways(vae: WanVae) -> None:

@@ -1,0 +1,230 @@
+"""A causal 3x3x3 convolution in CUDA for compute capability 9.0 and bfloat16: see halo_conv.cu.
+
+Next to `tile_conv` it reads a tile's inputs once for nine places of the kernel instead of once for each, and takes
+numbers of channels that are no power of two, such as 96, without filling them up. Compiled when first used, by the
+compiler that comes with torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_KC = 32
+"""Input channels of a step: rows of 64 bytes in shared memory."""
+FEWEST = 32
+"""Channels out; fewer are filled up, which costs little: where they are few, reading inputs takes longest."""
+_MOST_SHARED = 227 * 1024 - 4096
+"""Bytes for slots, beside the bias and barriers."""
+
+
+class Cut(NamedTuple):
+    """How a product is cut."""
+
+    channels: int
+    rows: int = 16
+    columns: int = 16
+    slots_a: int = 3
+    slots_b: int = 6
+    plain: bool = False
+    """Inputs lie in shared memory by eight channels, each pixel beside the next; otherwise by 32, swizzled."""
+
+    @property
+    def shared_bytes(self) -> int:
+        slot_a = -(-(self.rows + 2) * (self.columns + 2) * _KC * 2 // 1024) * 1024
+        return self.slots_a * slot_a + self.slots_b * 3 * self.channels * _KC * 2 + 1024
+
+
+def takes(channels_in: int, channels_out: int) -> bool:
+    """Whether these numbers of channels divide into its tiles."""
+    return channels_in % _KC == 0 and (channels_out % 96 == 0 or channels_out == FEWEST)
+
+
+def choose_cut(channels_out: int) -> Cut:
+    if channels_out == FEWEST:
+        return Cut(FEWEST, slots_b=9)
+    return Cut(192, slots_b=4) if channels_out % 192 == 0 else Cut(96)
+
+
+def pack_weight(weight_OITHW: Tensor, channels: int) -> Tensor:
+    """Weights as they lie in shared memory: [out / N, time, in / 32, row, column, N, 32], each row swizzled.
+
+    Args:
+        weight_OITHW: Of the convolution.
+        channels: N, those of a tile.
+    """
+    out, channels_in = weight_OITHW.shape[:2]
+    parts = weight_OITHW.reshape(out // channels, channels, channels_in // _KC, 4, 8, 3, 3, 3)
+    parts = parts.permute(0, 5, 2, 6, 7, 1, 3, 4)  # tile, time, step, row, column, N, quarter of a row, 8
+    n, quarter = torch.arange(channels)[:, None], torch.arange(4)[None, :]
+    # Bits 4 and 5 of an address are combined with bits 7 and 8, which count pairs of rows.
+    place = (quarter ^ (n >> 1 & 3)).to(weight_OITHW.device)
+    swizzled = parts.gather(-2, place[:, :, None].expand(parts.shape))
+    return swizzled.flatten(-2).contiguous()
+
+
+def make_source(channels_in: int, channels_out: int, cut: Cut) -> str:
+    """CUDA of one convolution."""
+    count = cut.channels // 2
+    numbers = ", ".join(f"%{i}" for i in range(count))
+    outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    product = f"""
+__device__ __forceinline__ void wgmma(float (&d)[{count}], unsigned long long a, unsigned long long b, int adds) {{
+    asm volatile(
+        "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + 2}, 0;\\n"
+        "wgmma.mma_async.sync.aligned.m64n{cut.channels}k16.f32.bf16.bf16 "
+        "{{{numbers}}}, %{count}, %{count + 1}, p, 1, 1, 0, 0;\\n}}"
+        : {outputs} : "l"(a), "l"(b), "r"(adds));
+}}
+"""
+    names = {
+        "C_IN": channels_in,
+        "C_OUT": channels_out,
+        "N": cut.channels,
+        "TH": cut.rows,
+        "TW": cut.columns,
+        "MB": cut.rows * cut.columns // 128,
+        "NA": cut.slots_a,
+        "NB": cut.slots_b,
+        "PLAIN": int(cut.plain),
+    }
+    defines = "\n".join(f"#define {name} {value}" for name, value in names.items())
+    return defines + product + Path(__file__).with_suffix(".cu").read_text()
+
+
+@functools.cache
+def _driver() -> Any:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def find_compiler(packages: Path) -> Any:
+    """CUDA's runtime compiler: the one that is loaded or installed, else the one beside torch.
+
+    Args:
+        packages: Where Python's packages lie.
+    """
+    version = (torch.version.cuda or "").split(".")[0]
+    found = [f"libnvrtc.so.{version}", *map(str, sorted(packages.glob("nvidia/*/lib/libnvrtc.so.*")))]
+    for name in found:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise RuntimeError(f"CUDA's runtime compiler was not found; tried {', '.join(found)}")
+
+
+def compile_source(source: str, library: Any, architecture: str = "sm_90a") -> bytes:
+    """Machine code, by the runtime compiler; its messages are the error."""
+    program = ctypes.c_void_p()
+    assert library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"halo_conv.cu", 0, None, None) == 0
+    options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
+    failed = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+    size = ctypes.c_size_t()
+    if failed:
+        library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        library.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(log.value.decode())
+    library.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    code = ctypes.create_string_buffer(size.value)
+    library.nvrtcGetCUBIN(program, code)
+    library.nvrtcDestroyProgram(ctypes.byref(program))
+    return code.raw
+
+
+@functools.cache
+def _load(channels_in: int, channels_out: int, cut: Cut, device: int) -> ctypes.c_void_p:
+    """The function, on its device."""
+    assert cut.shared_bytes <= _MOST_SHARED
+    code = compile_source(make_source(channels_in, channels_out, cut), find_compiler(Path(torch.__file__).parents[1]))
+    driver, module, function = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
+    with torch.cuda.device(device):
+        _check(driver.cuModuleLoadData(ctypes.byref(module), code))
+        _check(driver.cuModuleGetFunction(ctypes.byref(function), module, b"convolve"))
+        most_dynamic = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _check(driver.cuFuncSetAttribute(function, most_dynamic, cut.shared_bytes))
+    return function
+
+
+def _check(status: int) -> None:
+    if status:
+        raise RuntimeError(f"CUDA driver error {status}")
+
+
+def _describe(frames_THWC: Tensor, cut: Cut) -> ctypes.Array[Any]:
+    """A tensor map: boxes of a tile with its border; what lies outside arrives as zeros."""
+    num, height, width, channels = frames_THWC.shape
+    sizes, strides = [channels, width, height, num], [channels, channels * width, channels * width * height]
+    box = [_KC, cut.columns + 2, cut.rows + 2, 1]
+    if cut.plain:
+        sizes, strides = [8, width, height, channels // 8, num], [*strides[:2], 8, strides[2]]
+        box = [8, cut.columns + 2, cut.rows + 2, _KC // 8, 1]
+    rank, bfloat16, swizzle_64, promote_128 = len(sizes), 9, 2, 2
+    raw = ctypes.create_string_buffer(192)
+    start = -ctypes.addressof(raw) % 64
+    found = (ctypes.c_char * 128).from_buffer(raw, start)
+    _check(
+        _driver().cuTensorMapEncodeTiled(
+            ctypes.byref(found), bfloat16, rank, ctypes.c_void_p(frames_THWC.data_ptr()),
+            (ctypes.c_uint64 * rank)(*sizes), (ctypes.c_uint64 * (rank - 1))(*(2 * stride for stride in strides)),
+            (ctypes.c_uint32 * rank)(*box), (ctypes.c_uint32 * rank)(*[1] * rank),
+            0, 0 if cut.plain else swizzle_64, promote_128, 0,
+        )
+    )  # fmt: skip
+    return found
+
+
+def convolve(
+    before_THWC: Tensor | None,
+    new: Sequence[Tensor],
+    packed: Tensor,
+    bias_O: Tensor,
+    beside_THWC: Tensor | None = None,
+    cut: Cut | None = None,
+) -> Tensor:
+    """Result [T, H, W, O], plus `beside` if given; pictures are bordered by zeros.
+
+    Args:
+        before_THWC: The two frames before the first; None: zeros.
+        new: Frames [T, H, W, C] in one or two pieces, so that the last may be kept as they are for the next call.
+        packed: `pack_weight` for the channels of the cut.
+        bias_O: Of the convolution.
+        beside_THWC: In the shape of the result, which it is added to after rounding.
+        cut: How to do it if not as `choose_cut` says. All tensors are contiguous and bfloat16.
+    """
+    fresh, last = new[0], new[-1]
+    height, width, channels = fresh.shape[1:]
+    num, out_channels = sum(map(len, new)), len(bias_O)
+    cut = cut or choose_cut(out_channels)
+    out = fresh.new_empty((num, height, width, out_channels))
+    for given in (before_THWC, *new, packed, bias_O, beside_THWC):
+        assert given is None or (given.is_contiguous() and given.dtype == torch.bfloat16)
+    assert len(new) <= 2
+    assert last.shape[1:] == fresh.shape[1:]
+    assert packed.shape == (out_channels // cut.channels, 3, channels // _KC, 3, 3, cut.channels, _KC)
+    assert beside_THWC is None or beside_THWC.shape == out.shape
+    assert before_THWC is None or before_THWC.shape == (2, *fresh.shape[1:])
+    device = fresh.get_device()
+    function = _load(channels, out_channels, cut, device)
+    assert device == torch.cuda.current_device()
+    num_tiles = num * -(-height // cut.rows) * -(-width // cut.columns) * (out_channels // cut.channels)
+    maps = [_describe(frames, cut) for frames in (fresh if before_THWC is None else before_THWC, fresh, last)]
+    beside = 0 if beside_THWC is None else beside_THWC.data_ptr()
+    given_values: list[Any] = [
+        *maps,
+        *map(ctypes.c_void_p, (packed.data_ptr(), bias_O.data_ptr(), beside, out.data_ptr())),
+    ]
+    numbers = (before_THWC is not None, len(fresh), num, height, width, num_tiles)
+    given_values += map(ctypes.c_int, numbers)
+    arguments = (ctypes.c_void_p * len(given_values))(*map(ctypes.addressof, given_values))
+    programs = min(num_tiles, torch.cuda.get_device_properties(device).multi_processor_count)
+    stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+    launch = _driver().cuLaunchKernel
+    _check(launch(function, programs, 1, 1, 384, 1, 1, cut.shared_bytes, stream, arguments, None))
+    return out
