@@ -35,7 +35,7 @@ from workers.cache.unrotated import TurnBack
 
 _SUMMED_BYTES = 3 * 10**8
 """Of the sums of values of all heads; beyond, some heads are collected after the others."""
-_MOVED_BYTES = 6 * 10**7
+_MOVED_BYTES = 8 * 10**7
 """Of codes that move together, those of one head at least."""
 _MOVED_AT_ONCE = 64
 _AVERAGED_AT_ONCE = 16
@@ -262,7 +262,7 @@ def merge_into_codes(
     average_tiles[(s.history_slots // s.tile, heads)](
         k, *buffers[:2], to.mean_NJD, found.source, turn_back.axis_int32_D, turn_back.frequency_D,
         history.start, k.shape[1], s.history_slots, num_keep,
-        TILE=s.tile, D=s.head_dim, EXTRA=s.width - s.head_dim, M=min(ROWS, s.tile), num_warps=4,
+        TILE=s.tile, D=s.head_dim, EXTRA=s.width - s.head_dim, M=min(ROWS, s.tile), num_warps=4, maxnreg=80,
     )  # fmt: skip
     high = float(torch.tensor(NO_KEY).to(k.dtype))
     write_records[(triton.cdiv(num, _RECORDS_AT_ONCE), heads)](

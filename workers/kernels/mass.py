@@ -20,8 +20,10 @@ from torch import Tensor
 from workers.contracts import KeyValues
 from workers.kernels.lse import merge
 
-_NO_KEY = -1e30
-"""In place of -inf in a channel: a kernel multiplies it, and 0 times -inf would spoil the row."""
+_NO_KEY = -(2.0**17)
+"""In place of -inf in a channel: a kernel multiplies it, and 0 times -inf would spoil the row. Far below any logit, and
+not farther: kernels subtract the highest logit of a tile in fused steps, and where a tile holds no key what they round
+off must still be small (with -1e30 FlashAttention-4 gives NaN)."""
 
 
 class AttendScaled(Protocol):

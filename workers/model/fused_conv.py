@@ -100,6 +100,7 @@ def convolve(room_THWC: Tensor, weight_KO: Tensor, bias_O: Tensor, beside_THWC: 
         num_pixels, height, width, room_THWC.stride(0), room_THWC.stride(1), channels, channels_out,
         RUN=run, HAS_BESIDE=beside_THWC is not None,
         PRECISION="ieee" if room_THWC.dtype == torch.float32 else "tf32",
-        BLOCK_M=block_m, BLOCK_K=block_k, WIDE_N=wide, NARROW_N=narrow, num_warps=8, num_stages=4,
+        BLOCK_M=block_m, BLOCK_K=block_k, WIDE_N=wide, NARROW_N=narrow, num_warps=8,
+        num_stages=2 if room_THWC.dtype == torch.float32 else 4,  # of twice the bytes
     )  # fmt: skip
     return out
