@@ -65,6 +65,7 @@ POLICIES: Mapping[PolicyName, Parts] = {
         "attention": {
             "kind": "tiles",
             "density": 0.08,
+            "density_until_full": 0.12,
             "estimate": "exact",
             "history_at": (0,),
             "clean_pass_share": 1 / 3,

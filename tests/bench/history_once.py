@@ -68,7 +68,10 @@ def _spare_15(variant: Variant) -> Variant:
 
 _FAITHFUL = (_pairs(120, 12, 15), _pairs(180, 12, 30), _pairs(180, 30, 30), _pairs(240, 24, 30))
 _TILES = replace(
-    _spare_15(_seen_by_clean_pass(_packed(_own(_pairs(150, 12, 15))), 1 / 3)), name="fastar-tiles", with_pictures=True
+    _spare_15(_seen_by_clean_pass(_packed(_own(_pairs(150, 12, 15))), 1 / 3)),
+    name="fastar-tiles",
+    density_until_full=18 / 150,
+    with_pictures=True,
 )
 ONCE = (
     replace(_SMALL, name="fastar-exact-once"),

@@ -187,7 +187,8 @@ def make_row(variant: Variant, settings: Settings) -> RowResult:
     runs = tile_runs(engine.sizes, always_sink=variant.always_sink, always_recent=variant.always_recent)
     notes = [
         f"{engine.chooser.num_chosen} of {sum(b - a for a, b in runs.candidates)} cached tiles chosen, "
-        f"{round(engine.slots_seen)} slots seen; {_CHOICES.attend_name}; "
+        f"{engine.chooser.num_early} until the table merges, {round(engine.slots_seen)} slots seen; "
+        f"{_CHOICES.attend_name}; "
         f"compiled: {', '.join(_CHOICES.compiled) or 'nothing'}; "
         f"kernels: {', '.join(_CHOICES.kernels if variant.kernels else ()) or 'none'}; fp8: {variant.fp8}; "
         f"tiles chosen at steps {variant.choose_at}"

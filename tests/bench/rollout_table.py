@@ -271,7 +271,8 @@ def _selection_seconds(rollout: CapturedRollout, device: torch.device) -> float:
     return sum(between(a, b) for (_, a), (name, b) in pairwise(marks) if name == "selection")
 
 
-row("fastar-quant")(partial(whole_row, VARIANTS["fastar-quant"]))
+for _name in ("fastar-quant", "fastar-tiles", "fastar-tiles-fp8", "fastar-tiles-fp8-all"):
+    row(_name)(partial(whole_row, VARIANTS[_name]))
 for _name in ("fastar-lsh", "tempcache", "fastar-fp8", "fastar-exact", "fastar-dense-regions", "fastar-20%"):
     row(_name)(partial(short_row, VARIANTS[_name]))
 row("annsa-quant")(partial(annsa_row, "quant"))

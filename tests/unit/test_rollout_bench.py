@@ -162,6 +162,7 @@ def test_the_row_of_the_policy_is_the_policy() -> None:
         chunks["recent_chunks"],
     )
     assert (row.rule, row.storage, row.candidate_tiles) == (cache.merging, cache.storage, cache.candidate_tiles)
+    assert row.density_until_full == pytest.approx(attention.density_until_full)
     assert (row.density, row.estimate, row.history_at) == (
         pytest.approx(attention.density),
         attention.estimate,
