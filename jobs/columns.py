@@ -82,7 +82,7 @@ COLUMNS: tuple[Column, ...] = tuple(
         ("provenance", "model_revision", _S, "hex", "SHA-256 over the weight files."),
         ("provenance", "render_fingerprint", _S, "hex", "SHA-256 of everything that decides pixels."),
         ("provenance", "code_version", _S, "", "Version of Longtake."),
-        ("provenance", "backend", _S, "", "Attention kernel that ran, with its version."),
+        ("provenance", "backend", _S, "", "Attention kernel that ran, with its version; on a GPU also Wan's VAE."),
         ("provenance", "determinism", _S, "", "frames: equal frames_sha256 on any placement, with kills and retries."),
         ("provenance", "gpu_name", _S, "", "The device."),
         ("provenance", "torch_version", _S, "", "Version of PyTorch."),

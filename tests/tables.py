@@ -120,8 +120,8 @@ def make_captured(
 ) -> CapturedRollout:
     """Everything of one rollout; None compiles nothing. Where not all calls look at the history, `parted` attends."""
     device = model.head.modulation.device
-    table = make_table(sizes, model.dtype, device, nearest, work)
     layers = StaticLayers(model, fp8)
+    table = make_table(sizes, model.dtype, device, nearest, work)
     runs = tile_runs(sizes, always_sink=always_sink, always_recent=always_recent)
     settings = settings or CapturedSettings(graphs=device.type == "cuda")
     attention: AttendTable | KeptHistory = attend or make_attend("torch", sizes.tile)

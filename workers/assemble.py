@@ -82,8 +82,13 @@ class LoadedModel:
 
     @property
     def backend(self) -> str:
-        """What computes attention, with its version, as it stands in the manifest."""
-        return self.kernel.version if self.seat is None else self.seat.ways.version
+        """See `backend_of`; over the tile table if there is one."""
+        return self.backend_of(on_table=self.seat is not None)
+
+    def backend_of(self, *, on_table: bool) -> str:
+        """What computes attention, with its version, and what decodes, as it stands in the manifest."""
+        attention = self.seat.ways.version if on_table and self.seat is not None else self.kernel.version
+        return f"{attention}, {self.vae.version}" if self.vae.version else attention
 
     @property
     def latent_size(self) -> tuple[int, int]:

@@ -28,6 +28,7 @@ from workers.kernels.select_listed import ListedChoice, choose_listed, load_part
 from workers.model.backbones import Backbone
 from workers.model.dit import CausalDiT
 from workers.model.fp8_linears import PRODUCTS_FROM, Fp8Linears
+from workers.model.resting import give_back_memory, wake_weights
 from workers.model.rope import grid_positions
 from workers.model.static_layers import StaticLayers
 from workers.rollouts.captured import CapturedRollout, CapturedSettings
@@ -223,10 +224,10 @@ class TableSeat:
         return self._rollout
 
     def release(self) -> None:
-        """Give the memory back; the next take makes a new one."""
+        """Give the memory back, and the model its weights; the next take makes a new one."""
         self._rollout = None
-        if self._dit.head.modulation.device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back_memory(self._dit.head.modulation.device)
+        wake_weights(self._dit)
 
     @torch.inference_mode()
     def rehearse(self) -> None:
@@ -253,7 +254,8 @@ class TableSeat:
         s, dit, ways = self.settings, self._dit, self.ways
         device = dit.head.modulation.device
         work: TableWork = "kernels" if ways.kernels else "groups"
-        table, layers = make_table(s, dit.dtype, device, ways.nearest, work), StaticLayers(dit, ways.fp8)
+        layers = StaticLayers(dit, ways.fp8)  # first: it may make room
+        table = make_table(s, dit.dtype, device, ways.nearest, work)
         runs = runs_of(self._attention, s)
         choice = choice_settings(self._attention, s, runs, fused=ways.kernels)
         attend: AttendTable | KeptHistory = ways.listed.attend

@@ -327,7 +327,7 @@ def summarise(
         crf=video.crf,
         model_id=backbone.name,
         model_revision=model.revision,
-        backend=model.backend if parts.on_table else model.kernel.version,
+        backend=model.backend_of(on_table=parts.on_table),
         kv_policy=parts.cache_name,
         kv_bytes=kv_bytes,
         kv_compression_ratio=dense_bytes / kv_bytes if kv_bytes else None,

@@ -83,7 +83,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backbone", default="self-forcing-1.3b", help="model of the rows that name none")
     parser.add_argument("--flashinfer", action="store_true", help="build FlashInfer's dense kernel meanwhile (1-2 min)")
     parser.add_argument("--chunks", type=int, default=8, help="chunks of each figure")
-    parser.add_argument("--vae", choices=get_args(Route), help="how the VAE decodes; the fastest way is found without")
+    parser.add_argument("--vae", choices=get_args(Route), help="how the VAE decodes; without, as the product does here")
     parser.add_argument("--suffix", default="", help="of the result file, for a run of further rows")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)

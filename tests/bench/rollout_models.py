@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cluster.object_store import open_store
 from tests.bench.random_wan import PICTURE_CONTRAST
-from tests.bench.rollout_rows import Settings, is_device_broken, release_memory
+from tests.bench.rollout_rows import Settings
 from workers.assemble import LoadedModel, TakeParts, prepare_take
 from workers.assemble_policies import make_attention
 from workers.config import BackboneConfig, GuardConfig, RenderConfig, SamplingConfig, VideoConfig
@@ -31,7 +31,6 @@ from workers.model.compiled import compile_around_attention
 from workers.model.dit import CausalDiT
 from workers.model.rope import grid_positions
 from workers.model.vae import PictureDecoder, to_pictures
-from workers.model.wan_decode_weights import Route
 from workers.model.wan_vae import WanVae, make_wan_vae
 from workers.rollout import CleanChunk, Rollout, RolloutPlan
 from workers.rollouts.beside import work_beside
@@ -41,8 +40,6 @@ from workers.video.writer import VideoWriter
 
 SEED = 7
 _COMPILED: dict[int, CausalDiT] = {}
-_VAE_ROUTES: dict[tuple[int, int], tuple[Route, str]] = {}
-"""By latent size: the fastest, and what each took."""
 _ENDLESS = 100_000
 """Chunks of a plan that is left when enough of it was timed, so that no chunk is a last one, which is cheaper."""
 
@@ -81,33 +78,9 @@ def make_vae_network(settings: Settings) -> nn.Module:
 
 
 def make_vae(settings: Settings) -> tuple[WanVae, str]:
-    """The decoder that takes least here, and what each took for a chunk; found out once per process."""
-    network = make_vae_network(settings)
-    if settings.device.type != "cuda":
-        return WanVae(network), "VAE by the library"
-    if settings.vae_route is not None:
-        return WanVae(network, route=settings.vae_route), f"VAE by {settings.vae_route}, as asked"
-    if settings.latent_size not in _VAE_ROUTES:
-        _VAE_ROUTES[settings.latent_size] = _choose_route(network, settings)
-    route, said = _VAE_ROUTES[settings.latent_size]
-    return WanVae(network, route=route), said
-
-
-def _choose_route(network: nn.Module, settings: Settings) -> tuple[Route, str]:
-    latents = torch.randn(1, settings.backbone.chunk_latent_frames, 16, *settings.latent_size, device=settings.device)
-    taken: dict[Route, float] = {}
-    failed = []
-    for route in get_args(Route):
-        try:
-            taken[route] = decode_milliseconds(WanVae(network, route=route), latents)
-        except Exception as error:
-            if is_device_broken(error):
-                raise
-            failed.append(f"; not {route}: {type(error).__name__}: {str(error).strip()[:80]}")
-        release_memory(settings.device)
-    best = min(taken, key=lambda route: taken[route])
-    each = ", ".join(f"{route} {ms:.4g} ms" for route, ms in taken.items())
-    return best, f"VAE by {best} (a chunk alone: {each}{''.join(failed)})"
+    """The product's decoder, unless another is asked for; and which it is."""
+    vae = WanVae(make_vae_network(settings), route=settings.vae_route)
+    return vae, vae.version or "VAE by the library"
 
 
 def decode_milliseconds(vae: WanVae, latents_BTCHW: Tensor, num_timed: int = 3) -> float:

@@ -45,7 +45,7 @@ class Settings:
     flow_latent_frames: int = 40
     """FlowCache's budget."""
     vae_route: Route | None = None
-    """How the VAE decodes; None has every way tried once, which takes a while."""
+    """How the VAE decodes; None is the product's choice."""
     has_flashinfer: bool = False
     """Its kernels are built, which takes over a minute."""
     ends_at: float = float("inf")

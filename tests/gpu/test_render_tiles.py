@@ -10,11 +10,15 @@ import pytest
 import torch
 
 from tests.tile_takes import SMALL, render
-from workers.assemble import LoadedModel, load_model
+from workers.assemble import LADDER, LoadedModel, load_model
 from workers.assemble_tiles import TableSeat
 from workers.config import RenderConfig
+from workers.geometry import fp8_saved_bytes
 from workers.kernels.select import Hardware, KernelNeed
 from workers.kernels.select_listed import choose_listed
+from workers.model.fp8_linears import Fp8Linears
+from workers.model.resting import wake_weights
+from workers.model.static_layers import StaticLayers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -22,6 +26,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def make_model(**fields: Any) -> LoadedModel:
     record = {"policy": "fastar-tiles", "cache": SMALL, "attention": {"density": 0.3}, **fields}
     return load_model(RenderConfig.model_validate(record))
+
+
+def need_products() -> None:
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs products of 8-bit floats")
 
 
 def with_ways(model: LoadedModel, **changes: Any) -> LoadedModel:
@@ -52,8 +61,7 @@ def test_what_a_gpu_may_lack_changes_rounding_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_products_of_8_bits_stay_near_those_of_the_models_dtype(tmp_path: Path, dtype: str, compiled: bool) -> None:
-    if torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("needs products of 8-bit floats")
+    need_products()
     backbone = {"dtype": dtype, "compiled": compiled}
     results = [
         render(make_model(backbone=backbone | {"fp8": fp8}), tmp_path, task_id=f"{fp8}-0")
@@ -62,3 +70,41 @@ def test_products_of_8_bits_stay_near_those_of_the_models_dtype(tmp_path: Path, 
     assert len({result.frames_sha256 for result in results}) == 4
     for result in results[1:]:
         assert abs(result.quality.mean_luma - results[0].quality.mean_luma) < 4
+
+
+@pytest.mark.parametrize("fp8", ["ffn", "large", "all"])
+@torch.inference_mode()
+def test_weights_that_codes_stand_for_leave_the_gpu_and_come_back(fp8: Fp8Linears) -> None:
+    need_products()
+    model = make_model(backbone={"dtype": "bfloat16"})
+    full = StaticLayers(model.dit)  # fuses
+    kept = [tensor.clone() for tensor in full.weights[0].qkv[:2]]
+    del full
+    before = torch.cuda.memory_allocated()
+    coded = StaticLayers(model.dit, fp8)
+    saved = fp8_saved_bytes(model.backbone, fp8)
+    assert saved * 0.9 < before - torch.cuda.memory_allocated() < saved * 1.1  # memory is given in pieces
+    with pytest.raises(AssertionError, match="weights rest in host memory"):
+        model.dit(torch.zeros(1, 3, 16, 4, 4), torch.zeros(1, 3), [], lambda index, q, k, v: v)
+    del coded
+    wake_weights(model.dit)
+    assert torch.cuda.memory_allocated() == pytest.approx(before, rel=0.02)
+    for found, expected in zip(StaticLayers(model.dit).weights[0].qkv[:2], kept, strict=True):
+        assert found is not None
+        assert torch.equal(found, expected)
+
+
+def test_weights_are_there_again_for_a_window_and_for_float32(tmp_path: Path) -> None:
+    need_products()
+    plain, coded = (make_model(backbone={"dtype": "bfloat16", "fp8": fp8}) for fp8 in ("none", "all"))
+
+    def render_all(model: LoadedModel) -> list[str]:
+        kinds: tuple[dict[str, Any], ...] = ({}, {"ladder_rung": len(LADDER)}, {}, {"full_precision": True}, {})
+        name = model.config.backbone.fp8
+        return [render(model, tmp_path, task_id=f"{name}{i}-0", **kind).frames_sha256 for i, kind in enumerate(kinds)]
+
+    table, window, again, wide, last = render_all(coded)
+    assert coded.dit.resting
+    exact = render_all(plain)
+    assert (window, wide) == (exact[1], exact[3])
+    assert table == again == last != exact[0]

@@ -62,7 +62,7 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = RmsNorm(dim, backbone.eps), RmsNorm(dim, backbone.eps)
         self._fused: tuple[Tensor, Tensor] | None = None
 
-    def fuse(self) -> None:
+    def fuse(self) -> tuple[Tensor, Tensor]:
         """Queries, keys and values by one product; their weights become views of one, under the names they had."""
         parts = (self.q, self.k, self.v)
         weight = torch.cat([part.weight.detach() for part in parts])
@@ -70,17 +70,19 @@ class SelfAttention(nn.Module):
         for part, w, b in zip(parts, weight.chunk(3), bias.chunk(3), strict=True):
             part.weight.data, part.bias.data = w, b
         self._fused = weight, bias
+        return self._fused
+
+    def unfuse(self) -> None:
+        """The parameters move apart."""
+        self._fused = None
 
     @property
     def fused(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the one product; fuses first."""
-        if self._fused is None:
-            self.fuse()
-        assert self._fused is not None
-        return self._fused
+        return self._fused or self.fuse()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._fused = None  # the parameters move apart
+        self.unfuse()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -214,6 +216,7 @@ class CausalDiT(nn.Module):
             self.control_embedding = nn.Conv3d(b.control_channels, dim, b.patch, b.patch)
         self._run_layer: Callable[..., Tensor] = _run_layer
         self._is_compiled = False
+        self.resting: list[tuple[nn.Linear, Tensor]] = []  # see `resting.py`
         self.reset_parameters()
 
     def reset_parameters(self, *, zero_output: bool = True) -> None:
@@ -318,6 +321,7 @@ class CausalDiT(nn.Module):
             add_after_layer: A control branch; None for models without.
             reuse: May have all layers skipped; None never does.
         """
+        assert not self.resting, "weights rest in host memory: release the tile table, or wake_weights, first"
         height, width = latents_BTCHW.shape[-2:]
         x = self.embed_patches(latents_BTCHW)
         if control_BQE is not None:

@@ -17,7 +17,18 @@ from torch import Tensor, nn
 
 from workers.contracts import PromptKeys
 from workers.model.dit import CausalDiT, Layer, add_gated, modulate
-from workers.model.fp8_linears import Codes, Fp8Linears, Fp8Way, LinearWeights, Norm, Product, multiply, quantise
+from workers.model.fp8_linears import (
+    Codes,
+    Fp8Linears,
+    Fp8Way,
+    LinearWeights,
+    Norm,
+    Product,
+    has_products,
+    multiply,
+    quantise,
+)
+from workers.model.resting import give_back_memory, rest_weights, wake_weights
 from workers.model.rope import Rotation, rotate_in_parts
 
 
@@ -64,14 +75,15 @@ class StaticLayers:
 
     Args:
         model: In evaluation mode, its weights where they stay; without image tokens.
-        fp8: Products in 8-bit floats.
+        fp8: Products in 8-bit floats. Where the device has such, the model's own weights of these layers go to host
+            memory (`resting.py`); `wake_weights`, and whoever makes static layers of the model next, brings them back.
         way: How those are computed.
     """
 
     def __init__(self, model: CausalDiT, fp8: Fp8Linears = "none", way: Fp8Way | None = None) -> None:
         assert not model.backbone.image_dim
         by = way or Fp8Way()
-        self.weights = [_read_layer(layer, fp8, by.vectors) for layer in model.layers]
+        self.weights = _read_layers(model, fp8, by.vectors)
         self.eps = model.backbone.eps
         eps = self.eps
 
@@ -217,6 +229,27 @@ def linear_gelu(x_QI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
 @linear_gelu.register_fake
 def _(x_QI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
     return x_QI.new_empty(x_QI.shape[0], weight_OI.shape[0])
+
+
+def _read_layers(model: CausalDiT, fp8: Fp8Linears, vectors: Collection[str]) -> list[LayerWeights]:
+    wake_weights(model)
+    device = model.head.modulation.device
+    if fp8 == "none" or not has_products(device):
+        return [_read_layer(layer, fp8, vectors) for layer in model.layers]
+    weights = []
+    for layer in model.layers:  # one by one, so that never all are there twice
+        weights.append(_read_layer(layer, fp8, vectors))
+        rest_weights(model, coded_linears(layer, fp8))
+    give_back_memory(device)
+    return weights
+
+
+def coded_linears(layer: Layer, fp8: Fp8Linears) -> list[nn.Linear]:
+    """Those that 8-bit floats stand for."""
+    attention, cross = layer.self_attn, layer.cross_attn
+    coded = [] if fp8 == "none" else [cast(nn.Linear, layer.ffn[0]), cast(nn.Linear, layer.ffn[2])]
+    coded += [attention.q, attention.k, attention.v] if fp8 in ("large", "all") else []
+    return coded + ([attention.o, cross.q, cross.o] if fp8 == "all" else [])
 
 
 def _read_layer(layer: Layer, fp8: Fp8Linears, vectors: Collection[str]) -> LayerWeights:

@@ -29,6 +29,11 @@ class PictureStream(Protocol):
 class PictureDecoder(Protocol):
     """What a rollout asks of a VAE."""
 
+    @property
+    def version(self) -> str:
+        """Who decodes, where pixels depend on it, for the manifest; else empty."""
+        ...
+
     def stream(self) -> PictureStream:
         """A decoder for one video."""
         ...
@@ -50,6 +55,8 @@ class _Residual(nn.Module):
 
 class VideoVAE(nn.Module):
     """Video frames to normalised latents and back."""
+
+    version = ""  # see `PictureDecoder`
 
     def __init__(self) -> None:
         super().__init__()

@@ -6,6 +6,7 @@ chunk by chunk are those of decoding all latents at once. Latents outside are no
 
 from __future__ import annotations
 
+import logging
 from typing import Any, cast
 
 import torch
@@ -13,8 +14,11 @@ from torch import Tensor, nn
 
 from workers.model.backbones import Backbone
 from workers.model.umt5 import import_library
+from workers.model.wan_decode_route import find_route
 from workers.model.wan_decode_weights import Route
 from workers.model.wan_fast_decode import FastWanDecoder
+
+logger = logging.getLogger(__name__)
 
 
 def make_wan_vae(backbone: Backbone) -> nn.Module:
@@ -40,10 +44,10 @@ class WanVae:
     Args:
         module: `make_wan_vae` with weights, in evaluation mode.
         fast: Decode with `FastWanDecoder`: the same pixels up to rounding, made for a GPU. None: where there is one.
-        route: Who convolves in the fast decoder.
+        route: Who convolves in the fast decoder; None: the fastest that can run here, said in one line.
     """
 
-    def __init__(self, module: nn.Module, *, fast: bool | None = None, route: Route = "cudnn") -> None:
+    def __init__(self, module: nn.Module, *, fast: bool | None = None, route: Route | None = None) -> None:
         self.module = module
         network = cast(Any, module)
         weight = network.post_quant_conv.weight
@@ -52,7 +56,15 @@ class WanVae:
         self._mean = torch.tensor(network.config.latents_mean, device=self.device).view(shape)
         self._std = torch.tensor(network.config.latents_std, device=self.device).view(shape)
         is_fast = self.device.type == "cuda" if fast is None else fast
-        self._fast = FastWanDecoder(module, route=route) if is_fast else None
+        if is_fast and route is None:
+            route, line = find_route(weight)
+            logger.info(line)
+        self._fast = FastWanDecoder(module, route=route) if is_fast and route is not None else None
+
+    @property
+    def version(self) -> str:
+        """See `PictureDecoder`."""
+        return "" if self._fast is None else f"VAE by {self._fast.route}"
 
     def stream(self) -> WanDecodeStream | FastDecodeStream:
         """A decoder for latents that come chunk by chunk, from the start of a video."""
