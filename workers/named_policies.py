@@ -78,7 +78,7 @@ POLICIES: Mapping[PolicyName, Parts] = {
     "teacache": {"reuse": {"kind": "teacache"}},
     "flowcache": {"cache": {"kind": "flow"}, "reuse": {"kind": "flowcache"}},
 }
-_INSTEAD_OF = {"density": "seen_latent_frames"}
+_INSTEAD_OF = {"density": ("seen_latent_frames", "density_until_full")}
 """A field that is given beside a policy -> the policy's own that it takes the place of."""
 assert set(POLICIES) == set(get_args(PolicyName))
 
@@ -100,6 +100,6 @@ def fill_in(record: Mapping[str, Any]) -> dict[str, Any]:
                 f"policy: {filled['policy']} stands for {name}.kind: {preset['kind']}, but {name}.kind: {kind} is "
                 "given beside it; leave one of them out"
             )
-        left_out = {other for field, other in _INSTEAD_OF.items() if field in fields}
+        left_out = {other for field, others in _INSTEAD_OF.items() if field in fields for other in others}
         filled[name] = {**{field: value for field, value in preset.items() if field not in left_out}, **fields}
     return filled

@@ -4,6 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from workers.config import AnnSelfAttentionConfig, RenderConfig
+from workers.config_tiles import TileAttentionConfig
 from workers.named_policies import POLICIES, PolicyName
 
 
@@ -51,5 +52,16 @@ def test_a_density_takes_the_place_of_what_the_policy_sees() -> None:
     given = RenderConfig.model_validate({"policy": "fastar-quant", "attention": {"density": 0.4}})
     assert isinstance(given.attention, AnnSelfAttentionConfig)
     assert (given.attention.density, given.attention.seen_latent_frames) == (0.4, None)
+    for config in (as_named, given):
+        assert RenderConfig.model_validate(config.model_dump()) == config
+
+
+def test_a_density_given_beside_the_policy_holds_from_the_start() -> None:
+    as_named = RenderConfig.model_validate({"policy": "fastar-tiles"})
+    given = RenderConfig.model_validate({"policy": "fastar-tiles", "attention": {"density": 0.16}})
+    assert isinstance(as_named.attention, TileAttentionConfig)
+    assert isinstance(given.attention, TileAttentionConfig)
+    assert (as_named.attention.density, as_named.attention.density_until_full) == (0.08, 0.12)
+    assert (given.attention.density, given.attention.density_until_full) == (0.16, None)
     for config in (as_named, given):
         assert RenderConfig.model_validate(config.model_dump()) == config
