@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tests.bench.history_parts import kernel_times
+from tests.bench.record import report
 from tests.packed_checks import check_merge
 from workers.cache import triton_collect, triton_links, triton_pairs
 from workers.cache.packed_history import PackedLayer
@@ -31,6 +32,10 @@ from workers.cache.triton_pairs import find_distances
 from workers.cache.unrotated import TurnBack
 from workers.model.rope import grid_positions
 
+_NOTES = (
+    "One merge of one layer: 234,000 slots of 12 heads in int4, keys a random walk, merged twice before. least_ms: "
+    "what its bytes take; launch settings: the whole merge, and the kernel that is launched otherwise."
+)
 ROWS, COLUMNS = 30, 52
 SIZES = TableSettings(
     num_layers=1,
@@ -202,21 +207,22 @@ def least_gigabytes(s: TableSettings) -> dict[str, float]:
     }
 
 
-def print_kernels(full: FullTable, bandwidth: float) -> None:
+def kernel_rows(full: FullTable, bandwidth: float) -> list[dict[str, Any]]:
     """Of one merge, beside what bytes take; copies that put the table back are left out."""
     full.prepare()
     once, again = kernel_times(full.put_back, 3), kernel_times(full.merge_again, 5)
     times = {name: (ms - once.get(name, (0, 0))[0], calls) for name, (ms, calls) in again.items()}
     least, rest, launches = least_gigabytes(full.sizes), 0.0, 0.0
-    print(f"{'kernel':42} calls      ms   least")
+    rows: list[dict[str, Any]] = []
     for name, (ms, calls) in sorted(times.items(), key=lambda item: -item[1][0]):
         if ms < 0.01:
             rest, launches = rest + ms, launches + calls
             continue
-        by_bytes = f"{least[name] / bandwidth:7.3f}" if name in least else ""
-        print(f"{name[:42]:42} {calls:5.0f} {ms:7.3f} {by_bytes}")
-    print(f"{'what takes less than 0.01 each':42} {launches:5.0f} {rest:7.3f}")
-    print(f"{'sum':42}       {sum(ms for ms, _ in times.values()):7.3f}", flush=True)
+        by_bytes = round(least[name] / bandwidth, 3) if name in least else None
+        rows.append({"kernel": name[:60], "calls": round(calls), "ms": round(ms, 3), "least_ms": by_bytes})
+    rows.append({"kernel": "what takes less than 0.01 each", "calls": round(launches), "ms": round(rest, 3)})
+    rows.append({"kernel": "sum", "ms": round(sum(ms for ms, _ in times.values()), 3)})
+    return rows
 
 
 def merge_ms(full: FullTable, times: int = 7) -> float:
@@ -246,9 +252,9 @@ def changed(changes: Changes) -> Iterator[None]:
             setattr(module, name, value)
 
 
-def print_variants(full: FullTable, expected: dict[str, Tensor]) -> None:
+def variant_rows(full: FullTable, expected: dict[str, Tensor]) -> list[dict[str, Any]]:
     """Of a whole merge and of the kernel that is another."""
-    print(f"\n{'launch settings':42} merge ms  kernel ms  bits", flush=True)
+    rows: list[dict[str, Any]] = []
     for name, kernel, changes in (("as they are", "", {}), *VARIANTS):
         try:
             with changed(changes):
@@ -258,9 +264,11 @@ def print_variants(full: FullTable, expected: dict[str, Tensor]) -> None:
                 took = merge_ms(full)
                 times = kernel_times(full.merge_again, 2)
                 of_kernel = sum(ms for at, (ms, _) in times.items() if kernel and kernel in at)
-                print(f"{name[:42]:42} {took:8.3f} {of_kernel:10.3f}  {'same' if same else 'others'}", flush=True)
+                figures = {"merge_ms": round(took, 3), "ms": round(of_kernel, 3) or None, "same_bits": same}
+                rows.append({"launch_settings": name} | figures)
         except Exception as error:
-            print(f"{name[:42]:42} {type(error).__name__}: {str(error)[:120]}", flush=True)
+            rows.append({"launch_settings": name, "failed": f"{type(error).__name__}: {str(error)[:120]}"})
+    return rows
 
 
 if __name__ == "__main__":
@@ -273,6 +281,7 @@ if __name__ == "__main__":
         full_table = FullTable()
         check_links(full_table)
         written = check_large(full_table)
-        print_kernels(full_table, asked.bandwidth)
-        print_variants(full_table, written)
+        rows = kernel_rows(full_table, asked.bandwidth)
+        report("merge_parts", rows, _NOTES)
+        report("merge_parts", rows + variant_rows(full_table, written), _NOTES)
     print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
