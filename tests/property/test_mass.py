@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from workers.contracts import KeyValues
-from workers.kernels.mass import ROUTES, AttendScaled
+from workers.kernels.mass import ROUTES, AttendScaled, widen
 from workers.kernels.reference import attend_reference
 from workers.kernels.sdpa import attend_sdpa
 
@@ -84,3 +84,15 @@ class TestEveryRoute:
             out, lse = ROUTES[route](attend, q, keys)
             assert out.eq(0).all()
             assert lse.isneginf().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [40, 64, 128])
+def test_a_tile_without_keys_rounds_off_next_to_nothing(dtype: torch.dtype, head_dim: int) -> None:
+    """A kernel subtracts the highest logit as one fused step of float32, whose two products round apart."""
+    zero = torch.zeros(1, 1, 1, head_dim, dtype=dtype)
+    wide = widen(zero, zero, torch.full((1, 1, 1), -torch.inf))
+    logit = float((wide.q_BQND.double() * wide.k_BKND.double()).sum())
+    assert logit * wide.scale < -1000, "below any logit"
+    scaled = torch.tensor(logit * wide.scale / math.log(2), dtype=torch.float64)
+    assert abs(float(scaled - scaled.float().double())) < 0.01

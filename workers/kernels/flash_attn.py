@@ -2,7 +2,7 @@
 
 log m travels in 16 more channels (two of them used), which costs 5% on an H100 where a score function costs 40%.
 Generation 4 on Hopper skips tiles of 128 x 128 or multiples; elsewhere the keys of each query tile are gathered.
-Only prototypes of these calls have run on a GPU, this file has not: tests/gpu/test_flash_attn.py does it.
+Generation 4 has run on an H200 (tests/gpu/test_flash_attn.py), the others on no GPU.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Attention in plain Triton: any tiles, any order of queries and keys, log m added to the logits.
 
-Keys are read where they lie, through the order if there is one, so nothing is gathered or copied first. Equality was
-tested with Triton's interpreter on a CPU; it was not run on a GPU (a plain kernel of this kind reached 290-360 TFLOP/s
-on an H100). Warp specialisation stays off: it hung there with Triton 3.6.
+Keys are read where they lie, through the order if there is one, so nothing is gathered or copied first. Tested with
+Triton's interpreter and on an H200; its speed was not measured (a plain kernel of this kind reached 290-360 TFLOP/s on
+an H100). Warp specialisation stays off: it hung there with Triton 3.6.
 """
 
 from __future__ import annotations
