@@ -34,6 +34,8 @@ SHORT_NAMES: dict[FieldPath, str] = {
 DEPENDS = " Default: depends on the kind."
 ARGUMENT: FieldPath = ("prompts", "url")
 """The one field that is a positional argument of the command."""
+_OUT: FieldPath = ("out",)
+_POLICY: FieldPath = ("render", "policy")
 
 
 @dataclass(frozen=True)
@@ -139,16 +141,18 @@ def with_spec_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def arguments_of(spec: JobSpec) -> list[str]:
-    """A short command line that gives this spec: PROMPTS, a flag for each value that is not the default.
+    """A short command line that gives this spec: PROMPTS, a flag for each value that no default and no policy gives.
 
     What flags cannot say, such as a null where a policy has set a value, stands behind `--set`.
     """
     dumped = spec.model_dump(mode="json")
     arguments = [spec.prompts.url]
     given: dict[FieldPath, Any] = {ARGUMENT: spec.prompts.url}
+    of_policy = build_spec(flags=given | {path: _at(dumped, path) for path in (_OUT, _POLICY)}).model_dump(mode="json")
     for flag in spec_flags():
         value = _at(dumped, flag.path)
-        if flag.path == ARGUMENT or value is None or value == flag.default:
+        usual = flag.default if flag.path in (_OUT, _POLICY) else _at(of_policy, flag.path)
+        if flag.path == ARGUMENT or value is None or value == usual:
             continue
         given[flag.path] = value
         if flag.kind is bool:

@@ -254,3 +254,12 @@ def test_the_command_line_of_a_spec_gives_the_spec_again() -> None:
     spec = build_spec(flags=parsed(given))
     assert build_spec(flags=parsed(arguments_of(spec))) == spec
     assert arguments_of(spec)[:1] == ["p x.txt"]
+
+
+def test_what_a_policy_stands_for_is_not_said_again() -> None:
+    policy = ["p.txt", "--out", "o", "--policy", "fastar-tiles"]
+    said = arguments_of(build_spec(flags=parsed([*policy, "--attention-density", "0.16", "--cache-storage", "model"])))
+    assert not [word for word in said if word.startswith(("--cache-budget", "--cache-merging", "--attention-history"))]
+    assert said[said.index("--attention-density") + 1] == "0.16"
+    assert said[said.index("--cache-storage") + 1] == "model"
+    assert arguments_of(build_spec(flags=parsed(policy)))[-2:] == ["--policy", "fastar-tiles"]
