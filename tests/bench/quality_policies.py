@@ -81,7 +81,7 @@ VARIANTS: dict[str, Record] = {
             (120, 30, 18, 1 / 3, "int4"),
             *((156, 30, seen, 1 / 3, "int4") for seen in (12, 18, 24)),
             *((156, 15, seen, 1 / 3, "int4") for seen in (12, 18)),
-            *((150, 15, seen, 1 / 3, "int4") for seen in (16, 18, 24)),
+            *((150, 15, seen, 1 / 3, "int4") for seen in (12, 16, 18, 24)),
             (150, 15, 18, 1 / 2, "int4"),
             (156, 15, 18, 1 / 3, "model"),
             (180, 30, 18, 1 / 3, "int4"),
