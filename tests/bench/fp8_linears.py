@@ -179,11 +179,11 @@ def all_casts(bench: Bench) -> Iterator[Cast]:
     dim, ffn, tokens = bench.backbone.dim, bench.backbone.ffn_dim, bench.tokens
     x, modulation = bench.draw(tokens, dim), (bench.draw(6, dim, seed=1), bench.draw(bench.frames, 6, dim, seed=2))
     weights = bench.draw(dim, seed=3), bench.draw(dim, seed=4)
-    added, wide = (own.Sum(*_random_product(bench, width)) for width in (dim, ffn))
+    added, wide = (_random_product(bench, width) for width in (dim, ffn))
     heads = bench.draw(bench.backbone.num_heads, tokens, bench.backbone.head_dim).transpose(0, 1)
     first, gated = Norm(*modulation, shift=0), Norm(*modulation, 2, -1, *weights)
 
-    def norm(product: own.Sum | None, warps: int) -> tuple[Tensor, ...]:
+    def norm(product: Product | None, warps: int) -> tuple[Tensor, ...]:
         if product is None:
             return own.norm_codes(x, None, modulation, None, (-1, 0), 1e-6, warps)[1:]
         return own.norm_codes(x, product, modulation, weights, (2, -1), 1e-6, warps)[1:]
@@ -199,16 +199,16 @@ def all_casts(bench: Bench) -> Iterator[Cast]:
     )
     yield Cast(
         "product + stream -> norm -> codes",
-        lambda: norm_codes_plain(x, Product(*added), gated, 1e-6)[1],
+        lambda: norm_codes_plain(x, added, gated, 1e-6)[1],
         by_warps(lambda num: norm(added, num), 2, 4, 8),
         7 * tokens * dim,
     )
     gelu = by_warps(lambda num: own.gelu_codes(wide, num, approximate=True), 4, 8, 16)
     gelu |= {"kernel, 8 warps, exp": lambda: own.gelu_codes(wide, 8, approximate=False)}
-    yield Cast("GELU -> codes", lambda: gelu_codes_plain(Product(*wide)), gelu, 3 * tokens * ffn)
-    value = own.Sum(bench.draw(tokens, ffn, seed=11), None, None, None)
+    yield Cast("GELU -> codes", lambda: gelu_codes_plain(wide), gelu, 3 * tokens * ffn)
+    value = Product(bench.draw(tokens, ffn, seed=11))
     gelu = by_warps(lambda num: own.gelu_codes(value, num, approximate=True), 4, 8, 16)
-    yield Cast("GELU of values -> codes", lambda: gelu_codes_plain(Product(*value)), gelu, 3 * tokens * ffn)
+    yield Cast("GELU of values -> codes", lambda: gelu_codes_plain(value), gelu, 3 * tokens * ffn)
     rows = by_warps(lambda num: own.row_codes(heads, num), 2, 4, 8)
     yield Cast("heads -> codes", lambda: row_codes_plain(heads), rows, 3 * tokens * dim)
 

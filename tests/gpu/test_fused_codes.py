@@ -73,8 +73,7 @@ def test_norm_and_codes_in_one_pass(dtype: torch.dtype, dim: int, case: str) -> 
     product = None if case == "first" else draw_product(dim, dtype, scaled=case != "not scaled")
     norm = Norm(*modulation, *((2, -1, *weights) if case == "with weights" else (-1, 3)))
     places, own = (norm.gate, norm.shift), weights if case == "with weights" else None
-    parts = None if product is None else fused_codes.Sum(*product)
-    out, *codes = fused_codes.norm_codes(x, parts, modulation, own, places, 1e-6)
+    out, *codes = fused_codes.norm_codes(x, product, modulation, own, places, 1e-6)
     stream, expected = norm_codes_plain(x, product, norm, 1e-6)
     torch.testing.assert_close(out, stream, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
     assert_near((codes[0], codes[1]), expected)
@@ -89,7 +88,7 @@ def test_gelu_and_codes_in_one_pass(dtype: torch.dtype, dim: int, scaled: bool, 
     from workers.model import fused_codes
 
     product = draw_product(dim, dtype, scaled=scaled)
-    found = fused_codes.gelu_codes(fused_codes.Sum(*product), approximate=approximate)
+    found = fused_codes.gelu_codes(product, approximate=approximate)
     assert_near(found, gelu_codes_plain(product))
 
 

@@ -211,7 +211,7 @@ def _by_norm(x_QE: Tensor, product: Product | None, norm: Norm, eps: float) -> t
     weights = None if norm.weight_E is None or norm.bias_E is None else (norm.weight_E, norm.bias_E)
     return fused_codes.norm_codes(
         x_QE,
-        None if product is None else fused_codes.Sum(*product),
+        product,
         (norm.modulation_6E, norm.time_T6E),
         weights,
         (norm.gate, norm.shift),
@@ -227,7 +227,7 @@ def _gelu_codes(
         return gelu_codes_plain(Product(sum_QO, scale_Q1, scale_1O, bias_O))
     from workers.model import fused_codes
 
-    return fused_codes.gelu_codes(fused_codes.Sum(sum_QO, scale_Q1, scale_1O, bias_O))
+    return fused_codes.gelu_codes(Product(sum_QO, scale_Q1, scale_1O, bias_O))
 
 
 @torch.library.custom_op("longtake::row_codes", mutates_args=())
@@ -239,26 +239,27 @@ def _row_codes(h_QND: Tensor) -> tuple[Tensor, Tensor]:
     return fused_codes.row_codes(h_QND)
 
 
-def _room(like: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def room_for_codes(like: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Of as many rows: codes and scales, to be filled."""
     code = like.new_empty(like.shape[0], width, dtype=torch.float8_e4m3fn)
     return code, like.new_empty(like.shape[0], 1, dtype=torch.float32)
 
 
 @_norm_codes.register_fake
 def _(x_QE: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return _room(x_QE, x_QE.shape[1])
+    return room_for_codes(x_QE, x_QE.shape[1])
 
 
 @_add_norm_codes.register_fake
 def _(x_QE: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x_QE), *_room(x_QE, x_QE.shape[1])
+    return torch.empty_like(x_QE), *room_for_codes(x_QE, x_QE.shape[1])
 
 
 @_gelu_codes.register_fake
 def _(sum_QO: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return _room(sum_QO, sum_QO.shape[1])
+    return room_for_codes(sum_QO, sum_QO.shape[1])
 
 
 @_row_codes.register_fake
 def _(h_QND: Tensor) -> tuple[Tensor, Tensor]:
-    return _room(h_QND, h_QND.shape[1] * h_QND.shape[2])
+    return room_for_codes(h_QND, h_QND.shape[1] * h_QND.shape[2])

@@ -7,24 +7,17 @@ plain forms are in `fp8_linears.py`; imported where a tensor lies on a GPU, neve
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.model.fp8_linears import Product, room_for_codes
+
 NORM_WARPS, GELU_WARPS, ROW_WARPS = 4, 8, 4
 """Of a program, which does one row."""
-
-
-class Sum(NamedTuple):
-    """Result of a product; with scales of its rows and columns and a bias that are still to be applied, or None."""
-
-    sum_QO: Tensor
-    scale_Q1: Tensor | None
-    scale_1O: Tensor | None
-    bias_O: Tensor | None
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -154,7 +147,7 @@ def _row_codes(  # type: ignore[no-untyped-def]
 
 def norm_codes(
     x_QE: Tensor,
-    product: Sum | None,
+    product: Product | None,
     modulation: tuple[Tensor, Tensor],
     norm: tuple[Tensor, Tensor] | None,
     places: tuple[int, int],
@@ -166,9 +159,9 @@ def norm_codes(
     (modulation_6E, time_T6E), (gate, shift) = modulation, places
     assert all(x is None or x.is_contiguous() for x in (x_QE, *modulation, *(product or ())))
     assert norm is not None or shift >= 0
-    sums, *scales = product or Sum(x_QE, None, None, None)
+    sums, *scales = product or Product(x_QE)
     out = x_QE if product is None else torch.empty_like(x_QE)
-    code, scale = _room(x_QE, dim)
+    code, scale = room_for_codes(x_QE, dim)
     _norm_codes[(num_tokens,)](
         x_QE, sums, *(x_QE if s is None else s for s in scales), modulation_6E, time_T6E, *(norm or (x_QE, x_QE)),
         out, code, scale, num_tokens // len(time_T6E), eps, E=dim, GATE=gate, SHIFT=shift,
@@ -177,11 +170,11 @@ def norm_codes(
     return out, code, scale
 
 
-def gelu_codes(product: Sum, num_warps: int = GELU_WARPS, *, approximate: bool = True) -> tuple[Tensor, Tensor]:
+def gelu_codes(product: Product, num_warps: int = GELU_WARPS, *, approximate: bool = True) -> tuple[Tensor, Tensor]:
     """`fp8_linears.gelu_codes_plain`."""
     sums, *scales = product
     assert sums.is_contiguous()
-    code, scale = _room(sums, sums.shape[1])
+    code, scale = room_for_codes(sums, sums.shape[1])
     _gelu_codes[(len(sums),)](
         sums, *(sums if s is None else s for s in scales), code, scale, E=sums.shape[1],
         SCALED=scales[0] is not None, APPROXIMATE=approximate, **_pieces(sums.shape[1]), num_warps=num_warps,
@@ -193,18 +186,12 @@ def row_codes(h_QND: Tensor, num_warps: int = ROW_WARPS) -> tuple[Tensor, Tensor
     """`fp8_linears.row_codes_plain`; channels of a head lie side by side."""
     num_tokens, heads, head_dim = h_QND.shape
     assert h_QND.stride(2) == 1
-    code, scale = _room(h_QND, heads * head_dim)
+    code, scale = room_for_codes(h_QND, heads * head_dim)
     _row_codes[(num_tokens,)](
         h_QND, code, scale, *h_QND.stride()[:2], E=heads * head_dim, D=head_dim,
         **_pieces(heads * head_dim), num_warps=num_warps,
     )  # fmt: skip
     return code, scale
-
-
-def _room(like: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    rows, device = len(like), like.device
-    code = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=device)
-    return code, torch.empty(rows, 1, dtype=torch.float32, device=device)
 
 
 def _pieces(width: int) -> dict[str, Any]:

@@ -253,27 +253,23 @@ def coded_linears(layer: Layer, fp8: Fp8Linears) -> list[nn.Linear]:
 
 
 def _read_layer(layer: Layer, fp8: Fp8Linears, vectors: Collection[str]) -> LayerWeights:
-    attention, cross = layer.self_attn, layer.cross_attn
-    is_ffn, is_large, is_all = fp8 != "none", fp8 in ("large", "all"), fp8 == "all"
+    attention, cross, coded = layer.self_attn, layer.cross_attn, coded_linears(layer, fp8)
 
-    def read(name: str, linear: LinearWeights, wanted: bool) -> LinearWeights:
-        return quantise(linear, vectors=name in vectors) if wanted else linear
+    def read(name: str, module: nn.Linear, fused: tuple[Tensor, Tensor] | None = None) -> LinearWeights:
+        linear = LinearWeights(*(fused or (module.weight.detach(), module.bias.detach())))
+        return quantise(linear, vectors=name in vectors) if module in coded else linear
 
     return LayerWeights(
         modulation_6E=layer.modulation.detach()[0],
-        qkv=read("qkv", LinearWeights(*attention.fused), is_large),
+        qkv=read("qkv", attention.q, attention.fused),
         norm_q_E=attention.norm_q.weight.detach(),
         norm_k_E=attention.norm_k.weight.detach(),
-        out=read("out", _read(attention.o), is_all),
+        out=read("out", attention.o),
         norm3_E=layer.norm3.weight.detach(),
         norm3_bias_E=layer.norm3.bias.detach(),
-        cross_q=read("cross_q", _read(cross.q), is_all),
+        cross_q=read("cross_q", cross.q),
         norm_cross_q_E=cross.norm_q.weight.detach(),
-        cross_out=read("cross_out", _read(cross.o), is_all),
-        up=read("up", _read(cast(nn.Linear, layer.ffn[0])), is_ffn),
-        down=read("down", _read(cast(nn.Linear, layer.ffn[2])), is_ffn),
+        cross_out=read("cross_out", cross.o),
+        up=read("up", cast(nn.Linear, layer.ffn[0])),
+        down=read("down", cast(nn.Linear, layer.ffn[2])),
     )
-
-
-def _read(linear: nn.Linear) -> LinearWeights:
-    return LinearWeights(linear.weight.detach(), linear.bias.detach())

@@ -220,10 +220,11 @@ def convolve(
     assert before_THWC is None or before_THWC.shape == (size[0] - 1, *new_THWC.shape[1:])
     assert before_THWC is None or before_THWC.is_contiguous()
     assert (result == "enlarged") == (size == (1, 2, 2))
-    out = _make_result(new_THWC, out_channels, result)
+    frames_each, pixels_each = (2 if result == "doubled" else 1), (2 if result == "enlarged" else 1)
+    num, height, width = new_THWC.shape[:3]
+    out = new_THWC.new_empty((num * frames_each, height * pixels_each, width * pixels_each, out_channels))
     assert beside_THWC is None or (beside_THWC.is_contiguous() and beside_THWC.shape == out.shape)
     cut = tiles or choose_tiles(channels, out_channels)
-    frames_each, pixels_each = (2 if result == "doubled" else 1), (2 if result == "enlarged" else 1)
     stride_t, stride_h, stride_w = out.stride()[:3]
     box, tiles_n = [cut.frames, cut.rows, cut.columns, cut.block_k], triton.cdiv(out_channels, cut.wide + cut.narrow)
     new = TensorDescriptor.from_tensor(new_THWC, box)
@@ -244,9 +245,3 @@ def convolve(
         WIDE_N=cut.wide, NARROW_N=cut.narrow, GROUP=_GROUP, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return out
-
-
-def _make_result(new_THWC: Tensor, out_channels: int, result: Result) -> Tensor:
-    num, height, width = new_THWC.shape[:3]
-    frames, pixels = (2 if result == "doubled" else 1), (2 if result == "enlarged" else 1)
-    return new_THWC.new_empty((num * frames, height * pixels, width * pixels, out_channels))

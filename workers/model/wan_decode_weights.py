@@ -24,7 +24,7 @@ class Conv(NamedTuple):
     lined_weight: Tensor | None = None
     """For `tile_conv`, likewise."""
     packed_weight: Tensor | None = None
-    """For `halo_conv`, which goes first."""
+    """For `halo_conv`, in place of that."""
 
     @classmethod
     def of(cls, module: nn.Module, slots: Iterator[int], out_channels: int = 0) -> Conv:
@@ -131,10 +131,12 @@ class DecoderWeights:
             return halo_conv.pack_weight(conv.weight, halo_conv.choose_cut(out).channels)
 
         def lined(conv: Conv) -> Conv:
+            if (weight := packed(conv)) is not None:
+                return conv._replace(packed_weight=weight)
             out, channels = conv.weight.shape[:2]
-            fits = tile_conv.takes(channels, out)
-            lined = tile_conv.line_up(conv.weight) if fits else None
-            return conv._replace(lined_weight=lined, packed_weight=packed(conv))
+            return (
+                conv._replace(lined_weight=tile_conv.line_up(conv.weight)) if tile_conv.takes(channels, out) else conv
+            )
 
         def lined_unit(unit: Unit) -> Unit:
             return unit._replace(conv1=lined(unit.conv1), conv2=lined(unit.conv2))
