@@ -120,12 +120,9 @@ def _table_text(cost: Estimate, gib: Callable[[int], str]) -> list[str]:
         return []
     is_known = cost.tile_table_seconds is not None and cost.tile_table_seconds >= 1
     seconds = f", about {cost.tile_table_seconds:.0f} s, as assumed below" if is_known else ""
-    saved = ", ".join(f"{gib(saved)} with {fp8}" for fp8, saved in (cost.fp8_saved_bytes or {}).items())
     return [
         f"    policy fastar-tiles: {gib(cost.tile_table_bytes)} for the whole history whatever the length, "
         f"peak about {gib(cost.tile_table_peak_bytes)}{seconds}",
-        f"    backbone.fp8 takes less, on a GPU that multiplies 8-bit floats: {saved}; about twice that waits in host "
-        "memory",
     ]
 
 

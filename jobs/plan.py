@@ -21,7 +21,7 @@ from jobs.replay import Replay
 from jobs.spec import JobSpec
 from workers.config import BUNDLED_WEIGHTS, SEEDED_BACKBONE
 from workers.errors import RenderError
-from workers.geometry import Workload, coded_weights, fp8_saved_bytes
+from workers.geometry import Workload
 from workers.model.backbones import find_backbone
 from workers.model_limits import conflicts_with_model, kernel_conflict
 
@@ -179,7 +179,7 @@ def _table_size(spec: JobSpec) -> list[str]:
     cache, video = spec.render.cache, spec.render.video
     if cache.kind != "tiles":
         return []
-    backbone, fp8 = find_backbone(spec.render.backbone.name), spec.render.backbone.fp8
+    backbone = find_backbone(spec.render.backbone.name)
     work = Workload(
         backbone,
         video.width,
@@ -191,14 +191,7 @@ def _table_size(spec: JobSpec) -> list[str]:
     held = work.table_bytes(cache, itemsize)
     if attention.kind == "tiles":
         held += work.kept_history_bytes(attention, itemsize)
-    notes = [f"the tile table takes about {held / 2**30:.1f} GiB of each GPU, whatever the length of a take"]
-    if fp8 != "none":
-        saved, resting = fp8_saved_bytes(backbone, fp8, itemsize), coded_weights(backbone, fp8)[0] * itemsize
-        notes.append(
-            f"backbone.fp8: {fp8}: weights take {saved / 2**30:.1f} GiB less of a GPU that multiplies 8-bit floats; "
-            f"{resting / 2**30:.1f} GiB wait in host memory for each actor"
-        )
-    return notes
+    return [f"the tile table takes about {held / 2**30:.1f} GiB of each GPU, whatever the length of a take"]
 
 
 def _num_done(store: ObjectStore) -> int:

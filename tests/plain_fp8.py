@@ -3,47 +3,64 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
+from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workers.model.dit import CausalDiT, Layer
-from workers.model.fp8_linears import Codes, Fp8Linears, LinearWeights, encode_rows, multiply, quantise
+from workers.model.fp8_linears import Fp8Linears, encode_rows
+
+
+@dataclass
+class Call:
+    """Of the model, the one under way."""
+
+    rounds: bool = True
+    """A clean pass does not."""
 
 
 class RoundedLinear(nn.Module):
-    """In place of a linear layer: inputs and weights are rounded to 8-bit floats."""
+    """In place of a linear layer: inputs and weights are rounded to 8-bit floats, in some calls."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, call: Call) -> None:
         super().__init__()
-        self._linear = quantise(LinearWeights(linear.weight.detach(), linear.bias.detach()))
+        self._linear, self._call = linear, call
+        self._code, self._scale = encode_rows(linear.weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self._call.rounds:
+            exact: Tensor = self._linear(x)
+            return exact
         code, scale = encode_rows(x)
-        codes = Codes(code.flatten(0, -2), scale.flatten(0, -2))
-        return multiply(self._linear, codes).value.view(*x.shape[:-1], -1)
+        sums = F.linear(code.to(x.dtype), self._code.to(x.dtype))
+        return (sums.float() * (scale * self._scale.t()) + self._linear.bias.float()).to(x.dtype)
 
 
 def round_linears(dit: CausalDiT, fp8: Fp8Linears) -> CausalDiT:
-    """A copy whose layers round; itself for "none"."""
+    """A copy whose layers round in denoising steps, told by their timestep; itself for "none"."""
     if fp8 == "none":
         return dit
-    dit = copy.deepcopy(dit)
+    dit, call = copy.deepcopy(dit), Call()
+    dit.register_forward_pre_hook(lambda _, arguments: _note(call, *arguments))
+
+    def rounded(module: nn.Module) -> Any:
+        assert isinstance(module, nn.Linear)
+        return RoundedLinear(module, call)
+
     for layer in dit.layers:
         assert isinstance(layer, Layer)
         for index in (0, 2):
-            layer.ffn[index] = RoundedLinear(_linear(layer.ffn[index]))
+            layer.ffn[index] = rounded(layer.ffn[index])
         attention, cross = layer.self_attn, layer.cross_attn
         if fp8 in ("large", "all"):
             attention._fused = None  # three products that are rounded give what one does
-            attention.q, attention.k, attention.v = (
-                RoundedLinear(_linear(part)) for part in (attention.q, attention.k, attention.v)
-            )  # type: ignore[assignment]
+            attention.q, attention.k, attention.v = (rounded(part) for part in (attention.q, attention.k, attention.v))
         if fp8 == "all":
-            attention.o = RoundedLinear(_linear(attention.o))  # type: ignore[assignment]
-            cross.q, cross.o = (RoundedLinear(_linear(part)) for part in (cross.q, cross.o))  # type: ignore[assignment]
+            attention.o, cross.q, cross.o = (rounded(part) for part in (attention.o, cross.q, cross.o))
     return dit
 
 
-def _linear(module: nn.Module) -> nn.Linear:
-    assert isinstance(module, nn.Linear)
-    return module
+def _note(call: Call, latents_BTCHW: Tensor, timestep_BT: Tensor, *_: object) -> None:
+    call.rounds = bool(timestep_BT.any())

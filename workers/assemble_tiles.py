@@ -28,7 +28,6 @@ from workers.kernels.select_listed import ListedChoice, choose_listed, load_part
 from workers.model.backbones import Backbone
 from workers.model.dit import CausalDiT
 from workers.model.fp8_linears import PRODUCTS_FROM, Fp8Linears
-from workers.model.resting import give_back_memory, wake_weights
 from workers.model.rope import grid_positions
 from workers.model.static_layers import StaticLayers
 from workers.rollouts.captured import CapturedRollout, CapturedSettings
@@ -159,7 +158,7 @@ def say_fp8(fp8: Fp8Linears, hardware: Hardware) -> None:
         return
     compute = hardware.compute
     if compute is not None and compute >= PRODUCTS_FROM:
-        logger.info("backbone.fp8: %s: these linear layers are products of 8-bit floats", fp8)
+        logger.info("backbone.fp8: %s: these linear layers are products of 8-bit floats in denoising steps", fp8)
         return
     here = hardware.device_type if compute is None else "compute capability {}.{}".format(*compute)
     logger.warning(
@@ -224,10 +223,10 @@ class TableSeat:
         return self._rollout
 
     def release(self) -> None:
-        """Give the memory back, and the model its weights; the next take makes a new one."""
+        """Give the memory back; the next take makes a new one."""
         self._rollout = None
-        give_back_memory(self._dit.head.modulation.device)
-        wake_weights(self._dit)
+        if self._dit.head.modulation.is_cuda:  # in pieces of a table a window might find no room
+            torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def rehearse(self) -> None:
@@ -254,7 +253,7 @@ class TableSeat:
         s, dit, ways = self.settings, self._dit, self.ways
         device = dit.head.modulation.device
         work: TableWork = "kernels" if ways.kernels else "groups"
-        layers = StaticLayers(dit, ways.fp8)  # first: it may make room
+        layers = StaticLayers(dit, ways.fp8)
         table = make_table(s, dit.dtype, device, ways.nearest, work)
         runs = runs_of(self._attention, s)
         choice = choice_settings(self._attention, s, runs, fused=ways.kernels)

@@ -48,7 +48,8 @@ class BackboneConfig(Part):
     fp8: Literal["none", "ffn", "large", "all"] = Field(
         "none",
         description="Linear layers in 8-bit floats: those of the feed-forward, also those of queries, keys and values, "
-        "or all in a layer. Faster on a GPU that multiplies such, a little less exact; with cache.kind: tiles only.",
+        "or all in a layer; in denoising steps, not in clean passes. Faster on a GPU that multiplies such, a little "
+        "less exact; with cache.kind: tiles only.",
     )
 
     @field_validator("checkpoint", "finetune")

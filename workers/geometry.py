@@ -68,21 +68,6 @@ def dit_parameters(backbone: Backbone) -> int:
     return count
 
 
-def coded_weights(backbone: Backbone, fp8: str) -> tuple[int, int]:
-    """Of linear layers that `backbone.fp8` has in 8 bits: numbers in their weights, and outputs, over all layers."""
-    b, square = backbone, {"none": 0, "ffn": 0, "large": 3, "all": 6}[fp8]
-    if fp8 == "none":
-        return 0, 0
-    weights, outputs = square * b.dim**2 + 2 * b.dim * b.ffn_dim, (square + 1) * b.dim + b.ffn_dim
-    return b.num_layers * weights, b.num_layers * outputs
-
-
-def fp8_saved_bytes(backbone: Backbone, fp8: str, itemsize: int = BFLOAT16_BYTES) -> int:
-    """What a GPU that multiplies 8-bit floats holds less: codes, and a scale for each output, in place of weights."""
-    weights, outputs = coded_weights(backbone, fp8)
-    return weights * (itemsize - 1) - outputs * FLOAT32_BYTES
-
-
 def control_parameters(backbone: Backbone) -> int:
     """Of LongVie 2's control module; 0 for models without."""
     sizes = backbone.control_branch

@@ -20,7 +20,6 @@ from workers.geometry import (
     Workload,
     control_parameters,
     dit_parameters,
-    fp8_saved_bytes,
     image_parameters,
     text_parameters,
 )
@@ -81,8 +80,6 @@ class Estimate:
     frames_per_second: float | None
     tile_table_peak_bytes: int | None
     tile_table_seconds: float | None
-    fp8_saved_bytes: dict[str, int] | None
-    """By backbone.fp8, what such a render takes less on a GPU that multiplies 8-bit floats; None without a table."""
     utilisation: float = UTILISATION
 
     def as_dict(self) -> dict[str, Any]:
@@ -169,7 +166,6 @@ def estimate(name: str, *, gpu: Gpu | None, width: int | None, height: int | Non
     attention = TileAttentionConfig.model_validate(POLICIES["fastar-tiles"]["attention"])
     table = work.table_bytes(cache) + work.kept_history_bytes(attention) if has_table else None
     table_flops = work.table_flops(cache, attention)
-    saved = {fp8: fp8_saved_bytes(backbone, fp8) for fp8 in ("ffn", "large", "all")}
     return Estimate(
         gpu=gpu.name if gpu else None,
         gpu_bytes=gpu.memory_bytes if gpu else None,
@@ -191,7 +187,6 @@ def estimate(name: str, *, gpu: Gpu | None, width: int | None, height: int | Non
         frames_per_second=num_frames / seconds if seconds else None,
         tile_table_peak_bytes=None if table is None else rest + table,
         tile_table_seconds=None if table is None or gpu is None else table_flops / (gpu.peak_flops * UTILISATION),
-        fp8_saved_bytes=saved if has_table else None,
     )
 
 

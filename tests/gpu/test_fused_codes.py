@@ -20,6 +20,7 @@ from workers.model.fp8_linears import (
     norm_codes_plain,
     quantise,
     row_codes_plain,
+    weight_codes_plain,
 )
 from workers.model.rope import grid_positions, make_rotation
 from workers.model.static_layers import Targets, norm_rotate_plain
@@ -103,6 +104,20 @@ def test_codes_of_what_attention_gives(dtype: torch.dtype, heads: int, head_dim:
     h = draw(*shape, dtype=dtype)
     h = h.transpose(0, 1) if heads_outside else h
     assert_near(fused_codes.row_codes(h), row_codes_plain(h))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(48, 80), (64, 1536), (16, 8960)])
+def test_codes_of_a_weight_by_scales_that_are_known(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    pytest.importorskip("triton")
+    from workers.model import fused_codes
+
+    weight = draw(*shape, dtype=dtype)
+    expected = encode_rows(weight)
+    scale_1O = expected.scale_Q1.t().contiguous()
+    found = fused_codes.weight_codes(weight, scale_1O)
+    assert_near((found, expected.scale_Q1), expected)
+    assert_near((weight_codes_plain(weight, scale_1O), expected.scale_Q1), expected)
 
 
 def test_a_row_of_zeros_has_codes_of_zero() -> None:

@@ -4,7 +4,6 @@ what is left when memory runs out."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,25 +127,6 @@ def test_linear_layers_in_8_bit_floats_change_frames_a_little_and_say_so(tmp_pat
     assert render(make_model(**fields), tmp_path, task_id="c-0").frames_sha256 == second.frames_sha256
     exact = render(rounded, tmp_path, task_id="d-0", full_precision=True)
     assert exact.frames_sha256 == first.frames_sha256, "an attempt in float32 has its linear layers in it too"
-
-
-def test_weights_that_codes_stand_for_are_there_again_for_a_window_and_for_float32(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("workers.model.static_layers.has_products", lambda device: True)
-    plain = make_model(cache=SMALL)
-    coded = make_model(cache=SMALL, backbone={"name": "tiny-test", "fp8": "all"})
-
-    def render_all(model: LoadedModel) -> Iterator[str]:
-        for at, fields in enumerate(({}, {"ladder_rung": len(LADDER)}, {}, {"full_precision": True}, {})):
-            yield render(model, tmp_path, task_id=f"{model.config.backbone.fp8}{at}-0", **fields).frames_sha256
-
-    table, window, again, wide, last = render_all(coded)
-    assert coded.dit.resting, "the last take was over the table"
-    exact, exact_window, *_ = render_all(plain)
-    assert not plain.dit.resting
-    assert (window, wide) == (exact_window, exact)
-    assert table == again == last != exact
 
 
 @pytest.mark.slow

@@ -72,17 +72,13 @@ class SelfAttention(nn.Module):
         self._fused = weight, bias
         return self._fused
 
-    def unfuse(self) -> None:
-        """The parameters move apart."""
-        self._fused = None
-
     @property
     def fused(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the one product; fuses first."""
         return self._fused or self.fuse()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.unfuse()
+        self._fused = None  # the parameters move apart
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -216,7 +212,6 @@ class CausalDiT(nn.Module):
             self.control_embedding = nn.Conv3d(b.control_channels, dim, b.patch, b.patch)
         self._run_layer: Callable[..., Tensor] = _run_layer
         self._is_compiled = False
-        self.resting: list[tuple[nn.Linear, Tensor]] = []  # see `resting.py`
         self.reset_parameters()
 
     def reset_parameters(self, *, zero_output: bool = True) -> None:
@@ -321,7 +316,6 @@ class CausalDiT(nn.Module):
             add_after_layer: A control branch; None for models without.
             reuse: May have all layers skipped; None never does.
         """
-        assert not self.resting, "weights rest in host memory: release the tile table, or wake_weights, first"
         height, width = latents_BTCHW.shape[-2:]
         x = self.embed_patches(latents_BTCHW)
         if control_BQE is not None:

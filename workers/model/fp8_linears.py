@@ -1,8 +1,10 @@
 """Linear layers in 8-bit floats (e4m3): a scale for each row of the inputs and for each output of the weights.
 
 The product is one of codes alone, by the library's kernel that knows no vectors of scales, which is its fastest; scales
-and bias are applied by what reads the result anyway. Codes of inputs are written by what makes the inputs. Where a
-device has no such products, codes are multiplied in the model's own dtype: the same rounding of inputs and weights.
+and bias are applied by what reads the result anyway. Codes of inputs are written by what makes the inputs, codes of a
+weight before each product: the weight itself stays, for calls that do not round, and codes of all layers beside them
+would take half as much again. Where a device has no such products, codes are multiplied in the model's own dtype: the
+same rounding of inputs and weights.
 """
 
 from __future__ import annotations
@@ -24,13 +26,15 @@ _MULTIPLE = 16
 
 
 class LinearWeights(NamedTuple):
-    """One linear layer; a scale for each output (float32) where the weight is codes, in 8 bits or in a wider dtype."""
+    """One linear layer."""
 
     weight_OI: Tensor
     bias_O: Tensor
     scale_1O: Tensor | None = None
+    """Where the product is one of codes: what the weight's are times, for each output, float32."""
     one: Tensor | None = None
-    """Where the weight is in 8 bits: the one scale of a product that knows no others, float32; None: it applies all."""
+    """Where that is one of 8-bit floats: the one scale of a product that knows no others, float32; None: it applies
+    all."""
 
 
 class Codes(NamedTuple):
@@ -109,7 +113,7 @@ def has_products(device: torch.device) -> bool:
 
 
 def quantise(linear: LinearWeights, *, vectors: bool = False) -> LinearWeights:
-    """The same as codes, each output with a scale of its own; in 8 bits where the device multiplies such.
+    """The same layer, its product one of codes, each output with a scale of its own.
 
     Args:
         linear: One layer.
@@ -117,25 +121,22 @@ def quantise(linear: LinearWeights, *, vectors: bool = False) -> LinearWeights:
     """
     weight = linear.weight_OI
     assert all(size % _MULTIPLE == 0 for size in weight.shape), weight.shape
-    code, scale_O1 = encode_rows(weight)
-    scale_1O = scale_O1.t().contiguous()
-    if not has_products(weight.device):
-        return LinearWeights(code.to(weight.dtype), linear.bias_O, scale_1O)
+    scale_1O = _row_scale(weight).t().contiguous()
     applies = vectors and weight.dtype == torch.bfloat16
-    return LinearWeights(code, linear.bias_O, scale_1O, None if applies else torch.ones((), device=weight.device))
+    return LinearWeights(weight, linear.bias_O, scale_1O, None if applies else torch.ones((), device=weight.device))
 
 
 def multiply(linear: LinearWeights, x_QI: Tensor | Codes) -> Product:
-    """The product, of codes where the weight is codes."""
+    """The product, of codes where the inputs are codes."""
     weight, bias, scale_1O, one = linear
     if isinstance(x_QI, Tensor):
         assert scale_1O is None
         return Product(F.linear(x_QI, weight, bias))
     assert scale_1O is not None
     code, scale_Q1 = x_QI
-    if weight.dtype != torch.float8_e4m3fn:
-        return Product(F.linear(code.to(weight.dtype), weight), scale_Q1, scale_1O, bias)
-    kind = bias.dtype
+    kind, weight = bias.dtype, _weight_codes(weight, scale_1O)
+    if not has_products(code.device):
+        return Product(F.linear(code.to(kind), weight.to(kind)), scale_Q1, scale_1O, bias)
     if one is None:
         return Product(
             torch._scaled_mm(code, weight.t(), scale_Q1, scale_1O, bias, out_dtype=kind, use_fast_accum=True)
@@ -147,9 +148,18 @@ def multiply(linear: LinearWeights, x_QI: Tensor | Codes) -> Product:
 
 def encode_rows(x_QI: Tensor) -> Codes:
     """Codes of rows, of any dtype."""
-    x_QI = x_QI.float()
-    scale_Q1 = x_QI.abs().amax(-1, keepdim=True).clamp(min=1e-12) / _MAX
-    return Codes((x_QI / scale_Q1).to(torch.float8_e4m3fn), scale_Q1)
+    scale_Q1 = _row_scale(x_QI)
+    return Codes((x_QI.float() / scale_Q1).to(torch.float8_e4m3fn), scale_Q1)
+
+
+def _row_scale(x_QI: Tensor) -> Tensor:
+    """[Q, 1], float32: the largest magnitude of a row gets the largest code."""
+    return x_QI.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / _MAX
+
+
+def weight_codes_plain(weight_OI: Tensor, scale_1O: Tensor) -> Tensor:
+    """Codes of a weight, float8_e4m3fn [O, I], by scales that are known."""
+    return (weight_OI.float() / scale_1O.t()).to(torch.float8_e4m3fn)
 
 
 def norm_codes_plain(x_QE: Tensor, product: Product | None, norm: Norm, eps: float) -> tuple[Tensor, Codes]:
@@ -239,6 +249,15 @@ def _row_codes(h_QND: Tensor) -> tuple[Tensor, Tensor]:
     return fused_codes.row_codes(h_QND)
 
 
+@torch.library.custom_op("longtake::weight_codes", mutates_args=())
+def _weight_codes(weight_OI: Tensor, scale_1O: Tensor) -> Tensor:
+    if not has_products(weight_OI.device):
+        return weight_codes_plain(weight_OI, scale_1O)
+    from workers.model import fused_codes
+
+    return fused_codes.weight_codes(weight_OI, scale_1O)
+
+
 def room_for_codes(like: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Of as many rows: codes and scales, to be filled."""
     code = like.new_empty(like.shape[0], width, dtype=torch.float8_e4m3fn)
@@ -258,6 +277,11 @@ def _(x_QE: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
 @_gelu_codes.register_fake
 def _(sum_QO: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return room_for_codes(sum_QO, sum_QO.shape[1])
+
+
+@_weight_codes.register_fake
+def _(weight_OI: Tensor, scale_1O: Tensor) -> Tensor:
+    return torch.empty_like(weight_OI, dtype=torch.float8_e4m3fn)
 
 
 @_row_codes.register_fake

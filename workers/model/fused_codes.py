@@ -16,7 +16,7 @@ from torch import Tensor
 
 from workers.model.fp8_linears import Product, room_for_codes
 
-NORM_WARPS, GELU_WARPS, ROW_WARPS = 4, 8, 4
+NORM_WARPS, GELU_WARPS, ROW_WARPS, WEIGHT_WARPS = 4, 8, 4, 4
 """Of a program, which does one row."""
 
 
@@ -145,6 +145,19 @@ def _row_codes(  # type: ignore[no-untyped-def]
     _store_codes(code, scale, row, a, b, at_a, at_b, in_a, in_b, E)
 
 
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _weight_codes(weight, scale, code, E: tl.constexpr, A: tl.constexpr, B: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One program: an output. Codes are read next, weights not before the next call."""
+    row = tl.program_id(0).to(tl.int64)
+    at_a, at_b = tl.arange(0, A), A + tl.arange(0, B)
+    in_a, in_b = at_a < E, at_b < E
+    a = tl.load(weight + row * E + at_a, mask=in_a, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    b = tl.load(weight + row * E + at_b, mask=in_b, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    step = tl.load(scale + row)
+    tl.store(code + row * E + at_a, (a / step).to(code.dtype.element_ty), mask=in_a)
+    tl.store(code + row * E + at_b, (b / step).to(code.dtype.element_ty), mask=in_b)
+
+
 def norm_codes(
     x_QE: Tensor,
     product: Product | None,
@@ -192,6 +205,16 @@ def row_codes(h_QND: Tensor, num_warps: int = ROW_WARPS) -> tuple[Tensor, Tensor
         **_pieces(heads * head_dim), num_warps=num_warps,
     )  # fmt: skip
     return code, scale
+
+
+def weight_codes(weight_OI: Tensor, scale_1O: Tensor, num_warps: int = WEIGHT_WARPS) -> Tensor:
+    """`fp8_linears.weight_codes_plain`."""
+    assert weight_OI.is_contiguous()
+    assert scale_1O.is_contiguous()
+    code = torch.empty_like(weight_OI, dtype=torch.float8_e4m3fn)
+    outputs, inputs = weight_OI.shape
+    _weight_codes[(outputs,)](weight_OI, scale_1O, code, E=inputs, **_pieces(inputs), num_warps=num_warps)
+    return code
 
 
 def _pieces(width: int) -> dict[str, Any]:

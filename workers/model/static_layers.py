@@ -17,23 +17,12 @@ from torch import Tensor, nn
 
 from workers.contracts import PromptKeys
 from workers.model.dit import CausalDiT, Layer, add_gated, modulate
-from workers.model.fp8_linears import (
-    Codes,
-    Fp8Linears,
-    Fp8Way,
-    LinearWeights,
-    Norm,
-    Product,
-    has_products,
-    multiply,
-    quantise,
-)
-from workers.model.resting import give_back_memory, rest_weights, wake_weights
+from workers.model.fp8_linears import Codes, Fp8Linears, Fp8Way, LinearWeights, Norm, Product, multiply, quantise
 from workers.model.rope import Rotation, rotate_in_parts
 
 
 class LayerWeights(NamedTuple):
-    """One layer; views of the model's parameters where they are not in 8-bit floats."""
+    """One layer; views of the model's parameters."""
 
     modulation_6E: Tensor
     qkv: LinearWeights
@@ -75,15 +64,19 @@ class StaticLayers:
 
     Args:
         model: In evaluation mode, its weights where they stay; without image tokens.
-        fp8: Products in 8-bit floats. Where the device has such, the model's own weights of these layers go to host
-            memory (`resting.py`); `wake_weights`, and whoever makes static layers of the model next, brings them back.
+        fp8: Products in 8-bit floats, in denoising steps alone: keys of a clean pass are what is remembered, and
+            rounded there 8 bits lose twice as much of what is seen again.
         way: How those are computed.
     """
 
     def __init__(self, model: CausalDiT, fp8: Fp8Linears = "none", way: Fp8Way | None = None) -> None:
         assert not model.backbone.image_dim
         by = way or Fp8Way()
-        self.weights = _read_layers(model, fp8, by.vectors)
+        self.weights = [_read_layer(layer, fp8, by.vectors) for layer in model.layers]
+        self.clean_weights = (
+            self.weights if fp8 == "none" else [_read_layer(layer, "none", ()) for layer in model.layers]
+        )
+        """Of a clean pass."""
         self.eps = model.backbone.eps
         eps = self.eps
 
@@ -95,6 +88,11 @@ class StaticLayers:
 
         self.enter: Enter = enter
         self.leave: Leave = leave
+
+    @property
+    def has_clean_weights(self) -> bool:
+        """Whether a clean pass computes otherwise than a step."""
+        return self.clean_weights is not self.weights
 
     def compile(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Fuse each piece."""
@@ -231,21 +229,8 @@ def _(x_QI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
     return x_QI.new_empty(x_QI.shape[0], weight_OI.shape[0])
 
 
-def _read_layers(model: CausalDiT, fp8: Fp8Linears, vectors: Collection[str]) -> list[LayerWeights]:
-    wake_weights(model)
-    device = model.head.modulation.device
-    if fp8 == "none" or not has_products(device):
-        return [_read_layer(layer, fp8, vectors) for layer in model.layers]
-    weights = []
-    for layer in model.layers:  # one by one, so that never all are there twice
-        weights.append(_read_layer(layer, fp8, vectors))
-        rest_weights(model, coded_linears(layer, fp8))
-    give_back_memory(device)
-    return weights
-
-
-def coded_linears(layer: Layer, fp8: Fp8Linears) -> list[nn.Linear]:
-    """Those that 8-bit floats stand for."""
+def _coded(layer: Layer, fp8: Fp8Linears) -> list[nn.Linear]:
+    """Linear layers whose products are of 8-bit floats."""
     attention, cross = layer.self_attn, layer.cross_attn
     coded = [] if fp8 == "none" else [cast(nn.Linear, layer.ffn[0]), cast(nn.Linear, layer.ffn[2])]
     coded += [attention.q, attention.k, attention.v] if fp8 in ("large", "all") else []
@@ -253,7 +238,8 @@ def coded_linears(layer: Layer, fp8: Fp8Linears) -> list[nn.Linear]:
 
 
 def _read_layer(layer: Layer, fp8: Fp8Linears, vectors: Collection[str]) -> LayerWeights:
-    attention, cross, coded = layer.self_attn, layer.cross_attn, coded_linears(layer, fp8)
+    attention, cross = layer.self_attn, layer.cross_attn
+    coded = _coded(layer, fp8)
 
     def read(name: str, module: nn.Linear, fused: tuple[Tensor, Tensor] | None = None) -> LinearWeights:
         linear = LinearWeights(*(fused or (module.weight.detach(), module.bias.detach())))

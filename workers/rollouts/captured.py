@@ -2,9 +2,9 @@
 
 The same order of work as `workers/rollout.py`, without guidance, reuse or probes. A call is captured once with the
 choice of tiles in every layer and once with the tiles chosen before, which the later steps of a chunk share; where
-not all steps look at the history, once more without it (`kept_history.py`), and where a clean pass sees fewer tiles,
-once more with those. Between clean pass and next chunk the table takes the chunk over; nothing but the check for NaN
-waits for the GPU.
+not all steps look at the history, once more without it (`kept_history.py`), and where a clean pass sees fewer tiles or
+computes with other weights, once more so. Between clean pass and next chunk the table takes the chunk over; nothing but
+the check for NaN waits for the GPU.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ class CapturedRollout:
         if not self._settings.graphs:
             self.compute(choose, look=look, clean=clean)
             return
-        call = (choose, look, clean and self.chooser.has_clean_list)
+        call = (choose, look, clean and (self.chooser.has_clean_list or self._layers.has_clean_weights))
         key = (*call, self._is_early and look)
         if key not in self._graphs:
             self._graphs[key] = self._capture(*call)
@@ -241,7 +241,7 @@ class CapturedRollout:
         time_BTE, time_BT6E = model.embed_time(self._timestep)
         time_T6E = time_BT6E[0]
         mark("embed")
-        for index, weights in enumerate(layers.weights):
+        for index, weights in enumerate(layers.clean_weights if clean else layers.weights):
             listed, fewer = self._lists[self._is_early][index]
             layers.enter(weights, x, time_T6E, self._rotation, self._targets[index])
             mark("queries, keys, values")

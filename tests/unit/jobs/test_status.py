@@ -107,18 +107,6 @@ def test_plan_measures_its_speed_on_an_earlier_job_or_says_that_it_is_unknown(tm
     assert asdict(plan)["rate_source"].startswith("measured on 4 videos")
 
 
-@pytest.mark.parametrize(("fp8", "said"), [("none", []), ("large", ["1.0 GiB less", "1.9 GiB wait in host memory"])])
-def test_plan_says_what_weights_in_8_bits_save_and_what_waits(tmp_path: Path, fp8: str, said: list[str]) -> None:
-    (tmp_path / "p.txt").write_text("a\n")
-    flags: dict[tuple[str, ...], object] = {("prompts", "url"): str(tmp_path / "p.txt"), ("out",): str(tmp_path)}
-    flags |= {("render", "policy"): "fastar-tiles", ("render", "backbone", "name"): "self-forcing-1.3b"}
-    flags |= {("render", "backbone", "fp8"): fp8, ("render", "backbone", "dtype"): "bfloat16"}
-    flags |= {("render", "video", "width"): 832, ("render", "video", "height"): 480}
-    notes = [note for note in make_plan(build_spec(flags=flags)).notes if note.startswith("backbone.fp8")]
-    assert len(notes) == bool(said)
-    assert all(words in note for words in said for note in notes)
-
-
 @pytest.mark.parametrize("sizes", [[5], [24], [25], [10, 100, 1000], [1] * 60])
 def test_a_sheet_shows_takes_spread_over_the_whole_job(sizes: list[int]) -> None:
     sample, start = _Sample(24), 0

@@ -22,6 +22,7 @@ from workers.model.fp8_linears import (
     norm_codes_plain,
     quantise,
     row_codes_plain,
+    weight_codes_plain,
 )
 from workers.model.rope import grid_positions, make_rotation
 from workers.model.static_layers import StaticLayers, Targets, hold_prompt
@@ -56,9 +57,7 @@ def test_a_product_is_near_the_exact_one_whatever_the_size_of_a_row_or_an_output
 def test_where_no_product_of_8_bits_exists_codes_are_multiplied_as_they_are() -> None:
     linear = LinearWeights(torch.randn(64, 256), torch.randn(64))
     coded, codes = quantise(linear), encode_rows(torch.randn(TOKENS, 256))
-    assert coded.scale_1O is not None
-    assert coded.weight_OI.dtype == torch.float32
-    exact = decode(codes) @ (coded.weight_OI.double() * coded.scale_1O.double().t()).t() + linear.bias_O.double()
+    exact = decode(codes) @ decode(encode_rows(linear.weight_OI)).t() + linear.bias_O.double()
     torch.testing.assert_close(multiply(coded, codes).value.double(), exact, rtol=1e-5, atol=1e-4)
 
 
@@ -116,15 +115,16 @@ class OneLayer:
         self.rotation = make_rotation(position[None], BACKBONE.head_dim, BACKBONE.rope_theta)
         self.keys = self.model.project_prompt(torch.randn(1, 5, BACKBONE.text_dim))
 
-    def run(self, fp8: Fp8Linears, way: Fp8Way, backend: str | None = None) -> list[Tensor]:
+    def run(self, fp8: Fp8Linears, way: Fp8Way, backend: str | None = None, *, clean: bool = False) -> list[Tensor]:
         layers = StaticLayers(self.model, fp8, way)
         if backend is not None:
             layers.compile(backend)
         heads = BACKBONE.num_heads, TOKENS, BACKBONE.head_dim
         to = Targets(torch.zeros_like(self.out), torch.zeros(heads), torch.zeros(heads))
-        layers.enter(layers.weights[0], self.x, self.time, self.rotation, to)
+        weights = (layers.clean_weights if clean else layers.weights)[0]
+        layers.enter(weights, self.x, self.time, self.rotation, to)
         prompt = hold_prompt(self.keys)[0]
-        return [layers.leave(layers.weights[0], prompt, self.x, self.out, self.time), *to]
+        return [layers.leave(weights, prompt, self.x, self.out, self.time), *to]
 
 
 @pytest.mark.parametrize("fp8", ["ffn", "large", "all"])
@@ -143,7 +143,7 @@ def test_every_way_gives_the_same_and_is_near_the_layer_itself(fp8: Fp8Linears) 
 @pytest.mark.parametrize("fp8", ["ffn", "large", "all"])
 def test_a_model_that_rounds_is_the_one_of_a_tile_table(fp8: Fp8Linears) -> None:
     layer = OneLayer()
-    rounded = round_linears(layer.model, fp8).layers[0]
+    model = round_linears(layer.model, fp8)
 
     def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return layer.out[None]
@@ -153,6 +153,40 @@ def test_a_model_that_rounds_is_the_one_of_a_tile_table(fp8: Fp8Linears) -> None
         parts = (part.transpose(1, 2) for part in (q, prompt.k_BPND, prompt.v_BPND))
         return F.scaled_dot_product_attention(*parts).transpose(1, 2)
 
-    plain = rounded(layer.x[None], layer.time[None], layer.keys[0], 0, attend, attend_prompt)
+    plain = model.layers[0](layer.x[None], layer.time[None], layer.keys[0], 0, attend, attend_prompt)
     found = layer.run(fp8, Fp8Way())[0]
     assert distance(plain[0] - layer.x, found - layer.x) < 0.02, "codes next to a border may fall on its other side"
+
+
+@pytest.mark.parametrize("fp8", ["ffn", "large", "all"])
+def test_a_clean_pass_does_not_round_and_leaves_the_models_weights_as_they_are(fp8: Fp8Linears) -> None:
+    layer = OneLayer()
+    kept = [parameter.clone() for parameter in layer.model.parameters()]
+    for clean, exact in zip(layer.run(fp8, Fp8Way(), clean=True), layer.run("none", Fp8Way()), strict=True):
+        assert torch.equal(clean, exact)
+    layers = StaticLayers(layer.model, fp8)
+    assert layers.has_clean_weights
+    assert not StaticLayers(layer.model).has_clean_weights
+    assert layers.weights[0].up.weight_OI.data_ptr() == layer.model.layers[0].ffn[0].weight.data_ptr(), "held once"  # type: ignore[union-attr]
+    for now, before in zip(layer.model.parameters(), kept, strict=True):
+        assert torch.equal(now, before)
+
+
+def test_a_model_that_rounds_does_so_in_steps_alone() -> None:
+    layer = OneLayer()
+    model = round_linears(layer.model, "all")
+    latents = torch.randn(1, FRAMES, BACKBONE.in_channels, 4, 4)
+
+    def flow(of: CausalDiT, timestep: float) -> Tensor:
+        time = torch.full((1, FRAMES), timestep)
+        found: Tensor = of(latents, time, layer.keys, lambda index, q, k, v: v + q)
+        return found
+
+    torch.testing.assert_close(flow(model, 0.0), flow(layer.model, 0.0))
+    assert distance(flow(model, 500.0), flow(layer.model, 500.0)) > 1e-3
+
+
+def test_codes_of_a_weight_are_those_of_its_rows() -> None:
+    weight = torch.randn(32, 96) * torch.logspace(-3, 3, 32)[:, None]
+    code, scale = encode_rows(weight)
+    assert torch.equal(weight_codes_plain(weight, scale.t()).float(), code.float())
