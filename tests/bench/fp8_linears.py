@@ -37,8 +37,9 @@ from workers.model.fp8_linears import (
     quantise,
     row_codes_plain,
 )
+from workers.model.prompt_attention import hold_prompt
 from workers.model.rope import grid_positions, make_rotation
-from workers.model.static_layers import LayerWeights, StaticLayers, Targets, hold_prompt, linear_gelu
+from workers.model.static_layers import LayerWeights, StaticLayers, Targets, linear_gelu
 
 Row = dict[str, Any]
 LAYERS, CALLS = 4, 5
