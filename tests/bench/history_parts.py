@@ -119,8 +119,9 @@ def whole_chunk_ms(engine: Engine, settings: Settings, num_chunks: int) -> float
 
 
 def kinds_of_calls(engine: Engine, whole_ms: float) -> dict[str, float]:
-    """What the calls of a chunk consist of, by kind of kernel; the rest is idle."""
+    """What the calls of a chunk consist of, by kind of kernel, one after the other; the rest is idle."""
     rollout, is_apart = engine.rollout, engine.variant.history_at is not None
+    rollout.attend_at_once(False)  # times of kernels that run side by side do not add up
     looking, choosing = (_by_kind(lambda c=choose: rollout.replay(c)) for choose in (False, True))  # type: ignore[misc]
     clean = _by_kind(lambda: rollout.replay(False, clean=True)) if rollout.chooser.has_clean_list else looking
     taking = _by_kind(lambda: rollout.replay(False, False)) if is_apart else looking
@@ -135,7 +136,8 @@ def kinds_of_calls(engine: Engine, whole_ms: float) -> dict[str, float]:
     found["selection"] = (sum(choosing.values()) - sum(looking.values()) - more) * len(engine.choose_at)
     if _UNPACKING in choosing:
         found[_UNPACKING] = found.get(_UNPACKING, 0.0) + more * len(engine.choose_at)
-    found["idle between kernels of a call"] = whole_ms - sum(found.values())
+    rollout.attend_at_once(True)
+    found["idle between kernels of a call, less what runs at once"] = whole_ms - sum(found.values())
     return found
 
 

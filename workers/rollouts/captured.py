@@ -220,6 +220,12 @@ class CapturedRollout:
             if early:
                 self.replay(choose, look, clean)
 
+    def attend_at_once(self, at_once: bool) -> None:
+        """Whether calls that look attend to history and own chunk at once, as they do unless a bench asks otherwise."""
+        if isinstance(self._attend, KeptHistory):
+            self._attend.attends_at_once = at_once
+            self._graphs.clear()
+
     def _mark(self, part: str) -> None:
         if self.on_part is not None:
             self.on_part(part)

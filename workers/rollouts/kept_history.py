@@ -3,6 +3,9 @@
 A call that looks attends to its listed tiles and keeps result and log-sum-exp of every layer, in buffers that never
 move. Every call attends afresh to the slots that are always seen (own chunk, and as configured newest chunks and sink)
 and composes the two exactly, as if the queries that looked had been its own.
+
+On a GPU a call that looks computes both at once: the 444 programs of a chunk at 480x832 are three waves and a third on
+132 multiprocessors, and what one kernel leaves idle at its end the other fills (`tests/bench/attention_waves.py`).
 """
 
 from __future__ import annotations
@@ -106,6 +109,9 @@ class KeptHistory:
         num_tiles = slots // fresh.tile if fresh.num_first else fresh.num_last
         listed = torch.tensor(fresh.list_of(num_tiles), dtype=torch.int32, device=k_NLW.device)
         self._list_NIJ = listed.expand(heads, fresh.own_tiles, -1).contiguous()
+        self._beside = torch.cuda.Stream(device) if k_NLW.is_cuda else None
+        self.attends_at_once = True
+        """To both, in calls that look; a bench that times them apart asks for one after the other."""
 
     @property
     def num_slots_fresh(self) -> int:
@@ -130,12 +136,18 @@ class KeptHistory:
             mark: Told the parts.
         """
         kept = self._kept[layer_index]
+        beside = self._beside if looked is not None and self.attends_at_once else None
+        if beside is not None:
+            beside.wait_stream(torch.cuda.current_stream())
         if looked is not None:
             found = self._ways.listed(q_QNW, looked.keys.k_NLW, looked.keys.v_NLD, looked.index_NIJ)
             for buffer, values in zip(kept, found, strict=True):
                 buffer.copy_(values)
             mark("attention to the history")
-        out, lse = self._attend_fresh(q_QNW, fresh)
+        with torch.cuda.stream(beside):  # None changes nothing
+            out, lse = self._attend_fresh(q_QNW, fresh)
+        if beside is not None:
+            torch.cuda.current_stream().wait_stream(beside)
         mark("attention to own keys")
         whole = self._ways.compose(*kept, out, lse)
         mark("composition")
