@@ -11,7 +11,7 @@ import argparse
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -38,8 +38,9 @@ from workers.model.fp8_linears import (
     row_codes_plain,
     weight_codes_plain,
 )
+from workers.model.prompt_attention import PromptAttention, attend_prompt, attend_prompt_plain, hold_prompt
 from workers.model.rope import grid_positions, make_rotation
-from workers.model.static_layers import LayerWeights, StaticLayers, Targets, hold_prompt, linear_gelu
+from workers.model.static_layers import LayerWeights, StaticLayers, Targets, linear_gelu
 
 Row = dict[str, Any]
 LAYERS, CALLS = 4, 5
@@ -182,7 +183,7 @@ def all_casts(bench: Bench) -> Iterator[Cast]:
     dim, ffn, tokens = bench.backbone.dim, bench.backbone.ffn_dim, bench.tokens
     x, modulation = bench.draw(tokens, dim), (bench.draw(6, dim, seed=1), bench.draw(bench.frames, 6, dim, seed=2))
     weights = bench.draw(dim, seed=3), bench.draw(dim, seed=4)
-    added, wide = (_random_product(bench, width) for width in (dim, ffn))
+    added, wide = (random_product(bench, width) for width in (dim, ffn))
     heads = bench.draw(bench.backbone.num_heads, tokens, bench.backbone.head_dim).transpose(0, 1)
     first, gated = Norm(*modulation, shift=0), Norm(*modulation, 2, -1, *weights)
 
@@ -270,7 +271,7 @@ def distance(found: Tensor, exact: Tensor) -> float:
     return float((found.float() - exact.float()).square().mean().sqrt() / exact.float().square().mean().sqrt())
 
 
-def _random_product(bench: Bench, width: int) -> Product:
+def random_product(bench: Bench, width: int) -> Product:
     """As a product of codes gives it."""
     sums = bench.draw(bench.tokens, width, seed=8) * 1e6
     scales = (bench.draw(*shape, seed=9).float().abs() * 1e-3 + 5e-4 for shape in ((bench.tokens, 1), (1, width)))
@@ -312,25 +313,35 @@ class LayerRun:
         return [added, torch.cat((q.transpose(0, 1), k)), v]
 
 
-WAYS: dict[str, tuple[Fp8Linears, Fp8Way]] = {
-    "bfloat16": ("none", Fp8Way()),
-    "ffn": ("ffn", Fp8Way()),
-    "large": ("large", Fp8Way()),
-    "all": ("all", Fp8Way()),
-    "large, vectors, compiler (as it was)": ("large", Fp8Way(LayerWeights._fields, kernels=False)),
-    "large, up by vectors": ("large", Fp8Way(vectors=("up",))),
-    "large, vectors": ("large", Fp8Way(LayerWeights._fields)),
-    "large, compiler": ("large", Fp8Way(kernels=False)),
+class LayerWay(NamedTuple):
+    """How a layer is computed."""
+
+    fp8: Fp8Linears
+    linear: Fp8Way = Fp8Way()
+    attend: PromptAttention = attend_prompt
+
+
+WAYS = {
+    "bfloat16": LayerWay("none"),
+    "ffn": LayerWay("ffn"),
+    "large": LayerWay("large"),
+    "all": LayerWay("all"),
+    "large, vectors, compiler (as it was)": LayerWay(
+        "large", Fp8Way(LayerWeights._fields, kernels=False), attend_prompt_plain
+    ),
+    "large, up by vectors": LayerWay("large", Fp8Way(vectors=("up",))),
+    "large, vectors": LayerWay("large", Fp8Way(LayerWeights._fields)),
+    "large, compiler": LayerWay("large", Fp8Way(kernels=False)),
 }
 
 
-def layers(bench: Bench) -> Iterator[Case]:
+def layers(bench: Bench, ways: Mapping[str, LayerWay] = WAYS) -> Iterator[Case]:
     """Each way compiled: what a chunk takes without self-attention."""
     run, wide = LayerRun(bench, bench.dtype), LayerRun(bench, torch.float32)
     exact = wide.seen(StaticLayers(wide.model))
     del wide
-    for name, (fp8, way) in WAYS.items():
-        parts = StaticLayers(run.model, fp8, way)
+    for name, way in ways.items():
+        parts = StaticLayers(run.model, *way)
         if bench.device.type == "cuda":
             parts.compile()
 

@@ -11,13 +11,15 @@ from workers.cache.packed_table import PackedTable
 from workers.cache.table_codes import CodedStorage, coded_bytes
 from workers.cache.table_layout import TableSettings
 from workers.model.fp8_linears import LinearWeights
-from workers.model.static_layers import LayerWeights, hold_prompt
+from workers.model.prompt_attention import hold_prompt
+from workers.model.static_layers import LayerWeights
 
 COPY_TB_PER_S = 4.2
 """What bytes are counted at: a copy reaches 4.26 on an H200, whose data sheet says 4.8."""
 BYTES_NOTE = f"least_ms: what bytes take at {COPY_TB_PER_S} TB/s, the pace of a copy on an H200."
 UNPACKING = "unpacking in calls"
-PASSES = "norms, rotations, gates, cross-attention's softmax; codes"
+PASSES = "norms, rotations, gates, cross-attention; codes"
+"""On a GPU all of cross-attention; where the compiler does it, its products count as linear layers."""
 Work = tuple[float, float]
 """GB that must move and TFLOP that must be done for a chunk."""
 
@@ -69,7 +71,7 @@ def least_of_merge(s: TableSettings, storage: CodedStorage, size: int = 2) -> di
 
 
 def bytes_of_passes(w: LayerWeights, num_tokens: int, num_heads: int, prompt_rows: int) -> int:
-    """Of one layer in one call: all that `static_layers.py` does between products of matrices, and codes of weights.
+    """Of one layer in one call: all that `static_layers.py` does between linear layers, and codes of weights.
 
     Args:
         w: Of the layer; which products are of codes is theirs to say.
@@ -84,18 +86,20 @@ def bytes_of_passes(w: LayerWeights, num_tokens: int, num_heads: int, prompt_row
         """A product's inputs, as what comes before writes them."""
         return num_tokens * width if _is_coded(linear) else stream
 
+    def attended(linear: LinearWeights) -> int:
+        """What attention wrote, encoded, or read as it lies."""
+        return stream + taken(linear) if _is_coded(linear) else 0
+
     enter = stream + taken(w.qkv)
     rotate = 6 * stream + num_tokens * width // num_heads * 4  # with cosines and sines, in float32
-    attended = stream + taken(w.out) if _is_coded(w.out) else 0  # else it is read as attention wrote it
-    to_cross = 3 * stream + taken(w.cross_q)
-    softmax = 2 * num_heads * num_tokens * prompt_rows * size
-    cross = 2 * stream + softmax + stream + taken(w.cross_out)  # norm of queries; heads side by side again
-    to_ffn = 3 * stream + taken(w.up)
+    to_cross = attended(w.out) + 3 * stream + taken(w.cross_q)
+    cross = 3 * stream + 2 * prompt_rows * width * size  # queries twice, for their norm is over all heads
+    to_ffn = attended(w.cross_out) + 3 * stream + taken(w.up)
     # GELU is in the product but for codes.
     gelu = num_tokens * w.up.weight_OI.shape[0] * (size + 1) if _is_coded(w.down) else 0
     linears = (w.qkv, w.out, w.cross_q, w.cross_out, w.up, w.down)
     codes = sum(linear.weight_OI.numel() * (size + 1) for linear in linears if _is_coded(linear))
-    return enter + rotate + attended + to_cross + cross + to_ffn + gelu + 3 * stream + codes
+    return enter + rotate + to_cross + cross + to_ffn + gelu + 3 * stream + codes
 
 
 def _is_coded(linear: LinearWeights) -> bool:

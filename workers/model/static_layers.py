@@ -7,17 +7,16 @@ result of attention to the end of the layer. Products may run in 8-bit floats (`
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workers.contracts import PromptKeys
 from workers.model.dit import CausalDiT, Layer, add_gated, modulate
 from workers.model.fp8_linears import Codes, Fp8Linears, Fp8Way, LinearWeights, Norm, Product, multiply, quantise
+from workers.model.prompt_attention import PromptAttention, PromptTable, attend_prompt
 from workers.model.rope import Rotation, rotate_in_parts
 
 
@@ -38,15 +37,6 @@ class LayerWeights(NamedTuple):
     down: LinearWeights
 
 
-class PromptTable(NamedTuple):
-    """Cross-attention keys of one layer, heads outside, filled up to a round number of rows with ones of no weight."""
-
-    k_NPD: Tensor
-    v_NPD: Tensor
-    log_mass_P: Tensor
-    """float32."""
-
-
 class Targets(NamedTuple):
     """Where the first piece writes."""
 
@@ -59,6 +49,14 @@ Enter = Callable[[LayerWeights, Tensor, Tensor, Rotation, Targets], None]
 Leave = Callable[[LayerWeights, PromptTable, Tensor, Tensor, Tensor], Tensor]
 
 
+class _Ways(NamedTuple):
+    """How a layer computes, the same for all layers of a model."""
+
+    eps: float
+    linear: Fp8Way
+    attend_prompt: PromptAttention
+
+
 class StaticLayers:
     """The layers of one model.
 
@@ -67,24 +65,30 @@ class StaticLayers:
         fp8: Products in 8-bit floats, in denoising steps alone: keys of a clean pass are what is remembered, and
             rounded there 8 bits lose twice as much of what is seen again.
         way: How those are computed.
+        attend: Cross-attention to the prompt; another for a bench that compares.
     """
 
-    def __init__(self, model: CausalDiT, fp8: Fp8Linears = "none", way: Fp8Way | None = None) -> None:
+    def __init__(
+        self,
+        model: CausalDiT,
+        fp8: Fp8Linears = "none",
+        way: Fp8Way | None = None,
+        attend: PromptAttention = attend_prompt,
+    ) -> None:
         assert not model.backbone.image_dim
-        by = way or Fp8Way()
-        self.weights = [_read_layer(layer, fp8, by.vectors) for layer in model.layers]
+        how = _Ways(model.backbone.eps, way or Fp8Way(), attend)
+        self.weights = [_read_layer(layer, fp8, how.linear.vectors) for layer in model.layers]
         self.clean_weights = (
             self.weights if fp8 == "none" else [_read_layer(layer, "none", ()) for layer in model.layers]
         )
         """Of a clean pass."""
-        self.eps = model.backbone.eps
-        eps = self.eps
+        self.eps = how.eps
 
         def enter(w: LayerWeights, x_QE: Tensor, time_T6E: Tensor, rotation: Rotation, to: Targets) -> None:
-            _enter(w, x_QE, time_T6E, rotation, to, (eps, by))
+            _enter(w, x_QE, time_T6E, rotation, to, how)
 
         def leave(w: LayerWeights, prompt: PromptTable, x_QE: Tensor, out_QND: Tensor, time_T6E: Tensor) -> Tensor:
-            return _leave(w, prompt, x_QE, out_QND, time_T6E, (eps, by))
+            return _leave(w, prompt, x_QE, out_QND, time_T6E, how)
 
         self.enter: Enter = enter
         self.leave: Leave = leave
@@ -100,28 +104,8 @@ class StaticLayers:
         self.leave = cast(Leave, torch.compile(self.leave, dynamic=False, fullgraph=True, backend=backend))
 
 
-def hold_prompt(prompt: Sequence[PromptKeys], multiple: int = 16) -> list[PromptTable]:
-    """Prompt keys as the layers read them; what holds the keys of another prompt can be copied over them."""
-    tables = []
-    for keys in prompt:
-        k, v = keys.k_BPND[0].transpose(0, 1), keys.v_BPND[0].transpose(0, 1)
-        rows = k.shape[1]
-        pad = -rows % multiple
-        mass = torch.zeros(rows, device=k.device) if keys.log_mass_BP is None else keys.log_mass_BP[0].float()
-        tables.append(
-            PromptTable(
-                F.pad(k, (0, 0, 0, pad)).contiguous(),
-                F.pad(v, (0, 0, 0, pad)).contiguous(),
-                F.pad(mass, (0, pad), value=-torch.inf),
-            )
-        )
-    return tables
-
-
-def _enter(
-    w: LayerWeights, x_QE: Tensor, time_T6E: Tensor, rotation: Rotation, to: Targets, how: tuple[float, Fp8Way]
-) -> None:
-    eps, way = how
+def _enter(w: LayerWeights, x_QE: Tensor, time_T6E: Tensor, rotation: Rotation, to: Targets, how: _Ways) -> None:
+    eps, way, _ = how
     if w.qkv.scale_1O is None:
         m = (w.modulation_6E + time_T6E)[None, :, :, None]
         h: Tensor | Codes = modulate(x_QE[None], m[:, :, 0], m[:, :, 1], eps)[0]
@@ -164,16 +148,13 @@ def norm_rotate_plain(
     to.v_NQD.copy_(v.unflatten(-1, heads).transpose(0, 1))
 
 
-def _leave(
-    w: LayerWeights, prompt: PromptTable, x_QE: Tensor, out_QND: Tensor, time_T6E: Tensor, how: tuple[float, Fp8Way]
-) -> Tensor:
-    eps, way = how
+def _leave(w: LayerWeights, prompt: PromptTable, x_QE: Tensor, out_QND: Tensor, time_T6E: Tensor, how: _Ways) -> Tensor:
+    eps, way, attend = how
     m = (w.modulation_6E + time_T6E)[None, :, :, None]
     h: Tensor | Codes
     x_QE, h = _to_cross_queries(w, x_QE, out_QND, time_T6E, how)
-    q = multiply(w.cross_q, h).value
-    q = F.rms_norm(q, (x_QE.shape[-1],), None, eps) * w.norm_cross_q_E
-    product = multiply(w.cross_out, _as_inputs(w.cross_out, _attend_prompt(q, prompt), way))
+    found_QND = attend(multiply(w.cross_q, h), w.norm_cross_q_E, prompt, eps)
+    product = multiply(w.cross_out, _as_inputs(w.cross_out, found_QND, way))
     if w.up.scale_1O is None:
         x_QE = x_QE + product.value
         moved = modulate(x_QE[None], m[:, :, 3], m[:, :, 4], eps)[0]
@@ -186,10 +167,10 @@ def _leave(
 
 
 def _to_cross_queries(
-    w: LayerWeights, x_QE: Tensor, out_QND: Tensor, time_T6E: Tensor, how: tuple[float, Fp8Way]
+    w: LayerWeights, x_QE: Tensor, out_QND: Tensor, time_T6E: Tensor, how: _Ways
 ) -> tuple[Tensor, Tensor | Codes]:
     """Add what attention found; the stream, and what queries of the prompt are made of."""
-    eps, way = how
+    eps, way, _ = how
     product = multiply(w.out, _as_inputs(w.out, out_QND, way))
     if w.cross_q.scale_1O is None:
         gate = (w.modulation_6E[2] + time_T6E[:, 2])[None, :, None]
@@ -202,15 +183,6 @@ def _to_cross_queries(
 def _as_inputs(linear: LinearWeights, h_QND: Tensor, way: Fp8Way) -> Tensor | Codes:
     """What attention gives, as a linear layer takes it."""
     return h_QND.flatten(1) if linear.scale_1O is None else way.row_codes(h_QND)
-
-
-def _attend_prompt(q_QE: Tensor, prompt: PromptTable) -> Tensor:
-    """[Q, N, D], heads outside in memory. Plain products: a prompt is one or two tiles long, its padding folded."""
-    heads, _, dim = prompt.k_NPD.shape
-    q_NQD = q_QE.unflatten(-1, (heads, dim)).transpose(0, 1)
-    logit = torch.bmm(q_NQD, prompt.k_NPD.mT).float() / math.sqrt(dim) + prompt.log_mass_P
-    out_NQD = torch.bmm(logit.softmax(-1).to(q_QE.dtype), prompt.v_NPD)
-    return out_NQD.transpose(0, 1)
 
 
 @torch.library.custom_op("longtake::linear_gelu", mutates_args=())

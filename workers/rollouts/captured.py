@@ -22,8 +22,9 @@ from workers.denoise import step_euler, step_renoise, to_device
 from workers.errors import NonFiniteLatents
 from workers.metrics import Stopwatch
 from workers.model.dit import CausalDiT
+from workers.model.prompt_attention import PromptTable, hold_prompt
 from workers.model.rope import Rotation, make_rotation
-from workers.model.static_layers import PromptTable, StaticLayers, Targets, hold_prompt
+from workers.model.static_layers import StaticLayers, Targets
 from workers.rollout import CleanChunk, RolloutPlan, chunk_positions
 from workers.rollouts.kept_history import KeptHistory, Keys, Looked, Mark
 

@@ -24,8 +24,9 @@ from workers.model.fp8_linears import (
     row_codes_plain,
     weight_codes_plain,
 )
+from workers.model.prompt_attention import hold_prompt
 from workers.model.rope import grid_positions, make_rotation
-from workers.model.static_layers import StaticLayers, Targets, hold_prompt
+from workers.model.static_layers import StaticLayers, Targets
 
 TOKENS, FRAMES, EPS = 12, 3, 1e-6
 LARGEST_ERROR = 0.04
