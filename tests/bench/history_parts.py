@@ -2,7 +2,7 @@
 
 Events between the calls of the model and the parts of taking over a chunk lie on the stream of a rollout as it runs;
 what a call consists of is read off a profile of its replay, and what no kernel accounts for is a row of its own. Beside
-the parts of the compression stand the bytes and operations that they cannot do without.
+parts stand the bytes and operations that they cannot do without (`least_work.py`).
 """
 
 from __future__ import annotations
@@ -16,21 +16,17 @@ import torch
 import torch.nn.functional as F
 
 from tests.bench.history_engine import Engine, make_plan
+from tests.bench.least_work import PASSES, UNPACKING, least_work, milliseconds_of
 from tests.bench.rollout_rows import Settings
-from workers.cache.packed_table import PackedTable
-from workers.cache.table_codes import coded_bytes
 from workers.model.static_layers import linear_gelu
 
-_UNPACKING, _UNPACK = "unpacking in calls", re.compile("unpack_(tiles|slots)")
-COMPRESSION = ("selection", "moving chunks", "matching", "merging", "unpacking", "packing", _UNPACKING)
+COMPRESSION = ("selection", "moving chunks", "matching", "merging", "unpacking", "packing", UNPACKING)
 _KINDS = (
-    (_UNPACKING, _UNPACK),
+    (UNPACKING, re.compile("unpack_(tiles|slots)")),
     ("attention", re.compile("flash|attend_rows|attend_listed", re.I)),
     ("composition", re.compile("compose_rows")),
     ("linear layers", re.compile("nvjet|gemm|cutlass|cublas", re.I)),
 )
-_REST = "norms, rotations, gates, cross-attention"
-"""On a GPU all of cross-attention; where the compiler does it, its products count as linear layers."""
 
 
 class ChunkClock:
@@ -70,7 +66,7 @@ def parts_of_chunk(engine: Engine, settings: Settings) -> tuple[list[dict[str, A
         row: dict[str, Any] = {"part": part, "ms_per_chunk": round(ms, 3), "share": ms / whole}
         if part in work and ms > 0:
             gigabytes, tera = work[part]
-            row |= {"least_gb": gigabytes, "gb_per_s": gigabytes / ms * 1e3}
+            row |= {"least_gb": gigabytes, "least_ms": milliseconds_of(gigabytes), "gb_per_s": gigabytes / ms * 1e3}
             row |= {"least_tflop": tera, "tflop_per_s": tera / ms * 1e3}
         rows.append(row)
     rows.append({"part": "sum of the parts", "ms_per_chunk": round(sum(parts.values()), 3), "share": 1.0})
@@ -123,7 +119,7 @@ def kinds_of_calls(engine: Engine, whole_ms: float) -> dict[str, float]:
     rollout, is_apart = engine.rollout, engine.variant.history_at is not None
     rollout.attend_at_once(False)  # times of kernels that run side by side do not add up
     looking, choosing = (_by_kind(lambda c=choose: rollout.replay(c)) for choose in (False, True))  # type: ignore[misc]
-    clean = _by_kind(lambda: rollout.replay(False, clean=True)) if rollout.chooser.has_clean_list else looking
+    clean = _by_kind(lambda: rollout.replay(False, clean=True))
     taking = _by_kind(lambda: rollout.replay(False, False)) if is_apart else looking
     numbers = (engine.num_looking - 1, 1, engine.num_calls - engine.num_looking)
     calls = list(zip((looking, clean, taking), numbers, strict=True))
@@ -132,10 +128,10 @@ def kinds_of_calls(engine: Engine, whole_ms: float) -> dict[str, float]:
     if is_apart:  # a call that takes attends to what all see and to nothing else
         found["attention to own keys"] = taking["attention"] * engine.num_calls
         found["attention to the history"] = found.pop("attention") - found["attention to own keys"]
-    more = choosing.get(_UNPACKING, 0.0) - looking.get(_UNPACKING, 0.0)
+    more = choosing.get(UNPACKING, 0.0) - looking.get(UNPACKING, 0.0)
     found["selection"] = (sum(choosing.values()) - sum(looking.values()) - more) * len(engine.choose_at)
-    if _UNPACKING in choosing:
-        found[_UNPACKING] = found.get(_UNPACKING, 0.0) + more * len(engine.choose_at)
+    if UNPACKING in choosing:
+        found[UNPACKING] = found.get(UNPACKING, 0.0) + more * len(engine.choose_at)
     rollout.attend_at_once(True)
     found["idle between kernels of a call, less what runs at once"] = whole_ms - sum(found.values())
     return found
@@ -145,7 +141,7 @@ def _by_kind(run: Callable[[], None]) -> dict[str, float]:
     """Milliseconds of one call."""
     found: dict[str, float] = {}
     for name, (ms, _) in kernel_times(run).items():
-        kind = next((kind for kind, pattern in _KINDS if pattern.search(name)), _REST)
+        kind = next((kind for kind, pattern in _KINDS if pattern.search(name)), PASSES)
         found[kind] = found.get(kind, 0.0) + ms
     return found
 
@@ -201,59 +197,3 @@ def top_kernels(engine: Engine, num: int = 20) -> list[dict[str, Any]]:
             {"kernel": f"{what}: {name[:80]}", "calls": calls, "ms": round(ms, 3)} for name, (ms, calls) in times[:num]
         ]
     return rows
-
-
-def least_work(engine: Engine) -> dict[str, tuple[float, float]]:
-    """GB that must move and TFLOP that must be done for a chunk, by part of the compression."""
-    s, v, size = engine.sizes, engine.variant, engine.table.dtype.itemsize
-    rows, key, value = s.num_layers * s.num_heads, s.width * size, s.head_dim * size
-    tokens, frame, history, kept = s.chunk_tokens, s.frame_tokens, s.history_tokens, s.kept_tokens
-    packing = _least_packing(engine)
-    tiles, query_tiles = s.num_slots // s.tile, -(-tokens // s.tile)
-    looked_at = query_tiles * (s.candidate_tiles or 0) * s.tile
-    compared = tokens * frame + query_tiles * s.tile * (s.candidate_tiles or 0) * s.tile
-    # Each key with its partner (of pairs values too), those given up with that of their group, their values, and all
-    # that is kept, both ways.
-    compared_bytes = 2 * (key + value if s.rule == "pairs" else key)
-    merged = (
-        rows
-        / s.spare_chunks
-        * (history * compared_bytes + s.spare_tokens * (2 * key + value) + kept * 2 * (key + value) + history * 4 * 12)
-    )
-    sampled = (tiles * v.keys_per_tile, query_tiles * v.queries_per_tile)
-    choices = len(engine.choose_at)
-    return {
-        "moving chunks": (rows * tokens * (key + value) * 4 / 1e9, 0.0),
-        "matching": (
-            rows * ((tokens + frame) * (key + 2 * value) + tokens * value + looked_at * key) / 1e9,
-            rows * compared * s.head_dim * 2 / 1e12,
-        ),
-        "merging": (merged / 1e9, 0.0),
-        "selection": (
-            choices * rows * (sampled[0] * key + sampled[1] * (key + tiles * 8)) / 1e9,
-            choices * rows * sampled[0] * sampled[1] * s.head_dim * 2 / 1e12,
-        ),
-        **packing,
-    }
-
-
-def _least_packing(engine: Engine) -> dict[str, tuple[float, float]]:
-    """Of a packed history: between codes and channels, each call for what is seen, each chunk for what changes."""
-    s, table = engine.sizes, engine.table
-    if not isinstance(table, PackedTable) or s.storage == "model":
-        return {}
-    size, rows = table.dtype.itemsize, s.num_layers * s.num_heads
-    coded, key, value = coded_bytes(s.head_dim, s.storage), s.width * size, s.head_dim * size
-    keys, values = rows * s.num_slots * (coded + 2 * size + key), rows * s.num_slots * (coded + value)
-    share, choices = table.seen_share, len(engine.choose_at)
-    calls, sampled = len(engine.schedule.sigmas) + 1, engine.variant.keys_per_tile / s.tile
-    # Without a merge: what lies beside the history, the latent frame before, and at most so many near tiles.
-    near = min(-(-s.chunk_tokens // s.tile) * (s.candidate_tiles or 0) * s.tile, s.history_slots)
-    ends = rows * (s.num_slots - s.history_slots) * 2 * (key + value)
-    brought = ends + rows * (s.frame_tokens + near) * (coded + 2 * size + key)
-    changed = s.chunk_tokens + s.kept_tokens / s.spare_chunks
-    return {
-        _UNPACKING: ((calls * share * (keys + values) + choices * sampled * keys) / 1e9, 0.0),
-        "unpacking": (((keys + values) / s.spare_chunks + brought * (1 - 1 / s.spare_chunks)) / 1e9, 0.0),
-        "packing": (rows * changed * (2 * coded + key + value) / 1e9, 0.0),
-    }

@@ -1,13 +1,12 @@
 """`python -m tests.bench.merge_parts` on a GPU: what a merge of one packed layer is made of, kernel by kernel.
 
 First kernels against plain torch at small sizes, then one layer of the policy `fastar-tiles` at the sizes of
-Wan2.1-1.3B, merged twice before. Beside each kernel stands what its bytes take at `--bandwidth`; then the same merge
-with other launch settings, and whether it still writes the same bits. Prints tables; under a minute.
+Wan2.1-1.3B, merged twice before. Beside each kernel stands what its bytes take; then the same merge with other launch
+settings, and whether it still writes the same bits. Prints tables; under a minute.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tests.bench.history_parts import kernel_times
+from tests.bench.least_work import BYTES_NOTE, least_of_merge, milliseconds_of
 from tests.bench.record import report
 from tests.packed_checks import check_merge
 from workers.cache import triton_collect, triton_links, triton_pairs
@@ -25,7 +25,6 @@ from workers.cache.packed_history import PackedLayer
 from workers.cache.packed_table import PackedTable
 from workers.cache.partners import History
 from workers.cache.shrink import Room
-from workers.cache.table_codes import coded_bytes
 from workers.cache.table_layout import MEMBERS_LISTED, TableSettings
 from workers.cache.table_pairs import choose_links, heaviest, pair_loss
 from workers.cache.triton_pairs import find_distances
@@ -33,8 +32,8 @@ from workers.cache.unrotated import TurnBack
 from workers.model.rope import grid_positions
 
 _NOTES = (
-    "One merge of one layer: 234,000 slots of 12 heads in int4, keys a random walk, merged twice before. least_ms: "
-    "what its bytes take; launch settings: the whole merge, and the kernel that is launched otherwise."
+    "One merge of one layer: 224,640 slots of 12 heads in int4, keys a random walk, merged twice before. "
+    f"{BYTES_NOTE} Launch settings: the whole merge, and the kernel that is launched otherwise."
 )
 ROWS, COLUMNS = 30, 52
 SIZES = TableSettings(
@@ -191,34 +190,18 @@ def check_large(full: FullTable) -> dict[str, Tensor]:
     return found
 
 
-def least_gigabytes(s: TableSettings) -> dict[str, float]:
-    """What each kernel cannot do without; a partner's value is counted as if it lay in a cache."""
-    slots, kept, given_up = (s.num_heads * num for num in (s.history_tokens, s.kept_tokens, s.spare_tokens))
-    vector, codes = 2 * s.head_dim, 2 * coded_bytes(s.head_dim, "int4")
-    return {
-        "_value_distances": slots * (vector + 16) / 1e9,
-        "_key_distances": 2 * given_up * (2 * vector + 28) / 1e9,
-        "move_codes": kept * 4 * codes / 1e9,
-        "average_tiles": kept * (vector + 20) / 1e9,
-        "collect_records": kept * 96 / 1e9,
-        "write_records": kept * 52 / 1e9,
-        "average_groups": given_up * (2 * vector + codes / 2) / 1e9,
-        "_weigh": given_up * (2 * vector + 56) / 1e9,
-    }
-
-
-def kernel_rows(full: FullTable, bandwidth: float) -> list[dict[str, Any]]:
+def kernel_rows(full: FullTable) -> list[dict[str, Any]]:
     """Of one merge, beside what bytes take; copies that put the table back are left out."""
     full.prepare()
     once, again = kernel_times(full.put_back, 3), kernel_times(full.merge_again, 5)
     times = {name: (ms - once.get(name, (0, 0))[0], calls) for name, (ms, calls) in again.items()}
-    least, rest, launches = least_gigabytes(full.sizes), 0.0, 0.0
+    least, rest, launches = least_of_merge(full.sizes, "int4"), 0.0, 0.0
     rows: list[dict[str, Any]] = []
     for name, (ms, calls) in sorted(times.items(), key=lambda item: -item[1][0]):
         if ms < 0.01:
             rest, launches = rest + ms, launches + calls
             continue
-        by_bytes = round(least[name] / bandwidth, 3) if name in least else None
+        by_bytes = round(milliseconds_of(least[name]), 3) if name in least else None
         rows.append({"kernel": name[:60], "calls": round(calls), "ms": round(ms, 3), "least_ms": by_bytes})
     rows.append({"kernel": "what takes less than 0.01 each", "calls": round(launches), "ms": round(rest, 3)})
     rows.append({"kernel": "sum", "ms": round(sum(ms for ms, _ in times.values()), 3)})
@@ -272,16 +255,13 @@ def variant_rows(full: FullTable, expected: dict[str, Tensor]) -> list[dict[str,
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bandwidth", type=float, default=3.8, help="TB/s that bytes are counted at")
-    asked = parser.parse_args()
     if not check_small():
         raise SystemExit(1)
     with torch.no_grad():
         full_table = FullTable()
         check_links(full_table)
         written = check_large(full_table)
-        rows = kernel_rows(full_table, asked.bandwidth)
+        rows = kernel_rows(full_table)
         report("merge_parts", rows, _NOTES)
         report("merge_parts", rows + variant_rows(full_table, written), _NOTES)
     print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")

@@ -28,6 +28,7 @@ from tests.bench.history_engine import ALL, Compiled, Engine, Variant, make_engi
 from tests.bench.history_once import ONCE, choose_parted
 from tests.bench.history_parts import ChunkClock, feed_forward_rows, parts_of_chunk, top_kernels, whole_chunk_ms
 from tests.bench.history_snapshot import snapshot_row
+from tests.bench.least_work import BYTES_NOTE
 from tests.bench.record import report
 from tests.bench.rollout_models import make_vae, seconds_with_pictures
 from tests.bench.rollout_rows import RowResult, Settings, release_memory
@@ -357,7 +358,7 @@ def main(arguments: Sequence[str]) -> None:
         if results:
             report(asked.name, results, notes)
         for part_name, table in tables[-1:] if not is_row else []:
-            report(f"{asked.name}-parts-{part_name}", table, notes)
+            report(f"{asked.name}-parts-{part_name}", table, f"{BYTES_NOTE} {notes}")
     if asked.snapshot is not None and time.monotonic() - began <= asked.seconds:
         release_memory(device)
         variant = replace(VARIANTS[asked.snapshot], **read_changes(asked.set))

@@ -186,7 +186,7 @@ def test_attention_to_the_history_is_what_calls_that_take_it_spare(monkeypatch: 
     variant = rollout_history.VARIANTS["fastar-exact-once"]
     engine = rollout_history.engine_for(variant, TINY)
     calls: list[tuple[bool, bool]] = []
-    monkeypatch.setattr(engine.rollout, "replay", lambda choose, look=True: calls.append((choose, look)))
+    monkeypatch.setattr(engine.rollout, "replay", lambda choose, look=True, clean=False: calls.append((choose, look)))
 
     def times(run: Callable[[], None]) -> dict[str, tuple[float, float]]:
         run()

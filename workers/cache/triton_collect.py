@@ -2,7 +2,7 @@
 
 Which keys merge, and all sums, are those of `triton_merge.py`. A key never changes and its value only where another one
 joins it; coding again what was decoded would give the same codes (`table_codes.py`). Codes and records move within the
-tensors of the layer, so they go through buffers: those of codes are small enough to stay in a GPU's cache.
+tensors of the layer, so they go through buffers, codes those of a few heads at a time to save memory.
 """
 
 from __future__ import annotations
