@@ -247,18 +247,21 @@ def test_ranks_of_long_rows(rows: int, num: int, spread: int) -> None:
 
 
 @pytest.mark.parametrize("estimate", ["exact", "quant"])
-@pytest.mark.parametrize(("num_queries", "tiles", "keys_at_once"), [(100, 9, 128), (40, 21, 16)])
+@pytest.mark.parametrize(
+    ("num_queries", "tiles", "keys_at_once", "tile", "samples"),
+    [(100, 9, 128, 16, 8), (40, 21, 16, 16, 8), (300, 9, 64, 128, 16), (50, 10, 16, 8, 8)],
+)
 def test_kernels_choose_the_tiles_that_the_plain_way_chooses(
-    estimate: Estimate, num_queries: int, tiles: int, keys_at_once: int
+    estimate: Estimate, num_queries: int, tiles: int, keys_at_once: int, tile: int, samples: int
 ) -> None:
     pytest.importorskip("triton")
     generator = torch.Generator().manual_seed(3)
     q = torch.randn(num_queries, HEADS, DIM + 16, generator=generator)
-    k = torch.randn(HEADS, tiles * 16, DIM + 16, generator=generator)
+    k = torch.randn(HEADS, tiles * tile, DIM + 16, generator=generator)
     q[..., DIM:], k[..., DIM:] = 0, 0
     q[..., DIM : DIM + 2] = 1
-    k[..., DIM] = torch.rand(HEADS, tiles * 16, generator=generator) * 4
-    k[:, 16:48, DIM] = -1e5  # two tiles without a key
+    k[..., DIM] = torch.rand(HEADS, tiles * tile, generator=generator) * 4
+    k[:, tile : 3 * tile, DIM] = -1e5  # two tiles without a key
     q, k = q.to(DEVICE), k.to(DEVICE)
     runs = TileRuns(candidates=((0, 3), (4, tiles - 1)), always=((tiles - 1, tiles),), num_tiles=tiles)
     chosen = []
@@ -266,10 +269,10 @@ def test_kernels_choose_the_tiles_that_the_plain_way_chooses(
         settings = ChoiceSettings(
             4,
             clean_share=0.5,
-            keys_per_tile=8,
+            keys_per_tile=samples,
             queries_per_tile=4,
             estimate=estimate,
-            tile=16,
+            tile=tile,
             fused=fused,
             keys_at_once=keys_at_once,
         )

@@ -150,19 +150,17 @@ class TileChoice:
 
         shape = (k_NLW.shape[0], len(self._query_S), len(self._is_candidate_J))
         lse_NSJ = torch.empty(shape, dtype=torch.float32, device=k_NLW.device)
-        is_quant = self.settings.estimate == "quant"
+        s = self.settings
         tile_lse(
             q_QNW,
             k_NLW,
-            (self._query_S, self.sampled_slot_R),
+            self._query_S,
             lse_NSJ,
-            self._head_dim,
-            quant=is_quant,
-            keys_at_once=self.settings.keys_at_once,
+            (self._head_dim, s.tile, s.keys_per_tile),
+            quant=s.estimate == "quant",
+            keys_at_once=s.keys_at_once,
         )
-        for index in (index_NIJ, clean_NIJ):
-            if index is not None:
-                write_heaviest(lse_NSJ, self._is_candidate_J, self._num_to_fill(index), index)
+        write_heaviest(lse_NSJ, self._is_candidate_J, len(self._always_A), index_NIJ, clean_NIJ)
 
     def mass(self, q_QNW: Tensor, k_NLW: Tensor) -> Tensor:
         """Estimated share of the softmax in each tile of the table, mean over the queries of a tile, [N, I, J]."""
