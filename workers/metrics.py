@@ -35,6 +35,10 @@ class Stopwatch:
         finally:
             self._seconds[name] += time.perf_counter() - started
 
+    def add(self, name: str, seconds: float) -> None:
+        """What was timed by itself, beside the current stream."""
+        self._seconds[name] += seconds
+
     def seconds(self, name: str) -> float:
         return self._seconds[name]
 

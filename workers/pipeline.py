@@ -107,6 +107,7 @@ def render_take(
     parts = prepare_take(model, task.ladder_rung)
     writer = open_writer(task, model, store)
     try:
+        read_ahead(task, model, record)
         with turn:
             if task.full_precision:
                 model = in_full_precision(model)
@@ -117,6 +118,21 @@ def render_take(
         writer.abort()
         raise
     return summarise(task, model, parts, video, record, turn.held_s)
+
+
+def read_ahead(task: RenderTask, model: LoadedModel, record: TakeRecord) -> None:
+    """What can be done for a take before it has the GPU: reading its prompts, where that takes long.
+
+    Clips bring texts of their own, and take so long that nobody notices.
+    """
+    if model.backbone.rollout == "clipwise":
+        return
+    began = time.perf_counter()
+    texts = list(dict.fromkeys(prompts_by_chunk(task, model.backbone)))
+    if model.config.sampling.guidance != 1.0:
+        texts.insert(1, task.negative_prompt)
+    model.text_encoder.read_ahead(texts)
+    record.stopwatch.add("text", time.perf_counter() - began)
 
 
 @torch.inference_mode()

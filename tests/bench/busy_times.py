@@ -97,3 +97,13 @@ def steady_takes_per_s(holds: Sequence[Hold]) -> float | None:
         return None
     parts = (max(0.0, min(end, hold.end) - max(begin, hold.begin)) / hold.seconds for hold in holds)
     return sum(parts) / (end - begin)
+
+
+def second_half_frames_per_s(takes: Sequence[Sequence[float]], num_frames: int) -> float:
+    """Of takes of so many frames each, given the seconds of their chunks: pictures of the later half of each.
+
+    The first chunk of a take may be shorter; beyond that all have the same number of frames.
+    """
+    halves = [take[len(take) // 2 :] for take in takes]
+    num = sum(num_frames * len(half) / len(take) for take, half in zip(takes, halves, strict=True))
+    return num / sum(sum(half) for half in halves)

@@ -3,6 +3,9 @@
 `python -m tests.bench.scaling` on a machine with two GPUs: parts `world` (the bundled model, many short takes) and
 `wan` (Wan2.1-1.3B's geometry with random weights from tests.bench.random_wan, two takes of 600 frames);
 `--parts memory` is the bundled model with TempCache, for the frame hashes above all.
+`python -m tests.bench.scaling --actors 1 --parts world-tiles tiles` on a machine with one GPU: the service alone, with
+`--policy fastar-tiles`; `world-tiles` is the bundled model, `tiles` Wan2.1-1.3B's geometry with random weights, two
+takes of 1197 frames, whose table merges from frame 552 on. The record is then called service-..., not scaling-...
 `python -m tests.bench.scaling --share` two actors on one GPU (0.5 each) against one that has it alone.
 `python -m tests.bench.scaling --logical --tiny` on a machine without: GPUs are then only Ray's numbers.
 More flags of `longtake render` stand after `--` and go to all runs.
@@ -38,8 +41,19 @@ from tests.bench.gpu_watch import GpuWatch
 from tests.bench.record import load_text, report
 from tests.bench.scaling_run import Part, Run, percents, run_part, table_of
 
-WAN = "wan-1.3b-test"
-WAN_FLAGS = ("--steps", "4", "--sampling-shift", "5", "--cache", "native", "--backbone-dtype", "bfloat16")
+WAN, WHOLE_WAN = "wan-1.3b-test", "wan2.1-t2v-1.3b"
+SAMPLED = ("--steps", "4", "--sampling-shift", "5", "--backbone-dtype", "bfloat16")  # as Self-Forcing is
+TILES = ("--policy", "fastar-tiles")
+WORLD_PARTS: dict[str, tuple[str, ...]] = {
+    "world": (),
+    "memory": ("--cache", "temporal"),
+    "world-tiles": (*TILES, "--backbone-dtype", "bfloat16"),
+}
+WAN_PARTS: dict[str, tuple[str, ...]] = {"wan": (*SAMPLED, "--cache", "native"), "tiles": (*SAMPLED, *TILES)}
+TINY_WAN_PARTS: dict[str, tuple[str, ...]] = {
+    "wan": ("--steps", "4", "--cache", "window", "--backbone-dtype", "bfloat16"),
+    "tiles": ("--steps", "2", *TILES),
+}
 MIN_RUN_S = 15.0  # a run is not begun with less time left
 
 
@@ -54,6 +68,11 @@ class Bench:
     failed: dict[str, str] = field(default_factory=dict)
     num_gpus: float = 0.0
 
+    @property
+    def compares(self) -> bool:
+        """Are there runs with more actors than one?"""
+        return bool(self.args.actors > 1)
+
     def one(self, part: Part) -> Run | None:
         """The run of this part with one actor."""
         return next((run for run in self.runs if run.part == part and run.num_actors == 1), None)
@@ -62,7 +81,7 @@ class Bench:
         """Table and record of what there is."""
         if not self.runs:
             return
-        table = table_of([(run, self.one(run.part)) for run in self.runs])
+        table = table_of([(run, self.one(run.part) if self.compares else None) for run in self.runs])
         path = report(self.args.name, table, self.notes())
         if self.args.copy_to is not None:
             self.args.copy_to.mkdir(parents=True, exist_ok=True)
@@ -71,7 +90,7 @@ class Bench:
 
     def notes(self) -> str:
         """What the numbers mean, run by run; and what is not there, with the reason."""
-        parts = [note for run in self.runs if (note := note_on(run, self.one(run.part)))]
+        parts = [note_on(run, self.one(run.part)) if self.compares else idle_note(run) for run in self.runs]
         parts += [f"{name}: not measured: {why.splitlines()[0]}." for name, why in self.failed.items()]
         parts.append(f"GPUs that Ray found: {self.num_gpus:g}.")
         parts.append(f"Flags for all: {' '.join(self.args.flags)}." if self.args.flags else "")
@@ -96,7 +115,7 @@ def main() -> None:
         bench.num_gpus = ray.resources()["GPU"]
         say(f"Ray is up: {ray.resources()}")
         for name in args.parts:
-            for num_actors in (1, args.actors):
+            for num_actors in sorted({1, args.actors}):
                 label = f"{name} with {num_actors}"
                 gpus = 1.0 if num_actors == 1 else 1.0 / per_card
                 with recorded(bench, label):
@@ -114,17 +133,20 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """The command line, with what follows from `--tiny`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--actors", type=int, default=2, help="how many are compared with one")
-    parser.add_argument("--parts", nargs="+", choices=("world", "memory", "wan"), default=["world", "wan"])
-    parser.add_argument("--world-items", type=int, default=96)
+    parser.add_argument("--actors", type=int, default=2, help="how many are compared with one; 1: nothing is")
+    parser.add_argument("--parts", nargs="+", choices=(*WORLD_PARTS, *WAN_PARTS), default=["world", "wan"])
+    parser.add_argument("--world-items", type=int, default=96, help="of world and of world-tiles")
     parser.add_argument("--world-frames", type=int, default=192)
     parser.add_argument("--memory-items", type=int, default=16)
     parser.add_argument("--wan-items", type=int, default=2)
     parser.add_argument("--wan-frames", type=int, default=600)
+    parser.add_argument("--tiles-items", type=int, default=2)
+    parser.add_argument("--tiles-frames", type=int, default=1197, help="the first of 100 chunks has 9, the others 12")
+    parser.add_argument("--wan-model", default=WAN, help=f"{WHOLE_WAN} has the true text encoder, too, of 11 GB")
     parser.add_argument(
         "--wan-checkpoint", type=Path, help="random weights; made there if missing, else in a temporary folder"
     )
-    parser.add_argument("--no-compile", action="store_true", help="of the transformer in part wan")
+    parser.add_argument("--no-compile", action="store_true", help="of the transformer in parts wan and tiles")
     parser.add_argument("--share", action="store_true", help="all actors on one GPU")
     parser.add_argument("--logical", action="store_true", help="let Ray believe in GPUs that are not there")
     parser.add_argument("--tiny", action="store_true", help="small models and pictures, to try the bench")
@@ -133,8 +155,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--name", help="of the record")
     parser.add_argument("flags", nargs="*", help="more flags of `longtake render` for all runs, after --")
     args = parser.parse_args()
-    args.name = args.name or ("scaling_cpu" if args.logical else f"scaling-{card_name()}") + ("_shared" * args.share)
+    args.name = args.name or record_name(args)
     return args
+
+
+def record_name(args: argparse.Namespace) -> str:
+    """What one actor does alone is another record than what several do beside it."""
+    name = "service" if args.actors == 1 else "scaling"
+    return (f"{name}_cpu" if args.logical else f"{name}-{card_name()}") + ("_shared" * args.share)
 
 
 def card_name() -> str:
@@ -151,20 +179,20 @@ def card_name() -> str:
 def make_part(name: str, args: argparse.Namespace, checkpoint: Callable[[], Path]) -> Part:
     """The prompt list and the flags of a part."""
     flags = tuple(args.flags)
-    if name != "wan":
+    if name in WORLD_PARTS:
         model = ("--model", "tiny-test", "--width", "64", "--height", "32") if args.tiny else ()
-        cache = ("--cache", "temporal") if name == "memory" else ()
         num_items = args.memory_items if name == "memory" else args.world_items
-        return Part(name, num_items, args.world_frames, (*model, *cache, *flags))
+        return Part(name, num_items, args.world_frames, (*model, *WORLD_PARTS[name], *flags))
     size = ("64", "32") if args.tiny else ("832", "480")
     model = ("--model", wan_model(args), "--checkpoint", str(checkpoint()), "--width", size[0], "--height", size[1])
-    settings = ("--steps", "4", "--cache", "window", "--backbone-dtype", "bfloat16") if args.tiny else WAN_FLAGS
+    settings = TINY_WAN_PARTS[name] if args.tiny else WAN_PARTS[name]
     compiled = () if args.tiny or args.no_compile else ("--backbone-compiled",)
-    return Part(name, args.wan_items, args.wan_frames, (*model, *settings, *compiled, *flags))
+    sizes = {"wan": (args.wan_items, args.wan_frames), "tiles": (args.tiles_items, args.tiles_frames)}
+    return Part(name, *sizes[name], (*model, *settings, *compiled, *flags))
 
 
 def wan_model(args: argparse.Namespace) -> str:
-    return "tiny-wan-test" if args.tiny else WAN
+    return "tiny-wan-test" if args.tiny else str(args.wan_model)
 
 
 def run_one(bench: Bench, part: Part, ray: RayCluster, watch: GpuWatch, num_actors: int, gpus: float) -> Run:
@@ -200,7 +228,7 @@ def weights_being_written(args: argparse.Namespace) -> Iterator[Callable[[], Pat
     with tempfile.TemporaryDirectory(prefix="wan-") as temporary:
         folder = args.wan_checkpoint or Path(temporary)
         writer: subprocess.Popen[bytes] | None = None
-        if "wan" in args.parts and not (folder / "tokenizer").exists():  # which is written last
+        if WAN_PARTS.keys() & set(args.parts) and not (folder / "tokenizer").exists():  # which is written last
             command = [sys.executable, "-m", "tests.bench.random_wan", "--out", str(folder), "--model", wan_model(args)]
             writer = subprocess.Popen(command)
 
@@ -239,6 +267,16 @@ def note_on(run: Run, one: Run | None) -> str:
         f"{run.part.name}: sets of frame hashes {equal} ({len(run.hashes)} videos); {percents([reached])} of "
         f"{run.num_actors} times as many = {percents([busy / busy_one])} (share of the time with a take on the GPU, "
         f"against one actor) x {percents([one.gpu_s / run.gpu_s])} (speed of a take, against one actor)."
+    )
+
+
+def idle_note(run: Run) -> str:
+    """Two numbers that a service is judged by, in words: what was idle, and whether all seconds have a cause."""
+    lost = run.lost
+    return (
+        f"{run.part.name}: of the {run.window_s:.1f} s from first start to last commit the GPU was without a take for "
+        f"{lost.before_s + lost.between_s + lost.after_s:.2f} s ({percents([run.idle_share])}), {lost.between_s:.3f} "
+        f"of them between takes; GPU seconds by cause add up to {100 * run.explained:.2f}% of {run.held_s:.1f} held."
     )
 
 

@@ -7,18 +7,30 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from longtake import open_manifest
-from tests.bench.busy_times import Hold, idle_shares, losses, read_holds, steady_takes_per_s, steady_window
+from tests.bench.busy_times import (
+    Hold,
+    Losses,
+    idle_shares,
+    losses,
+    read_holds,
+    second_half_frames_per_s,
+    steady_takes_per_s,
+    steady_window,
+)
 from tests.bench.gpu_watch import GpuWatch, by_card
 from tests.bench.overhead import prompt
 
-STAGES = ("denoise", "cache", "vae", "check", "encode", "upload")
+STAGES = ("text", "denoise", "cache", "vae", "check", "encode", "upload")
 COLUMNS = [
     *("item_id", "sample_index", "frames_sha256", "started_at", "finished_at", "committed_at"),
     *("gpu_seconds", "upload_wait_s", "stage_s", "peak_gpu_bytes", "gpu_name", "backend", "kv_policy"),
@@ -51,6 +63,10 @@ class Run:
     by_cause: dict[str, float]
     held_s: float
     cards: list[dict[str, float]]
+    used_at_changes: list[float]
+    """Of one actor: the share of the time in which its card worked where one take followed another; or nothing."""
+    chunk_seconds: list[list[float]]
+    """Of each take, from pictures to pictures; empty if the job lost its chunk metrics."""
 
     @property
     def window_s(self) -> float:
@@ -64,6 +80,22 @@ class Run:
     def steady_per_hour(self) -> float | None:
         rate = steady_takes_per_s(self.holds)
         return None if rate is None else 3600 * rate
+
+    @property
+    def lost(self) -> Losses:
+        """Seconds without a take on the GPU, from first start to last commit."""
+        return losses(self.holds, self.last_commit)
+
+    @property
+    def idle_share(self) -> float:
+        """Of all actors' time from first start to last commit."""
+        lost = self.lost
+        return (lost.before_s + lost.between_s + lost.after_s) / (self.num_actors * self.window_s)
+
+    @property
+    def explained(self) -> float:
+        """GPU seconds by cause over those that were held."""
+        return sum(self.by_cause.values()) / self.held_s
 
     @property
     def gpu_s(self) -> float:
@@ -86,9 +118,15 @@ class Run:
             "videos": len(self.rows),
             "frames each": self.part.num_frames,
             **self._speed(one),
+            **self._frames_per_s(),
             **self._losses(),
+            **self._ends(),
             **{f"GPU s {cause}": seconds for cause, seconds in self.by_cause.items()},
-            "GPU s by cause, sum / held": sum(self.by_cause.values()) / self.held_s,
+            "GPU s by cause, sum / held": self.explained,
+            "GPU s by cause, of those held": ", ".join(
+                f"{cause} {percents([seconds / self.held_s])}" for cause, seconds in self.by_cause.items()
+            ),
+            "idle share of what was held after loading": self.by_cause["idle"] / (self.held_s - self.by_cause["load"]),
             "GPU s a video": self.gpu_s,
             **{f"{name} s a video": seconds for name, seconds in stages.items()},
             "GPU s a video beyond denoise, cache": self.gpu_s - stages["denoise"] - stages["cache"],
@@ -119,22 +157,52 @@ class Run:
             }
         return speed
 
+    def _frames_per_s(self) -> dict[str, object]:
+        """Of all videos, by the clocks of `_speed` and by those of chunks, which come with their pictures.
+
+        A GPU decodes beside the next chunk: the first pictures come with the second chunk, the last ones alone.
+        """
+        frames, steady, takes = self.part.num_frames, self.steady_per_hour, self.chunk_seconds
+        return {
+            "frames/s first start to last commit": frames * len(self.rows) / self.window_s,
+            "frames/s steady": frames * steady / 3600 if steady else None,
+            "frames/s, second half of a take": second_half_frames_per_s(takes, frames) if takes else None,
+            "s until a take's first pictures": fmean(take[0] for take in takes) if takes else None,
+            "s a chunk, median": median(second for take in takes for second in take) if takes else None,
+            "s of a take's last pictures": fmean(take[-1] for take in takes) if takes else None,
+        }
+
     def _losses(self) -> dict[str, object]:
         """Idle shares: of each actor in its own time, and of all their capacity from first start to last commit."""
-        lost, capacity_s = losses(self.holds, self.last_commit), self.num_actors * self.window_s
+        lost, capacity_s = self.lost, self.num_actors * self.window_s
         return {
             "idle share of each actor": percents(idle_shares(self.holds).values()),
             "lost before": lost.before_s / capacity_s,
             "lost between": lost.between_s / capacity_s,
             "lost after": lost.after_s / capacity_s,
+            "idle share, first start to last commit": self.idle_share,
+            "s idle between takes": lost.between_s,
+            "s idle after the last take": lost.after_s,
+        }
+
+    def _ends(self) -> dict[str, object]:
+        """What follows a take's time with the GPU, which the next take has meanwhile."""
+        left = {hold.task: hold.end for hold in self.holds}
+        finished = {f"{row['item_id']}-{row['sample_index']}": row["finished_at"].timestamp() for row in self.rows}
+        commits = [row["committed_at"].timestamp() - row["finished_at"].timestamp() for row in self.rows]
+        return {
+            "s from leaving the GPU to the video": fmean(finished[task] - end for task, end in left.items()),
+            "s from the video to its commit": fmean(commits),
         }
 
     def _cards(self) -> dict[str, object]:
         """What nvidia-smi says of the cards in the steady window."""
         return {
             "cards used": percents(card["used_percent"] / 100 for card in self.cards) or None,
+            "cards used within 1 s of a change of takes": percents(self.used_at_changes) or None,
             "SM MHz": ", ".join(f"{card['clock_mhz']:.0f}" for card in self.cards) or None,
             "W": ", ".join(f"{card['power_w']:.0f}" for card in self.cards) or None,
+            "GB by nvidia-smi": ", ".join(f"{card['memory_mib'] * 2**20 / 1e9:.1f}" for card in self.cards) or None,
         }
 
 
@@ -185,6 +253,7 @@ def run_part(
         job = Path(folder) / job_id
         rows = open_manifest(str(job)).to_table(columns=COLUMNS).to_pylist()
         result = json.loads((job / "_result.json").read_text())
+        chunk_seconds = read_chunk_seconds(job / "metrics")
     holds = read_holds(logs, job_id)
     if len(rows) != part.num_items or len(holds) != part.num_items:
         raise RuntimeError(f"{len(rows)} videos and {len(holds)} lines of the actors, expected {part.num_items}")
@@ -201,7 +270,25 @@ def run_part(
         by_cause=result["gpu_seconds"],
         held_s=result["held_s"],
         cards=by_card(watch.samples(begin, end)),
+        used_at_changes=used_around(watch, [hold.end for hold in holds[:-1]]) if num_actors == 1 else [],
+        chunk_seconds=chunk_seconds,
     )
+
+
+def used_around(watch: GpuWatch, times: Sequence[float]) -> list[float]:
+    """Mean share in which cards worked within a second of some times; nothing where nobody watches."""
+    samples = [sample.used_percent for time in times for sample in watch.samples(time - 1, time + 1)]
+    return [fmean(samples) / 100] if samples else []
+
+
+def read_chunk_seconds(folder: Path) -> list[list[float]]:
+    """Seconds of each chunk of each take, in order, from a job's chunk metrics."""
+    if not folder.is_dir():
+        return []
+    takes: defaultdict[str, dict[int, float]] = defaultdict(dict)
+    for row in pq.read_table(folder, columns=["task_id", "chunk_index", "seconds"]).to_pylist():
+        takes[row["task_id"]][row["chunk_index"]] = row["seconds"]
+    return [[seconds[index] for index in sorted(seconds)] for _, seconds in sorted(takes.items())]
 
 
 def _errors(logs: list[Path], job_id: str) -> str:

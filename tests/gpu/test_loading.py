@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,23 @@ def test_the_text_encoder_visits_the_gpu_and_leaves(tmp_path: Path) -> None:
     torch.cuda.synchronize()
     # cuBLAS keeps a workspace of its own; the weights of the true encoder would be 11 GB.
     assert torch.cuda.memory_allocated() - before < 64 << 20
+
+
+def test_a_prompt_that_is_read_beside_other_work_becomes_the_same_rows(tmp_path: Path) -> None:
+    config = BackboneConfig(name=TINY.name, checkpoint=str(write_whole_model(tmp_path / "w")))
+    ahead, in_turn = (load_modules(TINY, config, GPU, torch.bfloat16).text_encoder for _ in range(2))
+    text = ["the camera flies over a red house"]
+    expected = in_turn.encode(text).text_BPE
+    work, begun = torch.randn(8192, 8192, device=GPU), torch.cuda.Event()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(ahead.read_ahead, ["a river"]).result()  # libraries of a thread, which may wait for the GPU
+        torch.cuda.synchronize()
+        for _ in range(100):
+            work = work @ work
+        begun.record()
+        pool.submit(ahead.read_ahead, text).result()
+    assert not begun.query()  # it did not wait for what others had begun
+    assert torch.equal(ahead.encode(text).text_BPE, expected)
 
 
 def test_pictures_equal_those_of_the_cpu(tmp_path: Path) -> None:

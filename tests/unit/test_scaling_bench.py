@@ -5,11 +5,23 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from tests.bench.busy_times import Hold, idle_shares, losses, read_holds, steady_takes_per_s, steady_window
+from tests.bench.busy_times import (
+    Hold,
+    idle_shares,
+    losses,
+    read_holds,
+    second_half_frames_per_s,
+    steady_takes_per_s,
+    steady_window,
+)
 from tests.bench.gpu_watch import by_card, read_samples
+from tests.bench.scaling_run import Part, Run, read_chunk_seconds, table_of
 
 # Two actors: a works from 0 to 20 with a gap of 2 s, b begins at 4 and ends at 16.
 HOLDS = [Hold("a", "1", 0.0, 8.0), Hold("b", "2", 4.0, 16.0), Hold("a", "3", 10.0, 20.0)]
@@ -55,3 +67,63 @@ def test_samples_of_cards_that_worked_are_averaged_and_broken_lines_left_out() -
     assert len(samples) == 3
     (card,) = by_card(samples)
     assert card == {"card": 0, "used_percent": 95.0, "clock_mhz": 1970.0, "power_w": 605.5, "memory_mib": 21000.0}
+
+
+def test_the_later_half_of_takes_has_a_pace_of_its_own() -> None:
+    assert second_half_frames_per_s([[4.0, 4.0, 1.0, 1.0], [2.0, 2.0, 3.0, 3.0]], 40) == pytest.approx(40 / 8)
+
+
+def test_seconds_of_chunks_are_read_take_by_take_in_order(tmp_path: Path) -> None:
+    rows = [{"task_id": task, "chunk_index": index, "seconds": 1.0 + index} for task in "ba" for index in (1, 0)]
+    pq.write_table(pa.Table.from_pylist([*rows, {**rows[0], "task_id": "c"}]), tmp_path / "part-0.parquet")
+    assert read_chunk_seconds(tmp_path) == [[1.0, 2.0], [1.0, 2.0], [2.0]]
+    assert read_chunk_seconds(tmp_path / "nothing") == []
+
+
+def test_a_run_of_one_actor_says_what_was_idle_and_what_has_a_cause() -> None:
+    figures = {row["figure"]: row["tiles, 1 x 1 GPU"] for row in table_of([(ONE_ACTOR, None)])}
+    assert "ratio" not in figures
+    # Takes from 100 to 130 and from 130.5 to 160, the second one committed at 162.
+    assert figures["idle share, first start to last commit"] == pytest.approx((0.5 + 2.0) / 62)
+    assert figures["s idle between takes"] == pytest.approx(0.5)
+    assert figures["s idle after the last take"] == pytest.approx(2.0)
+    assert figures["s from leaving the GPU to the video"] == pytest.approx(1.5)
+    assert figures["s from the video to its commit"] == pytest.approx(0.5)
+    assert figures["frames/s first start to last commit"] == pytest.approx(2 * 1197 / 62)
+    assert figures["frames/s, second half of a take"] == pytest.approx(1197 / 2 / 20)
+    assert figures["cards used within 1 s of a change of takes"] == "95.0%"
+    assert figures["GPU s by cause, sum / held"] == pytest.approx(0.999)
+    assert figures["GPU s by cause, of those held"] == "useful 59.5%, load 30.0%, idle 10.4%"
+    assert figures["idle share of what was held after loading"] == pytest.approx(10.4 / 70)
+
+
+def a_row(item_id: str, finished: float) -> dict[str, Any]:
+    """Of the manifest, as far as it is looked at."""
+    stages = dict.fromkeys(("text", "denoise", "cache", "vae", "check", "encode", "upload"), 1.0)
+    at = {"finished_at": _time(finished), "committed_at": _time(finished + 0.5)}
+    return {"item_id": item_id, "sample_index": 0, "frames_sha256": item_id, "stage_s": stages, **at} | {
+        "peak_gpu_bytes": 10**9,
+        "backend": "sdpa",
+        "kv_policy": "tiles",
+    }
+
+
+def _time(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+ONE_ACTOR = Run(
+    part=Part("tiles", 2, 1197, ()),
+    num_actors=1,
+    gpus_per_actor=1.0,
+    command_s=100.0,
+    first_begin=100.0,
+    last_commit=162.0,
+    rows=[a_row("a", 131.5), a_row("b", 161.5)],
+    holds=[Hold("actor-0", "a-0", 100.0, 130.0), Hold("actor-0", "b-0", 130.5, 160.0)],
+    by_cause={"useful": 59.5, "load": 30.0, "idle": 10.4},
+    held_s=100.0,
+    cards=[],
+    used_at_changes=[0.95],
+    chunk_seconds=[[5.0, 10.0, 10.0, 10.0]] * 2,
+)

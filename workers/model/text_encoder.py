@@ -45,6 +45,13 @@ class PromptEncoder(Protocol):
         """Prompts as they are written, to rows on the device of the model."""
         ...
 
+    def read_ahead(self, texts: Sequence[str]) -> None:
+        """Do what `encode` of these takes long for, while another thread computes on the device; returns when done.
+
+        It may do nothing: then `encode` does it.
+        """
+        ...
+
 
 @lru_cache(maxsize=65536)
 def _word_features(word: str, num_rows: int) -> tuple[int, ...]:
@@ -137,6 +144,9 @@ class TextEncoder(nn.Module):
         rows_BPF, num_tokens_B = tokenize(texts, self.backbone)
         device = self.table.weight.device
         return cast(EncodedText, self(rows_BPF.to(device), num_tokens_B.to(device)))
+
+    def read_ahead(self, texts: Sequence[str]) -> None:
+        """Nothing takes long here."""
 
 
 def _sinusoid(length: int, dim: int, device: torch.device) -> Tensor:

@@ -1,15 +1,19 @@
 """Wan's text encoder: umT5, encoder only, through transformers, which is loaded when it is needed.
 
 A prompt is encoded once, so the weights (11 GB in bfloat16 for the true model) need not stay on the GPU: they rest on
-the CPU and visit the GPU layer by layer, also while a rollout fills it.
+the CPU and visit the GPU layer by layer, also while a rollout fills it. A GPU that waits for them is idle, so the
+prompts of the next take are read ahead, beside the take that computes.
 """
 
 from __future__ import annotations
 
 import html
 import json
+import logging
 import re
+import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -21,9 +25,15 @@ from workers.errors import CheckpointMismatch, ConfigUnsupported
 from workers.model.backbones import Backbone
 from workers.model.text_encoder import EncodedText
 
+logger = logging.getLogger(__name__)
+
 _SPACE = re.compile(r"\s+")
 REMEMBERED_PROMPTS = 64
 """Newest prompts whose rows are kept in host memory, at most 4 MB each for the true model in bfloat16."""
+READ_AHEAD = 16
+"""Prompts of a take that are read ahead; more of them would drive out those of the take that computes."""
+ROOM_BYTES = 2 << 30
+"""Of a GPU that must be free for reading ahead: a visiting layer of the true model is 0.4 GB, in float32 twice that."""
 
 
 def clean_prompt(text: str) -> str:
@@ -113,6 +123,9 @@ class Umt5Encoder:
         self._embed: nn.Embedding = encoder.embed_tokens
         self._encoder = encoder
         self._remembered: dict[str, Tensor] = {}  # the longest unused first
+        self._remembering, self._visiting = threading.Lock(), threading.Lock()
+        # One for good: memory that was used on a stream is given to no other one.
+        self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None
         if is_resting:
             for part in (*encoder.block, encoder.final_layer_norm):
                 _visit(part, device)
@@ -132,15 +145,39 @@ class Umt5Encoder:
         text_BPE = nn.utils.rnn.pad_sequence([row_PE.to(self.device) for row_PE in rows], batch_first=True)
         return EncodedText(text_BPE, num_tokens_B)
 
+    def read_ahead(self, texts: Sequence[str]) -> None:
+        """Encode the first of these prompts on a stream of its own and remember them, if there is room on the GPU."""
+        if self._beside is not None and torch.cuda.mem_get_info(self.device)[0] < ROOM_BYTES:
+            return
+        beside: AbstractContextManager[Any] = nullcontext() if self._beside is None else torch.cuda.stream(self._beside)
+        try:
+            with torch.inference_mode(), beside:
+                for text in texts[:READ_AHEAD]:
+                    self._recall(text)
+        except torch.OutOfMemoryError:
+            logger.info("no memory to read prompts ahead: they are read when their take has the GPU")
+
     def _recall(self, text: str) -> Tensor:
-        """Rows of one prompt without padding, [P, E] on the CPU."""
-        rows_PE = self._remembered.pop(text, None)
-        if rows_PE is None:
-            rows_PE = self._encode(text)
-            if len(self._remembered) == REMEMBERED_PROMPTS:
-                self._remembered.pop(next(iter(self._remembered)))
-        self._remembered[text] = rows_PE
+        """Rows of one prompt without padding, [P, E] on the CPU; threads that ask for remembered ones never wait."""
+        rows_PE = self._look_up(text)
+        if rows_PE is not None:
+            return rows_PE
+        with self._visiting:
+            rows_PE = self._look_up(text)  # which another thread may have encoded meanwhile
+            if rows_PE is None:
+                rows_PE = self._encode(text)
+                with self._remembering:
+                    if len(self._remembered) == REMEMBERED_PROMPTS:
+                        self._remembered.pop(next(iter(self._remembered)))
+                    self._remembered[text] = rows_PE
         return rows_PE
+
+    def _look_up(self, text: str) -> Tensor | None:
+        with self._remembering:
+            rows_PE = self._remembered.pop(text, None)
+            if rows_PE is not None:
+                self._remembered[text] = rows_PE
+            return rows_PE
 
     def _encode(self, text: str) -> Tensor:
         ids_BP = self.tokenize(text)[None]

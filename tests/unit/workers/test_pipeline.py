@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,11 @@ from cluster.errors import StoreUnavailable
 from cluster.object_store import open_store
 from tests.tile_takes import FreeTurn
 from workers.assemble import LADDER, LoadedModel, in_full_precision, load_model, prepare_take
-from workers.config import BackboneConfig, RenderConfig, VideoConfig, WindowCacheConfig
+from workers.config import BackboneConfig, RenderConfig, SamplingConfig, VideoConfig, WindowCacheConfig
 from workers.errors import BadPrompt, DeviceBroken, GpuOutOfMemory, RenderError, UploadFailed
 from workers.metrics import Stopwatch
 from workers.model.backbones import find_backbone
+from workers.model.text_encoder import TextEncoder
 from workers.model.vae import to_pictures
 from workers.pipeline import (
     TakeRecord,
@@ -146,3 +149,24 @@ def test_pictures_after_a_hard_cut_owe_nothing_to_those_before() -> None:
         first = slice(12 * cut, 12 * cut + 4)
         assert np.abs(pictures.astype(int) - expected).max() <= 1
         assert np.abs(pictures[first].astype(int) - to_pictures(through[0, first]).numpy()).max() > 1
+
+
+def test_prompts_are_read_before_the_take_has_the_gpu(tmp_path: Path) -> None:
+    video, guided = VideoConfig(width=64, height=32), SamplingConfig(guidance=2.0)
+    model = load_model(RenderConfig(backbone=BackboneConfig(name="tiny-test"), video=video, sampling=guided))
+    events: list[str] = []
+
+    class Reader(TextEncoder):
+        def read_ahead(self, texts: Sequence[str]) -> None:
+            events.extend(texts)
+
+    class Turn(FreeTurn):
+        def __enter__(self) -> None:
+            events.append("its turn")
+
+    assert isinstance(model.text_encoder, TextEncoder)
+    reader = Reader(model.backbone).eval()
+    reader.load_state_dict(model.text_encoder.state_dict())
+    task = make_task((0, "a lake"), (24, "a hill"), (36, "a lake")).model_copy(update={"negative_prompt": "blurred"})
+    render_take(task, replace(model, text_encoder=reader), open_store(str(tmp_path)), Turn(), lambda *_: None)
+    assert events == ["a lake", "blurred", "a hill", "its turn"]

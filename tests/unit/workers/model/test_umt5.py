@@ -1,5 +1,7 @@
 """The text encoder: prompts cleaned as published, rows behind a prompt zero, weights that rest between calls."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from workers.model.umt5 import Umt5Encoder, clean_prompt, import_library, make_u
 
 CPU = torch.device("cpu")
 NUM_ROWS = TINY.text_tokens
+PATIENCE_S = 120.0
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +99,46 @@ def test_a_prompt_is_encoded_once_while_it_is_remembered(tokenizer: object, monk
     assert len(calls) == 3
     encoder.encode(["a red house"])
     assert len(calls) == 4
+
+
+def test_prompts_that_were_read_ahead_are_not_read_again(tokenizer: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(umt5, "READ_AHEAD", 2)
+    encoder = make_encoder(tokenizer, is_resting=True)
+    calls: list[int] = []
+    encoder.module.encoder.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr]
+    texts = ["a river", "a red house", "a green hill"]
+    encoder.read_ahead(texts)
+    assert len(calls) == 2  # the last one would drive out what another take needs
+    rows = [encoder.encode([text]).text_BPE for text in texts]
+    assert len(calls) == 3
+    alone = make_encoder(tokenizer)
+    assert all(torch.equal(row, alone.encode([text]).text_BPE) for row, text in zip(rows, texts, strict=True))
+
+
+def test_who_asks_for_a_remembered_prompt_does_not_wait_for_one_that_is_read(tokenizer: object) -> None:
+    encoder = make_encoder(tokenizer, is_resting=True)
+    encoder.encode(["a river"])
+    is_reading, may_go_on = threading.Event(), threading.Event()
+
+    def hold(*_: object) -> None:
+        is_reading.set()
+        assert may_go_on.wait(PATIENCE_S)
+
+    handle = encoder.module.encoder.block[0].register_forward_hook(hold)  # type: ignore[union-attr,operator]
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            ahead = pool.submit(encoder.read_ahead, ["a red house"])
+            assert is_reading.wait(PATIENCE_S)
+            handle.remove()
+            assert encoder.encode(["a river"]).num_tokens_B.tolist() == [3]
+            other = pool.submit(encoder.encode, ["a green hill"])  # whose weights are abroad
+            assert not ahead.done()
+            assert not other.done()
+        finally:
+            may_go_on.set()
+        ahead.result(PATIENCE_S)
+        green = other.result(PATIENCE_S).text_BPE
+    assert torch.equal(green, make_encoder(tokenizer).encode(["a green hill"]).text_BPE)
 
 
 def test_a_long_prompt_is_cut_and_an_empty_one_is_its_end_mark(tokenizer: object) -> None:

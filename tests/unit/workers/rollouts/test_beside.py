@@ -47,6 +47,25 @@ def test_a_gpu_works_on_one_item_while_it_makes_the_next_one() -> None:
     assert [num for num, _ in seen] == [2, 3, 4, 5, 6, 6]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_next_take_works_in_the_memory_of_the_one_before() -> None:
+    device = torch.device("cuda")
+
+    @contextmanager
+    def waits() -> Iterator[None]:
+        yield
+
+    def take() -> None:
+        for _ in work_beside(iter(range(2)), lambda _: torch.ones(1 << 26, device=device).sum().item(), device, waits):
+            pass
+
+    take()
+    reserved = torch.cuda.memory_reserved()
+    take()
+    assert torch.cuda.memory_reserved() == reserved
+
+
 def test_an_error_in_the_work_reaches_whoever_asks() -> None:
     def work(item: int) -> int:
         return 1 // (2 - item)
