@@ -100,7 +100,7 @@ def _heaviest(  # type: ignore[no-untyped-def]
         _write_list(bits, fewer + row * num_listed_of_fewer, num_chosen_of_fewer, tile)
 
 
-QUERIES_AT_ONCE, WARPS, STAGES = 64, 4, 2
+QUERIES_AT_ONCE, WARPS, STAGES = 64, 4, 3
 """Of the first kernel; `tests/bench/tile_choice.py` times others."""
 
 
