@@ -205,24 +205,23 @@ def least_work(engine: Engine) -> dict[str, tuple[float, float]]:
     s, v, size = engine.sizes, engine.variant, engine.table.dtype.itemsize
     rows, key, value = s.num_layers * s.num_heads, s.width * size, s.head_dim * size
     tokens, frame, history, kept = s.chunk_tokens, s.frame_tokens, s.history_tokens, s.kept_tokens
-    packing = _least_packing(engine)
+    packing, read = _least_packing(engine), (key, value)
+    if s.storage != "model":  # what is old is read where it lies, and moves so
+        read = 2 * (coded_bytes(s.head_dim, s.storage),)
     tiles, query_tiles = s.num_slots // s.tile, -(-tokens // s.tile)
     looked_at = query_tiles * (s.candidate_tiles or 0) * s.tile
     compared = tokens * frame + query_tiles * s.tile * (s.candidate_tiles or 0) * s.tile
     # Each key with its partner (of pairs values too), those given up with that of their group, their values, and all
     # that is kept, both ways.
-    compared_bytes = 2 * (key + value if s.rule == "pairs" else key)
-    merged = (
-        rows
-        / s.spare_chunks
-        * (history * compared_bytes + s.spare_tokens * (2 * key + value) + kept * 2 * (key + value) + history * 4 * 12)
-    )
+    compared_bytes = 2 * (sum(read) if s.rule == "pairs" else read[0])
+    given_up = s.spare_tokens * (2 * read[0] + read[1])
+    merged = rows / s.spare_chunks * (history * compared_bytes + given_up + kept * 2 * sum(read) + history * 4 * 12)
     sampled = (tiles * v.keys_per_tile, query_tiles * v.queries_per_tile)
     choices = len(engine.choose_at)
     return {
         "moving chunks": (rows * tokens * (key + value) * 4 / 1e9, 0.0),
         "matching": (
-            rows * ((tokens + frame) * (key + 2 * value) + tokens * value + looked_at * key) / 1e9,
+            rows * ((tokens + frame) * (key + 2 * value) + tokens * value + looked_at * read[0]) / 1e9,
             rows * compared * s.head_dim * 2 / 1e12,
         ),
         "merging": (merged / 1e9, 0.0),
@@ -235,7 +234,7 @@ def least_work(engine: Engine) -> dict[str, tuple[float, float]]:
 
 
 def _least_packing(engine: Engine) -> dict[str, tuple[float, float]]:
-    """Of a packed history: between codes and channels, each call for what is seen, each chunk for what changes."""
+    """Of a packed history: between codes and channels, each call for what is seen, each chunk for what is new."""
     s, table = engine.sizes, engine.table
     if not isinstance(table, PackedTable) or s.storage == "model":
         return {}
@@ -244,13 +243,9 @@ def _least_packing(engine: Engine) -> dict[str, tuple[float, float]]:
     keys, values = rows * s.num_slots * (coded + 2 * size + key), rows * s.num_slots * (coded + value)
     share, choices = table.seen_share, len(engine.choose_at)
     calls, sampled = len(engine.schedule.sigmas) + 1, engine.variant.keys_per_tile / s.tile
-    # Without a merge: what lies beside the history, the latent frame before, and at most so many near tiles.
-    near = min(-(-s.chunk_tokens // s.tile) * (s.candidate_tiles or 0) * s.tile, s.history_slots)
-    ends = rows * (s.num_slots - s.history_slots) * 2 * (key + value)
-    brought = ends + rows * (s.frame_tokens + near) * (coded + 2 * size + key)
-    changed = s.chunk_tokens + s.kept_tokens / s.spare_chunks
+    laid_out = rows * (s.chunk_tokens * 2 * (key + value) + s.frame_tokens * (coded + 2 * size + key))
     return {
         _UNPACKING: ((calls * share * (keys + values) + choices * sampled * keys) / 1e9, 0.0),
-        "unpacking": (((keys + values) / s.spare_chunks + brought * (1 - 1 / s.spare_chunks)) / 1e9, 0.0),
-        "packing": (rows * changed * (2 * coded + key + value) / 1e9, 0.0),
+        "unpacking": (laid_out / 1e9, 0.0),
+        "packing": (rows * s.chunk_tokens * (2 * coded + key + value) / 1e9, 0.0),
     }
