@@ -90,17 +90,22 @@ def draw_table(sizes: TableSettings, dtype: torch.dtype = DTYPE, device: torch.d
 
 def check_unpack(storage: Storage, head_dim: int, tile: int, part: Part, *, some: bool) -> None:
     """The same bits in each tile that is asked for; the others are left alone."""
-    from workers.cache.table_kernels import unpack
+    from workers.cache.table_kernels import unpack, unpack_tiles
 
     s = sizes_of(storage, head_dim, tile)
     layer = draw_table(s).layers[0]
     assert isinstance(layer, PackedLayer)
     tiles = s.num_slots // s.tile
+    run = range(s.history_start // s.tile - 1, s.recent_start // s.tile)
     is_seen = (torch.rand(s.num_heads, tiles, generator=torch.Generator().manual_seed(1)) < 0.5).to(DEVICE)
     found, expected = (Workspace(s, DTYPE, DEVICE) for _ in range(2))
     found.k_NLW.fill_(7.0)
     found.v_NLD.fill_(7.0)
-    unpack(layer, found, s, part, is_seen.to(torch.uint8) if some else None)
+    if some:
+        unpack(layer, found, s, part, is_seen.to(torch.uint8))
+    else:  # runs of tiles that are all that there are
+        for tiles_of_run in (range(run.start), run, range(run.stop, run.stop), range(run.stop, tiles)):
+            unpack_tiles(layer, found, s, part, tiles_of_run)
     PlainPacking().unpack(layer, expected, s, part, None)
     for of, a, b in (("keys", found.k_NLW, expected.k_NLW), ("values", found.v_NLD, expected.v_NLD)):
         wanted = (is_seen | (not some)).repeat_interleave(s.tile, 1)
@@ -191,14 +196,15 @@ def check_merge(storage: Storage, rule: MergeRule, head_dim: int = SIZES.head_di
         turn_back, room = TurnBack(head_dim, s.theta, DEVICE), Room(s.kept_tokens, s.spare_tokens, rule, s.rate)
         room, stop = replace(room, num_listed=MEMBERS_LISTED[rule]), s.history_tokens
         for table, directly in zip(tables, (True, False), strict=True):
-            layer, of = table.layers[0], table.lay_out(0)
+            layer = table.layers[0]
             assert isinstance(layer, PackedLayer)
             assert layer.pointer == stop
+            if directly:
+                merge_into_codes(layer, turn_back, room, s)
+                continue
+            of = table.lay_out(0)
             history = History(of.k_NLW, s.history_start, of.position_NC3[:, :stop], of.m_NC[:, :stop], of.mean_NJD)
             records = (of.v_NLD, *(x[:, :stop] for x in (of.m_NC, of.weight_NC, of.partner_NC)))
-            if directly:
-                merge_into_codes(history, records, turn_back, room, layer, s)
-                continue
             merge(history, records, turn_back, room, s.num_heads, s.tile)
             pack(layer, table.workspace, s, slice(0, s.kept_tokens))
             run = slice(s.history_start, s.history_start + stop)
@@ -212,6 +218,7 @@ def check_merge(storage: Storage, rule: MergeRule, head_dim: int = SIZES.head_di
 def check_known_distances() -> None:
     """What a table by kernels knows of the distances of keys after some merges is what is found anew, bit by bit."""
     from workers.cache.triton_pairs import find_distances
+    from workers.cache.triton_rows import StoredHistory, coded_history, rows_as_computed
 
     s = replace(SIZES, storage="int4", num_layers=1, kept_chunks=4, spare_chunks=1)
     for num_chunks in (s.kept_chunks + s.spare_chunks + 3, s.kept_chunks + 3 * s.spare_chunks + 3):
@@ -219,9 +226,13 @@ def check_known_distances() -> None:
         layer, of = table.layers[0], table.lay_out(0)
         assert isinstance(layer, PackedLayer)
         assert layer.apart_NC is not None
-        history = History(of.k_NLW, s.history_start, of.position_NC3, of.m_NC, of.mean_NJD)
-        v = of.v_NLD
-        found = find_distances(history, v, of.partner_NC, TurnBack(s.head_dim, s.theta, DEVICE)).of_keys
+        k, v = (rows_as_computed(x, s.history_start, s.head_dim) for x in (of.k_NLW, of.v_NLD))
+        laid_out = StoredHistory(k, v, of.position_NC3, of.m_NC, of.weight_NC, of.partner_NC)
+        turn_back = TurnBack(s.head_dim, s.theta, DEVICE)
+        found = find_distances(laid_out, turn_back).of_keys
+        by_codes = find_distances(coded_history(layer, s), turn_back).of_keys
+        is_live = of.m_NC[:, : s.history_tokens] > 0
+        assert torch.equal(found[:, : s.history_tokens][is_live], by_codes[is_live])
         is_known = layer.apart_NC >= 0
         assert 0.2 < float(is_known[:, : s.kept_tokens].float().mean()) < 1
         assert not bool(is_known[:, s.kept_tokens :].any())

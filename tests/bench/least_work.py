@@ -34,10 +34,11 @@ def least_work(engine: Engine) -> dict[str, Work]:
     s, size = engine.sizes, engine.table.dtype.itemsize
     rows, key, value = s.num_layers * s.num_heads, s.width * size, s.head_dim * size
     looked_at = _query_tiles(s) * (s.candidate_tiles or 0) * s.tile
+    of_old = value if s.storage == "model" else coded_bytes(s.head_dim, s.storage)  # what is old is read where it lies
     compared = s.chunk_tokens * (s.frame_tokens + (s.candidate_tiles or 0) * s.tile)
     means = s.history_slots // s.tile * value
     # Turned back are the keys of the chunk and of the latent frame before; what is turned is written and read twice.
-    matched = (s.chunk_tokens + s.frame_tokens) * 3 * value + s.chunk_tokens * value + looked_at * value + means
+    matched = (s.chunk_tokens + s.frame_tokens) * 3 * value + s.chunk_tokens * value + looked_at * of_old + means
     return {
         "moving chunks": (rows * s.chunk_tokens * (key + value) * 4 / 1e9, 0.0),
         "matching": (rows * matched / 1e9, rows * compared * s.head_dim * 2 / 1e12),
@@ -48,24 +49,24 @@ def least_work(engine: Engine) -> dict[str, Work]:
     }
 
 
-def least_of_merge(s: TableSettings, storage: CodedStorage, size: int = 2) -> dict[str, float]:
+def least_of_merge(s: TableSettings, storage: CodedStorage) -> dict[str, float]:
     """GB of one merge of a packed layer by kernel; a partner's value is counted as if it lay in a cache."""
     slots, kept, given_up = (s.num_heads * num for num in (s.history_tokens, s.kept_tokens, s.spare_tokens))
-    vector, codes = size * s.head_dim, 2 * coded_bytes(s.head_dim, storage)
+    codes = coded_bytes(s.head_dim, storage)
     if s.rule == "pairs":  # distances are known but of keys that are new, or whose partner has changed since
         compared = {
-            "_value_distances": slots * (vector + 16),
-            "_key_distances": 2 * given_up * (2 * vector + 36),
+            "_value_distances": slots * (codes + 16),
+            "_key_distances": 2 * given_up * (2 * codes + 28),
         }
     else:
-        compared = {"pair_cosine": slots * (vector + 24)}
+        compared = {"pair_cosine": slots * (codes + 24)}
     bytes_of = compared | {
-        "move_codes": kept * 4 * codes,
-        "average_tiles": kept * (vector + 20),
+        "move_codes": kept * 8 * codes,
+        "average_tiles": kept * (codes + 16),
         "collect_records": kept * 96,
-        "write_records": kept * 56,
-        "average_groups": given_up * (2 * vector + codes / 2),
-        "_weigh": given_up * (2 * vector + 56),
+        "write_records": kept * 52,
+        "average_groups": given_up * 3 * codes,
+        "_weigh": given_up * (2 * codes + 56),
     }
     return {kernel: num / 1e9 for kernel, num in bytes_of.items()}
 
@@ -121,7 +122,7 @@ def _least_passes(engine: Engine) -> float:
 def _least_merging(s: TableSettings, size: int) -> float:
     """GB of one merge of one layer."""
     if s.storage != "model":
-        return sum(least_of_merge(s, s.storage, size).values())
+        return sum(least_of_merge(s, s.storage).values())
     key, value = s.width * size, s.head_dim * size
     # Each key with its partner (of pairs values too), those given up with that of their group, their values, and all
     # that is kept, both ways.
@@ -148,17 +149,14 @@ def _least_packing(engine: Engine) -> dict[str, Work]:
     size, rows = table.dtype.itemsize, s.num_layers * s.num_heads
     coded, key, value = coded_bytes(s.head_dim, s.storage), s.width * size, s.head_dim * size
     of_key, of_value = coded + 2 * size + key, coded + value
-    # A chunk that is taken over needs what lies beside the history, the latent frame before, and at most so many near
-    # tiles; before a layer merges all of its history is laid out.
-    near = min(_query_tiles(s) * (s.candidate_tiles or 0) * s.tile, s.history_slots)
-    brought = (s.num_slots - s.history_slots) * 2 * (key + value) + (s.frame_tokens + near) * of_key
-    merged = s.history_slots * (of_key + of_value) / s.spare_chunks
+    # A chunk that is taken over is laid out beside the latent frame before; all that is older is read as codes.
+    brought = s.chunk_tokens * 2 * (key + value) + s.frame_tokens * of_key
     sampled = len(engine.choose_at) * engine.variant.keys_per_tile / s.tile
     looks = _tables_laid_out(engine, table) * (of_key + of_value) + sampled * of_key
     packed = s.chunk_tokens * 2 * (coded + value + size)  # what merges is written as codes at once
     return {
         UNPACKING: (rows * s.num_slots * looks / 1e9, 0.0),
-        "unpacking": (rows * (merged + brought) / 1e9, 0.0),
+        "unpacking": (rows * brought / 1e9, 0.0),
         "packing": (rows * packed / 1e9, 0.0),
     }
 

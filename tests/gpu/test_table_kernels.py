@@ -87,9 +87,8 @@ def test_members_that_are_listed_give_the_bits_of_those_that_add_themselves(
     pytest.importorskip("triton")
     sizes = replace(SIZES, num_layers=1, rule=rule)
     tables = []
-    for num_listed, keys_at_once in ((0, 16), (listed, 8)):
+    for num_listed in (0, listed):
         monkeypatch.setitem(table_layout.MEMBERS_LISTED, rule, num_listed)
-        monkeypatch.setitem(table_layout.KEYS_AT_ONCE, rule, keys_at_once)
         tables.append(TileTable(sizes, torch.float32, DEVICE, work="kernels"))
     generator = torch.Generator().manual_seed(1)
     kinds = torch.randn(sizes.chunk_tokens, HEADS, DIM, generator=generator)
@@ -128,18 +127,33 @@ def test_lists_hold_who_is_given_up_and_the_rest_is_left(num_kinds: int) -> None
             assert sorted(found.number[row, large].tolist()) == list(range(len(large)))
 
 
-def test_walking_along_chains_finds_every_other_link() -> None:
+@pytest.mark.parametrize("jumps", [(3,), (8, 8), (4, 4, 4)])
+def test_walking_along_chains_finds_every_other_link(jumps: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = pytest.importorskip("workers.cache.triton_pairs", exc_type=ImportError)
     generator = torch.Generator().manual_seed(0)
     num = 2100
     older = (torch.rand(3, num, generator=generator) * torch.arange(num)).int()
     toward = torch.where(torch.rand(3, num, generator=generator) < 0.9, older, torch.arange(num, dtype=torch.int32))
     toward[2] = (torch.arange(num) - 1).clamp(min=0)  # one long chain
+    monkeypatch.setattr(pairs, "_JUMPS", jumps)
     is_odd, num_odd, num_linked = (x.cpu() for x in pairs.walk(toward.to(DEVICE)))
     is_linked = toward != torch.arange(num)
     assert torch.equal(num_odd, is_odd.sum(-1))
     assert torch.equal(num_linked, is_linked.sum(-1))
     assert torch.equal(most_common_parity(is_odd > 0, is_linked), every_other(toward.long()))
+
+
+@pytest.mark.parametrize(("num_tiles", "first", "num"), [(9, 4, 3), (700, 690, 4), (5, 1, 4), (5, 1, 9), (5, 2, 0)])
+def test_the_nearest_tiles_are_listed_the_nearest_first(num_tiles: int, first: int, num: int) -> None:
+    """Of whole tiles of older keys if there are enough; of equal ones the first."""
+    match = pytest.importorskip("workers.cache.triton_match", exc_type=ImportError)
+    mean = torch.randn(3, num_tiles, DIM, generator=torch.Generator().manual_seed(0))
+    mean[:, 1] = mean[:, 0]
+    found = match._choose_tiles(mean.to(DEVICE), first, num_tiles, num).cpu()
+    among = min(max(num, first), num_tiles)
+    score = mean[:, first:].double() @ mean[:, :among].double().mT
+    expected = score.sort(dim=-1, descending=True, stable=True).indices[..., :num]
+    assert torch.equal(found.long(), expected)
 
 
 @pytest.mark.parametrize("num", [40, 2100])

@@ -1,7 +1,8 @@
 """A tile table whose history lies in few bits: a layer is unpacked into one workspace before it is read or changed.
 
 What reads and changes a layer is that of `tile_table.py`, on the workspace; afterwards what changed is packed again.
-Kernels that merge write codes at once (`triton_collect.py`), and only the new chunk is laid out again.
+Kernels read codes where they lie: they merge without unpacking (`triton_collect.py`), and to take over a chunk they
+need no more than it and the latent frame before it laid out.
 Coding twice changes nothing (`table_codes.py`), so rounding does not add up over merges: a key that stays has the codes
 that it came with. Layers take over a chunk one after another, since there is one workspace.
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from workers.cache.layer_table import TENSORS, LayerTable, new_tensors
 from workers.cache.packed_history import PACKED, PackedLayer, Packing, Part, PlainPacking, Workspace, new_codes
+from workers.cache.partners import CodedKeys, History
 from workers.cache.table_layout import TableSettings
 from workers.cache.tile_table import TableKernels, TableWork, TileTable, load_kernels
 from workers.contracts import KeyValues
@@ -53,9 +55,8 @@ class PackedTable(TileTable):
         super().__init__(settings, dtype, device, nearest, work)
         s = settings
         self.workspace = Workspace(s, dtype, device)
-        self._growing: LayerTable | None = None
+        self._growing: PackedLayer | None = None
         """Takes over a chunk with no more of its keys laid out than it needs."""
-        self._look = replace(self._look, bring=self._bring)
         self._packing: Packing = PlainPacking() if self._kernels is None else load_kernels(s)
         if self._kernels is not None and s.rule == "pairs":
             apart_LNC = torch.full((s.num_layers, s.num_heads, s.history_slots), -1.0, device=device)
@@ -64,8 +65,6 @@ class PackedTable(TileTable):
                 layer.apart_NC = apart_NC
         tiles = s.num_slots // s.tile
         self._is_seen_LNJ = torch.ones(s.num_layers, s.num_heads, tiles, dtype=torch.uint8, device=device)
-        self._is_end_NJ = torch.ones(s.num_heads, tiles, dtype=torch.uint8, device=device)
-        self._is_end_NJ[:, s.history_start // s.tile : s.recent_start // s.tile] = 0
 
     def run_of(self, layer: LayerTable, start: int) -> slice:
         if isinstance(layer, PackedLayer) and start >= self.settings.recent_start:
@@ -119,7 +118,7 @@ class PackedTable(TileTable):
         if self._kernels is not None and layer.pointer == self.settings.history_tokens:
             self._merge_into_codes(layer, self._kernels)
         merges = layer.pointer == self.settings.history_tokens
-        laid_out = self._lay_out(layer, "both") if merges else self._lay_out_newest(layer)
+        laid_out = self._lay_out(layer, "both") if merges else self._lay_out_newest(layer, source)
         self._mark("unpacking")
         super()._absorb(laid_out, source)
         self._growing = None
@@ -131,34 +130,27 @@ class PackedTable(TileTable):
         self._mark("packing")
 
     def _merge_into_codes(self, layer: PackedLayer, kernels: TableKernels) -> None:
-        laid_out = self._lay_out(layer, "both", 1 - self._is_end_NJ)
-        self._mark("unpacking")
-        used, records = self._used(laid_out), self._records(laid_out)
-        kernels.merge_into_codes(used, records, self._turn_back, self._room(layer), layer, self.settings)
+        kernels.merge_into_codes(layer, self._turn_back, self._room(layer), self.settings)
         layer.pointer = self.settings.kept_tokens
         self._mark("merging")
 
-    def _lay_out_newest(self, layer: LayerTable) -> LayerTable:
-        """What a chunk needs that becomes history without a merge; other keys are brought as matching asks for them."""
+    def _lay_out_newest(self, layer: PackedLayer, source: int) -> LayerTable:
+        """What a chunk needs that becomes history without a merge; kernels read older keys where they lie."""
         s, pointer = self.settings, layer.pointer
-        self._lay_out(layer, "values", self._is_end_NJ)
         if self._kernels is None:
-            return self._lay_out(layer, "keys")
-        self._growing, wanted, first = layer, self._is_end_NJ.clone(), s.history_start // s.tile
-        wanted[:, first + max(0, pointer - s.frame_tokens) // s.tile : first - (-pointer // s.tile)] = 1
-        return self._lay_out(layer, "keys", wanted)
+            return self._lay_out(layer, "both")
+        self._growing, first = layer, s.history_start // s.tile
+        chunk = range(source // s.tile, (source + s.chunk_slots) // s.tile)
+        before = range(first + max(0, pointer - s.frame_tokens) // s.tile, first - (-pointer // s.tile))
+        self._kernels.unpack_tiles(layer, self.workspace, s, "both", chunk)
+        self._kernels.unpack_tiles(layer, self.workspace, s, "keys", before)
+        return self._in_workspace(layer)
 
-    def _bring(self, tile_NR: Tensor) -> None:
-        """Keys of these tiles of the history, but for those that were laid out, where new keys have come since."""
-        if self._growing is None:
-            return
-        s = self.settings
-        self._mark("matching")
-        first = s.history_start // s.tile
-        wanted = torch.zeros_like(self._is_end_NJ).scatter_(1, tile_NR.long() + first, 1)
-        wanted[:, first + max(0, self._growing.pointer - s.frame_tokens) // s.tile :] = 0
-        self._lay_out(self._growing, "keys", wanted)
-        self._mark("unpacking")
+    def _history(self, layer: LayerTable) -> History:
+        history, growing, storage = super()._history(layer), self._growing, self.settings.storage
+        if growing is None or storage == "model":
+            return history
+        return replace(history, coded=CodedKeys(growing.k_code_NCB, growing.k_largest_NCG, storage))
 
     def _average_new(self, layer: LayerTable, new: slice) -> None:
         self._average_as_kernels(layer, new)

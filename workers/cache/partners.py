@@ -7,17 +7,26 @@ a while is found there. Nothing waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from workers.cache.table_codes import CodedStorage
 from workers.cache.unrotated import TurnBack, take_rows
 from workers.search.nearest_rows import NearestRows, nearest_rows
 
 Found = tuple[Tensor, Tensor]
 """Slot of the nearest older key, int64 [N, T], and its cosine, float32; -inf where there is none."""
+
+
+class CodedKeys(NamedTuple):
+    """Older keys of a history in few bits, as a packed layer holds them (`table_codes.py`)."""
+
+    code_NCB: Tensor
+    largest_NCG: Tensor
+    storage: CodedStorage
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +42,8 @@ class History:
     """0 where there is no key."""
     mean_NJD: Tensor
     """Mean of the unit keys before RoPE, tile by tile."""
+    coded: CodedKeys | None = None
+    """Where kernels read the older keys; `k_NLW` then holds the new ones and the latent frame before them, no more."""
 
     @property
     def keys(self) -> Tensor:
@@ -50,10 +61,6 @@ class Look:
     """Tiles to look in beside the latent frame before; None compares all pairs."""
     tile: int
     nearest: NearestRows = nearest_rows
-    keys_at_once: int = 64
-    """Of a tile, that a kernel compares with at a time: fewer take fewer registers."""
-    bring: Callable[[Tensor], None] = lambda tile_NR: None
-    """Told the tiles of the history whose keys are looked at next, beside those of the latent frame before."""
 
 
 def find_partners(history: History, turn_back: TurnBack, new: slice, look: Look) -> Found:
@@ -104,7 +111,6 @@ def _in_near_tiles(history: History, turn_back: TurnBack, unit_NTD: Tensor, star
     score_NIJ = history.mean_NJD[:, first : first + queries.shape[1]] @ history.mean_NJD.mT
     score_NIJ = score_NIJ[..., : max(look.num_tiles, first)]  # whole tiles of older keys
     chosen_NIn = score_NIJ.topk(min(look.num_tiles, score_NIJ.shape[-1]), -1).indices
-    look.bring(chosen_NIn.flatten(1))
     slot = (chosen_NIn[..., None] * tile + torch.arange(tile, device=unit_NTD.device)).flatten(1)
     keys = turn_back.unit(take_rows(history.k_NLW, slot, history.start), take_rows(history.position_NC3, slot))
     there = (history.m_NC.gather(1, slot) > 0) & (slot < start)

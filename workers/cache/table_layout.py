@@ -22,8 +22,6 @@ MergeRule = Literal["chains", "pairs"]
 """Which pairs of a full history merge, and which key stands for a group; see `shrink.py`."""
 MEMBERS_LISTED: dict[MergeRule, int] = {"pairs": 4, "chains": 0}
 """`Room.num_listed`: most groups of pairs are smaller; chains make longer ones, and were not timed with lists."""
-KEYS_AT_ONCE: dict[MergeRule, int] = {"pairs": 32, "chains": 64}
-"""`Look.keys_at_once`: with 32 two programs fit a multiprocessor; chains were timed with 64."""
 NO_KEY = -1e5
 """In place of sqrt(D) log m where there is no key: its weight is exactly 0 beside any key."""
 

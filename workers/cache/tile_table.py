@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from workers.cache.layer_table import TENSORS, LayerTable, new_tensors
-from workers.cache.packed_history import PackedLayer, Packing
+from workers.cache.packed_history import PackedLayer, Packing, Part, Workspace
 from workers.cache.partners import History, Look, find_partners
 from workers.cache.shrink import Fuse, Room, Survivors, shrink
-from workers.cache.table_layout import KEYS_AT_ONCE, MEMBERS_LISTED, TableSettings, read_log_mass, write_log_mass
+from workers.cache.table_layout import MEMBERS_LISTED, TableSettings, read_log_mass, write_log_mass
 from workers.cache.unrotated import TurnBack, take_rows
 from workers.contracts import KeyValues
 from workers.model.rope import make_rotation, rotate
@@ -38,6 +38,8 @@ our own, on a GPU and for sizes that are powers of two."""
 class TableKernels(Packing, Protocol):
     """See `triton_match.py`, `triton_merge.py`, `triton_collect.py` and `triton_pack.py`."""
 
+    def unpack_tiles(self, layer: PackedLayer, to: Workspace, s: TableSettings, part: Part, tiles: range) -> None: ...
+
     def match(self, history: History, partner_NC: Tensor, turn_back: TurnBack, new: slice, look: Look) -> None: ...
 
     def merge(
@@ -45,10 +47,7 @@ class TableKernels(Packing, Protocol):
         tile: int,
     ) -> None: ...  # fmt: skip
 
-    def merge_into_codes(
-        self, history: History, records: Sequence[Tensor], turn_back: TurnBack, room: Room, to: PackedLayer,
-        s: TableSettings,
-    ) -> None: ...  # fmt: skip
+    def merge_into_codes(self, to: PackedLayer, turn_back: TurnBack, room: Room, s: TableSettings) -> None: ...
 
 
 class TileTable:
@@ -85,8 +84,7 @@ class TileTable:
             work = "groups"
         self.settings, self.dtype, self.device = settings, dtype, device
         self._turn_back = TurnBack(settings.head_dim, settings.theta, device)
-        keys = KEYS_AT_ONCE[settings.rule]
-        self._look = Look(settings.frame_tokens, settings.candidate_tiles, settings.tile, nearest, keys)
+        self._look = Look(settings.frame_tokens, settings.candidate_tiles, settings.tile, nearest)
         self._fuse = Fuse()
         self._work = work
         self._groups = [range(first, settings.num_layers, settings.spare_chunks) for first in self._first_layers]

@@ -1,13 +1,12 @@
 """Kernels that make room in a full packed history: codes move as they are, and only what changes is coded anew.
 
-Which keys merge, and all sums, are those of `triton_merge.py`. A key never changes and its value only where another one
-joins it; coding again what was decoded would give the same codes (`table_codes.py`). Codes and records move within the
-tensors of the layer, so they go through buffers, codes those of a few heads at a time to save memory.
+Which keys merge, and all sums, are those of `triton_merge.py`, by the codes themselves: nothing is unpacked before. A
+key never changes and its value only where another one joins it; coding again what was decoded would give the same codes
+(`table_codes.py`). Codes and records move within the tensors of the layer, so they go through buffers, codes those of a
+few heads at a time to save memory.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import triton
@@ -15,22 +14,30 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.cache.packed_history import PackedLayer
-from workers.cache.partners import History
 from workers.cache.shrink import Room
 from workers.cache.table_codes import LEAST, LIMITS
 from workers.cache.table_layout import NO_KEY, TableSettings
-from workers.cache.triton_match import ROWS, unit_halves
 from workers.cache.triton_merge import (
     VALUE_UNITS,
     Found,
     add_rest,
     find_sums,
+    in_units,
     most_groups,
     partner_of_group,
     store_log_mass,
     total_weight,
 )
 from workers.cache.triton_pack import store_codes, vector_shape
+from workers.cache.triton_rows import (
+    MOST_AVERAGED,
+    StoredHistory,
+    coded_history,
+    in_mean_units,
+    load_halves,
+    store_mean,
+    unit_pairs,
+)
 from workers.cache.unrotated import TurnBack
 
 _SUMMED_BYTES = 3 * 10**8
@@ -39,62 +46,65 @@ _MOVED_BYTES = 8 * 10**7
 """Of codes that move together, those of one head at least."""
 _MOVED_AT_ONCE = 64
 _AVERAGED_AT_ONCE = 16
+"""Groups whose values become means."""
+_TURNED_AT_ONCE = 16
+"""Keys of a tile that are turned back together: with 32 a program of 4 warps takes 167 registers."""
 _RECORDS_AT_ONCE = 512
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _load_halves(x, at, there, HALF: tl.constexpr, HALVES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Channels at these places [M, runs, RUN] and those half a vector behind, or again the first where it is whole."""
-    first = tl.load(x + at, mask=there[:, None, None], other=0)
+def _mean(value, share, others, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Own share and those of others, rounded as in a workspace; float32."""
+    return tl.fma(value, share, others.to(tl.float32) / VALUE_UNITS).to(KIND).to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _load_sums(summed, group, there, D: tl.constexpr, RUN: tl.constexpr, HALVES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Both halves of sums [M, runs, RUN], or twice the whole."""
+    HALF: tl.constexpr = D // HALVES
+    channel = tl.arange(0, HALF // RUN)[None, :, None] * RUN + tl.arange(0, RUN)[None, None, :]
+    at, there = group.to(tl.int64)[:, None, None] * D + channel, there[:, None, None]
+    first = tl.load(summed + at, mask=there, other=0)
     second = first
     if HALVES == 2:
-        second = tl.load(x + at + HALF, mask=there[:, None, None], other=0)
+        second = tl.load(summed + at + HALF, mask=there, other=0)
     return first, second
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _in_units(value, part):  # type: ignore[no-untyped-def]
-    """As in `triton_merge.py`, where product and sum are fused."""
-    return tl.floor(tl.fma(value.to(tl.float32), part[:, None, None], 0.5)).to(tl.int32)
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _mean(value, share, others):  # type: ignore[no-untyped-def]
-    """Own share and those of others, fused as in `triton_merge.py` and rounded as in the workspace; float32."""
-    mean = tl.fma(value.to(tl.float32), share[:, None, None], others.to(tl.float32) / VALUE_UNITS)
-    return mean.to(value.dtype).to(tl.float32)
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _mean_values(  # type: ignore[no-untyped-def]
-    v, tally, number, summed, member, share, own, total, slot, is_key, num_groups, channel,
-    D: tl.constexpr, HALVES: tl.constexpr, LISTED: tl.constexpr,
+    v, largest, tally, number, summed, member, share, own, total, slot, is_key, num_groups,
+    D: tl.constexpr, M: tl.constexpr, RUN: tl.constexpr, HALVES: tl.constexpr, LISTED: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Both halves of the means of the groups of some slots; pointers are those of their head."""
-    HALF: tl.constexpr = D // HALVES
+    BYTES: tl.constexpr = D // 2 if BITS == 4 else D
     count = tl.load(tally + slot, mask=is_key, other=0)
     has_rest = is_key & (count > LISTED)
     group = tl.load(number + slot, mask=has_rest, other=0)
-    at_sum = group.to(tl.int64)[:, None, None] * D + channel
-    own_first, own_second = _load_halves(v, slot.to(tl.int64)[:, None, None] * D + channel, is_key, HALF, HALVES)
-    first, second = _load_halves(summed, at_sum, has_rest & (group < num_groups), HALF, HALVES)
+    own_first, own_second = load_halves(
+        v, largest, slot.to(tl.int64) * BYTES, is_key, D, M, HALVES, BITS, GROUP, KIND
+    )  # fmt: skip
+    first, second = _load_sums(summed, group, has_rest & (group < num_groups), D, RUN, HALVES)
     most = tl.maximum(total, 1e-30)
-    for which in tl.static_range(LISTED):
+    # Most groups have one member, few as many as are listed.
+    for which in range(tl.minimum(tl.max(tl.where(is_key, count, 0), 0), LISTED)):
         there = is_key & (count > which)
         of = tl.load(member + slot * LISTED + which, mask=there, other=0)
-        part = tl.load(share + of, mask=there, other=0.0) / most * VALUE_UNITS
-        a, b = _load_halves(v, of.to(tl.int64)[:, None, None] * D + channel, there, HALF, HALVES)
-        first += _in_units(a, part)
-        second += _in_units(b, part)
-    return _mean(own_first, own / most, first), _mean(own_second, own / most, second)
+        part = (tl.load(share + of, mask=there, other=0.0) / most * VALUE_UNITS)[:, None, None]
+        a, b = load_halves(v, largest, of.to(tl.int64) * BYTES, there, D, M, HALVES, BITS, GROUP, KIND)
+        first += in_units(a, part)
+        second += in_units(b, part)
+    share_of_own = (own / most)[:, None, None]
+    return _mean(own_first, share_of_own, first, KIND), _mean(own_second, share_of_own, second, KIND)
 
 
 @triton.jit(do_not_specialize=["first_head"])  # type: ignore[untyped-decorator, unused-ignore]
 def average_groups(  # type: ignore[no-untyped-def]
-    v, weight, added, tally, number, summed, member, share, rank, groups, num_group, v_code, v_largest,
-    first_head, start_k, table_slots, history_slots, num_slots, num_keep, num_groups, num_most, limit, least,
+    v, v_largest, weight, added, tally, number, summed, member, share, rank, groups, num_group, to, to_largest,
+    first_head, history_slots, num_slots, num_keep, num_groups, num_most, limit, least,
     D: tl.constexpr, EXTRA: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, HALVES: tl.constexpr,
-    M: tl.constexpr, LISTED: tl.constexpr,
+    M: tl.constexpr, LISTED: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """One program: values of M groups of a head that somebody joins, as codes. Compiled to fuse only what says so."""
     local = tl.program_id(1).to(tl.int64)
@@ -106,16 +116,16 @@ def average_groups(  # type: ignore[no-untyped-def]
         slot = tl.load(groups + head * num_most + listed, mask=is_key, other=0)
         mine, held = head * num_slots, head * history_slots
         own, total = total_weight(weight + held, added + mine, slot, is_key)
-        HALF: tl.constexpr = D // HALVES
-        channel = tl.arange(0, HALF // RUN)[None, :, None] * RUN + tl.arange(0, RUN)[None, None, :]
+        BYTES: tl.constexpr = D // 2 if BITS == 4 else D
         first, second = _mean_values(
-            v + (head * table_slots + start_k) * D, tally + mine, number + mine, summed + local * num_groups * D,
-            member + mine * LISTED, share + mine, own, total, slot, is_key, num_groups, channel, D, HALVES, LISTED,
+            v + held * BYTES, v_largest + held * (D // GROUP), tally + mine, number + mine,
+            summed + local * num_groups * D, member + mine * LISTED, share + mine, own, total, slot, is_key, num_groups,
+            D, M, RUN, HALVES, LISTED, BITS, GROUP, KIND,
         )  # fmt: skip
         shift = num_keep - tl.load(rank + mine + num_slots - 1) - 1
         place = tl.load(rank + mine + slot, mask=is_key, other=0) + shift
         store_codes(
-            first, second, v_code, v_largest, held + place, is_key & (place >= 0), limit, least,
+            first, second, to, to_largest, local * num_keep + place, is_key & (place >= 0), limit, least,
             D, GROUP, RUN, HALVES,
         )  # fmt: skip
 
@@ -207,109 +217,101 @@ def write_records(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def average_tiles(  # type: ignore[no-untyped-def]
-    k, position, m, mean, source, axis, frequency, start_k, table_slots, history_slots, num_keep,
-    TILE: tl.constexpr, D: tl.constexpr, EXTRA: tl.constexpr, M: tl.constexpr,
+    k, largest, position, m, mean, axis, frequency, history_slots,
+    TILE: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """One program: the mean of a tile of the history as it will be, from keys where they were. Records are buffers."""
-    head = tl.program_id(1).to(tl.int64)
-    P: tl.constexpr = D // 2
-    summed = tl.zeros([P, 2], tl.float32)
-    kind = k.dtype.element_ty
-    row = head * table_slots + start_k
+    """One program: the mean of a tile of a head."""
+    BYTES: tl.constexpr = P if BITS == 4 else 2 * P
+    even_a, odd_a = tl.zeros([M, P // 2], tl.int32), tl.zeros([M, P // 2], tl.int32)
+    even_b, odd_b = tl.zeros([M, P // 2], tl.int32), tl.zeros([M, P // 2], tl.int32)
+    first = tl.program_id(1).to(tl.int64) * history_slots + tl.program_id(0) * TILE
     for step in range(TILE // M):
-        slot = tl.program_id(0) * TILE + step * M + tl.arange(0, M)
-        here = head * num_keep + slot
-        live = tl.load(m + here, mask=slot < num_keep, other=0) > 0
-        at_k = (row + tl.load(source + here, mask=live, other=0)) * (D + EXTRA)
-        even, odd = unit_halves(k, at_k, position, here * 3, live, axis, frequency, P, M)
+        slot = first + step * M + tl.arange(0, M)
+        live = tl.load(m + slot) > 0
+        a, b, c, d = unit_pairs(
+            k, largest, slot * BYTES, position, slot * 3, live, axis, frequency, P, M, BITS, GROUP, KIND
+        )
         # Those of slots without a key are 0.
-        summed += tl.sum(tl.join(even, odd).to(kind).to(tl.float32), 0)
-    at = mean + (head * (history_slots // TILE) + tl.program_id(0)) * D
-    channel = 2 * tl.arange(0, P)[:, None] + tl.arange(0, 2)[None, :]
-    tl.store(at + channel, (summed / TILE).to(mean.dtype.element_ty))
+        even_a += in_mean_units(a)
+        odd_a += in_mean_units(b)
+        even_b += in_mean_units(c)
+        odd_b += in_mean_units(d)
+    store_mean(mean + first // TILE * (2 * P), even_a, odd_a, even_b, odd_b, P, TILE)
 
 
-def merge_into_codes(
-    history: History, records: Sequence[Tensor], turn_back: TurnBack, room: Room, to: PackedLayer, s: TableSettings
-) -> None:
-    """`merge` of `triton_merge.py` for a packed table: of the history, only codes and records are written.
+def merge_into_codes(to: PackedLayer, turn_back: TurnBack, room: Room, s: TableSettings) -> None:
+    """`merge` of `triton_merge.py` for a packed layer: codes and records of its history are read and written.
 
     Args:
-        history: Full, laid out in the workspace.
-        records: As of `merge`: values lie in the workspace, the others in the layer.
+        to: Full.
         turn_back: RoPE of the model.
         room: How it is made.
-        to: The layer.
         s: Sizes.
     """
-    assert s.storage != "model"
-    k, position = history.k_NLW, history.position_NC3
-    _, m, weight, partner = records
+    assert s.tile <= MOST_AVERAGED
+    of, num, num_keep = coded_history(to, s), s.history_tokens, room.num_keep
     apart = to.weight_NC if to.apart_NC is None else to.apart_NC
-    written = to.position_NC3, to.m_NC, to.weight_NC, to.partner_NC, apart, to.mass_NC2
-    assert all(x.is_contiguous() for x in (k, *written, to.mean_NJD))
-    (heads, num), num_keep = m.shape, room.num_keep
-    found = find_sums(history, records, turn_back, room, None if to.apart_NC is None else to.apart_NC[:, :num])
-    likes = position, m, weight, partner, apart
-    buffers = tuple(torch.empty((heads, num_keep, *x.shape[2:]), dtype=x.dtype, device=x.device) for x in likes)
+    records = to.position_NC3, to.m_NC, to.weight_NC, to.partner_NC, apart
+    written = *records, to.mass_NC2
+    assert all(x.is_contiguous() for x in (*written, to.mean_NJD))
+    found = find_sums(of, turn_back, room, None if to.apart_NC is None else to.apart_NC[:, :num])
+    heads = s.num_heads
+    buffers = tuple(torch.empty((heads, num_keep, *x.shape[2:]), dtype=x.dtype, device=x.device) for x in records)
     sums, families, slots = found.sums, found.families, (s.history_slots, num, num_keep)
     collect_records[(triton.cdiv(num_keep, _RECORDS_AT_ONCE), heads)](
         *written, found.source, sums.added, sums.joined, families.root, families.head_of, found.rank, *buffers,
         *slots, s.head_dim**0.5, NO_KEY, M=_RECORDS_AT_ONCE, APART=to.apart_NC is not None, num_warps=4,
     )  # fmt: skip
-    _move_codes(to, found.source, s)
-    _average_groups(history, records, found, room, to, s)
-    average_tiles[(s.history_slots // s.tile, heads)](
-        k, *buffers[:2], to.mean_NJD, found.source, turn_back.axis_int32_D, turn_back.frequency_D,
-        history.start, k.shape[1], s.history_slots, num_keep,
-        TILE=s.tile, D=s.head_dim, EXTRA=s.width - s.head_dim, M=min(ROWS, s.tile), num_warps=4, maxnreg=80,
-    )  # fmt: skip
-    high = float(torch.tensor(NO_KEY).to(k.dtype))
+    _move_codes(of, found, room, to, s)
+    high = float(torch.tensor(NO_KEY).to(to.mass_NC2.dtype))
     write_records[(triton.cdiv(num, _RECORDS_AT_ONCE), heads)](
         *written, *buffers, *slots, high, NO_KEY - high,
         M=_RECORDS_AT_ONCE, APART=to.apart_NC is not None, num_warps=4,
     )  # fmt: skip
+    average_tiles[(s.history_slots // s.tile, heads)](
+        of.k.x, of.k.largest, to.position_NC3, to.m_NC, to.mean_NJD, turn_back.axis_int32_D, turn_back.frequency_D,
+        s.history_slots, TILE=s.tile, P=s.head_dim // 2, M=min(_TURNED_AT_ONCE, s.tile), **of.k.form, num_warps=4,
+    )  # fmt: skip
 
 
-def _move_codes(to: PackedLayer, source: Tensor, s: TableSettings) -> None:
-    """To where they go, some heads after the others."""
+def _move_codes(of: StoredHistory, found: Found, room: Room, to: PackedLayer, s: TableSettings) -> None:
+    """To where they go, some heads after the others; values that change on the way. Records are still as they were."""
     codes = to.k_code_NCB, to.k_largest_NCG, to.v_code_NCB, to.v_largest_NCG
     assert all(x.is_contiguous() for x in codes)
-    heads, num_keep = source.shape
-    of_head = num_keep * sum(x.shape[2] * x.itemsize for x in codes)
-    at_once = min(heads, max(1, _MOVED_BYTES // of_head))
+    heads, num_keep = found.source.shape
+    of_head, num_groups = num_keep * sum(x.shape[2] * x.itemsize for x in codes), most_groups(room)
+    at_once = min(_MOVED_BYTES // of_head, _SUMMED_BYTES // (num_groups * s.head_dim * 4))
+    at_once = min(heads, max(1, at_once))
     buffers = [x.new_empty((at_once, num_keep, x.shape[2])) for x in codes]
+    summed = torch.empty((at_once, num_groups, s.head_dim), dtype=torch.int32, device=found.source.device)
     sizes = {"BYTES": codes[0].shape[2], "GROUPS": codes[1].shape[2], "M": _MOVED_AT_ONCE}
     sizes["CODE_OF_0"] = 0x88 if s.storage == "int4" else 0
     for first in range(0, heads, at_once):
-        grid = triton.cdiv(num_keep, _MOVED_AT_ONCE), min(at_once, heads - first)
+        some = min(at_once, heads - first)
+        grid = triton.cdiv(num_keep, _MOVED_AT_ONCE), some
         move_codes[grid](
-            *codes, *buffers, source, first, first, 0, s.history_slots, num_keep, num_keep,
+            *codes, *buffers, found.source, first, first, 0, s.history_slots, num_keep, num_keep,
             **sizes, GATHERS=True, num_warps=4,
         )  # fmt: skip
+        add_rest(of, found, summed[:some], first)
+        _average_groups(of, found, summed[:some], first, room, (buffers[2], buffers[3]), s)
         move_codes[grid](
-            *buffers, *codes, source, first, 0, first, num_keep, s.history_slots, num_keep,
+            *buffers, *codes, found.source, first, 0, first, num_keep, s.history_slots, num_keep,
             **sizes, GATHERS=False, num_warps=4,
         )  # fmt: skip
 
 
 def _average_groups(
-    history: History, records: Sequence[Tensor], found: Found, room: Room, to: PackedLayer, s: TableSettings
+    of: StoredHistory, found: Found, summed: Tensor, first: int, room: Room, to: tuple[Tensor, Tensor], s: TableSettings
 ) -> None:
-    """Values that change; records of the layer are still those before the merge, codes have moved."""
+    """Values that change, of as many heads as there are sums: into buffers where the others are already."""
     assert s.storage != "model"
-    (v, m, weight, _), sums, members = records, found.sums, found.sums.members
-    (heads, num), num_groups, listed = m.shape, most_groups(room), room.num_listed
-    assert v.is_contiguous()
-    at_once = min(heads, max(1, _SUMMED_BYTES // (num_groups * s.head_dim * 4)))
-    summed = torch.empty((at_once, num_groups, s.head_dim), dtype=torch.int32, device=v.device)
-    for first in range(0, heads, at_once):
-        some = min(at_once, heads - first)
-        add_rest(history, records, found, summed[:some], first)
-        average_groups[(triton.cdiv(members.group.shape[1], _AVERAGED_AT_ONCE), some)](
-            v, weight, sums.added, members.tally, members.number, summed, members.listed, sums.share, found.rank,
-            members.group, members.num_group, to.v_code_NCB, to.v_largest_NCG,
-            first, history.start, v.shape[1], s.history_slots, num, room.num_keep, num_groups, members.group.shape[1],
-            float(LIMITS[s.storage]), LEAST, **vector_shape(s, s.storage),
-            M=_AVERAGED_AT_ONCE, LISTED=listed, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
+    v, sums, members = of.v, found.sums, found.sums.members
+    average_groups[(triton.cdiv(members.group.shape[1], _AVERAGED_AT_ONCE), summed.shape[0])](
+        v.x, v.largest, of.weight_NC, sums.added, members.tally, members.number, summed, members.listed, sums.share,
+        found.rank, members.group, members.num_group, *to, first, s.history_slots, of.m_NC.shape[1], room.num_keep,
+        summed.shape[1], members.group.shape[1], float(LIMITS[s.storage]), LEAST, **vector_shape(s, s.storage),
+        M=_AVERAGED_AT_ONCE, LISTED=room.num_listed, BITS=v.form["BITS"], KIND=v.form["KIND"],
+        num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip

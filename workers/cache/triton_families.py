@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from workers.cache.partners import History
 from workers.cache.shrink import Room
 from workers.cache.triton_links import choose_links, follow
 from workers.cache.triton_pairs import find_cosines, find_distances
 from workers.cache.triton_ranks import running_sum
+from workers.cache.triton_rows import StoredHistory
 from workers.cache.unrotated import TurnBack
 
 
@@ -24,25 +24,21 @@ class Families(NamedTuple):
     """In each piece of `PIECE` slots."""
 
 
-def find_families(
-    history: History, records: tuple[Tensor, Tensor, Tensor], turn_back: TurnBack, room: Room, known: Tensor | None
-) -> Families:
+def find_families(of: StoredHistory, turn_back: TurnBack, room: Room, known: Tensor | None) -> Families:
     """By the rule of the room.
 
     Args:
-        history: Full.
-        records: v_NLD in the slots of the keys; m_NC and partner_NC of each slot of the history.
+        of: As it is stored, full.
         turn_back: RoPE of the model.
         room: How it is made.
         known: See `find_distances`.
     """
-    v, m, partner = records
     if room.rule == "pairs":
-        found = find_distances(history, v, partner, turn_back, known)
-        link = choose_links(found, m, partner, turn_back.head_dim, room.num_merges)
-        return Families(*follow(link, m, by_mass=True))
-    link = _join_nearest(find_cosines(history, partner, turn_back), partner, room.num_merges)
-    return Families(*follow(link, m, by_mass=False))
+        found = find_distances(of, turn_back, known)
+        link = choose_links(found, of.m_NC, of.partner_NC, turn_back.head_dim, room.num_merges)
+        return Families(*follow(link, of.m_NC, by_mass=True))
+    cosine = find_cosines(of.k, of.position_NC3, of.m_NC, of.partner_NC, turn_back)
+    return Families(*follow(_join_nearest(cosine, of.partner_NC, room.num_merges), of.m_NC, by_mass=False))
 
 
 def _join_nearest(cosine: Tensor, partner: Tensor, num_merges: int) -> Tensor:

@@ -22,13 +22,24 @@ from workers.cache.shrink import Room
 from workers.cache.table_layout import NO_KEY
 from workers.cache.triton_families import Families, find_families
 from workers.cache.triton_links import PIECE, count_before
-from workers.cache.triton_match import ROWS, unit_halves
-from workers.cache.triton_pairs import Members, append, compare_pairs, list_members
+from workers.cache.triton_pairs import KEYS_COMPARED, Members, append, list_members
+from workers.cache.triton_rows import (
+    MOST_AVERAGED,
+    StoredHistory,
+    compare_pairs,
+    in_mean_units,
+    keys_of,
+    load_halves,
+    rows_as_computed,
+    store_mean,
+    unit_pairs,
+)
 from workers.cache.unrotated import TurnBack
 
 _WEIGHT_UNITS = tl.constexpr(float(2**24))
 VALUE_UNITS = tl.constexpr(float(2**20))
 """As in `shrink.py`."""
+_ADDED_AT_ONCE = 16
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -53,9 +64,10 @@ def _place(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _weigh(  # type: ignore[no-untyped-def]
-    k, position, m, weight, head_of, given_up_slot, tally, share, added, joined, axis, frequency,
-    stride_kn, stride_kl, stride_pn, stride_mn, stride_wn, start_k, num_slots, num_given_up, rate,
+    k, largest, position, m, weight, head_of, given_up_slot, tally, share, added, joined, axis, frequency,
+    stride_kn, stride_kl, start_k, stride_pn, stride_mn, stride_wn, num_slots, num_given_up, rate,
     P: tl.constexpr, M: tl.constexpr, FALLS: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Weight of each key that is given up, added to its group."""
     listed = tl.program_id(0) * M + tl.arange(0, M)
@@ -70,8 +82,9 @@ def _weigh(  # type: ignore[no-untyped-def]
         at_k, at_p = row * stride_kn, row * stride_pn
         at_a, at_b = (start_k + slot).to(tl.int64) * stride_kl, (start_k + newest).to(tl.int64) * stride_kl
         inner, a, b = compare_pairs(
-            k, at_k + at_a, at_k + at_b, position, at_p + slot * 3, at_p + newest * 3, given_up, axis, frequency, P, M
-        )
+            k, largest, at_k + at_a, at_k + at_b, position, at_p + slot * 3, at_p + newest * 3, given_up,
+            axis, frequency, P, M, BITS, GROUP, KIND,
+        )  # fmt: skip
         w *= tl.exp(-rate * tl.maximum(a + b - 2 * inner, 0.0))
     tl.store(share + at, w, mask=given_up)
     group = row * num_slots + newest
@@ -87,34 +100,37 @@ def total_weight(weight, added, slot, there):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _in_units(v, at_v, w, total, there, D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Values that begin at these places, times their share of the group, in whole numbers."""
-    part = w / tl.maximum(total, 1e-30) * VALUE_UNITS
-    value = tl.load(v + at_v[:, None] + tl.arange(0, D)[None, :], mask=there[:, None], other=0.0).to(tl.float32)
-    return tl.floor(value * part[:, None] + 0.5).to(tl.int32)
+def in_units(value, part):  # type: ignore[no-untyped-def]
+    """Values times their share of the group in units, in whole numbers."""
+    return tl.floor(tl.fma(value, part, 0.5)).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["first_row"])  # type: ignore[untyped-decorator, unused-ignore]
 def _add_values(  # type: ignore[no-untyped-def]
-    v, weight, share, added, head_of, number, rest, counts, summed, stride_vn, stride_vl, stride_wn, start_k, first_row,
-    num_slots, num_rest, num_groups, D: tl.constexpr, M: tl.constexpr,
+    v, largest, weight, share, added, head_of, number, rest, counts, summed, stride_vn, stride_vl, start_v, stride_wn,
+    first_row, num_slots, num_rest, num_groups, P: tl.constexpr, M: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """One program: values of M keys that are given up and not listed are added to the sums of their groups."""
-    listed = tl.program_id(0) * M + tl.arange(0, M)
     local = tl.program_id(1).to(tl.int64)
     row = first_row + local
-    given_up = listed < tl.load(counts + row)
-    slot = tl.load(rest + row * num_rest + listed, mask=given_up, other=0)
-    at = row * num_slots + slot
-    w = tl.load(share + at, mask=given_up, other=0.0)
-    newest = tl.load(head_of + at, mask=given_up, other=0)
-    _, total = total_weight(weight + row * stride_wn, added + row * num_slots, newest, given_up)
-    channel = tl.arange(0, D)[None, :]
-    at_v = row * stride_vn + (start_k + slot).to(tl.int64) * stride_vl
-    units = _in_units(v, at_v, w, total, given_up, D)
-    group = tl.load(number + row * num_slots + newest, mask=given_up, other=0)
-    at_sum = ((local * num_groups + group) * D)[:, None] + channel
-    tl.atomic_add(summed + at_sum, units, mask=(given_up & (group < num_groups))[:, None], sem="relaxed")
+    num = tl.load(counts + row)
+    if tl.program_id(0) * M < num:
+        listed = tl.program_id(0) * M + tl.arange(0, M)
+        given_up = listed < num
+        slot = tl.load(rest + row * num_rest + listed, mask=given_up, other=0)
+        at = row * num_slots + slot
+        w = tl.load(share + at, mask=given_up, other=0.0)
+        newest = tl.load(head_of + at, mask=given_up, other=0)
+        _, total = total_weight(weight + row * stride_wn, added + row * num_slots, newest, given_up)
+        part = (w / tl.maximum(total, 1e-30) * VALUE_UNITS)[:, None, None]
+        at_v = row * stride_vn + (start_v + slot).to(tl.int64) * stride_vl
+        first, second = load_halves(v, largest, at_v, given_up, 2 * P, M, 2, BITS, GROUP, KIND)
+        group = tl.load(number + row * num_slots + newest, mask=given_up, other=0)
+        there = (given_up & (group < num_groups))[:, None]
+        at_sum = ((local * num_groups + group) * (2 * P))[:, None] + tl.arange(0, P)[None, :]
+        tl.atomic_add(summed + at_sum, tl.reshape(in_units(first, part), [M, P]), mask=there, sem="relaxed")
+        tl.atomic_add(summed + at_sum + P, tl.reshape(in_units(second, part), [M, P]), mask=there, sem="relaxed")
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -169,10 +185,12 @@ def _collect(  # type: ignore[no-untyped-def]
         of = tl.load(member + (mine + slot) * LISTED + which, mask=there, other=0)
         w = tl.load(share + mine + of, mask=there, other=0.0)
         at_v = row * stride_vn + (start_k + of).to(tl.int64) * stride_vl
-        others += _in_units(v, at_v, w, total, there, D)
+        part = (w / tl.maximum(total, 1e-30) * VALUE_UNITS)[:, None]
+        member_value = tl.load(v + at_v[:, None] + channel, mask=there[:, None], other=0.0).to(tl.float32)
+        others += in_units(member_value, part)
     at_v = row * stride_vn + (start_k + slot).to(tl.int64) * stride_vl
     value = tl.load(v + at_v[:, None] + channel, mask=is_key[:, None], other=0.0).to(tl.float32)
-    value = value * (own / tl.maximum(total, 1e-30))[:, None] + others.to(tl.float32) / VALUE_UNITS
+    value = tl.fma(value, (own / tl.maximum(total, 1e-30))[:, None], others.to(tl.float32) / VALUE_UNITS)
     out = local * num_keep + place
     tl.store(new_v + out[:, None] * D + channel, value.to(new_v.dtype.element_ty), mask=inside[:, None])
     at_k = row * stride_kn + (start_k + slot).to(tl.int64) * stride_kl
@@ -200,9 +218,10 @@ def _write_again(  # type: ignore[no-untyped-def]
     local = tl.program_id(1).to(tl.int64)
     row = first_row + local
     P: tl.constexpr = D // 2
-    channel, extra, pair = tl.arange(0, D)[None, :], tl.arange(0, EXTRA)[None, :], tl.arange(0, P)
-    sum_even, sum_odd = tl.zeros([P], tl.float32), tl.zeros([P], tl.float32)
-    kind = k.dtype.element_ty
+    channel, extra = tl.arange(0, D)[None, :], tl.arange(0, EXTRA)[None, :]
+    even_a, odd_a = tl.zeros([M, P // 2], tl.int32), tl.zeros([M, P // 2], tl.int32)
+    even_b, odd_b = tl.zeros([M, P // 2], tl.int32), tl.zeros([M, P // 2], tl.int32)
+    kind: tl.constexpr = k.dtype.element_ty
     for step in range(TILE // M):
         slot = tl.program_id(0) * TILE + step * M + tl.arange(0, M)
         kept, used = slot < num_keep, slot < num_slots
@@ -224,12 +243,14 @@ def _write_again(  # type: ignore[no-untyped-def]
         tl.store(weight + row * stride_wn + slot, tl.load(new_weight + here, mask=kept, other=0.0), mask=used)
         tl.store(partner + row * stride_rn + slot, tl.load(new_partner + here, mask=kept, other=-1), mask=used)
         live = mass > 0
-        even, odd = unit_halves(new_k, here * (D + EXTRA), new_position, here * 3, live, axis, frequency, P, M)
-        sum_even += tl.sum(tl.where(live[:, None], even.to(kind).to(tl.float32), 0.0), 0)
-        sum_odd += tl.sum(tl.where(live[:, None], odd.to(kind).to(tl.float32), 0.0), 0)
-    at = mean + row * stride_jn + tl.program_id(0) * D + 2 * pair
-    tl.store(at, (sum_even / TILE).to(mean.dtype.element_ty))
-    tl.store(at + 1, (sum_odd / TILE).to(mean.dtype.element_ty))
+        a, b, c, d = unit_pairs(
+            new_k, new_k, here * (D + EXTRA), new_position, here * 3, live, axis, frequency, P, M, 0, D, kind
+        )
+        even_a += in_mean_units(a)
+        odd_a += in_mean_units(b)
+        even_b += in_mean_units(c)
+        odd_b += in_mean_units(d)
+    store_mean(mean + row * stride_jn + tl.program_id(0) * D, even_a, odd_a, even_b, odd_b, P, TILE)
 
 
 class _Sums(NamedTuple):
@@ -255,30 +276,27 @@ class Found(NamedTuple):
     families: Families
 
 
-def find_sums(
-    history: History, records: Sequence[Tensor], turn_back: TurnBack, room: Room, known: Tensor | None = None
-) -> Found:
-    """What merges; nothing of the history is written. Arguments as of `merge` and `find_distances`."""
-    k, position = history.k_NLW, history.position_NC3
-    v, m, weight, partner = records
+def find_sums(of: StoredHistory, turn_back: TurnBack, room: Room, known: Tensor | None = None) -> Found:
+    """What merges; nothing of the history is written but what is `known`. Arguments as of `find_families`."""
+    k, _, position, m, weight, _ = of
     heads, num = m.shape
-    families = find_families(history, (v, m, partner), turn_back, room, known)
-    share = torch.empty((heads, num), dtype=torch.float32, device=k.device)
+    families = find_families(of, turn_back, room, known)
+    share = torch.empty((heads, num), dtype=torch.float32, device=m.device)
     joined, added = torch.zeros_like(families.root), torch.zeros_like(families.root, dtype=torch.int64)
-    source = torch.empty((heads, room.num_keep), dtype=torch.int32, device=k.device)
+    source = torch.empty((heads, room.num_keep), dtype=torch.int32, device=m.device)
     rank = torch.empty_like(families.root)
     # Each link that is chosen gives up one key.
-    given_up = torch.empty((heads, max(1, room.num_merges)), dtype=torch.int32, device=k.device)
-    tally = torch.zeros(heads, dtype=torch.int32, device=k.device)
+    given_up = torch.empty((heads, max(1, room.num_merges)), dtype=torch.int32, device=m.device)
+    tally = torch.zeros(heads, dtype=torch.int32, device=m.device)
     _place[(triton.cdiv(num, PIECE), heads)](
         m, families.head_of, families.num_survivors, rank, source, given_up, tally, m.stride(0), num, room.num_keep,
         given_up.shape[1], PIECES=triton.next_power_of_2(families.num_survivors.shape[1]), M=PIECE, num_warps=4,
     )  # fmt: skip
-    _weigh[(triton.cdiv(given_up.shape[1], ROWS), heads)](
-        k, position, m, weight, families.head_of, given_up, tally, share, added, joined,
-        turn_back.axis_int32_D, turn_back.frequency_D, *k.stride()[:2], position.stride(0), m.stride(0),
-        weight.stride(0), history.start, num, given_up.shape[1], room.rate, P=turn_back.head_dim // 2, M=ROWS,
-        FALLS=room.rate > 0, num_warps=4,
+    _weigh[(triton.cdiv(given_up.shape[1], KEYS_COMPARED), heads)](
+        k.x, k.largest, position, m, weight, families.head_of, given_up, tally, share, added, joined,
+        turn_back.axis_int32_D, turn_back.frequency_D, *k.at, position.stride(0), m.stride(0), weight.stride(0),
+        num, given_up.shape[1], room.rate, P=turn_back.head_dim // 2, M=KEYS_COMPARED, FALLS=room.rate > 0,
+        **k.form, num_warps=4,
     )  # fmt: skip
     members = list_members(given_up, tally, families.head_of, room.num_listed)
     return Found(source, rank, _Sums(share, added, joined, members), families)
@@ -297,12 +315,16 @@ def merge(
         heads_at_once: Heads that are written again together, through a buffer.
         tile: Of the means.
     """
-    found, heads, device = find_sums(history, records, turn_back, room), records[1].shape[0], history.k_NLW.device
+    assert tile <= MOST_AVERAGED
+    v, m, weight, partner = records
+    values = rows_as_computed(v, history.start, turn_back.head_dim)
+    of = StoredHistory(keys_of(history, turn_back.head_dim), values, history.position_NC3, m, weight, partner)
+    found, heads, device = find_sums(of, turn_back, room), m.shape[0], v.device
     buffers = _buffers(history, records, heads_at_once, room.num_keep)
     groups = (heads_at_once, most_groups(room), turn_back.head_dim)
     summed = torch.empty(groups, dtype=torch.int32, device=device)
     for first in range(0, heads, heads_at_once):
-        add_rest(history, records, found, summed, first)
+        add_rest(of, found, summed, first)
         _move(history, records, turn_back, found, (summed, buffers), first, tile, room.num_listed)
 
 
@@ -311,23 +333,22 @@ def most_groups(room: Room) -> int:
     return max(1, room.num_merges // (room.num_listed + 1))
 
 
-def add_rest(history: History, records: Sequence[Tensor], found: Found, summed: Tensor, first: int) -> None:
+def add_rest(of: StoredHistory, found: Found, summed: Tensor, first: int) -> None:
     """Add up the values that are not listed.
 
     Args:
-        history, records: As of `merge`.
+        of: As it is stored.
         found: By `find_sums`.
         summed: Written: int32 [heads, `most_groups`, D].
         first: Of those heads.
     """
-    v, m, weight, _ = records
-    sums, families = found.sums, found.families
+    sums, families, v = found.sums, found.families, of.v
     (heads, num_groups, dim), rest = summed.shape, sums.members.rest
     summed.zero_()
-    _add_values[(triton.cdiv(rest.shape[1], 32), heads)](
-        v, weight, sums.share, sums.added, families.head_of, sums.members.number, rest, sums.members.num_rest, summed,
-        *v.stride()[:2], weight.stride(0), history.start, first, m.shape[1], rest.shape[1], num_groups,
-        D=dim, M=32, num_warps=4,
+    _add_values[(triton.cdiv(rest.shape[1], _ADDED_AT_ONCE), heads)](
+        v.x, v.largest, of.weight_NC, sums.share, sums.added, families.head_of, sums.members.number, rest,
+        sums.members.num_rest, summed, *v.at, of.weight_NC.stride(0), first, of.m_NC.shape[1], rest.shape[1],
+        num_groups, P=dim // 2, M=_ADDED_AT_ONCE, **v.form, num_warps=4,
     )  # fmt: skip
 
 
@@ -360,5 +381,5 @@ def _move(
     _write_again[(mean.shape[1], heads)](
         k, v, position, m, weight, partner, mean, *buffers, turn_back.axis_int32_D, turn_back.frequency_D, *strides,
         mean.stride(0), history.start, first, num, num_keep, high, NO_KEY - high,
-        TILE=tile, D=dim, EXTRA=extra, M=min(ROWS, tile), num_warps=4,
+        TILE=tile, D=dim, EXTRA=extra, M=min(16, tile), num_warps=4,
     )  # fmt: skip

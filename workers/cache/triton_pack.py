@@ -65,15 +65,15 @@ def _copy_keys(end_k, k, at_end, at_row, D: tl.constexpr, EXTRA: tl.constexpr): 
     tl.store(k + at_row * W + D + extra, tl.load(end_k + at_end * W + D + extra))
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def unpack_tiles(  # type: ignore[no-untyped-def]
-    k_code, k_largest, v_code, v_largest, mass, end_k, end_v, k, v, is_seen,
+@triton.jit(do_not_specialize=["first_unpacked"])  # type: ignore[untyped-decorator, unused-ignore]
+def _unpack_tiles(  # type: ignore[no-untyped-def]
+    k_code, k_largest, v_code, v_largest, mass, end_k, end_v, k, v, is_seen, first_unpacked,
     num_tiles, first_tile, stop_tile, history_slots, end_slots, step_of_one,
     D: tl.constexpr, EXTRA: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, HALVES: tl.constexpr,
     TILE: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of one head. The history is tiles from `first_tile` up to `stop_tile`."""
-    tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tile, head = first_unpacked + tl.program_id(0), tl.program_id(1).to(tl.int64)
     is_wanted = tile >= 0
     if SOME:
         is_wanted = tl.load(is_seen + head * num_tiles + tile) > 0
@@ -206,15 +206,26 @@ def pack_slots(  # type: ignore[no-untyped-def]
 
 def unpack(layer: PackedLayer, to: Workspace, s: TableSettings, part: Part, is_seen_NJ: Tensor | None) -> None:
     """See `PlainPacking.unpack`; tiles whose flag is 0 are left as they are."""
+    _unpack(layer, to, s, part, is_seen_NJ, range(s.num_slots // s.tile))
+
+
+def unpack_tiles(layer: PackedLayer, to: Workspace, s: TableSettings, part: Part, tiles: range) -> None:
+    """The same for a run of tiles of the table, by programs for these alone."""
+    if tiles:
+        _unpack(layer, to, s, part, None, tiles)
+
+
+def _unpack(
+    layer: PackedLayer, to: Workspace, s: TableSettings, part: Part, is_seen_NJ: Tensor | None, run: range
+) -> None:
     assert s.storage != "model"
     tensors = (layer.k_code_NCB, layer.k_largest_NCG, layer.v_code_NCB, layer.v_largest_NCG, layer.mass_NC2)
     ends = layer.k_NLW, layer.v_NLD
     assert all(x.is_contiguous() for x in (*tensors, *ends, to.k_NLW, to.v_NLD))
-    tiles = s.num_slots // s.tile
-    unpack_tiles[(tiles, s.num_heads)](
-        *tensors, *ends, to.k_NLW, to.v_NLD, to.k_NLW if is_seen_NJ is None else is_seen_NJ,
-        tiles, s.history_start // s.tile, s.recent_start // s.tile, s.history_slots, s.num_slots - s.history_slots,
-        1 / LIMITS[s.storage],
+    _unpack_tiles[(len(run), s.num_heads)](
+        *tensors, *ends, to.k_NLW, to.v_NLD, to.k_NLW if is_seen_NJ is None else is_seen_NJ, run.start,
+        s.num_slots // s.tile, s.history_start // s.tile, s.recent_start // s.tile, s.history_slots,
+        s.num_slots - s.history_slots, 1 / LIMITS[s.storage],
         **vector_shape(s, s.storage), TILE=s.tile, M=min(_UNPACKED_AT_ONCE, s.tile),
         KEYS=part != "values", VALUES=part != "keys", SOME=is_seen_NJ is not None, num_warps=4,
     )  # fmt: skip

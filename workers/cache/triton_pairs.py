@@ -9,33 +9,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.cache.partners import History
 from workers.cache.table_pairs import Distances
-from workers.cache.triton_match import ROWS, beside, load_halves, sin_cos, turn_by
+from workers.cache.triton_rows import Rows, StoredHistory, add_up, compare_pairs, load_halves
 from workers.cache.unrotated import TurnBack
 
-_LIST_PROGRAMS = 128
+_LIST_PROGRAMS = 256
 """Of a head, for lists whose length only the device knows: with 12 heads enough to fill a GPU."""
+KEYS_COMPARED = 16
+"""Pairs of keys that a program of 4 warps compares at a time: one with 32 takes registers of two."""
+_VALUES_COMPARED = 32
+_JUMPS = (8, 8)
+"""Links of a jump along a chain, and jumps of a longer one, which `_walk` takes: chains are some hundred links long."""
+_WALKED_AT_ONCE = 512
+"""Slots that wait for the longest of their chains."""
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def compare_pairs(  # type: ignore[no-untyped-def]
-    k, at_a, at_b, position, at_pa, at_pb, there, axis, frequency, P: tl.constexpr, M: tl.constexpr,
-):  # fmt: skip
-    """Of pairs of keys before RoPE: inner product and squared lengths. Only the difference of two rotations counts."""
-    even_a, odd_a = load_halves(k, at_a, there, P, M)
-    even_b, odd_b = load_halves(k, at_b, there, P, M)
-    angle = turn_by(position, at_pa, there, axis, frequency, P) - turn_by(position, at_pb, there, axis, frequency, P)
-    sin, cos = sin_cos(beside(angle, even_a))
-    inner = (even_a * even_b + odd_a * odd_b) * cos + (odd_a * even_b - even_a * odd_b) * sin
-    squares_a, squares_b = even_a * even_a + odd_a * odd_a, even_b * even_b + odd_b * odd_b
-    return tl.sum(inner, 1), tl.sum(squares_a, 1), tl.sum(squares_b, 1)
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def pair_cosine(  # type: ignore[no-untyped-def]
-    k, position, m, partner, cosine, axis, frequency,
-    stride_kn, stride_kl, stride_pn, stride_mn, stride_rn, start_k, num_slots, P: tl.constexpr, M: tl.constexpr,
+def _pair_cosine(  # type: ignore[no-untyped-def]
+    k, largest, position, m, partner, cosine, axis, frequency,
+    stride_kn, stride_kl, start_k, stride_pn, stride_mn, stride_rn, num_slots,
+    P: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Cosine of each key with its partner as both are now."""
     slot = tl.program_id(0) * M + tl.arange(0, M)
@@ -46,8 +39,9 @@ def pair_cosine(  # type: ignore[no-untyped-def]
     at_a, at_b = (start_k + slot).to(tl.int64) * stride_kl, (start_k + other).to(tl.int64) * stride_kl
     at_k, at_p = row * stride_kn, row * stride_pn
     inner, a, b = compare_pairs(
-        k, at_k + at_a, at_k + at_b, position, at_p + slot * 3, at_p + other * 3, live, axis, frequency, P, M
-    )
+        k, largest, at_k + at_a, at_k + at_b, position, at_p + slot * 3, at_p + other * 3, live, axis, frequency, P, M,
+        BITS, GROUP, KIND,
+    )  # fmt: skip
     value = tl.where(live, inner / tl.sqrt(tl.maximum(a * b, 1e-30)), float("-inf"))
     tl.store(cosine + row * num_slots + slot, value, mask=inside)
 
@@ -74,8 +68,9 @@ def _list_unknown(of_keys, m, partner, unknown, count, stride_on, stride_mn, str
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _key_distances(  # type: ignore[no-untyped-def]
-    k, position, partner, of_keys, unknown, count, axis, frequency,
-    stride_kn, stride_kl, stride_pn, stride_rn, stride_on, start_k, num_slots, P: tl.constexpr, M: tl.constexpr,
+    k, largest, position, partner, of_keys, unknown, count, axis, frequency,
+    stride_kn, stride_kl, start_k, stride_pn, stride_rn, stride_on, num_slots,
+    P: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Squared distances of listed keys from their partners' before RoPE; programs share a list of any length."""
     row = tl.program_id(1).to(tl.int64)
@@ -87,16 +82,16 @@ def _key_distances(  # type: ignore[no-untyped-def]
         at_a, at_b = (start_k + slot).to(tl.int64), (start_k + other).to(tl.int64)
         at_k, at_p = row * stride_kn, row * stride_pn
         inner, a, b = compare_pairs(
-            k, at_k + at_a * stride_kl, at_k + at_b * stride_kl, position, at_p + slot * 3, at_p + other * 3, there,
-            axis, frequency, P, M,
+            k, largest, at_k + at_a * stride_kl, at_k + at_b * stride_kl, position, at_p + slot * 3, at_p + other * 3,
+            there, axis, frequency, P, M, BITS, GROUP, KIND,
         )  # fmt: skip
         tl.store(of_keys + row * stride_on + slot, tl.maximum(a + b - 2 * inner, 0.0), mask=there)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _value_distances(  # type: ignore[no-untyped-def]
-    v, m, partner, of_values, lengths, stride_vn, stride_vl, stride_mn, stride_rn, start_k, num_slots,
-    P: tl.constexpr, M: tl.constexpr,
+    v, largest, m, partner, of_values, lengths, stride_vn, stride_vl, start_v, stride_mn, stride_rn, num_slots,
+    P: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Squared distance of each value from that of the partner; its length."""
     slot = tl.program_id(0) * M + tl.arange(0, M)
@@ -104,43 +99,56 @@ def _value_distances(  # type: ignore[no-untyped-def]
     inside = slot < num_slots
     other = tl.load(partner + row * stride_rn + slot, mask=inside, other=-1)
     live = tl.load(m + row * stride_mn + slot, mask=inside, other=0) > 0
-    at_a, at_b = (start_k + slot).to(tl.int64), (start_k + other).to(tl.int64)
-    even_a, odd_a = load_halves(v, row * stride_vn + at_a * stride_vl, live, P, M)
-    even_b, odd_b = load_halves(v, row * stride_vn + at_b * stride_vl, live & (other >= 0), P, M)
-    tl.store(lengths + row * num_slots + slot, tl.sum(even_a * even_a + odd_a * odd_a, 1), mask=inside)
-    even, odd = even_a - even_b, odd_a - odd_b
-    tl.store(of_values + row * num_slots + slot, tl.sum(even * even + odd * odd, 1), mask=inside)
+    at_a, at_b = (start_v + slot).to(tl.int64) * stride_vl, (start_v + other).to(tl.int64) * stride_vl
+    at_v, has_other = row * stride_vn, live & (other >= 0)
+    first_a, second_a = load_halves(v, largest, at_v + at_a, live, 2 * P, M, 2, BITS, GROUP, KIND)
+    first_b, second_b = load_halves(v, largest, at_v + at_b, has_other, 2 * P, M, 2, BITS, GROUP, KIND)
+    squares = tl.reshape(tl.fma(first_a, first_a, second_a * second_a), [M, P])
+    tl.store(lengths + row * num_slots + slot, add_up(squares, M, P), mask=inside)
+    first, second = first_a - first_b, second_a - second_b
+    squares = tl.reshape(tl.fma(first, first, second * second), [M, P])
+    tl.store(of_values + row * num_slots + slot, add_up(squares, M, P), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _jump(toward, far, is_odd_jump, num_slots, STEPS: tl.constexpr, M: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The slot so many links away, or where the chain ends before; whether it is an odd number of links."""
+def _jump(  # type: ignore[no-untyped-def]
+    near, far, num_slots, STEPS: tl.constexpr, M: tl.constexpr, FIRST: tl.constexpr,
+):  # fmt: skip
+    """So many jumps as one: twice the slot where it leads, or where the chain ends before, and 1 if its links are odd.
+
+    The first jumps are single links: slots, of which those at the end of a chain lead to themselves.
+    """
     slot = tl.program_id(0) * M + tl.arange(0, M)
     base = tl.program_id(1).to(tl.int64) * num_slots
     inside = slot < num_slots
     here, is_odd = tl.where(inside, slot, 0), tl.zeros([M], tl.int32)
     for _ in tl.static_range(STEPS):
-        beyond = tl.load(toward + base + here, mask=inside, other=0)
-        is_odd ^= (beyond != here).to(tl.int32)
-        here = beyond
-    tl.store(far + base + slot, here, mask=inside)
-    tl.store(is_odd_jump + base + slot, is_odd.to(tl.int8), mask=inside)
+        jump = tl.load(near + base + here, mask=inside, other=0)
+        if FIRST:
+            is_odd ^= (jump != here).to(tl.int32)
+            here = jump
+        else:
+            is_odd ^= jump & 1
+            here = jump >> 1
+    tl.store(far + base + slot, here * 2 + is_odd, mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _walk(far, is_odd_jump, is_odd, num_odd, num_linked, num_slots, M: tl.constexpr):  # type: ignore[no-untyped-def]
+def _walk(far, is_odd, num_odd, num_linked, num_slots, M: tl.constexpr):  # type: ignore[no-untyped-def]
     """Whether the end of the chain of each slot is an odd number of links away; how many are, and how many linked."""
     slot = tl.program_id(0) * M + tl.arange(0, M)
     row = tl.program_id(1)
     base = row.to(tl.int64) * num_slots
     inside = slot < num_slots
-    here, steps = tl.where(inside, slot, 0), tl.zeros([M], tl.int32)
-    beyond = tl.load(far + base + here, mask=inside, other=0)
+    here = tl.where(inside, slot, 0)
+    first_jump = tl.load(far + base + here, mask=inside, other=0)
+    beyond, steps = first_jump >> 1, first_jump & 1
     is_linked = (beyond != here).to(tl.int32)
     while tl.max((beyond != here).to(tl.int32), 0) > 0:
-        steps += tl.load(is_odd_jump + base + here, mask=inside, other=0).to(tl.int32)
-        here = beyond
-        beyond = tl.load(far + base + here, mask=inside, other=0)
+        # At its end a chain jumps to itself, by no link; but Triton 3.6 takes no loop whose body never looks at `here`.
+        jump = tl.load(far + base + beyond, mask=inside, other=0)
+        steps += tl.where(beyond != here, jump & 1, 0)
+        here, beyond = beyond, jump >> 1
     parity = steps & 1
     tl.store(is_odd + base + slot, parity.to(tl.int8), mask=inside)
     tl.atomic_add(num_odd + row, tl.sum(parity, 0), sem="relaxed")
@@ -173,14 +181,17 @@ def walk(toward: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Whether each slot is an odd number of links from where its chain ends; how many of a row are, and are linked.
 
     Args:
-        toward: Slot that each is linked to, itself where its chain ends: int32, contiguous [N, C].
+        toward: Slot that each is linked to, itself where its chain ends: int32, contiguous [N, C], C below 2^30.
     """
-    heads, num = toward.shape
-    is_odd, is_odd_jump = (torch.empty(toward.shape, dtype=torch.int8, device=toward.device) for _ in range(2))
-    far, counts = torch.empty_like(toward), toward.new_zeros((2, heads))
-    grid = triton.cdiv(num, 1024), heads
-    _jump[grid](toward, far, is_odd_jump, num, STEPS=8, M=1024, num_warps=4)
-    _walk[grid](far, is_odd_jump, is_odd, counts[0], counts[1], num, M=1024, num_warps=4)
+    (heads, num), near = toward.shape, toward
+    is_odd, counts = torch.empty(toward.shape, dtype=torch.int8, device=toward.device), toward.new_zeros((2, heads))
+    for steps in _JUMPS:
+        far = torch.empty_like(toward)
+        _jump[(triton.cdiv(num, 1024), heads)](near, far, num, STEPS=steps, M=1024, FIRST=near is toward, num_warps=4)
+        near = far
+    _walk[(triton.cdiv(num, _WALKED_AT_ONCE), heads)](
+        near, is_odd, counts[0], counts[1], num, M=_WALKED_AT_ONCE, num_warps=4
+    )
     return is_odd, counts[0], counts[1]
 
 
@@ -223,45 +234,41 @@ def list_members(given_up: Tensor, num_given_up: Tensor, head_of: Tensor, num_li
     return Members(tally, listed, number, group, counts[0], rest, counts[1])
 
 
-def find_cosines(history: History, partner: Tensor, turn_back: TurnBack) -> Tensor:
+def find_cosines(k: Rows, position: Tensor, m: Tensor, partner: Tensor, turn_back: TurnBack) -> Tensor:
     """Cosine of each key with its partner before RoPE, float32 [N, C]; -inf without one."""
-    k, position, m = history.k_NLW, history.position_NC3, history.m_NC
-    cosine = torch.empty(m.shape, dtype=torch.float32, device=k.device)
-    pair_cosine[(triton.cdiv(m.shape[1], ROWS), m.shape[0])](
-        k, position, m, partner, cosine, turn_back.axis_int32_D, turn_back.frequency_D, *k.stride()[:2],
-        position.stride(0), m.stride(0), partner.stride(0), history.start, m.shape[1],
-        P=turn_back.head_dim // 2, M=ROWS, num_warps=4,
+    cosine = torch.empty(m.shape, dtype=torch.float32, device=m.device)
+    _pair_cosine[(triton.cdiv(m.shape[1], KEYS_COMPARED), m.shape[0])](
+        k.x, k.largest, position, m, partner, cosine, turn_back.axis_int32_D, turn_back.frequency_D, *k.at,
+        position.stride(0), m.stride(0), partner.stride(0), m.shape[1],
+        P=turn_back.head_dim // 2, M=KEYS_COMPARED, **k.form, num_warps=4,
     )  # fmt: skip
     return cosine
 
 
-def find_distances(
-    history: History, v: Tensor, partner: Tensor, turn_back: TurnBack, known: Tensor | None = None
-) -> Distances:
+def find_distances(of: StoredHistory, turn_back: TurnBack, known: Tensor | None = None) -> Distances:
     """What `table_pairs.find_distances` gives; of slots without a key the length is 0.
 
     Args:
-        history: Full.
-        v: Values in the slots of the keys.
-        partner: -1 for none.
+        of: As it is stored, full.
         turn_back: RoPE of the model.
         known: Distances of keys that are known, -1 elsewhere, [N, C] of float32: what is missing is written.
     """
-    k, position, m = history.k_NLW, history.position_NC3, history.m_NC
-    (heads, num), pairs, start = m.shape, turn_back.head_dim // 2, history.start
+    k, v, position, m, _, partner = of
+    (heads, num), pairs = m.shape, turn_back.head_dim // 2
     if known is None:
-        known = torch.full(m.shape, -1.0, device=k.device)
+        known = torch.full(m.shape, -1.0, device=m.device)
     unknown, count = torch.empty_like(m, memory_format=torch.contiguous_format), m.new_zeros(heads)
     _list_unknown[(triton.cdiv(num, 1024), heads)](
         known, m, partner, unknown, count, known.stride(0), m.stride(0), partner.stride(0), num, M=1024, num_warps=4
     )
-    _key_distances[(min(_LIST_PROGRAMS, triton.cdiv(num, ROWS)), heads)](
-        k, position, partner, known, unknown, count, turn_back.axis_int32_D, turn_back.frequency_D, *k.stride()[:2],
-        position.stride(0), partner.stride(0), known.stride(0), start, num, P=pairs, M=ROWS, num_warps=4,
+    _key_distances[(min(_LIST_PROGRAMS, triton.cdiv(num, KEYS_COMPARED)), heads)](
+        k.x, k.largest, position, partner, known, unknown, count, turn_back.axis_int32_D, turn_back.frequency_D,
+        *k.at, position.stride(0), partner.stride(0), known.stride(0), num,
+        P=pairs, M=KEYS_COMPARED, **k.form, num_warps=4,
     )  # fmt: skip
-    of_values, lengths = (torch.empty(m.shape, dtype=torch.float32, device=k.device) for _ in range(2))
-    _value_distances[(triton.cdiv(num, ROWS), heads)](
-        v, m, partner, of_values, lengths, *v.stride()[:2], m.stride(0), partner.stride(0), start, num,
-        P=pairs, M=ROWS, num_warps=4,
+    of_values, lengths = (torch.empty(m.shape, dtype=torch.float32, device=m.device) for _ in range(2))
+    _value_distances[(triton.cdiv(num, _VALUES_COMPARED), heads)](
+        v.x, v.largest, m, partner, of_values, lengths, *v.at, m.stride(0), partner.stride(0), num,
+        P=pairs, M=_VALUES_COMPARED, **v.form, num_warps=4,
     )  # fmt: skip
     return Distances(known, of_values, lengths)
