@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from workers.errors import CheckpointMismatch, ConfigUnsupported
 from workers.model.backbones import Backbone
 from workers.model.text_encoder import EncodedText
+from workers.streams import stream_for
 
 logger = logging.getLogger(__name__)
 
@@ -124,8 +125,7 @@ class Umt5Encoder:
         self._encoder = encoder
         self._remembered: dict[str, Tensor] = {}  # the longest unused first
         self._remembering, self._visiting = threading.Lock(), threading.Lock()
-        # One for good: memory that was used on a stream is given to no other one.
-        self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._beside = stream_for("prompts read ahead", device) if device.type == "cuda" else None
         if is_resting:
             for part in (*encoder.block, encoder.final_layer_norm):
                 _visit(part, device)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
 import torch
+
+from workers.streams import stream_for
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -31,7 +32,7 @@ def work_beside(
                 result = work(item)
             yield item, result
         return
-    stream = _stream_of(device)
+    stream = stream_for("beside the rollout", device)
     waiting: tuple[T, Future[R]] | None = None
     with ThreadPoolExecutor(1, thread_name_prefix="beside-the-rollout") as pool:
         for item in items:
@@ -46,12 +47,6 @@ def work_beside(
             with waits():
                 result = waiting[1].result()
             yield waiting[0], result
-
-
-@functools.cache
-def _stream_of(device: torch.device) -> torch.cuda.Stream:
-    """One for all takes of a process: memory that was used on a stream is given to no other one."""
-    return torch.cuda.Stream(device)
 
 
 @torch.inference_mode()

@@ -27,6 +27,7 @@ from workers.model.rope import Rotation, make_rotation
 from workers.model.static_layers import StaticLayers, Targets
 from workers.rollout import CleanChunk, RolloutPlan, chunk_positions
 from workers.rollouts.kept_history import KeptHistory, Keys, Looked, Mark
+from workers.streams import stream_for
 
 AttendTable = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """See `workers/kernels/listed_tiles.py`."""
@@ -349,7 +350,7 @@ class CapturedRollout:
     def _capture(self, choose: bool, look: bool, clean: bool) -> torch.cuda.CUDAGraph:
         # At the priority of the stream that the loop runs on: kernels of a graph keep the one they were captured at.
         priority = torch.cuda.current_stream().priority
-        stream = torch.cuda.Stream(priority=priority)
+        stream = stream_for("before a capture", self._device, priority)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # compiles, and fills the workspaces of libraries
@@ -359,7 +360,7 @@ class CapturedRollout:
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
         # Other threads go on with their own work meanwhile, such as decoding the chunk before.
-        capturing = torch.cuda.Stream(priority=priority) if priority else None
+        capturing = stream_for("capture", self._device, priority) if priority else None
         with torch.cuda.graph(graph, pool=pool, stream=capturing, capture_error_mode="thread_local"):
             self.compute(choose, look=look, clean=clean)
         return graph

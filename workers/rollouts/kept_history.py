@@ -19,6 +19,7 @@ from torch import Tensor
 
 from workers.attention.tile_choice import TileRuns
 from workers.kernels.listed_parts import PartedAttention
+from workers.streams import stream_for
 
 Mark = Callable[[str], None]
 """Told the name of each part of a call as it ends."""
@@ -109,7 +110,7 @@ class KeptHistory:
         num_tiles = slots // fresh.tile if fresh.num_first else fresh.num_last
         listed = torch.tensor(fresh.list_of(num_tiles), dtype=torch.int32, device=k_NLW.device)
         self._list_NIJ = listed.expand(heads, fresh.own_tiles, -1).contiguous()
-        self._beside = torch.cuda.Stream(device) if k_NLW.is_cuda else None
+        self._beside = stream_for("own keys beside the history", device) if k_NLW.is_cuda else None
         self.attends_at_once = True
         """To both, in calls that look; a bench that times them apart asks for one after the other."""
 
