@@ -9,18 +9,19 @@ of it as CUDA graphs over several layers, results compared with the plain order.
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tests.bench.listed_kernels import HEAD_DIM, HEADS, TILE, Case, draw_keys, draw_lists, draw_queries, milliseconds
 from tests.bench.record import report
 from workers.kernels.listed_parts import make_parted
 
-LAYERS, HEADS, DIM, WIDTH, TILE = 6, 12, 128, 144, 128
-QUERIES, KEPT_TILES = 4680, 1829
+LAYERS, QUERIES, KEPT_TILES = 6, 4680, 1829
+SEEN = (49, 146)
+"""Tiles of the history: in a clean pass, in a step."""
 _NOTES = (
     "One layer's call, median of a graph over 6 layers. beside: the two on two streams; halves: keys of the last "
     "queries in two halves, composed. error: largest difference from the plain order."
@@ -29,23 +30,15 @@ Call = Callable[[int], Tensor]
 
 
 class Layers:
-    """Keys and lists of some layers; queries are shared."""
+    """Keys and lists of some layers; queries are shared, and two histories by all."""
 
     def __init__(self, device: torch.device) -> None:
-        generator = torch.Generator(device).manual_seed(0)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, device=device, generator=generator).bfloat16()
-
-        self.q = draw(QUERIES, HEADS, WIDTH)
-        self.q[..., DIM:] = 0
-        self.k = [draw(HEADS, KEPT_TILES * TILE, WIDTH) for _ in range(2)]
-        self.v = [draw(HEADS, KEPT_TILES * TILE, DIM) for _ in range(2)]
-        self.own_k = [draw(HEADS, QUERIES, WIDTH) for _ in range(LAYERS)]
-        self.own_v = [draw(HEADS, QUERIES, DIM) for _ in range(LAYERS)]
-        tiles = -(-QUERIES // TILE)
-        order = torch.rand(HEADS, tiles, KEPT_TILES, device=device, generator=generator).argsort(-1)
-        self.lists = {seen: order[..., :seen].sort(-1).values.int().contiguous() for seen in (49, 146)}
+        kind = torch.bfloat16
+        self.q = draw_queries(QUERIES, device, kind)
+        self.history = [draw_keys(KEPT_TILES * TILE, device, kind) for _ in range(2)]
+        self.own = [draw_keys(QUERIES, device, kind) for _ in range(LAYERS)]
+        cases = [Case(f"{seen} tiles", QUERIES, KEPT_TILES, seen) for seen in SEEN]
+        self.lists = {case.num_listed: draw_lists(case, device, ordered=True) for case in cases}
 
 
 class Ways:
@@ -62,11 +55,11 @@ class Ways:
 
     def own(self, layer: int) -> tuple[Tensor, Tensor]:
         assert self._parted.run is not None
-        return self._parted.run(self._l.q[..., :DIM], self._l.own_k[layer][..., :DIM], self._l.own_v[layer])
+        k, v = self._l.own[layer]
+        return self._parted.run(self._l.q[..., :HEAD_DIM], k[..., :HEAD_DIM], v)
 
     def history(self, layer: int, seen: int) -> tuple[Tensor, Tensor]:
-        at = layer % 2
-        return self._parted.listed(self._l.q, self._l.k[at], self._l.v[at], self._l.lists[seen])
+        return self._parted.listed(self._l.q, *self._l.history[layer % 2], self._l.lists[seen])
 
     def own_alone(self, layer: int) -> Tensor:
         return self.own(layer)[0]
@@ -75,8 +68,9 @@ class Ways:
         """The last queries see the keys in two halves, side by side in a batch."""
         from flash_attn.cute.interface import _flash_attn_fwd
 
-        q, k, v = self._l.q[..., :DIM], self._l.own_k[layer][..., :DIM], self._l.own_v[layer]
-        result, scale = torch.empty(QUERIES, HEADS, DIM, dtype=q.dtype, device=q.device), DIM**-0.5
+        k, v = self._l.own[layer]
+        q, k, scale = self._l.q[..., :HEAD_DIM], k[..., :HEAD_DIM], HEAD_DIM**-0.5
+        result = torch.empty(QUERIES, HEADS, HEAD_DIM, dtype=q.dtype, device=q.device)
         whole = (x.transpose(0, 1)[None] for x in (k, v))
         result[:num_first] = _flash_attn_fwd(
             q[None, :num_first], *whole, softmax_scale=scale, num_splits=1, return_lse=True
@@ -103,31 +97,13 @@ class Ways:
         return self._parted.compose(*kept, *own)
 
 
-def graph_ms(call: Call, repeats: int = 20) -> tuple[float, Tensor]:
-    """Of one layer, and the first layer's result."""
-    for layer in range(LAYERS):
-        call(layer)
-    torch.cuda.synchronize()
-    graph, found = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph):
-        found = [call(layer) for layer in range(LAYERS)]
-    times = []
-    for _ in range(repeats + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / LAYERS)
-    return statistics.median(times[3:]), found[0].float()
-
-
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", default="attention_waves-h200")
     asked = parser.parse_args()
     device = torch.device("cuda")
+    torch.manual_seed(0)
     ways = Ways(Layers(device))
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     tiles = -(-QUERIES // TILE)
@@ -135,7 +111,7 @@ def main() -> None:
     groups: dict[str, dict[str, Call]] = {
         "own chunk": {"as it is": ways.own_alone, f"halves from query {whole}": lambda i: ways.halves(i, whole)}
     }
-    for seen in (49, 146):
+    for seen in SEEN:
         rows: dict[str, Call] = {"in turn": lambda i, s=seen: ways.in_turn(i, s)}  # type: ignore[misc]
         for priority in (0, -1):
             for own_first in (False, True):
@@ -147,8 +123,9 @@ def main() -> None:
         plain: Tensor | None = None
         for name, call in calls.items():
             try:
-                ms, found = graph_ms(call)
+                found = call(0).float()
                 plain = found if plain is None else plain
+                ms = milliseconds(lambda c=call: [c(layer) for layer in range(LAYERS)], device, 20) / LAYERS  # type: ignore[misc]
                 table.append({"what": group, "way": name, "ms": ms, "error": float((found - plain).abs().max())})
             except Exception as problem:  # one way's failure leaves the others
                 table.append({"what": group, "way": name, "failed": f"{type(problem).__name__}: {str(problem)[:200]}"})

@@ -36,6 +36,10 @@ class Losses:
     after_s: float
     """From an actor's last take on: the list had ended, its video was being finished and committed."""
 
+    @property
+    def all_s(self) -> float:
+        return self.before_s + self.between_s + self.after_s
+
 
 def read_holds(logs: Iterable[Path], job_id: str) -> list[Hold]:
     """From the lines that the actors of a job logged, in the order of their ends."""

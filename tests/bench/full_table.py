@@ -5,6 +5,7 @@ For benches that say what it is made of to merge such a layer, or to let it take
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -73,6 +74,29 @@ def changed(changes: Changes) -> Iterator[None]:
     finally:
         for (module, name), value in before.items():
             setattr(module, name, value)
+
+
+def variant_rows(variants: Variants, only: str, measure: Callable[[str], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Figures as things are, then with those variants whose name has `only` in it; what fails is a row that says why.
+
+    Args:
+        variants: Tried one by one.
+        only: Empty for all.
+        measure: Given the pattern of the kernels that are other, empty where none is.
+    """
+    rows: list[dict[str, Any]] = []
+    for name, kernel, changes in (("as they are", "", {}), *(made for made in variants if only in made[0])):
+        try:
+            with changed(changes):
+                rows.append({"launch_settings": name} | measure(kernel))
+        except Exception as error:
+            rows.append({"launch_settings": name, "failed": f"{type(error).__name__}: {str(error)[:120]}"})
+    return rows
+
+
+def ms_of(kernel: str, times: dict[str, tuple[float, float]]) -> float | None:
+    """Of the kernels of this pattern together."""
+    return round(sum(ms for at, (ms, _) in times.items() if kernel and re.search(kernel, at)), 3) or None
 
 
 class FullTable:

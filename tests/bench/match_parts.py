@@ -7,13 +7,12 @@ those that plain torch finds from the same keys.
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tests.bench.full_table import FullTable, Variants, changed, launches, numbers, time_rows
+from tests.bench.full_table import FullTable, Variants, launches, ms_of, numbers, time_rows, variant_rows
 from tests.bench.history_parts import kernel_times
 from tests.bench.least_work import milliseconds_of
 from tests.bench.record import RESULTS
@@ -21,9 +20,11 @@ from workers.cache import triton_match
 from workers.cache.partners import History, Look, find_partners
 from workers.cache.table_codes import coded_bytes
 
+_TERAFLOP_PER_S = 600
 MATCH_NOTES = (
     "One layer takes over a chunk just after a merge: 4,680 keys of 12 heads, 201,240 older ones in int4. least_ms: "
-    "what bytes take, or operations at --tera; before_ms: of a kernel of this name in a chunk of the rollout, a layer."
+    f"what bytes take, or operations at {_TERAFLOP_PER_S} TFLOP/s; before_ms: of a kernel of this name in a chunk of "
+    "the rollout, a layer."
 )
 VARIANTS: Variants = (
     *numbers(triton_match, "TURNED_AT_ONCE", "_turn_back", (8, 32, 64)),
@@ -92,7 +93,7 @@ def measured_before() -> dict[str, float]:
     return {row["kernel"].split(": ", 1)[1]: round(row["ms"] / 30, 3) for row in rows}
 
 
-def _least_ms(full: FullTable, tera: float) -> dict[str, float]:
+def _least_ms(full: FullTable) -> dict[str, float]:
     s = full.sizes
     codes, size = coded_bytes(s.head_dim, "int4"), 2
     key, unit = s.width * size, s.head_dim * size + 4
@@ -110,33 +111,29 @@ def _least_ms(full: FullTable, tera: float) -> dict[str, float]:
         "_near_tiles": tiles * s.tile * listed // tiles * 2 * s.head_dim,
     }
     least = {name: milliseconds_of(s.num_heads * moved / 1e9) for name, moved in by_bytes.items()}
-    return least | {name: s.num_heads * done / tera / 1e9 for name, done in by_operations.items()}
+    return least | {name: s.num_heads * done / _TERAFLOP_PER_S / 1e9 for name, done in by_operations.items()}
 
 
-def match_rows(full: FullTable, tera: float = 600.0) -> list[dict[str, Any]]:
+def match_rows(full: FullTable) -> list[dict[str, Any]]:
     """Kernels of taking over one chunk without a merge."""
     growing = _Growing(full)
     others, loss = growing.compare()
     # Keys that are about as near differ by what bfloat16 rounds.
     is_good = others < 0.2 and abs(loss) < 1e-3
     print(f"{'good' if is_good else 'BAD'}: {others:.2%} of partners others than by plain torch, {loss:.1e} less near")
-    return time_rows(kernel_times(growing.absorb, 10), _least_ms(full, tera), measured_before())
+    return time_rows(kernel_times(growing.absorb, 10), _least_ms(full), measured_before())
 
 
 def match_variant_rows(full: FullTable, only: str) -> list[dict[str, Any]]:
     """Of taking over a chunk, and of the kernel that is another."""
-    growing, rows = _Growing(full), list[dict[str, Any]]()
+    growing = _Growing(full)
     growing.absorb()
     expected = growing.partner
-    for name, kernel, changes in (("as they are", "", {}), *(made for made in VARIANTS if only in made[0])):
-        try:
-            with changed(changes):
-                growing.absorb()
-                times = kernel_times(growing.absorb, 5)
-                of_kernel = sum(ms for at, (ms, _) in times.items() if kernel and re.search(kernel, at))
-                figures = {"all_ms": round(sum(ms for ms, _ in times.values()), 3), "ms": round(of_kernel, 3) or None}
-                same = torch.equal(growing.partner, expected)
-                rows.append({"launch_settings": name} | figures | {"same_partners": same})
-        except Exception as error:
-            rows.append({"launch_settings": name, "failed": f"{type(error).__name__}: {str(error)[:120]}"})
-    return rows
+
+    def measure(kernel: str) -> dict[str, Any]:
+        growing.absorb()
+        times = kernel_times(growing.absorb, 5)
+        whole, same = sum(ms for ms, _ in times.values()), torch.equal(growing.partner, expected)
+        return {"all_ms": round(whole, 3), "ms": ms_of(kernel, times), "same_partners": same}
+
+    return variant_rows(VARIANTS, only, measure)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import traceback
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.bench.full_table import FullTable, Variants, changed, launches, numbers, time_rows
+from tests.bench.full_table import FullTable, Variants, launches, ms_of, numbers, time_rows, variant_rows
 from tests.bench.history_parts import kernel_times
 from tests.bench.least_work import BYTES_NOTE, least_of_merge, milliseconds_of
 from tests.bench.match_parts import MATCH_NOTES, match_rows, match_variant_rows
@@ -127,22 +126,16 @@ def merge_ms(full: FullTable, times: int = 7) -> float:
     return statistics.median(took)
 
 
-def variant_rows(full: FullTable, expected: dict[str, Tensor], only: str) -> list[dict[str, Any]]:
+def merge_variant_rows(full: FullTable, expected: dict[str, Tensor], only: str) -> list[dict[str, Any]]:
     """Of a whole merge and of the kernel that is another."""
-    rows: list[dict[str, Any]] = []
-    for name, kernel, changes in (("as they are", "", {}), *(made for made in VARIANTS if only in made[0])):
-        try:
-            with changed(changes):
-                full.merge_again()
-                same = all(torch.equal(tensor, expected[at]) for at, tensor in full.tensors().items())
-                took = merge_ms(full)
-                times = kernel_times(full.merge_again, 2)
-                of_kernel = sum(ms for at, (ms, _) in times.items() if kernel and re.search(kernel, at))
-                figures = {"merge_ms": round(took, 3), "ms": round(of_kernel, 3) or None, "same_bits": same}
-                rows.append({"launch_settings": name} | figures)
-        except Exception as error:
-            rows.append({"launch_settings": name, "failed": f"{type(error).__name__}: {str(error)[:120]}"})
-    return rows
+
+    def measure(kernel: str) -> dict[str, Any]:
+        full.merge_again()
+        same = all(torch.equal(tensor, expected[at]) for at, tensor in full.tensors().items())
+        took, times = merge_ms(full), kernel_times(full.merge_again, 2)
+        return {"merge_ms": round(took, 3), "ms": ms_of(kernel, times), "same_bits": same}
+
+    return variant_rows(VARIANTS, only, measure)
 
 
 def main() -> None:
@@ -159,7 +152,7 @@ def main() -> None:
         report("merge_parts", rows, _NOTES)
         matched = match_rows(full)
         report("match_parts", matched, MATCH_NOTES)
-        report("merge_parts", rows + variant_rows(full, written, asked.only), _NOTES)
+        report("merge_parts", rows + merge_variant_rows(full, written, asked.only), _NOTES)
         report("match_parts", matched + match_variant_rows(full, asked.only), MATCH_NOTES)
     print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
 

@@ -275,7 +275,7 @@ def idle_note(run: Run) -> str:
     lost = run.lost
     return (
         f"{run.part.name}: of the {run.window_s:.1f} s from first start to last commit the GPU was without a take for "
-        f"{lost.before_s + lost.between_s + lost.after_s:.2f} s ({percents([run.idle_share])}), {lost.between_s:.3f} "
+        f"{lost.all_s:.2f} s ({percents([run.idle_share])}), {lost.between_s:.3f} "
         f"of them between takes; GPU seconds by cause add up to {100 * run.explained:.2f}% of {run.held_s:.1f} held."
     )
 

@@ -89,8 +89,7 @@ class Run:
     @property
     def idle_share(self) -> float:
         """Of all actors' time from first start to last commit."""
-        lost = self.lost
-        return (lost.before_s + lost.between_s + lost.after_s) / (self.num_actors * self.window_s)
+        return self.lost.all_s / (self.num_actors * self.window_s)
 
     @property
     def explained(self) -> float:

@@ -9,25 +9,14 @@ import torch
 
 from tests.bench import least_work, rollout_history
 from tests.bench.history_engine import Engine, warm_up
-from tests.bench.rollout_rows import Settings
+from tests.tiny_wan import TINY
 from workers.cache.packed_table import PackedTable
 from workers.cache.table_codes import coded_bytes
 from workers.cache.table_layout import TableSettings
-from workers.model.backbones import Native, find_backbone
 from workers.model.dit import CausalDiT
 from workers.model.fp8_linears import Fp8Linears
 from workers.model.static_layers import StaticLayers
 
-TINY = Settings(
-    backbone=replace(find_backbone("tiny-wan-test"), native=Native(num_steps=2, shift=5.0, attended_latent_frames=9)),
-    width=32,
-    height=32,
-    device=torch.device("cpu"),
-    dtype=torch.float32,
-    num_frames=96,
-    timed_chunks=1,
-    compiled=False,
-)
 POLICY = replace(rollout_history.VARIANTS["fastar-tiles"], kept_chunks=2, spare_chunks=2, density=0.5)
 AT_480P = TableSettings(30, 12, 128, 4680, 1560, kept_chunks=43, spare_chunks=5, rule="pairs", storage="int4")
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests import tiny_wan
 from tests.bench import (
     history_parts,
     history_snapshot,
@@ -39,7 +40,7 @@ from workers.config import RenderConfig
 from workers.config_tiles import TileAttentionConfig, TileCacheConfig
 from workers.kernels.listed_tiles import attend_listed_plain
 from workers.kernels.select import Hardware, KernelNeed
-from workers.model.backbones import Native, find_backbone
+from workers.model.backbones import Native
 
 COLUMNS = [
     *("policy", "fps_300_400", "fps_last_100", "fps_with_vae", "peak_gb_600", "peak_gb_3000", "seconds_3000_frames"),
@@ -47,19 +48,7 @@ COLUMNS = [
 ]
 CPU = Hardware("cpu")
 SLOW = pytest.mark.slow
-TINY = Settings(
-    backbone=replace(find_backbone("tiny-wan-test"), native=Native(num_steps=2, shift=5.0, attended_latent_frames=9)),
-    width=32,
-    height=32,
-    device=torch.device("cpu"),
-    dtype=torch.float32,
-    num_frames=650,
-    timed_chunks=1,
-    compiled=False,
-    real_chunks=(2, 4),
-    replayed_chunks=(30, 54),
-    flow_latent_frames=15,
-)
+TINY = replace(tiny_wan.TINY, num_frames=650, real_chunks=(2, 4), replayed_chunks=(30, 54), flow_latent_frames=15)
 
 
 @pytest.fixture(autouse=True)

@@ -39,7 +39,8 @@ from workers.cache.unrotated import TurnBack
 _WEIGHT_UNITS = tl.constexpr(float(2**24))
 VALUE_UNITS = tl.constexpr(float(2**20))
 """As in `shrink.py`."""
-_ADDED_AT_ONCE = 16
+_ADDED_AT_ONCE, _WRITTEN_AT_ONCE = 16, 16
+"""Keys of a program: whose values are added; that are written again and turned back for means."""
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -381,5 +382,5 @@ def _move(
     _write_again[(mean.shape[1], heads)](
         k, v, position, m, weight, partner, mean, *buffers, turn_back.axis_int32_D, turn_back.frequency_D, *strides,
         mean.stride(0), history.start, first, num, num_keep, high, NO_KEY - high,
-        TILE=tile, D=dim, EXTRA=extra, M=min(16, tile), num_warps=4,
+        TILE=tile, D=dim, EXTRA=extra, M=min(_WRITTEN_AT_ONCE, tile), num_warps=4,
     )  # fmt: skip

@@ -13,7 +13,6 @@ import logging
 import re
 import threading
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -149,9 +148,8 @@ class Umt5Encoder:
         """Encode the first of these prompts on a stream of its own and remember them, if there is room on the GPU."""
         if self._beside is not None and torch.cuda.mem_get_info(self.device)[0] < ROOM_BYTES:
             return
-        beside: AbstractContextManager[Any] = nullcontext() if self._beside is None else torch.cuda.stream(self._beside)
         try:
-            with torch.inference_mode(), beside:
+            with torch.inference_mode(), torch.cuda.stream(self._beside):  # None changes nothing
                 for text in texts[:READ_AHEAD]:
                     self._recall(text)
         except torch.OutOfMemoryError:
