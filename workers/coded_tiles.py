@@ -87,8 +87,7 @@ def code_tiles_plain(k_NKW: Tensor, v_NKD: Tensor) -> CodedTiles:
 def decode_rows(x_NTB: Tensor) -> Tensor:
     """What `code_rows` was given, times the scale and rounded: float32 [N, T, 128, 128]."""
     rows = _swizzle(x_NTB.unflatten(2, (CODED_TILE, CODED_TILE)))  # once more undoes it
-    found: Tensor = rows.view(torch.float8_e4m3fn).float()
-    return found
+    return rows.view(torch.float8_e4m3fn).float()
 
 
 def decode_values(v_NTB: Tensor) -> Tensor:
@@ -101,4 +100,5 @@ def _swizzle(x: Tensor) -> Tensor:
     row = torch.arange(x.shape[-2], device=x.device)[:, None]
     piece = torch.arange(PIECES, device=x.device)[None] ^ (row % PIECES)
     pieces = x.unflatten(-1, (PIECES, PIECE))
-    return pieces.gather(-2, piece[..., None].expand_as(pieces)).flatten(-2)
+    placed: Tensor = pieces.gather(-2, piece[..., None].expand_as(pieces))
+    return placed.flatten(-2)

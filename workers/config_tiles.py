@@ -16,6 +16,8 @@ from workers.config_part import HistoryAt, Part, check_steps
 TABLE_KERNELS = ("auto", "flash-attn-4", "triton", "reference")
 """Values of `kernel.name` that can read a tile table."""
 LARGEST_TILE = 128
+Fp8Attention = Literal["none", "steps", "all"]
+"""Calls whose attention multiplies 8-bit floats."""
 
 
 class TileCacheConfig(Part):
@@ -115,6 +117,12 @@ class TileAttentionConfig(Part):
     )
     always_sink: bool = Field(False, description="The sink is always seen, beside what the density allows.")
     always_recent: bool = Field(False, description="The newest chunks are always seen, likewise.")
+    fp8: Fp8Attention = Field(
+        "none",
+        description="Products of attention in 8-bit floats: in denoising steps, or in clean passes too, whose keys are "
+        "what is remembered. Faster on a GPU that has a kernel for it, a little less exact; with history_at, and "
+        "cache.storage: int8 or int4.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -125,6 +133,11 @@ class TileAttentionConfig(Part):
             raise ValueError(
                 f"attention.choose_at: {list(self.choose_at)} must be among attention.history_at: {list(looks)}, for a "
                 "step that chooses tiles looks at them"
+            )
+        if self.fp8 != "none" and looks is None:
+            raise ValueError(
+                f"attention.fp8: {self.fp8} needs attention.history_at: its kernel attends to the history apart from "
+                "the rest ([0, 1, 2, 3] lets four steps look)"
             )
         return self
 
@@ -169,5 +182,10 @@ def _value_conflicts(render: Any) -> Iterator[str]:
     sampling = render.sampling
     if sampling.guidance != 1.0:
         yield f"sampling.guidance: {sampling.guidance:g}: a tile table holds the keys of one branch; it must be 1"
+    if render.attention.kind == "tiles" and render.attention.fp8 != "none" and render.cache.storage == "model":
+        yield (
+            f"attention.fp8: {render.attention.fp8} does not go with cache.storage: model, whose keys are read as they "
+            "lie; it must be int8 or int4"
+        )
     if render.kernel.name not in TABLE_KERNELS:
         yield f"kernel.name: {render.kernel.name} cannot read a tile table; allowed: {', '.join(TABLE_KERNELS)}"

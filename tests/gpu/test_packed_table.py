@@ -16,6 +16,7 @@ from tests.packed_checks import (
     check_merge,
     check_pack,
     check_unpack,
+    check_unpack_coded,
     check_unpack_sample,
     table_differs,
 )
@@ -43,6 +44,12 @@ def test_unpacking_gives_the_bits_of_the_plain_way_and_leaves_what_nobody_sees(
 def test_unpacking_a_sample_gives_the_bits_of_the_plain_way(storage: Storage, head_dim: int, tile: int) -> None:
     pytest.importorskip("triton")
     check_unpack_sample(storage, head_dim, tile)
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+def test_unpacking_into_8_bit_floats_gives_the_bits_of_the_plain_way(storage: Storage) -> None:
+    pytest.importorskip("triton")
+    check_unpack_coded(storage)
 
 
 @pytest.mark.parametrize(("storage", "head_dim", "tile"), SHAPES)
