@@ -18,14 +18,13 @@ import torch
 
 from workers.attention.tile_mass import sample_places
 from workers.cache.low_bit import Storage
-from workers.cache.packed_history import PackedLayer, Part, PlainPacking, Workspace
+from workers.cache.packed_history import PACKED, PackedLayer, Part, PlainPacking, Workspace
 from workers.cache.packed_table import PackedTable, make_table
 from workers.cache.partners import History
 from workers.cache.shrink import Room
 from workers.cache.table_layout import MEMBERS_LISTED, MergeRule, TableSettings, read_log_mass
 from workers.cache.tile_table import TableWork
 from workers.cache.unrotated import TurnBack
-from workers.coded_tiles import CodedTiles, code_tiles_plain
 from workers.model.backbones import find_backbone
 from workers.model.rope import grid_positions
 
@@ -128,11 +127,11 @@ def check_unpack_coded(storage: Storage) -> None:
         layer.v_largest_NCG[:, 40:60] = 100.0  # more than the largest float
     tiles = s.num_slots // s.tile
     is_seen = (torch.rand(s.num_heads, tiles, generator=torch.Generator().manual_seed(1)) < 0.7).to(DEVICE)
-    whole = Workspace(s, torch.float32, DEVICE)
-    PlainPacking().unpack(layer, whole, s, "both", None)
-    expected = code_tiles_plain(whole.k_NLW, whole.v_NLD)
-    found = CodedTiles(*(torch.full_like(x, 7) for x in expected))
+    found, expected = (Workspace(s, torch.bfloat16, DEVICE).coded(s) for _ in range(2))
+    for x in found:
+        x.fill_(7)
     unpack_coded(layer, found, s, is_seen.to(torch.uint8))
+    PlainPacking().unpack_coded(layer, expected, s, is_seen)
     for name, a, b in zip(found._fields, found, expected, strict=True):
         a, b = (x.view(s.num_heads, tiles, -1) for x in (a, b))
         assert bool((a[~is_seen] == 7).all()), name
@@ -315,6 +314,8 @@ def check_bits(shapes: Sequence[tuple[Storage, int, int]] = SHAPES) -> float:
     for storage, head_dim, tile in shapes:
         check_unpack_sample(storage, head_dim, tile)
         check_pack(storage, head_dim, tile)
+    check_unpack_coded("int8")
+    check_unpack_coded("int4")
     for storage, rule, head_dim in MERGED:
         check_merge(storage, rule, head_dim)
     check_known_distances()
@@ -355,7 +356,8 @@ def seconds(run: Callable[[], object], times: int = 20) -> float:
 
 def print_speed(storage: Storage, kept_chunks: int = 48, spare_chunks: int = 10) -> None:
     """Of the kernels at Wan2.1-1.3B sizes, one layer; beside what copying as many bytes takes here."""
-    from workers.cache.table_kernels import pack, unpack, unpack_sample
+    from workers.cache import triton_coded_tiles
+    from workers.cache.table_kernels import pack, unpack, unpack_coded, unpack_sample
 
     s = TableSettings(1, 12, 128, 4680, 1560, kept_chunks=kept_chunks, spare_chunks=spare_chunks, storage=storage)
     table = draw_table(s, torch.bfloat16)
@@ -375,6 +377,19 @@ def print_speed(storage: Storage, kept_chunks: int = 48, spare_chunks: int = 10)
         speed = share * moved[part] / took
         say = f"{took * 1e3:.3f} ms, {speed / 1e12:.2f} TB/s, {speed / bandwidth:.0%} of a copy"
         print(f"unpack {storage} {part}, {share:.0%} of tiles: {say}", flush=True)
+    coded, codes = (
+        to.coded(s),
+        sum(x.nbytes for x in (*(getattr(layer, name) for name in PACKED), layer.k_NLW, layer.v_NLD)),
+    )
+    for share, rows, warps in product((1.0, 0.5, 0.25), (16, 32, 64), (2, 4, 8)):
+        triton_coded_tiles.KEYS_AT_ONCE, triton_coded_tiles.NUM_WARPS = rows, warps
+        is_seen = (torch.rand(s.num_heads, s.num_slots // s.tile, device=DEVICE) < share).to(torch.uint8)
+        took = seconds(partial(unpack_coded, layer, coded, s, is_seen))
+        speed = share * (codes + sum(x.nbytes for x in coded)) / took
+        say = f"{took * 1e3:.3f} ms, {speed / 1e12:.2f} TB/s, {speed / bandwidth:.0%} of a copy"
+        print(
+            f"unpack {storage} into 8-bit floats, {share:.0%} of tiles, {rows} rows, {warps} warps: {say}", flush=True
+        )
     slot_R = sample_places(s.num_slots, s.tile, 16, DEVICE)[0]
     took, share = seconds(partial(unpack_sample, layer, to, s, slot_R)), len(slot_R) / s.num_slots
     speed = share * moved["keys"] / took

@@ -21,7 +21,7 @@ import torch
 
 from workers.assemble_cache import make_temporal_cache, temporal_settings
 from workers.assemble_policies import make_policy, make_prompt_attention, make_reindex, make_reuse, resolve_calibration
-from workers.assemble_tiles import TableSeat, choose_ways, say_fp8, table_settings
+from workers.assemble_tiles import TableSeat, choose_ways, table_settings
 from workers.cache.dense import DenseCache
 from workers.cache.flow import FlowCache, FlowSettings
 from workers.cache.temporal_merge import MergeSettings
@@ -47,7 +47,6 @@ from workers.model.backbones import Backbone, find_backbone
 from workers.model.compiled import compile_around_attention
 from workers.model.control_branch import ControlBranch
 from workers.model.dit import CausalDiT
-from workers.model.fp8_linears import Fp8Linears
 from workers.model.image_encoder import ImageEncoder
 from workers.model.text_encoder import PromptEncoder
 from workers.model.vae import PictureDecoder
@@ -148,7 +147,7 @@ def load_model(config: RenderConfig) -> LoadedModel:
         control_branch=modules.control_branch,
     )
     if config.cache.kind == "tiles":
-        model = replace(model, seat=make_seat(model, config.backbone.fp8))
+        model = replace(model, seat=make_seat(model))
     prepare_take(model, 0)  # what cannot be built is refused before the first take
     logger.info("loaded %s revision %s on %s, kernel %s", backbone.name, modules.revision[:12], device, model.backend)
     return model
@@ -201,13 +200,13 @@ def _frame_tokens(model: LoadedModel) -> int:
 
 
 def in_full_precision(model: LoadedModel) -> LoadedModel:
-    """The same model, its transformer (and control module) computing in float32, linear layers too; itself if all do.
+    """The same model, its transformer (and control module) computing in float32, all of it; itself if it does.
 
     Raises:
         KernelUnavailable: The kernel that was asked for cannot compute so.
     """
-    fp8 = "none" if model.seat is None else model.seat.ways.fp8
-    if model.dit.dtype == torch.float32 and fp8 == "none":
+    rounds = model.seat is not None and model.seat.ways.rounds
+    if model.dit.dtype == torch.float32 and not rounds:
         return model
     kernel = select_kernel(
         model.config.kernel.name, model.device, _kernel_need(model.config, model.backbone, torch.float32)
@@ -216,15 +215,15 @@ def in_full_precision(model: LoadedModel) -> LoadedModel:
     if model.seat is not None:
         model.seat.release()  # there may be no room for two tables
     wide = replace(model, dit=copy.deepcopy(model.dit).float(), control_branch=branch, kernel=kernel, seat=None)
-    return wide if model.seat is None else replace(wide, seat=make_seat(wide, "none"))
+    return wide if model.seat is None else replace(wide, seat=make_seat(wide, exact=True))
 
 
-def make_seat(model: LoadedModel, fp8: Fp8Linears) -> TableSeat:
+def make_seat(model: LoadedModel, *, exact: bool = False) -> TableSeat:
     """The place of a model's tile table; the table itself is made when a take needs it.
 
     Args:
         model: Loaded.
-        fp8: Its linear layers in 8-bit floats.
+        exact: Nothing is computed in 8-bit floats, whatever the configuration says.
     Raises:
         ConfigUnsupported: The sizes of the table do not go with this model's chunks.
         KernelUnavailable: The kernel that was asked for cannot run here.
@@ -234,8 +233,7 @@ def make_seat(model: LoadedModel, fp8: Fp8Linears) -> TableSeat:
     settings = table_settings(config, model.backbone, model.latent_size)
     need = KernelNeed(model.dit.dtype, model.backbone.head_dim)
     hardware = Hardware.of(model.device)
-    ways = replace(choose_ways(model.config, hardware, need, settings.tile), fp8=fp8)
-    say_fp8(fp8, hardware)
+    ways = choose_ways(model.config, hardware, need, settings.tile, exact=exact)
     return TableSeat(model.dit, model.config, model.latent_size, ways)
 
 

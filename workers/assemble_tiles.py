@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from workers.attention.tile_choice import ChoiceSettings, TileChoice, TileRuns
-from workers.cache.packed_table import make_table
+from workers.cache.packed_table import PackedTable, make_table
 from workers.cache.table_layout import TableSettings
 from workers.cache.tile_table import TableWork, TileTable
 from workers.config import RenderConfig
@@ -24,6 +24,7 @@ from workers.errors import ConfigUnsupported
 from workers.kernels.listed_parts import PartedAttention
 from workers.kernels.listed_tiles import AttendTable
 from workers.kernels.select import Hardware, KernelNeed
+from workers.kernels.select_fp8 import NO_FP8, Fp8Choice, choose_fp8, with_fp8
 from workers.kernels.select_listed import ListedChoice, choose_listed, load_parted
 from workers.model.backbones import Backbone
 from workers.model.dit import CausalDiT
@@ -54,12 +55,19 @@ class TileWays:
     compiled: bool
     fp8: Fp8Linears = "none"
     """Linear layers in 8-bit floats."""
+    fp8_attention: Fp8Choice = NO_FP8
+
+    @property
+    def rounds(self) -> bool:
+        """Whether anything is computed in 8-bit floats."""
+        return self.fp8 != "none" or self.fp8_attention.which != "none"
 
     @property
     def version(self) -> str:
         """As it stands in the manifest."""
         fp8 = "" if self.fp8 == "none" else f", linear layers in 8-bit floats: {self.fp8}"
-        return f"{self.listed.version}, {'CUDA graphs' if self.graphs else 'call by call'}{fp8}"
+        graphs = "CUDA graphs" if self.graphs else "call by call"
+        return f"{self.listed.version}, {graphs}{fp8}{self.fp8_attention.version}"
 
 
 def table_settings(config: TileCacheConfig, backbone: Backbone, latent_size: tuple[int, int]) -> TableSettings:
@@ -132,9 +140,17 @@ def choice_settings(
     )
 
 
-def choose_ways(config: RenderConfig, hardware: Hardware, need: KernelNeed, tile: int) -> TileWays:
-    """What computes on this device; logged in one line.
+def choose_ways(
+    config: RenderConfig, hardware: Hardware, need: KernelNeed, tile: int, *, exact: bool = False
+) -> TileWays:
+    """What computes on this device; logged in one line, and in one more for what is computed in 8-bit floats.
 
+    Args:
+        config: Of the render.
+        hardware: Where.
+        need: Dtype and head dimension.
+        tile: Slots of a tile.
+        exact: Nothing in 8-bit floats, whatever the configuration says.
     Raises:
         KernelUnavailable: The kernel that is named cannot run here.
     """
@@ -142,6 +158,7 @@ def choose_ways(config: RenderConfig, hardware: Hardware, need: KernelNeed, tile
     listed = choose_listed(config.kernel.name, hardware, need, tile)
     why_plain = _why_no_kernels(config, hardware, (need.head_dim, tile), listed)
     nearest: NearestRows = nearest_rows if why_plain else make_triton_nearest_rows()
+    assert isinstance(config.attention, TileAttentionConfig)
     ways = TileWays(listed, nearest, not why_plain, graphs=is_cuda, compiled=config.backbone.compiled)
     logger.info(
         "tile table: %s; chunks taken over by %s; %s",
@@ -149,7 +166,11 @@ def choose_ways(config: RenderConfig, hardware: Hardware, need: KernelNeed, tile
         f"plain torch: {why_plain}" if why_plain else "kernels of its own",
         "captured as CUDA graphs" if is_cuda else f"call by call: {hardware.device_type} has no CUDA graphs",
     )
-    return ways
+    if exact:
+        return ways
+    say_fp8(config.backbone.fp8, hardware)
+    attention = choose_fp8(config.attention.fp8, hardware, need, tile, why_plain)
+    return replace(ways, fp8=config.backbone.fp8, fp8_attention=attention)
 
 
 def say_fp8(fp8: Fp8Linears, hardware: Hardware) -> None:
@@ -189,10 +210,14 @@ def _why_no_kernels(config: RenderConfig, hardware: Hardware, sizes: tuple[int, 
     return "" if importlib.util.find_spec("triton") else "Triton is not installed"
 
 
-def keep_history(table: TileTable, runs: TileRuns, ways: PartedAttention) -> tuple[TileRuns, KeptHistory]:
+def keep_history(
+    table: TileTable, runs: TileRuns, ways: PartedAttention, clean_ways: PartedAttention | None = None
+) -> tuple[TileRuns, KeptHistory]:
     """For calls that do not all look at the history: the tiles that those which look choose among, and the rest."""
     s = table.settings
-    return replace(runs, always=()), KeptHistory(ways, FreshSlots.of(runs, s.chunk_tokens, s.tile), table.layers)
+    fresh = FreshSlots.of(runs, s.chunk_tokens, s.tile)
+    lay_out_coded = table.lay_out_coded if isinstance(table, PackedTable) else None
+    return replace(runs, always=()), KeptHistory(ways, fresh, table.layers, clean_ways, lay_out_coded)
 
 
 class TableSeat:
@@ -259,7 +284,8 @@ class TableSeat:
         choice = choice_settings(self._attention, s, runs, fused=ways.kernels)
         attend: AttendTable | KeptHistory = ways.listed.attend
         if self._attention.history_at is not None:
-            runs, attend = keep_history(table, runs, load_parted(ways.listed.name, s.tile))
+            parted = with_fp8(load_parted(ways.listed.name, s.tile), ways.fp8_attention, s.tile)
+            runs, attend = keep_history(table, runs, *parted)
         chooser = TileChoice(choice, runs, s.chunk_tokens, s.head_dim, device)
         if ways.compiled:
             _prepare_compiler()

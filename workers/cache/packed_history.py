@@ -15,6 +15,7 @@ from torch import Tensor
 from workers.cache.layer_table import LayerTable
 from workers.cache.table_codes import code_dtype, code_width, decode_into, encode, group_channels
 from workers.cache.table_layout import TableSettings
+from workers.coded_tiles import CODED_TILE, TILE_BYTES, CodedTiles, code_tiles_plain
 
 Part = Literal["keys", "values", "both"]
 PACKED = ("k_code_NCB", "k_largest_NCG", "v_code_NCB", "v_largest_NCG", "mass_NC2")
@@ -44,6 +45,15 @@ class Workspace:
         self.k_NLW = torch.zeros(s.num_heads, s.num_slots, s.width, dtype=dtype, device=device)
         self.v_NLD = torch.zeros(s.num_heads, s.num_slots, s.head_dim, dtype=dtype, device=device)
 
+    def coded(self, s: TableSettings) -> CodedTiles:
+        """Room for the layer in 8-bit floats, which take the memory of values: only one of the two is there."""
+        assert s.head_dim == s.tile == CODED_TILE
+        shape = s.num_heads, s.num_slots // s.tile, TILE_BYTES
+        values = self.v_NLD.view(torch.uint8).view(-1)
+        assert self.v_NLD.dtype.itemsize == 2
+        k_NTB, v_NTB = (part.view(shape) for part in values.chunk(2))
+        return CodedTiles(k_NTB, v_NTB, torch.zeros(shape[0], s.num_slots, device=values.device))
+
 
 class Packing(Protocol):
     """The ways between the tensors of a layer and the workspace."""
@@ -53,6 +63,8 @@ class Packing(Protocol):
     ) -> None: ...
 
     def unpack_sample(self, layer: PackedLayer, to: Workspace, s: TableSettings, slot_R: Tensor) -> None: ...
+
+    def unpack_coded(self, layer: PackedLayer, to: CodedTiles, s: TableSettings, is_seen_NJ: Tensor) -> None: ...
 
     def pack(self, layer: PackedLayer, of: Workspace, s: TableSettings, new: slice) -> None: ...
 
@@ -122,6 +134,20 @@ class PlainPacking:
         to.k_NLW[:, slot_R[first:stop]] = k
         to.k_NLW[:, slot_R[:first]] = layer.k_NLW[:, slot_R[:first]]
         to.k_NLW[:, slot_R[stop:]] = layer.k_NLW[:, slot_R[stop:] - s.history_slots]
+
+    def unpack_coded(self, layer: PackedLayer, to: CodedTiles, s: TableSettings, is_seen_NJ: Tensor) -> None:
+        """Lay out a layer in 8-bit floats, rounded once; sink and newest chunks are cast as they are.
+
+        Args:
+            layer: Of 128 channels a head in tiles of 128 keys.
+            to: Of all its slots; written.
+            s: Sizes.
+            is_seen_NJ: uint8; tiles of 0 may be left as they are. Here all are written.
+        """
+        wide = Workspace(s, torch.float32, to.bias_NL.device)
+        self.unpack(layer, wide, s, "both", None)
+        for x, values in zip(to, code_tiles_plain(wide.k_NLW, wide.v_NLD), strict=True):
+            x.copy_(values)
 
     def pack(self, layer: PackedLayer, of: Workspace, s: TableSettings, new: slice) -> None:
         """Write these slots of the history from the workspace; log m is not among what is written."""

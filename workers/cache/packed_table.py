@@ -21,6 +21,7 @@ from workers.cache.packed_history import PACKED, PackedLayer, Packing, Part, Pla
 from workers.cache.partners import CodedKeys, History
 from workers.cache.table_layout import TableSettings
 from workers.cache.tile_table import TableKernels, TableWork, TileTable, load_kernels
+from workers.coded_tiles import CodedTiles
 from workers.contracts import KeyValues
 from workers.search.nearest_rows import NearestRows, nearest_rows
 
@@ -55,6 +56,7 @@ class PackedTable(TileTable):
         super().__init__(settings, dtype, device, nearest, work)
         s = settings
         self.workspace = Workspace(s, dtype, device)
+        self._coded: CodedTiles | None = None
         self._growing: PackedLayer | None = None
         """Takes over a chunk with no more of its keys laid out than it needs."""
         self._packing: Packing = PlainPacking() if self._kernels is None else load_kernels(s)
@@ -87,6 +89,15 @@ class PackedTable(TileTable):
         assert isinstance(layer, PackedLayer)
         self._packing.unpack_sample(layer, self.workspace, self.settings, slot_R)
         return self._in_workspace(layer)
+
+    def lay_out_coded(self, layer_index: int) -> CodedTiles:
+        """The tiles of a layer that were noted, in 8-bit floats, until anything else is laid out."""
+        layer = self.layers[layer_index]
+        assert isinstance(layer, PackedLayer)
+        if self._coded is None:
+            self._coded = self.workspace.coded(self.settings)
+        self._packing.unpack_coded(layer, self._coded, self.settings, self._is_seen_LNJ[layer_index])
+        return self._coded
 
     def remember_chunk(self, position_T3: Tensor) -> None:
         for index in range(len(self.layers)):

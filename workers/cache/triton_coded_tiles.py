@@ -1,6 +1,6 @@
 """A kernel that unpacks tiles of a packed table into 8-bit floats, as attention with products of such reads them.
 
-What `code_tiles_plain` makes of a layer that is unpacked into float32. A program does a tile of one head: keys row by
+What `packed_history.PlainPacking` does, in one launch. A program does a tile of one head: keys row by
 row, values turned round: a thread makes words of four keys of one channel, which are turned as they are. Tiles that
 nobody sees are skipped.
 """
@@ -153,14 +153,7 @@ def _unpack_coded(  # type: ignore[no-untyped-def]
 
 
 def unpack_coded(layer: PackedLayer, to: CodedTiles, s: TableSettings, is_seen_NJ: Tensor) -> None:
-    """Lay out a layer; what lies beside the history is cast as it is.
-
-    Args:
-        layer: Of 128 channels a head in tiles of 128 keys.
-        to: Of all its slots; written.
-        s: Sizes.
-        is_seen_NJ: uint8; tiles whose flag is 0 are left as they are.
-    """
+    """See `PlainPacking.unpack_coded`; tiles whose flag is 0 are left as they are."""
     assert s.storage != "model"
     assert s.head_dim == s.tile == CODED_TILE
     tensors = (layer.k_code_NCB, layer.k_largest_NCG, layer.v_code_NCB, layer.v_largest_NCG, layer.mass_NC2)

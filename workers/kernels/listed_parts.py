@@ -7,10 +7,12 @@ by lists; the rest, the own chunk above all, may lie in one run of slots, which 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
+from workers.coded_tiles import CodedTiles
 from workers.kernels.listed_gather import attend_gathered_lse
 from workers.kernels.listed_tiles import AttendLse, ListedName, make_attend_lse
 from workers.kernels.lse import merge
@@ -21,6 +23,23 @@ Compose = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(out_a_QND, lse_a_QN, out_b_QND, lse_b_QN) -> out_QND over both sets of keys, in the dtype of out_a."""
 
 
+class CodeTiles(Protocol):
+    """Keys and values that lie in one run become tiles."""
+
+    def __call__(self, k_NKW: Tensor, v_NKD: Tensor, out: CodedTiles | None = None) -> CodedTiles: ...
+
+
+@dataclass(frozen=True)
+class CodedAttention:
+    """With products of 8-bit floats, of queries and keys that are coded before; see `fp8_tiles.py`."""
+
+    code_queries: Callable[[Tensor], Tensor]
+    """q_QNW -> q_NIB."""
+    code_tiles: CodeTiles
+    attend: Callable[[Tensor, CodedTiles, Tensor | None, int], tuple[Tensor, Tensor]]
+    """(q_NIB, tiles, index_NIJ or None, number of queries) -> out_QND, lse_QN."""
+
+
 class PartedAttention(NamedTuple):
     """How the parts are attended to."""
 
@@ -28,6 +47,8 @@ class PartedAttention(NamedTuple):
     run: AttendRun | None
     """None where lists must do."""
     compose: Compose
+    coded: CodedAttention | None = None
+    """Both are attended to so, in place of the first two."""
 
 
 def make_parted(name: ListedName | Literal["reference"], tile: int, *, dense: bool = True) -> PartedAttention:
@@ -48,6 +69,32 @@ def make_parted(name: ListedName | Literal["reference"], tile: int, *, dense: bo
     from workers.kernels.triton_compose import compose
 
     return PartedAttention(listed, _make_flash_run() if dense and name == "flash-attn-4" else None, compose)
+
+
+def make_rounded(ways: PartedAttention, tile: int) -> PartedAttention:
+    """Composed in the same way, attended to with the rounding of 8-bit floats, by plain torch and more slowly."""
+    from workers.kernels.fp8_plain import attend_coded_plain
+
+    return PartedAttention(
+        lambda q, k, v, index: attend_coded_plain(q, k, v, index, tile),
+        lambda q, k, v: attend_coded_plain(q, k, v, None, tile),
+        ways.compose,
+    )
+
+
+def make_coded(ways: PartedAttention) -> PartedAttention:
+    """Composed in the same way, attended to by the kernel that multiplies 8-bit floats.
+
+    Raises:
+        ImportError: Triton is not installed.
+    """
+    from workers.kernels.fp8_tiles import (  # type: ignore[import-untyped, unused-ignore]
+        attend_coded,
+        code_queries,
+        code_tiles,
+    )
+
+    return ways._replace(coded=CodedAttention(code_queries, code_tiles, attend_coded))
 
 
 def compose_plain(out_a_QND: Tensor, lse_a_QN: Tensor, out_b_QND: Tensor, lse_b_QN: Tensor) -> Tensor:

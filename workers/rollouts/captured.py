@@ -208,11 +208,17 @@ class CapturedRollout:
         if not self._settings.graphs:
             self.compute(choose, look=look, clean=clean)
             return
-        call = (choose, look, clean and (self.chooser.has_clean_list or self._layers.has_clean_weights))
+        call = (choose, look, clean and self._has_clean_calls)
         key = (*call, self._is_early and look)
         if key not in self._graphs:
             self._graphs[key] = self._capture(*call)
         self._graphs[key].replay()
+
+    @property
+    def _has_clean_calls(self) -> bool:
+        """Whether a clean pass does otherwise than a step."""
+        attends_otherwise = isinstance(self._attend, KeptHistory) and self._attend.has_clean_ways
+        return self.chooser.has_clean_list or self._layers.has_clean_weights or attends_otherwise
 
     def rehearse(self) -> None:
         """Capture the calls of a history that has merged, where those before see another number of tiles."""
@@ -254,19 +260,18 @@ class CapturedRollout:
             layers.enter(weights, x, time_T6E, self._rotation, self._targets[index])
             mark("queries, keys, values")
             if choose:
-                keys = self._lay_out(index, mark, for_choice=True)
+                keys = self._lay_out_sample(index, mark)
                 self.chooser.choose(self._q_QNW, keys.k_NLW, listed, fewer)
                 self.table.note_seen(index, listed)
                 mark("selection")
             elif clean and fewer is not None:
                 listed = fewer
                 self.table.note_seen(index, listed)
-            if look:
-                keys = self._lay_out(index, mark)
             if isinstance(self._attend, KeptHistory):
-                looked = Looked(keys, listed) if look else None
-                out = self._attend.attend(index, self._q_QNW, self.table.layers[index], looked, mark)
+                looked = self._look(index, listed, mark, clean=clean) if look else None
+                out = self._attend.attend(index, self._q_QNW, self.table.layers[index], looked, mark, clean=clean)
             else:
+                keys = self._lay_out(index, mark)
                 out = self._attend(self._q_QNW, keys.k_NLW, keys.v_NLD, listed)
                 mark("attention")
             x = layers.leave(weights, self._prompt[index], x, out, time_T6E)
@@ -274,15 +279,27 @@ class CapturedRollout:
         self._flow.copy_(model.read_out(x[None], time_BTE, self._latent_size))
         mark("head")
 
-    def _lay_out(self, index: int, mark: Mark, *, for_choice: bool = False) -> Keys:
-        """What attention reads of a layer, or what the choice of tiles does."""
-        if for_choice:
-            keys = self.table.lay_out_sample(index, self.chooser.sampled_slot_R)
-        else:
-            keys = self.table.lay_out(index, seen_only=True)
+    def _lay_out_sample(self, index: int, mark: Mark) -> Keys:
+        """What the choice of tiles reads of a layer."""
+        keys = self.table.lay_out_sample(index, self.chooser.sampled_slot_R)
         if self.table.is_packed:
             mark("unpacking")
         return keys
+
+    def _lay_out(self, index: int, mark: Mark) -> Keys:
+        """What attention reads of a layer."""
+        keys = self.table.lay_out(index, seen_only=True)
+        if self.table.is_packed:
+            mark("unpacking")
+        return keys
+
+    def _look(self, index: int, listed: Tensor, mark: Mark, *, clean: bool) -> Looked:
+        assert isinstance(self._attend, KeptHistory)
+        if not self._attend.reads_coded(clean=clean):
+            return Looked(self._lay_out(index, mark), listed)
+        tiles = self._attend.lay_out_coded(index)
+        mark("unpacking")
+        return Looked(tiles, listed)
 
     def remember(self, position_Q3: Tensor) -> None:
         """The last call was a clean pass: its keys become history."""

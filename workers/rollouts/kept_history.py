@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from workers.attention.tile_choice import TileRuns
-from workers.kernels.listed_parts import PartedAttention
+from workers.coded_tiles import CODED_TILE, TILE_BYTES, CodedTiles
+from workers.kernels.listed_parts import CodedAttention, PartedAttention
 from workers.streams import stream_for
 
 Mark = Callable[[str], None]
@@ -74,7 +75,8 @@ class FreshSlots:
 class Looked(NamedTuple):
     """What a call that looks at the history reads."""
 
-    keys: Keys
+    keys: Keys | CodedTiles
+    """Coded where the call attends so (`KeptHistory.reads_coded`)."""
     index_NIJ: Tensor
     """int32: tiles of the history that a tile of queries sees, none of those that are always seen."""
 
@@ -91,10 +93,19 @@ class KeptHistory:
         ways: How the parts are attended to and composed.
         fresh: What every call attends to itself.
         layers: Of the table; sizes, dtype and device are theirs.
+        clean_ways: Of a clean pass, if those are others.
+        lay_out_coded: The coded tiles of a layer that its lists name, where a way reads such.
     """
 
-    def __init__(self, ways: PartedAttention, fresh: FreshSlots, layers: Sequence[Keys]) -> None:
-        self._ways, self._fresh = ways, fresh
+    def __init__(
+        self,
+        ways: PartedAttention,
+        fresh: FreshSlots,
+        layers: Sequence[Keys],
+        clean_ways: PartedAttention | None = None,
+        lay_out_coded: Callable[[int], CodedTiles] | None = None,
+    ) -> None:
+        self._ways, self._clean_ways, self._fresh = ways, clean_ways or ways, fresh
         k_NLW, v_NLD = layers[0].k_NLW, layers[0].v_NLD
         heads, slots, head_dim = v_NLD.shape
         shape, device = (fresh.own_tokens, heads, head_dim), v_NLD.device
@@ -110,6 +121,10 @@ class KeptHistory:
         num_tiles = slots // fresh.tile if fresh.num_first else fresh.num_last
         listed = torch.tensor(fresh.list_of(num_tiles), dtype=torch.int32, device=k_NLW.device)
         self._list_NIJ = listed.expand(heads, fresh.own_tiles, -1).contiguous()
+        is_coded = any(way.coded is not None for way in (self._ways, self._clean_ways))
+        assert lay_out_coded is not None or not is_coded
+        self._lay_out_coded = lay_out_coded
+        self._coded = _room_for_tiles(heads, fresh.num_tiles, device) if is_coded else None
         self._beside = stream_for("own keys beside the history", device) if k_NLW.is_cuda else None
         self.attends_at_once = True
         """To both, in calls that look; a bench that times them apart asks for one after the other."""
@@ -120,12 +135,33 @@ class KeptHistory:
         return self._fresh.num_tiles * self._fresh.tile
 
     @property
+    def has_clean_ways(self) -> bool:
+        """Whether a clean pass attends otherwise than a step."""
+        return self._clean_ways is not self._ways
+
+    def reads_coded(self, *, clean: bool) -> bool:
+        """Whether such a call reads the history as coded tiles."""
+        return self._ways_of(clean).coded is not None
+
+    def lay_out_coded(self, layer_index: int) -> CodedTiles:
+        """What a call that `reads_coded` looks at, until anything else of the table is laid out."""
+        assert self._lay_out_coded is not None
+        return self._lay_out_coded(layer_index)
+
+    @property
     def num_bytes(self) -> int:
         """Of what is kept."""
         return sum(x.nbytes for kept in self._kept for x in kept)
 
     def attend(
-        self, layer_index: int, q_QNW: Tensor, fresh: Keys, looked: Looked | None, mark: Mark = lambda name: None
+        self,
+        layer_index: int,
+        q_QNW: Tensor,
+        fresh: Keys,
+        looked: Looked | None,
+        mark: Mark = lambda name: None,
+        *,
+        clean: bool = False,
     ) -> Tensor:
         """out_QND of one call of one layer.
 
@@ -135,34 +171,67 @@ class KeptHistory:
             fresh: Keys of the layer; of these, what is always seen is read.
             looked: None takes what the newest call that looked saw.
             mark: Told the parts.
+            clean: A clean pass.
         """
-        kept = self._kept[layer_index]
+        kept, ways = self._kept[layer_index], self._ways_of(clean)
+        q = q_QNW if ways.coded is None else ways.coded.code_queries(q_QNW)
         beside = self._beside if looked is not None and self.attends_at_once else None
         if beside is not None:
             beside.wait_stream(torch.cuda.current_stream())
         if looked is not None:
-            found = self._ways.listed(q_QNW, looked.keys.k_NLW, looked.keys.v_NLD, looked.index_NIJ)
+            found = self._attend_listed(ways, q, looked)
             for buffer, values in zip(kept, found, strict=True):
                 buffer.copy_(values)
             mark("attention to the history")
         with torch.cuda.stream(beside):  # None changes nothing
-            out, lse = self._attend_fresh(q_QNW, fresh)
+            out, lse = self._attend_fresh(ways, q, fresh)
         if beside is not None:
             torch.cuda.current_stream().wait_stream(beside)
         mark("attention to own keys")
-        whole = self._ways.compose(*kept, out, lse)
+        whole = ways.compose(*kept, out, lse)
         mark("composition")
         return whole
 
-    def _attend_fresh(self, q_QNW: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
+    def _ways_of(self, clean: bool) -> PartedAttention:
+        return self._clean_ways if clean else self._ways
+
+    def _attend_listed(self, ways: PartedAttention, q: Tensor, looked: Looked) -> tuple[Tensor, Tensor]:
+        keys = looked.keys
+        if isinstance(keys, CodedTiles):
+            assert ways.coded is not None
+            return ways.coded.attend(q, keys, looked.index_NIJ, self._fresh.own_tokens)
+        return ways.listed(q, keys.k_NLW, keys.v_NLD, looked.index_NIJ)
+
+    def _attend_fresh(self, ways: PartedAttention, q: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
         f, k, v = self._fresh, keys.k_NLW, keys.v_NLD
-        if f.num_first:
-            return self._ways.listed(q_QNW, k, v, self._list_NIJ)
         start, head_dim = k.shape[1] - f.num_last * f.tile, v.shape[2]
-        if self._ways.run is None:
-            return self._ways.listed(q_QNW, k[:, start:], v[:, start:], self._list_NIJ)
+        if ways.coded is not None:
+            return self._attend_fresh_coded(ways.coded, q, keys, start)
+        if f.num_first:
+            return ways.listed(q, k, v, self._list_NIJ)
+        if ways.run is None:
+            return ways.listed(q, k[:, start:], v[:, start:], self._list_NIJ)
         if not f.is_own_alone:
-            return self._ways.run(q_QNW, k[:, start:], v[:, start:])
+            return ways.run(q, k[:, start:], v[:, start:])
         # Its keys alone: no empty slot, log m 0, so the channels of log m need not be read.
         own = slice(start, start + f.own_tokens)
-        return self._ways.run(q_QNW[..., :head_dim], k[:, own, :head_dim], v[:, own])
+        return ways.run(q[..., :head_dim], k[:, own, :head_dim], v[:, own])
+
+    def _attend_fresh_coded(
+        self, coded: CodedAttention, q_NIB: Tensor, keys: Keys, start: int
+    ) -> tuple[Tensor, Tensor]:
+        f, k, v = self._fresh, keys.k_NLW, keys.v_NLD
+        if f.num_first:
+            first = f.num_first * f.tile
+            k, v = (torch.cat((x[:, :first], x[:, start:]), 1) for x in (k, v))
+        elif f.is_own_alone:
+            own = slice(start, start + f.own_tokens)
+            k, v = k[:, own, : v.shape[2]], v[:, own]
+        else:
+            k, v = k[:, start:], v[:, start:]
+        return coded.attend(q_NIB, coded.code_tiles(k, v, self._coded), None, f.own_tokens)
+
+
+def _room_for_tiles(heads: int, tiles: int, device: torch.device) -> CodedTiles:
+    k, v = (torch.zeros(heads, tiles, TILE_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
+    return CodedTiles(k, v, torch.zeros(heads, tiles * CODED_TILE, dtype=torch.float32, device=device))
