@@ -110,6 +110,7 @@ def make_captured(
     estimate: Estimate = "exact",
     attend: AttendTable | None = None,
     parted: PartedAttention | None = None,
+    clean_parted: PartedAttention | None = None,
     nearest: NearestRows = nearest_rows,
     fp8: Fp8Linears = "none",
     backend: str | Callable[..., Any] | None = None,
@@ -118,7 +119,8 @@ def make_captured(
     settings: CapturedSettings | None = None,
     **choice: Any,
 ) -> CapturedRollout:
-    """Everything of one rollout; None compiles nothing. Where not all calls look at the history, `parted` attends."""
+    """Everything of one rollout; None compiles nothing. Where not all calls look at the history, `parted` attends, in
+    clean passes `clean_parted` if that is given."""
     device = model.head.modulation.device
     layers = StaticLayers(model, fp8)
     table = make_table(sizes, model.dtype, device, nearest, work)
@@ -126,7 +128,7 @@ def make_captured(
     settings = settings or CapturedSettings(graphs=device.type == "cuda")
     attention: AttendTable | KeptHistory = attend or make_attend("torch", sizes.tile)
     if settings.history_at is not None:
-        runs, attention = keep_history(table, runs, parted or make_parted("torch", sizes.tile))
+        runs, attention = keep_history(table, runs, parted or make_parted("torch", sizes.tile), clean_parted)
     chosen = ChoiceSettings(num_chosen, estimate=estimate, tile=sizes.tile, **choice)
     if "keys_per_tile" not in choice and sizes.tile < chosen.keys_per_tile:
         chosen = replace(chosen, keys_per_tile=sizes.tile, queries_per_tile=sizes.tile)

@@ -17,10 +17,13 @@ from workers.attention.tile_choice import Estimate, TileChoice
 from workers.cache.low_bit import Storage
 from workers.cache.table_layout import MergeRule, TableSettings
 from workers.cache.tile_table import TileTable
+from workers.config_tiles import Fp8Attention
 from workers.contracts import PromptKeys
 from workers.denoise import Schedule, draw_noise, make_schedule, step_renoise
 from workers.kernels.listed_parts import make_parted
 from workers.kernels.listed_tiles import AttendTable, ListedName
+from workers.kernels.select import Hardware, KernelNeed
+from workers.kernels.select_fp8 import Fp8Choice, choose_fp8, with_fp8
 from workers.model.backbones import Backbone
 from workers.model.dit import CausalDiT
 from workers.model.fp8_linears import Fp8Linears
@@ -57,6 +60,8 @@ class Variant:
     always_recent: bool = False
     estimate: Estimate = "exact"
     fp8: Fp8Linears = "none"
+    fp8_attention: Fp8Attention = "none"
+    """Where not all steps look."""
     choose_at: tuple[int, ...] = (0,)
     history_at: tuple[int, ...] | None = None
     """Denoising steps that look at the history; None: all. The clean pass always does."""
@@ -156,6 +161,14 @@ def make_model(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> 
     return _MODELS[key]
 
 
+def choose_fp8_of(variant: Variant, settings: Settings, kernels: Compiled) -> Fp8Choice:
+    """Who attends in 8-bit floats, if anyone; `kernels` are those of the table that run."""
+    need = KernelNeed(settings.dtype, settings.backbone.head_dim)
+    tile = 128 if settings.frame_tokens >= 128 else 16
+    why_no_kernels = "" if variant.kernels and "packing" in kernels else "history packed by plain torch"
+    return choose_fp8(variant.fp8_attention, Hardware.of(settings.device), need, tile, why_no_kernels)
+
+
 @torch.no_grad()
 def make_engine(
     variant: Variant,
@@ -186,6 +199,8 @@ def make_engine(
     needed = {"pairs" if variant.rule == "pairs" else "table"} | ({"packing"} if sizes.storage != "model" else set())
     runs = tile_runs(sizes, always_sink=variant.always_sink, always_recent=variant.always_recent)
     num_candidates = sum(stop - first for first, stop in runs.candidates)
+    parted = make_parted(attend_name, sizes.tile, dense=variant.dense_own)
+    parted, clean_parted = with_fp8(parted, choose_fp8_of(variant, settings, kernels), sizes.tile)
     rollout = make_captured(
         model,
         sizes,
@@ -195,7 +210,8 @@ def make_engine(
         always_recent=variant.always_recent,
         estimate=variant.estimate,
         attend=attend,
-        parted=None if variant.history_at is None else make_parted(attend_name, sizes.tile, dense=variant.dense_own),
+        parted=parted,
+        clean_parted=clean_parted,
         nearest=nearest,
         fp8=variant.fp8,
         backend=backend,

@@ -86,6 +86,8 @@ ONCE = (
     _TILES,
     replace(_TILES, name="fastar-tiles-fp8", fp8="large"),
     replace(_TILES, name="fastar-tiles-fp8-all", fp8="all"),
+    replace(_TILES, name="fastar-tiles-fp8-attention", fp8_attention="steps"),
+    replace(_TILES, name="fastar-tiles-fp8-all-attention", fp8="all", fp8_attention="steps"),
     _seen_by_clean_pass(_own(_pairs(240, 18, 30)), 1 / 3),
 )
 """Tiles are chosen by products of 16 bits, which is the faster way there; `fastar-tiles` is the policy of that name."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tests.bench.quality_places import CHUNK_LATENTS, DISTANCES, GROUPS, Walks, place_before, take_walks
-from tests.plain_fp8 import round_linears
+from tests.plain_fp8 import RoundedAttention, round_linears
 from tests.plain_tables import plain_table_parts
 from workers.assemble import LoadedModel, TakeParts, load_model, prepare_take
 from workers.assemble_cache import make_temporal_cache, temporal_settings
@@ -25,7 +25,8 @@ from workers.assemble_policies import make_attention
 from workers.assemble_tiles import table_settings
 from workers.attention.measure import RecallMeter
 from workers.config import RenderConfig, TemporalCacheConfig
-from workers.config_tiles import TileCacheConfig
+from workers.config_tiles import TileAttentionConfig, TileCacheConfig
+from workers.contracts import Kernel
 from workers.denoise import Schedule, add_noise, draw_noise
 from workers.kernels.sdpa import SdpaKernel
 from workers.metrics import Stopwatch
@@ -109,7 +110,10 @@ class QualityLab:
             return load_model(config)
         if self._rounded[0] != config.backbone.fp8:
             self._rounded = config.backbone.fp8, round_linears(self._base.dit, config.backbone.fp8)
-        return replace(self._base, config=config, kernel=SdpaKernel("flash"), dit=self._rounded[1])
+        kernel: Kernel = SdpaKernel("flash")
+        if isinstance(config.attention, TileAttentionConfig) and config.attention.fp8 != "none":
+            kernel = RoundedAttention(kernel, self._rounded[1], config.attention.fp8)
+        return replace(self._base, config=config, kernel=kernel, dit=self._rounded[1])
 
     def walks(self, group: str, indices: Sequence[int], num_frames: int) -> Walks:
         """Held-out worlds; an index is the same walk for every policy and in every run. The newest ones are kept."""

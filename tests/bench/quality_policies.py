@@ -95,6 +95,13 @@ VARIANTS: dict[str, Record] = {
     ),
     "fastar-tiles, fp8 large": {"policy": "fastar-tiles", "backbone": {"fp8": "large"}},
     "fastar-tiles, fp8 all": {"policy": "fastar-tiles", "backbone": {"fp8": "all"}},
+    "fastar-tiles, fp8 attention": {"policy": "fastar-tiles", "attention": {"fp8": "steps"}},
+    "fastar-tiles, fp8 attention everywhere": {"policy": "fastar-tiles", "attention": {"fp8": "all"}},
+    "fastar-tiles, fp8 all, fp8 attention": {
+        "policy": "fastar-tiles",
+        "backbone": {"fp8": "all"},
+        "attention": {"fp8": "steps"},
+    },
     GUARDED: {"policy": "fastar-quant", "guard": {"enabled": True}},
 }
 

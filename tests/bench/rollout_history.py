@@ -24,7 +24,16 @@ from typing import Any
 import torch
 
 from tests.bench.history_checks import check_compiled, choose_attend, choose_kernels, choose_nearest
-from tests.bench.history_engine import ALL, Compiled, Engine, Variant, make_engine, make_plan, warm_up
+from tests.bench.history_engine import (
+    ALL,
+    Compiled,
+    Engine,
+    Variant,
+    choose_fp8_of,
+    make_engine,
+    make_plan,
+    warm_up,
+)
 from tests.bench.history_once import ONCE, choose_parted
 from tests.bench.history_parts import ChunkClock, feed_forward_rows, parts_of_chunk, top_kernels, whole_chunk_ms
 from tests.bench.history_snapshot import snapshot_row
@@ -191,7 +200,8 @@ def make_row(variant: Variant, settings: Settings) -> RowResult:
         f"{engine.chooser.num_early} until the table merges, {round(engine.slots_seen)} slots seen; "
         f"{_CHOICES.attend_name}; "
         f"compiled: {', '.join(_CHOICES.compiled) or 'nothing'}; "
-        f"kernels: {', '.join(_CHOICES.kernels if variant.kernels else ()) or 'none'}; fp8: {variant.fp8}; "
+        f"kernels: {', '.join(_CHOICES.kernels if variant.kernels else ()) or 'none'}; fp8: {variant.fp8}"
+        f"{choose_fp8_of(variant, settings, _CHOICES.kernels).version}; "
         f"tiles chosen at steps {variant.choose_at}"
         + (
             ""
