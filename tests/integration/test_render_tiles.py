@@ -129,6 +129,18 @@ def test_linear_layers_in_8_bit_floats_change_frames_a_little_and_say_so(tmp_pat
     assert exact.frames_sha256 == first.frames_sha256, "an attempt in float32 has its linear layers in it too"
 
 
+def test_attention_in_8_bit_floats_changes_frames_a_little_and_says_so(tmp_path: Path) -> None:
+    plain, *rounded = (make_model(cache=SMALL, attention={"fp8": fp8}) for fp8 in ("none", "steps", "all"))
+    first, *others = (render(model, tmp_path, task_id=f"{i}-0") for i, model in enumerate((plain, *rounded)))
+    for other, calls in zip(others, ("denoising steps", "all calls"), strict=True):
+        assert other.backend == f"{first.backend}, attention in 8-bit floats in {calls} (rounded by plain torch)"
+        assert abs(other.quality.mean_luma - first.quality.mean_luma) < 2
+    assert len({result.frames_sha256 for result in (first, *others)}) == 3
+    assert len({model.config.fingerprint for model in (plain, *rounded)}) == 3
+    exact = render(rounded[0], tmp_path, task_id="d-0", full_precision=True)
+    assert exact.frames_sha256 == first.frames_sha256
+
+
 @pytest.mark.slow
 @pytest.mark.alone
 def test_a_job_whose_driver_is_killed_ends_with_the_frames_of_an_undisturbed_actor(tmp_path: Path) -> None:

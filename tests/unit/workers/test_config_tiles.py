@@ -66,6 +66,15 @@ def test_a_tile_is_at_most_an_eighth_of_a_latent_frame(frame_tokens: int, tile: 
             r"attention\.choose_at: \[0, 2\] must be among attention\.history_at: \[0, 1\], for a step that chooses",
         ),
         ({"attention": {"density": 0.0}}, r"greater than 0"),
+        (
+            {"attention": {"fp8": "steps", "history_at": None}},
+            r"attention\.fp8: steps needs attention\.history_at: .* apart from the rest",
+        ),
+        (
+            {"attention": {"fp8": "all"}, "cache": {"storage": "model"}},
+            r"attention\.fp8: all does not go with cache\.storage: model, .* must be int8 or int4",
+        ),
+        ({"attention": {"fp8": "large"}}, r"attention\.tiles\.fp8\s+Input should be 'none', 'steps' or 'all'"),
         ({"prompt_attention": {"kind": "annca"}}, r"prompt_attention\.kind: annca does not go with cache\.kind: tiles"),
         ({"reuse": {"kind": "teacache"}}, r"reuse\.kind: teacache .* must be none"),
         ({"positions": {"time": "capped"}}, r"positions\.time: capped: .* must be absolute"),

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.plain_fp8 import RoundedAttention
 from tests.plain_tables import plain_table_parts
 from workers.assemble import LoadedModel, load_model, prepare_take
 from workers.attention.measure import RecallMeter
 from workers.config import RenderConfig
+from workers.config_tiles import TileAttentionConfig
 from workers.denoise import draw_noise
 from workers.metrics import Stopwatch
 from workers.model.attend import RolloutAttention
@@ -63,7 +65,9 @@ def make_plan(model: LoadedModel, seeds: list[int]) -> RolloutPlan:
 def roll_plainly(model: LoadedModel, seeds: list[int]) -> tuple[list[CleanChunk], RecallMeter]:
     cache, policy = plain_table_parts(model)
     meter = RecallMeter(cache, dtype=torch.float32)
-    attention = RolloutAttention(model.backbone, cache, policy, model.kernel, probes=(meter,))
+    assert isinstance(model.config.attention, TileAttentionConfig)
+    kernel = RoundedAttention(model.kernel, model.dit, model.config.attention.fp8)
+    attention = RolloutAttention(model.backbone, cache, policy, kernel, probes=(meter,))
     return list(Rollout(model.dit, attention, Stopwatch(model.device)).run(make_plan(model, seeds))), meter
 
 
@@ -99,6 +103,23 @@ def test_it_makes_what_the_render_makes(storage: str, fields: dict[str, Any]) ->
     plain, _ = roll_plainly(model, [1])
     torch.testing.assert_close(latents(plain), latents(rendered), rtol=1e-3, atol=1e-3)
     assert plain[-1].kv_bytes == rendered[-1].kv_bytes
+
+
+@pytest.mark.parametrize("which", ["steps", "all"])
+def test_it_rounds_attention_as_the_render_does(which: str) -> None:
+    fields: dict[str, Any] = {"density": 0.4, "keys_per_tile": 4, "history_at": (0,), "clean_pass_share": 0.3}
+    model, exact = make_model("int4", **fields, fp8=which), make_model("int4", **fields)
+    assert model.seat is not None
+    rendered = list(model.seat.begin_take().run(make_plan(model, [1])))
+    plain, unrounded = (roll_plainly(one, [1])[0] for one in (model, exact))
+
+    def distance(other: list[CleanChunk], chunk: int) -> float:
+        return float((rendered[chunk].latents_BTCHW - other[chunk].latents_BTCHW).square().mean().sqrt())
+
+    for chunk in range(2):  # later ones go apart: what is rounded a half step from another number may be either
+        assert distance(plain, chunk) < 0.2 * distance(unrounded, chunk)
+        assert 0 < distance(unrounded, chunk) < 0.02
+    torch.testing.assert_close(latents(rendered), latents(unrounded), rtol=0, atol=1.0)
 
 
 def test_videos_side_by_side_are_as_if_alone() -> None:
