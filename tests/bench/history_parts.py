@@ -22,8 +22,9 @@ from workers.model.static_layers import linear_gelu
 
 COMPRESSION = ("selection", "moving chunks", "matching", "merging", "unpacking", "packing", UNPACKING)
 _KINDS = (
-    (UNPACKING, re.compile("unpack_(tiles|slots)")),
-    ("attention", re.compile("flash|attend_rows|attend_listed", re.I)),
+    (UNPACKING, re.compile("unpack_(tiles|slots|coded)")),
+    ("attention", re.compile("flash|attend_rows|attend_listed|^attend$|^join$", re.I)),
+    ("queries and own keys to 8 bits", re.compile("_rows_kernel|_run_kernel")),
     ("composition", re.compile("compose_rows")),
     ("linear layers", re.compile("nvjet|gemm|cutlass|cublas", re.I)),
 )

@@ -152,7 +152,10 @@ def _least_packing(engine: Engine) -> dict[str, Work]:
     # A chunk that is taken over is laid out beside the latent frame before; all that is older is read as codes.
     brought = s.chunk_tokens * 2 * (key + value) + s.frame_tokens * of_key
     sampled = len(engine.choose_at) * engine.variant.keys_per_tile / s.tile
-    looks = _tables_laid_out(engine, table) * (of_key + of_value) + sampled * of_key
+    looks = sampled * of_key
+    for tables, clean in zip(_tables_laid_out(engine, table), (False, True), strict=True):
+        in_8_bits = 2 * coded + 2 * size + 2 * s.head_dim + 4  # a bias for each key beside
+        looks += tables * (in_8_bits if engine.rollout.reads_coded(clean=clean) else of_key + of_value)
     packed = s.chunk_tokens * 2 * (coded + value + size)  # what merges is written as codes at once
     return {
         UNPACKING: (rows * s.num_slots * looks / 1e9, 0.0),
@@ -161,12 +164,12 @@ def _least_packing(engine: Engine) -> dict[str, Work]:
     }
 
 
-def _tables_laid_out(engine: Engine, table: PackedTable) -> float:
-    """By the calls of a chunk that look at the history: how many whole tables that is."""
+def _tables_laid_out(engine: Engine, table: PackedTable) -> tuple[float, float]:
+    """By the steps of a chunk that look at the history, and by the clean pass: how many whole tables that is."""
     engine.rollout.replay(True)
     of_step = table.seen_share
     engine.rollout.replay(False, clean=True)
-    return (engine.num_looking - 1) * of_step + table.seen_share
+    return (engine.num_looking - 1) * of_step, table.seen_share
 
 
 def _query_tiles(s: TableSettings) -> int:

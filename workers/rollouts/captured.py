@@ -220,6 +220,10 @@ class CapturedRollout:
         attends_otherwise = isinstance(self._attend, KeptHistory) and self._attend.has_clean_ways
         return self.chooser.has_clean_list or self._layers.has_clean_weights or attends_otherwise
 
+    def reads_coded(self, *, clean: bool = False) -> bool:
+        """Whether calls that look read the history in 8-bit floats."""
+        return isinstance(self._attend, KeptHistory) and self._attend.reads_coded(clean=clean)
+
     def rehearse(self) -> None:
         """Capture the calls of a history that has merged, where those before see another number of tiles."""
         self._is_early = False
@@ -294,9 +298,9 @@ class CapturedRollout:
         return keys
 
     def _look(self, index: int, listed: Tensor, mark: Mark, *, clean: bool) -> Looked:
-        assert isinstance(self._attend, KeptHistory)
-        if not self._attend.reads_coded(clean=clean):
+        if not self.reads_coded(clean=clean):
             return Looked(self._lay_out(index, mark), listed)
+        assert isinstance(self._attend, KeptHistory)
         tiles = self._attend.lay_out_coded(index)
         mark("unpacking")
         return Looked(tiles, listed)
