@@ -334,7 +334,9 @@ def test_the_heaviest_are_listed_in_rising_order_and_of_equal_ones_the_first(num
     generator = torch.Generator().manual_seed(tiles)
     # Few values, whole powers of two, so that shares are exact and many are equal.
     sums = 2.0 ** torch.randint(0, 4, (2, 3 * 4, tiles), generator=generator)
-    sums[..., 0] += 2.0 ** (10 + sums[..., 1:].sum(-1).log2().ceil()) - sums.sum(-1)  # the sum of a row is a power of two
+    sums[..., 0] += 2.0 ** (10 + sums[..., 1:].sum(-1).log2().ceil()) - sums.sum(
+        -1
+    )  # the sum of a row is a power of two
     sums[1] = 0  # nothing has mass: the first are taken
     may = torch.ones(tiles, dtype=torch.int32)
     may[5] = 0

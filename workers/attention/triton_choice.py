@@ -55,7 +55,8 @@ def _tile_sums(  # type: ignore[no-untyped-def]
     blocks = ()
     for block in tl.static_range(BLOCKS):
         own = first_own + block * M
-        blocks += (_load_queries(q + head * stride_qn, query_place, own, num_queries, stride_ql, D, QUANT),)
+        own_queries = _load_queries(q + head * stride_qn, query_place, own, num_queries, stride_ql, D, QUANT)
+        blocks += (own_queries,)  # type: ignore[assignment, unused-ignore]
     column, of_thread = tl.arange(0, T * S), tl.arange(0, T * S) // (PAIR * QUAD)
     stretch = of_thread % (S // PAIR) * PAIR + column % PAIR
     of_step = of_thread // (S // PAIR) * QUAD + column // PAIR % QUAD
@@ -81,9 +82,9 @@ def _tile_sums(  # type: ignore[no-untyped-def]
             keys = tl.floor(keys.to(tl.float32) * (1.0 / step_k)[:, None] + 0.5).to(keys.dtype)
             step_k *= scale
         keys = tl.trans(keys)
-        tile = start + tl.arange(0, T)
+        totals = ()
         for block in tl.static_range(BLOCKS):
-            queries, step_q = blocks[block]
+            queries, step_q = blocks[block]  # type: ignore[var-annotated, unused-ignore]
             product = tl.dot(queries, keys, input_precision=PRECISION)
             if QUANT:
                 logit = product * step_q[:, None] * step_k[None, :] + mass[None, :]
@@ -91,9 +92,13 @@ def _tile_sums(  # type: ignore[no-untyped-def]
                 logit = product * step_k + mass[None, :]
             weight = tl.reshape(tl.exp2(logit), [M, T // QUAD, S // PAIR, QUAD, PAIR])
             total = tl.minimum(tl.reshape(tl.sum(tl.sum(weight, 4), 2), [M, T]), _LARGEST)
+            totals += (total,)  # type: ignore[assignment, unused-ignore]
+        # Threads wait for each other before each of these: not between the products.
+        tile = start + tl.arange(0, T)
+        for block in tl.static_range(BLOCKS):
             own = first_own + block * M
             out = sums + (head * num_queries + own)[:, None] * num_tiles + tile[None, :]
-            tl.store(out, total, mask=(own < num_queries)[:, None] & (tile < num_tiles)[None, :])
+            tl.store(out, totals[block], mask=(own < num_queries)[:, None] & (tile < num_tiles)[None, :])
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
