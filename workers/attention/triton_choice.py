@@ -38,6 +38,30 @@ def _load_queries(q, query_place, own, num_queries, stride_ql, D: tl.constexpr, 
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _keys_of_columns(T: tl.constexpr, S: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Tile of a step, and stretch of that tile, whose key stands in each column of a product.
+
+    Four threads have a row, each two neighbouring columns of every eight: tile t of four lies in columns 2t and 2t + 1
+    of every eight, so all its logits are in one thread.
+    """
+    PAIR: tl.constexpr = min(2, S)
+    QUAD: tl.constexpr = min(4, T)
+    column = tl.arange(0, T * S)
+    of_thread = column // (PAIR * QUAD)
+    of_step = of_thread // (S // PAIR) * QUAD + column // PAIR % QUAD
+    return of_step, of_thread % (S // PAIR) * PAIR + column % PAIR
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _sums_of_tiles(weight, M: tl.constexpr, T: tl.constexpr, S: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[M, T] of columns as `_keys_of_columns` has them."""
+    PAIR: tl.constexpr = min(2, S)
+    QUAD: tl.constexpr = min(4, T)
+    of_tile = tl.reshape(weight, [M, T // QUAD, S // PAIR, QUAD, PAIR])
+    return tl.minimum(tl.reshape(tl.sum(tl.sum(of_tile, 4), 2), [M, T]), _LARGEST)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _tile_sums(  # type: ignore[no-untyped-def]
     q, k, query_place, sums, stride_ql, stride_qn, stride_kn, stride_kl, num_queries, num_tiles, scale,
     tiles_at_once, M: tl.constexpr, BLOCKS: tl.constexpr, T: tl.constexpr, S: tl.constexpr, TILE: tl.constexpr,
@@ -45,21 +69,15 @@ def _tile_sums(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One program: BLOCKS times M queries of one head, T tiles of S keys at a time.
 
-    A thread of a product has two neighbouring columns of each eight, and four threads a row: tile t of four lies in
-    columns 2t and 2t + 1 of each eight. Which keys is worked out here: places that are read first would keep the keys
-    from being fetched ahead.
+    Which keys is worked out here: places that are read first would keep the keys from being fetched ahead.
     """
-    PAIR: tl.constexpr = min(2, S)
-    QUAD: tl.constexpr = min(4, T)
     head, first_own = tl.program_id(1).to(tl.int64), tl.program_id(0) * (BLOCKS * M) + tl.arange(0, M)
     blocks = ()
     for block in tl.static_range(BLOCKS):
         own = first_own + block * M
         own_queries = _load_queries(q + head * stride_qn, query_place, own, num_queries, stride_ql, D, QUANT)
         blocks += (own_queries,)  # type: ignore[assignment, unused-ignore]
-    column, of_thread = tl.arange(0, T * S), tl.arange(0, T * S) // (PAIR * QUAD)
-    stretch = of_thread % (S // PAIR) * PAIR + column % PAIR
-    of_step = of_thread // (S // PAIR) * QUAD + column // PAIR % QUAD
+    of_step, stretch = _keys_of_columns(T, S)
     first = tl.program_id(2) * tiles_at_once
     stop = tl.minimum(first + tiles_at_once, num_tiles)
     keys_of_head, stride_j = k + head * stride_kn, tl.full([], TILE, tl.int64) * stride_kl
@@ -90,9 +108,7 @@ def _tile_sums(  # type: ignore[no-untyped-def]
                 logit = product * step_q[:, None] * step_k[None, :] + mass[None, :]
             else:
                 logit = product * step_k + mass[None, :]
-            weight = tl.reshape(tl.exp2(logit), [M, T // QUAD, S // PAIR, QUAD, PAIR])
-            total = tl.minimum(tl.reshape(tl.sum(tl.sum(weight, 4), 2), [M, T]), _LARGEST)
-            totals += (total,)  # type: ignore[assignment, unused-ignore]
+            totals += (_sums_of_tiles(tl.exp2(logit), M, T, S),)  # type: ignore[assignment, unused-ignore]
         # Threads wait for each other before each of these: not between the products.
         tile = start + tl.arange(0, T)
         for block in tl.static_range(BLOCKS):
