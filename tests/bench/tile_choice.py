@@ -26,17 +26,19 @@ NUM_QUERIES = 4680
 SEEN = 12
 _OWN = -(-NUM_QUERIES // TILE)
 LAUNCHES = (
-    *((64, Launch(64, 1, programs, 4, stages)) for programs, stages in ((960, 2), (960, 3), (960, 4), (1920, 3))),
-    *((128, Launch(64, 1, programs, 4, stages)) for programs, stages in ((960, 1), (960, 2), (528, 2))),
-    *((64, Launch(64, 2, programs, 4, stages)) for programs, stages in ((792, 2), (792, 3), (396, 3))),
-    *((64, Launch(64, 3, programs, 4, stages)) for programs, stages in ((528, 2), (264, 2), (264, 3))),
-    *((64, Launch(64, 5, programs, 4, stages)) for programs, stages in ((264, 1), (528, 1), (132, 3))),
-    *((128, Launch(64, 5, programs, 8, stages)) for programs, stages in ((132, 1), (132, 2), (264, 2))),
-    *((128, Launch(64, 3, programs, 8, stages)) for programs, stages in ((264, 1), (264, 2), (528, 1))),
-    *((64, Launch(128, 1, programs, 8, stages)) for programs, stages in ((792, 2), (792, 3))),
-    *((64, Launch(128, 3, programs, 8, stages)) for programs, stages in ((132, 2), (132, 3), (264, 2))),
+    *((64, Launch(64, 1, 960, 4, stages)) for stages in (2, 3, 4)),
+    (128, Launch(64, 1, 960, 4, 2)),
+    (64, Launch(64, 2, 396, 4, 3)),
+    (128, Launch(64, 2, 396, 8, 2)),
+    *((64, Launch(64, 3, 264, 4, stages)) for stages in (2, 3)),
+    *((128, Launch(64, 3, 264, 8, stages)) for stages in (1, 2)),
+    *((64, Launch(64, 5, programs, 4, stages)) for programs, stages in ((264, 1), (132, 3))),
+    *((128, Launch(64, 5, programs, 8, stages)) for programs, stages in ((132, 1), (132, 2), (264, 2), (132, 3))),
+    *((64, Launch(128, 3, 132, 8, stages)) for stages in (2, 3)),
 )
 """Keys at once, and the rest."""
+LAUNCHES_OF_CODES = tuple(LAUNCHES[place] for place in (3, 5, 7, 9, 10, 13))
+"""Those of them that are timed with products of 8-bit codes, which need more registers."""
 WARPS_OF_HEAVIEST = 4, 8, 16
 
 
@@ -80,7 +82,7 @@ def launches(chooser: TileChoice, q: Tensor, k: Tensor, sum_NSJ: Tensor, *, quan
     found, usual, written = list[dict[str, Any]](), triton_choice.LAUNCH, None
     sizes = HEAD_DIM, TILE, chooser.settings.keys_per_tile
     try:
-        for keys, launch in ((chooser.settings.keys_at_once, usual), *LAUNCHES):
+        for keys, launch in ((chooser.settings.keys_at_once, usual), *(LAUNCHES_OF_CODES if quant else LAUNCHES)):
             triton_choice.LAUNCH = launch
             run = partial(
                 triton_choice.tile_sums, q, k, chooser._query_S, sum_NSJ, sizes, quant=quant, keys_at_once=keys,
