@@ -76,6 +76,7 @@ class TileChoice:
         self._always_A = _numbers(runs.always, device)
         self.num_chosen = min(s.num_chosen, len(self._candidate_J))
         self.num_early = min(s.num_early or s.num_chosen, len(self._candidate_J))
+        self.num_tiles = runs.num_tiles
         self.query_tiles = -(-num_queries // s.tile)
         self._query_S = sample_places(num_queries, s.tile, s.queries_per_tile, device)[0]
         self.sampled_slot_R = sample_places(runs.num_tiles * s.tile, s.tile, s.keys_per_tile, device)[0]
