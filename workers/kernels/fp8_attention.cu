@@ -73,7 +73,7 @@ __device__ __forceinline__ void hold(float (&x)[64]) {
 
 __device__ __forceinline__ float exp2_of(float x) {
     float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));  // volatile: before a wait that stands behind it
     return y;
 }
 
@@ -308,10 +308,10 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend(
         at_k.turn();
         weigh(s, top, best, sum, shrink);
         code(p, s);
-        int adds = 0;
+        if (entry + 1 < stop) await(full_k + at_k.slot * 8, at_k.parity);
+        [[maybe_unused]] int adds = 0;
 #pragma unroll 1
         for (entry++; entry < stop; entry++) {
-            await(full_k + at_k.slot * 8, at_k.parity);
             start(s, bias_rows + at_k.slot * 128, q);
             wait_turn(group);
             fence();
@@ -334,6 +334,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend(
             float before[2] = {shrink[0], shrink[1]};
 #endif
             weigh(s, top, best, sum, shrink);
+            // The next keys are waited for here since the compiler puts no exponential behind a loop, but any behind a wait.
+            if (entry + 1 < stop) await(full_k + at_k.slot * 8, at_k.parity);
             finish<0>();
 #if TWO_LEVELS
             hold(fresh);
