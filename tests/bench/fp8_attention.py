@@ -210,7 +210,7 @@ def milliseconds(call: Callable[[], object], repeats: int = 21, calls: int = 4) 
     with torch.cuda.graph(graph):
         for _ in range(calls):
             call()
-    times = []
+    times: list[float] = []
     for _ in range(repeats + 3):
         begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begun.record()

@@ -98,14 +98,15 @@ def attend_coded(
 
 def cast(x: Tensor, scale: float) -> Tensor:
     """To e4m3, saturating."""
-    return (x.float() * scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    wide: Tensor = x.float() * scale
+    return wide.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
 
 
 def swizzle(rows: Tensor) -> Tensor:
     """Rows [..., 128, 128] of a byte each as a tile has them: [..., 16384]."""
     row, piece = torch.arange(128, device=rows.device)[:, None], torch.arange(8, device=rows.device)[None, :]
     from_piece = (piece ^ (row & 7))[..., None].expand(128, 8, 16)
-    pieces = rows.unflatten(-1, (8, 16))
+    pieces: Tensor = rows.unflatten(-1, (8, 16))  # type: ignore[no-untyped-call]
     return pieces.gather(-2, from_piece.expand(pieces.shape)).flatten(-3)
 
 

@@ -14,23 +14,25 @@ ROWS = 64
 WARPS = 4
 
 
-@triton.jit
-def _cast(x, scale):
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _cast(x, scale):  # type: ignore[no-untyped-def]
     """To e4m3, saturating, as bytes."""
     x = tl.minimum(tl.maximum(x.to(tl.float32) * scale, -448.0), 448.0)
     return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
 
 
-@triton.jit
-def _swizzled(rows):
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _swizzled(rows):  # type: ignore[no-untyped-def]
     """Where pieces of 16 bytes lie in a tile: [rows, 8, 16]."""
     piece = tl.arange(0, 8)[None, :, None]
     at = rows[:, None, None] * 128 + (piece ^ (rows[:, None, None] & 7)) * 16
     return at + tl.arange(0, 16)[None, None, :]
 
 
-@triton.jit
-def _rows_kernel(x, to, num, stride_row, stride_head, tiles, scale, ROWS: tl.constexpr):
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _rows_kernel(  # type: ignore[no-untyped-def]
+    x, to, num, stride_row, stride_head, tiles, scale, ROWS: tl.constexpr
+):
     """Rows [num, heads, 128] into tiles."""
     part, head = tl.program_id(0), tl.program_id(1)
     row = part * ROWS + tl.arange(0, ROWS)
@@ -41,8 +43,8 @@ def _rows_kernel(x, to, num, stride_row, stride_head, tiles, scale, ROWS: tl.con
     tl.store(to + tile * 16384 + _swizzled(row % 128), code)
 
 
-@triton.jit
-def _run_kernel(
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _run_kernel(  # type: ignore[no-untyped-def]
     k, v, to_k, to_v, bias, num,
     k_row, k_head, v_row, v_head, tiles, scale_k, scale_v, no_key, factor,
     HAS_MASS: tl.constexpr, ROWS: tl.constexpr,
