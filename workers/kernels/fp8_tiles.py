@@ -106,7 +106,7 @@ def swizzle(rows: Tensor) -> Tensor:
     """Rows [..., 128, 128] of a byte each as a tile has them: [..., 16384]."""
     row, piece = torch.arange(128, device=rows.device)[:, None], torch.arange(8, device=rows.device)[None, :]
     from_piece = (piece ^ (row & 7))[..., None].expand(128, 8, 16)
-    pieces: Tensor = rows.unflatten(-1, (8, 16))  # type: ignore[no-untyped-call]
+    pieces: Tensor = rows.unflatten(-1, (8, 16))
     return pieces.gather(-2, from_piece.expand(pieces.shape)).flatten(-3)
 
 
