@@ -2,8 +2,8 @@
 
 Which keys merge, and all sums, are those of `triton_merge.py`, by the codes themselves: nothing is unpacked before. A
 key never changes and its value only where another one joins it; coding again what was decoded would give the same codes
-(`table_codes.py`). Codes and records move within the tensors of the layer without a buffer: what stays goes to an earlier
-slot if to another one at all, and a program writes where others have read.
+(`table_codes.py`). Codes and records move within the tensors of the layer without a buffer: what stays goes to
+an earlier slot if to another one at all, and a program writes where others have read.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from workers.cache.triton_rows import (
     coded_history,
     in_mean_units,
     load_halves,
+    load_places,
     store_mean,
     unit_pairs,
 )
@@ -84,7 +85,7 @@ def _mean_values(  # type: ignore[no-untyped-def]
     has_rest = is_key & (count > LISTED)
     group = tl.load(number + slot, mask=has_rest, other=0)
     own_first, own_second = load_halves(
-        v, largest, slot.to(tl.int64) * BYTES, is_key, D, M, HALVES, BITS, GROUP, KIND
+        v, largest, slot.to(tl.int64) * BYTES, is_key, D, M, HALVES, BITS, GROUP, KIND, True
     )  # fmt: skip
     first, second = _load_sums(summed, group, has_rest & (group < num_groups), D, RUN, HALVES)
     most = tl.maximum(total, 1e-30)
@@ -93,7 +94,7 @@ def _mean_values(  # type: ignore[no-untyped-def]
         there = is_key & (count > which)
         of = tl.load(member + slot * LISTED + which, mask=there, other=0)
         part = (tl.load(share + of, mask=there, other=0.0) / most * VALUE_UNITS)[:, None, None]
-        a, b = load_halves(v, largest, of.to(tl.int64) * BYTES, there, D, M, HALVES, BITS, GROUP, KIND)
+        a, b = load_halves(v, largest, of.to(tl.int64) * BYTES, there, D, M, HALVES, BITS, GROUP, KIND, True)
         first += in_units(a, part)
         second += in_units(b, part)
     share_of_own = (own / most)[:, None, None]
@@ -147,6 +148,23 @@ def _store_rows(x, at, rows, there, WIDTH: tl.constexpr):  # type: ignore[no-unt
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _store_position(at, place, there):  # type: ignore[no-untyped-def]
+    time, line, column = place
+    tl.store(at, time, mask=there)
+    tl.store(at + 1, line, mask=there)
+    tl.store(at + 2, column, mask=there)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _known_distance(apart, partner, root, head_of, slot, is_key):  # type: ignore[no-untyped-def]
+    """Of a key that follows no other one and whose partner stays, else -1; pointers are those of its head."""
+    own_partner = tl.load(partner + slot, mask=is_key, other=-1)
+    stays = is_key & (own_partner >= 0) & (tl.load(root + slot, mask=is_key, other=-1) == slot)
+    stays &= tl.load(head_of + own_partner, mask=stays, other=-1) == own_partner
+    return tl.load(apart + slot, mask=stays, other=-1.0)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _wait_for_readers(is_read, first, stop, MOST: tl.constexpr):  # type: ignore[no-untyped-def]
     """Until all of these programs have read; they were begun before this one and wait for nobody until then."""
     reader = first + tl.arange(0, MOST)
@@ -180,33 +198,26 @@ def move_history(  # type: ignore[no-untyped-def]
     mine, held = head * num_slots, head * history_slots
     k_rows, k_most = _load_rows(k_code, held + slot, is_key, CODES), _load_rows(k_largest, held + slot, is_key, LARGEST)
     v_rows, v_most = _load_rows(v_code, held + slot, is_key, CODES), _load_rows(v_largest, held + slot, is_key, LARGEST)
-    at_p = position + (held + slot) * 3
-    time, line = tl.load(at_p, mask=is_key, other=0.0), tl.load(at_p + 1, mask=is_key, other=0.0)
-    column = tl.load(at_p + 2, mask=is_key, other=0.0)
+    place_of_key = load_places(position, (held + slot) * 3, is_key)
     mass = tl.load(m + held + slot, mask=is_key, other=0) + tl.load(joined + mine + slot, mask=is_key, other=0)
     _, total = total_weight(weight + held, added + mine, slot, is_key)
     shift = num_keep - tl.load(rank + mine + num_slots - 1) - 1
     older = partner_of_group(old_partner + mine, root + mine, head_of + mine, rank + mine, slot, is_key, shift)
-    distance = tl.full([M], -1.0, tl.float32)
+    distance = older.to(tl.float32)
     if APART:
-        # Of a key that follows no other one and whose partner stays.
-        own_partner = tl.load(old_partner + mine + slot, mask=is_key, other=-1)
-        stays = is_key & (own_partner >= 0) & (tl.load(root + mine + slot, mask=is_key, other=-1) == slot)
-        stays &= tl.load(head_of + mine + own_partner, mask=stays, other=-1) == own_partner
-        distance = tl.load(apart + held + slot, mask=stays, other=-1.0)
-    tl.debug_barrier()
-    tl.atomic_xchg(is_read + head * pieces + piece, 1, sem="release")
+        distance = _known_distance(apart + held, old_partner + mine, root + mine, head_of + mine, slot, is_key)
     # The first key of these slots goes there, or further behind.
     first = tl.load(rank + mine + tl.minimum(piece * M, num_slots - 1)) + shift
+    # Loads of all threads come before what others write who see the flag: barrier, release, look.
+    tl.debug_barrier()
+    tl.atomic_xchg(is_read + head * pieces + piece, 1, sem="release")
     _wait_for_readers(is_read + head * pieces, tl.maximum(first, 0) // M, piece, MOST)
     here = held + place
     _store_rows(k_code, here, k_rows, kept, CODES)
     _store_rows(k_largest, here, k_most, kept, LARGEST)
     _store_rows(v_code, here, v_rows, kept, CODES)
     _store_rows(v_largest, here, v_most, kept, LARGEST)
-    tl.store(position + here * 3, time, mask=kept)
-    tl.store(position + here * 3 + 1, line, mask=kept)
-    tl.store(position + here * 3 + 2, column, mask=kept)
+    _store_position(position + here * 3, place_of_key, kept)
     # Codes of free slots may stay: there is no key by their log m.
     tl.store(m + here, mass, mask=used)
     tl.store(weight + here, tl.where(is_key, total, 0.0), mask=used)
@@ -235,7 +246,7 @@ def mean_of_tile(  # type: ignore[no-untyped-def]
         slot = first + step * M + tl.arange(0, M)
         live = tl.load(m + slot) > 0
         a, b, c, d = unit_pairs(
-            k, largest, slot * BYTES, position, slot * 3, live, axis, frequency, P, M, BITS, GROUP, KIND
+            k, largest, slot * BYTES, position, slot * 3, live, axis, frequency, P, M, BITS, GROUP, KIND, True
         )
         # Those of slots without a key are 0.
         even_a += in_mean_units(a)
