@@ -37,7 +37,7 @@ APART: Changes = {(triton_collect, "AVERAGES_ON_THE_WAY"): False}
 """Means of tiles by a kernel of their own."""
 VARIANTS: Variants = (
     ("average_tiles: behind the move", "move_history|average_tiles", APART),
-    *launches(triton_collect, "move_history", {"num_warps": 8}, {"maxnreg": 80}, {"maxnreg": 64}, {"TURNED": 32}),
+    *launches(triton_collect, "move_history", {"num_warps": 8}, {"num_warps": 8, "TURNED": 32}, {"maxnreg": 80}),
     *(
         (
             f"average_tiles: behind the move, {other}",
