@@ -61,10 +61,8 @@ def least_of_merge(s: TableSettings, storage: CodedStorage) -> dict[str, float]:
     else:
         compared = {"pair_cosine": slots * (codes + 24)}
     bytes_of = compared | {
-        "move_codes": kept * 8 * codes,
+        "move_history": kept * (4 * codes + 92),
         "average_tiles": kept * (codes + 16),
-        "collect_records": kept * 96,
-        "write_records": kept * 52,
         "average_groups": given_up * 3 * codes,
         "_weigh": given_up * (2 * codes + 56),
     }

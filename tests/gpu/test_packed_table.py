@@ -54,14 +54,20 @@ def test_packing_gives_the_codes_of_the_plain_way(storage: Storage, head_dim: in
 
 
 @pytest.mark.parametrize(
-    ("storage", "rule", "head_dim", "head_by_head"), [*((*sizes, False) for sizes in MERGED), (*MERGED[0], True)]
+    ("storage", "rule", "head_dim", "otherwise"),
+    [
+        *((*sizes, {}) for sizes in MERGED),
+        (*MERGED[0], {"_SUMMED_BYTES": 1}),
+        (*MERGED[2], {"AVERAGES_ON_THE_WAY": False, "_MOVED_AT_ONCE": 32}),
+    ],
 )
 def test_merging_into_codes_gives_the_bits_of_merging_in_the_workspace_and_packing(
-    storage: Storage, rule: MergeRule, head_dim: int, head_by_head: bool, monkeypatch: pytest.MonkeyPatch
+    storage: Storage, rule: MergeRule, head_dim: int, otherwise: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also head by head, and with means of tiles by a kernel of their own."""
     pytest.importorskip("triton")
-    if head_by_head:
-        monkeypatch.setattr("workers.cache.triton_collect._SUMMED_BYTES", 1)
+    for name, value in otherwise.items():
+        monkeypatch.setattr(f"workers.cache.triton_collect.{name}", value)
     check_merge(storage, rule, head_dim)
 
 
