@@ -9,24 +9,23 @@ from torch import Tensor
 
 from tests.plain_fp8 import round_linears
 from workers.model.backbones import BACKBONES, find_backbone
+from workers.model.add_norm import Norm, norm_codes_plain
 from workers.model.dit import CausalDiT
 from workers.model.fp8_linears import (
     Codes,
     Fp8Linears,
     Fp8Way,
     LinearWeights,
-    Norm,
     encode_rows,
     gelu_codes_plain,
     multiply,
-    norm_codes_plain,
     quantise,
     row_codes_plain,
     weight_codes_plain,
 )
 from workers.model.prompt_attention import hold_prompt
 from workers.model.rope import grid_positions, make_rotation
-from workers.model.static_layers import StaticLayers, Targets
+from workers.model.static_layers import StaticLayers, Stream, Targets
 
 TOKENS, FRAMES, EPS = 12, 3, 1e-6
 LARGEST_ERROR = 0.04
@@ -123,9 +122,9 @@ class OneLayer:
         heads = BACKBONE.num_heads, TOKENS, BACKBONE.head_dim
         to = Targets(torch.zeros_like(self.out), torch.zeros(heads), torch.zeros(heads))
         weights = (layers.clean_weights if clean else layers.weights)[0]
-        layers.enter(weights, self.x, self.time, self.rotation, to)
-        prompt = hold_prompt(self.keys)[0]
-        return [layers.leave(weights, prompt, self.x, self.out, self.time), *to]
+        x = layers.enter(weights, Stream(self.x), self.time, self.rotation, to)
+        stream = layers.leave(weights, hold_prompt(self.keys)[0], x, self.out, self.time)
+        return [layers.settle(stream, self.time), *to]
 
 
 @pytest.mark.parametrize("fp8", ["ffn", "large", "all"])
