@@ -112,9 +112,10 @@ def test_a_row_of_zeros_has_codes_of_zero() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "head_dim"), [(3, 40), (12, 128)])
-def test_scales_applied_before_norm_and_rope(dtype: torch.dtype, heads: int, head_dim: int) -> None:
+@pytest.mark.parametrize("tokens", [0, 1, 4])
+def test_scales_applied_before_norm_and_rope(dtype: torch.dtype, heads: int, head_dim: int, tokens: int) -> None:
     pytest.importorskip("triton")
-    from workers.model.fused import norm_rotate
+    from workers.model.fused_rotate import Launch, norm_rotate
 
     dim = heads * head_dim
     rotation = make_rotation(grid_positions(torch.arange(2, device=DEVICE) + 40, 3, 5)[None], head_dim, 10_000.0)
@@ -127,7 +128,8 @@ def test_scales_applied_before_norm_and_rope(dtype: torch.dtype, heads: int, hea
         Targets(*(torch.zeros(shape, device=DEVICE, dtype=dtype) for shape in shapes))
         for shapes in [((TOKENS, heads, head_dim), *2 * [(heads, TOKENS, head_dim)])] * 2
     )
-    norm_rotate(product.sum_QO, norms, rotation, 1e-6, found, (product.scale_Q1, product.scale_1O, product.bias_O))
+    scales = product.scale_Q1, product.scale_1O, product.bias_O
+    norm_rotate(product.sum_QO, norms, rotation, 1e-6, found, scales, Launch(tokens))
     norm_rotate_plain(product.value, *norms, rotation, 1e-6, expected)
     tolerance = 1e-4 if dtype == torch.float32 else 3e-2
     for a, b in zip(found, expected, strict=True):

@@ -155,10 +155,10 @@ def norm_rotate_into(
 ) -> None:  # fmt: skip
     """RMSNorm over all heads and RoPE of queries and keys, and values, to where attention reads them.
 
-    The first four are a `Product`. On a GPU by a kernel of our own, whose arguments are these; see `fused.norm_rotate`.
+    The first four are a `Product`. On a GPU by a kernel of our own, whose arguments are these; see `fused_rotate.norm_rotate`.
     """
     if qkv_QF.is_cuda:
-        from workers.model.fused import norm_rotate
+        from workers.model.fused_rotate import norm_rotate
 
         scales = None if scale_Q1 is None or scale_1F is None or bias_F is None else (scale_Q1, scale_1F, bias_F)
         norm_rotate(qkv_QF, (norm_q_E, norm_k_E), (cos, sin), eps, (q_QND, k_NQD, v_NQD), scales)
