@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.gpu.test_fused_codes import assert_near, draw, draw_product
+from workers.model import add_norm
 from workers.model.add_norm import Norm, _add_plain, norm_codes_plain, norm_rows_plain
 from workers.model.fp8_linears import Product, has_products
 
@@ -52,6 +53,11 @@ def test_norm_and_rows_in_one_pass(dtype: torch.dtype, dim: int, case: str) -> N
 
     x, product, norm = draw_case(case, dim, dtype)
     out, rows = fused_norms.norm_rows(x, product, norm, EPS)
+    if product is None:
+        assert torch.equal(add_norm._norm_rows(x, *norm, EPS), rows)
+    else:
+        for found, same in zip(add_norm._add_norm_rows(x, *product, *norm, EPS), (out, rows), strict=True):
+            assert torch.equal(found, same)
     stream, exact = in_float64(x, product, norm)
     rounding = 1e-5 if dtype == torch.float32 else 2**-8
     torch.testing.assert_close(out, stream, rtol=rounding, atol=1e-5)
@@ -86,6 +92,7 @@ def test_the_last_product_is_added_alone(dtype: torch.dtype, scaled: bool) -> No
     x, product = draw(TOKENS, 96, dtype=dtype, seed=5), draw_product(96, dtype, scaled=scaled)
     norm = Norm(draw(6, 96, dtype=dtype, seed=6), draw(FRAMES, 6, 96, dtype=dtype, seed=7), 5)
     found = fused_norms.add_product(x, product, norm)
+    assert torch.equal(add_norm._add_product(x, *product, *norm[:3]), found)
     torch.testing.assert_close(found, in_float64(x, product, norm._replace(shift=0))[0], rtol=2**-8, atol=1e-5)
 
 

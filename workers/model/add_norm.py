@@ -34,7 +34,7 @@ class Norm(NamedTuple):
     """Modulation that the gate is of, where that is another layer's."""
 
     @property
-    def gate_from_6E(self) -> Tensor:
+    def gate_source(self) -> Tensor:
         """Where the gate stands."""
         return self.modulation_6E if self.gate_6E is None else self.gate_6E
 
@@ -84,7 +84,7 @@ def norm_rows_plain(x_QE: Tensor, product: Product | None, norm: Norm, eps: floa
 def _add_plain(x_QE: Tensor, product: Product, norm: Norm) -> Tensor:
     if norm.gate < 0:
         return x_QE + product.value
-    gate = (norm.gate_from_6E[norm.gate] + norm.time_T6E[:, norm.gate])[None, :, None]
+    gate = (norm.gate_source[norm.gate] + norm.time_T6E[:, norm.gate])[None, :, None]
     return add_gated(x_QE[None], product.value[None], gate)[0]
 
 
@@ -98,7 +98,7 @@ def norm_codes_plain(x_QE: Tensor, product: Product | None, norm: Norm, eps: flo
 
     if product is not None:
         more = product.in_float32()
-        more = more if norm.gate < 0 else more * modulation(norm.gate_from_6E, norm.gate)
+        more = more if norm.gate < 0 else more * modulation(norm.gate_source, norm.gate)
         x_QE = (x_QE.float() + more).to(x_QE.dtype)
     h = F.layer_norm(x_QE.float(), (x_QE.shape[-1],), None, None, eps)
     if norm.weight_E is not None and norm.bias_E is not None:

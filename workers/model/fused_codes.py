@@ -21,7 +21,7 @@ GELU_WARPS, ROW_WARPS, WEIGHT_WARPS = 8, 4, 4
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def apply_scales(  # type: ignore[no-untyped-def]
+def _apply_scales(  # type: ignore[no-untyped-def]
     sums, row_scale, column_scale, bias, row, channel, inside, E: tl.constexpr, SCALED: tl.constexpr
 ):  # fmt: skip
     """A piece of a row of a product, float32. Scales of columns and bias are every row's and stay near."""
@@ -34,7 +34,7 @@ def apply_scales(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def store_codes(  # type: ignore[no-untyped-def]
+def _store_codes(  # type: ignore[no-untyped-def]
     code, scale, row, a, b, at_a, at_b, in_a, in_b, E: tl.constexpr
 ):  # fmt: skip
     """Two pieces of a row, zero outside of it."""
@@ -66,9 +66,9 @@ def _gelu_codes(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     at_a, at_b = tl.arange(0, A), A + tl.arange(0, B)
     in_a, in_b = at_a < E, at_b < E
-    a = _gelu(apply_scales(sums, row_scale, column_scale, bias, row, at_a, in_a, E, SCALED), APPROXIMATE)
-    b = _gelu(apply_scales(sums, row_scale, column_scale, bias, row, at_b, in_b, E, SCALED), APPROXIMATE)
-    store_codes(code, scale, row, a, b, at_a, at_b, in_a, in_b, E)
+    a = _gelu(_apply_scales(sums, row_scale, column_scale, bias, row, at_a, in_a, E, SCALED), APPROXIMATE)
+    b = _gelu(_apply_scales(sums, row_scale, column_scale, bias, row, at_b, in_b, E, SCALED), APPROXIMATE)
+    _store_codes(code, scale, row, a, b, at_a, at_b, in_a, in_b, E)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -82,7 +82,7 @@ def _row_codes(  # type: ignore[no-untyped-def]
     at = h + row * stride_q
     a = tl.load(at + (at_a // D).to(tl.int64) * stride_n + at_a % D, mask=in_a, other=0.0).to(tl.float32)
     b = tl.load(at + (at_b // D).to(tl.int64) * stride_n + at_b % D, mask=in_b, other=0.0).to(tl.float32)
-    store_codes(code, scale, row, a, b, at_a, at_b, in_a, in_b, E)
+    _store_codes(code, scale, row, a, b, at_a, at_b, in_a, in_b, E)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -105,7 +105,7 @@ def gelu_codes(product: Product, num_warps: int = GELU_WARPS, *, approximate: bo
     code, scale = room_for_codes(sums, sums.shape[1])
     _gelu_codes[(len(sums),)](
         sums, *(sums if s is None else s for s in scales), code, scale, E=sums.shape[1],
-        SCALED=scales[0] is not None, APPROXIMATE=approximate, **pieces_of(sums.shape[1]), num_warps=num_warps,
+        SCALED=scales[0] is not None, APPROXIMATE=approximate, **_pieces(sums.shape[1]), num_warps=num_warps,
     )  # fmt: skip
     return code, scale
 
@@ -117,7 +117,7 @@ def row_codes(h_QND: Tensor, num_warps: int = ROW_WARPS) -> tuple[Tensor, Tensor
     code, scale = room_for_codes(h_QND, heads * head_dim)
     _row_codes[(num_tokens,)](
         h_QND, code, scale, *h_QND.stride()[:2], E=heads * head_dim, D=head_dim,
-        **pieces_of(heads * head_dim), num_warps=num_warps,
+        **_pieces(heads * head_dim), num_warps=num_warps,
     )  # fmt: skip
     return code, scale
 
@@ -128,11 +128,11 @@ def weight_codes(weight_OI: Tensor, scale_1O: Tensor, num_warps: int = WEIGHT_WA
     assert scale_1O.is_contiguous()
     code = torch.empty_like(weight_OI, dtype=torch.float8_e4m3fn)
     outputs, inputs = weight_OI.shape
-    _weight_codes[(outputs,)](weight_OI, scale_1O, code, E=inputs, **pieces_of(inputs), num_warps=num_warps)
+    _weight_codes[(outputs,)](weight_OI, scale_1O, code, E=inputs, **_pieces(inputs), num_warps=num_warps)
     return code
 
 
-def pieces_of(width: int) -> dict[str, Any]:
+def _pieces(width: int) -> dict[str, Any]:
     """Two powers of two that hold a row with little to spare: 1536 is 1024 and 512, 8960 is 8192 and 768 of 1024."""
     first = triton.next_power_of_2(width) // 2
     return {"A": first, "B": triton.next_power_of_2(width - first)}

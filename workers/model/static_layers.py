@@ -155,7 +155,7 @@ def norm_rotate_into(
 ) -> None:  # fmt: skip
     """RMSNorm over all heads and RoPE of queries and keys, and values, to where attention reads them.
 
-    The first four are a `Product`. On a GPU by a kernel of our own, whose arguments are these; see `fused_rotate.norm_rotate`.
+    The first four are a `Product`. On a GPU by a kernel of our own, whose arguments are these; see `fused_rotate`.
     """
     if qkv_QF.is_cuda:
         from workers.model.fused_rotate import norm_rotate

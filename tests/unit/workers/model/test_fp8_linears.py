@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.plain_fp8 import round_linears
-from workers.model.backbones import BACKBONES, find_backbone
 from workers.model.add_norm import Norm, norm_codes_plain
+from workers.model.backbones import BACKBONES, find_backbone
 from workers.model.dit import CausalDiT
 from workers.model.fp8_linears import (
     Codes,
@@ -138,6 +138,25 @@ def test_every_way_gives_the_same_and_is_near_the_layer_itself(fp8: Fp8Linears) 
     assert 1e-3 < distance(found[0] - layer.x, exact[0] - layer.x) < 3 * LARGEST_ERROR
     assert torch.equal(found[3], exact[3]) == (fp8 == "ffn"), "values come of the product for queries, keys and values"
     assert distance(found[1], exact[1]) < 2 * LARGEST_ERROR
+
+
+@pytest.mark.parametrize("fp8", ["none", "large", "all"])
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_what_a_layer_ends_with_is_added_where_the_next_begins(fp8: Fp8Linears, backend: str | None) -> None:
+    layer = OneLayer()
+    layers, prompt = StaticLayers(layer.model, fp8), hold_prompt(layer.keys)[0]
+    if backend is not None:
+        layers.compile(backend)
+    stream = layers.leave(layers.weights[0], prompt, layer.x, layer.out, layer.time)
+    assert torch.equal(stream.x_QE + 0, layers.settle(Stream(stream.x_QE), layer.time))
+    heads, found = (BACKBONE.num_heads, TOKENS, BACKBONE.head_dim), []
+    for entered in (stream, Stream(layers.settle(stream, layer.time))):
+        to = Targets(torch.zeros_like(layer.out), torch.zeros(heads), torch.zeros(heads))
+        found.append((layers.enter(layers.weights[1], entered, layer.time, layer.rotation, to), *to))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, **({} if fp8 == "none" else {"rtol": 1e-3, "atol": 1e-3}))
+    if fp8 == "none" and backend is None:
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("fp8", ["ffn", "large", "all"])
