@@ -36,6 +36,8 @@ class Launch(NamedTuple):
     """The last tokens first: what a product wrote last is nearest."""
 
 
+_WIDE = 2048
+"""Channels beyond which a row takes eight warps, so that it stays in registers."""
 ROWS, CODES, STREAM = Launch(num_warps=2), Launch(num_warps=2), Launch(num_warps=2)
 """By what is written. Two warps read 1536 channels by 16 bytes a thread and take 64 registers."""
 
@@ -190,5 +192,6 @@ def _run(
         *(x_QE if w is None else w for w in (norm.weight_E, norm.bias_E)), *to, frame_tokens, eps,
         E=dim, GATE=norm.gate if product is not None else -1, SHIFT=norm.shift, ADDS=product is not None,
         SCALED=scales[0] is not None, FORM=form, TOKENS=tokens, STAGES=launch.num_stages,
-        REVERSED=launch.is_reversed, PIECE=min(dim & -dim, 512), num_warps=launch.num_warps,
+        REVERSED=launch.is_reversed, PIECE=min(dim & -dim, 512 if dim <= _WIDE else 2048),
+        num_warps=launch.num_warps if dim <= _WIDE else 8,
     )  # fmt: skip

@@ -125,6 +125,8 @@ class StaticLayers:
 
 
 def _enter(w: LayerWeights, stream: Stream, time_T6E: Tensor, rotation: Rotation, to: Targets, how: _Ways) -> Tensor:
+    if not (how.linear.kernels and stream.x_QE.is_cuda):  # nothing is gained by one pass
+        stream = Stream(_settle(stream, time_T6E, how))
     x_QE, product, gate_6E = stream
     norm = Norm(w.modulation_6E, time_T6E, gate=-1 if product is None else _LAST_GATE, shift=0, gate_6E=gate_6E)
     x_QE, h = _add_norm(w.qkv, x_QE, product, norm, how)
