@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from tests.packed_checks import (
+    FLAGS,
     INTERPRETED,
     MERGED,
     PARTS,
     SHAPES,
     captured_differs,
+    check_flags,
     check_known_distances,
     check_merge,
     check_pack,
@@ -61,6 +63,12 @@ def test_merging_into_codes_gives_the_bits_of_merging_in_the_workspace_and_packi
     if head_by_head:
         monkeypatch.setattr("workers.cache.triton_collect._SUMMED_BYTES", 1)
     check_merge(storage, rule, head_dim)
+
+
+@pytest.mark.parametrize(("num_tiles", "query_tiles", "listed"), FLAGS)
+def test_tiles_that_are_listed_are_flagged(num_tiles: int, query_tiles: int, listed: int) -> None:
+    pytest.importorskip("triton")
+    check_flags(num_tiles, query_tiles, listed)
 
 
 def test_distances_that_are_known_are_those_that_are_found_anew() -> None:
