@@ -89,7 +89,7 @@ def bytes_of_passes(w: LayerWeights, num_tokens: int, num_heads: int, prompt_row
         """What attention wrote, encoded, or read as it lies."""
         return stream + taken(linear) if _is_coded(linear) else 0
 
-    enter = stream + taken(w.qkv)
+    enter = 3 * stream + taken(w.qkv)  # what the layer before ends with is added here
     rotate = 6 * stream + num_tokens * width // num_heads * 4  # with cosines and sines, in float32
     to_cross = attended(w.out) + 3 * stream + taken(w.cross_q)
     cross = 3 * stream + 2 * prompt_rows * width * size  # queries twice, for their norm is over all heads
@@ -98,7 +98,7 @@ def bytes_of_passes(w: LayerWeights, num_tokens: int, num_heads: int, prompt_row
     gelu = num_tokens * w.up.weight_OI.shape[0] * (size + 1) if _is_coded(w.down) else 0
     linears = (w.qkv, w.out, w.cross_q, w.cross_out, w.up, w.down)
     codes = sum(linear.weight_OI.numel() * (size + 1) for linear in linears if _is_coded(linear))
-    return enter + rotate + to_cross + cross + to_ffn + gelu + 3 * stream + codes
+    return enter + rotate + to_cross + cross + to_ffn + gelu + codes
 
 
 def _is_coded(linear: LinearWeights) -> bool:

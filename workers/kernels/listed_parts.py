@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from workers.kernels.listed_gather import attend_gathered_lse
-from workers.kernels.listed_tiles import AttendLse, ListedName, make_attend_lse
+from workers.kernels.listed_tiles import AttendInto, AttendLse, ListedName, copied, make_attend_into, make_attend_lse
 from workers.kernels.lse import merge
 
 AttendRun = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -28,6 +28,8 @@ class PartedAttention(NamedTuple):
     run: AttendRun | None
     """None where lists must do."""
     compose: Compose
+    listed_into: AttendInto
+    """`listed` into buffers."""
 
 
 def make_parted(name: ListedName | Literal["reference"], tile: int, *, dense: bool = True) -> PartedAttention:
@@ -41,13 +43,17 @@ def make_parted(name: ListedName | Literal["reference"], tile: int, *, dense: bo
         ImportError: Its package is not installed.
     """
     if name == "reference":
-        return PartedAttention(lambda q, k, v, index: attend_gathered_lse(q, k, v, index, tile), None, compose_plain)
-    listed = make_attend_lse(name, tile)
+
+        def gathered(q_QNW: Tensor, k_NLW: Tensor, v_NLD: Tensor, index_NIJ: Tensor) -> tuple[Tensor, Tensor]:
+            return attend_gathered_lse(q_QNW, k_NLW, v_NLD, index_NIJ, tile)
+
+        return PartedAttention(gathered, None, compose_plain, copied(gathered))
+    listed, into = make_attend_lse(name, tile), make_attend_into(name, tile)
     if name == "torch":
-        return PartedAttention(listed, None, compose_plain)
+        return PartedAttention(listed, None, compose_plain, into)
     from workers.kernels.triton_compose import compose
 
-    return PartedAttention(listed, _make_flash_run() if dense and name == "flash-attn-4" else None, compose)
+    return PartedAttention(listed, _make_flash_run() if dense and name == "flash-attn-4" else None, compose, into)
 
 
 def compose_plain(out_a_QND: Tensor, lse_a_QN: Tensor, out_b_QND: Tensor, lse_b_QN: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from workers.metrics import Stopwatch
 from workers.model.dit import CausalDiT
 from workers.model.prompt_attention import PromptTable, hold_prompt
 from workers.model.rope import Rotation, make_rotation
-from workers.model.static_layers import StaticLayers, Targets
+from workers.model.static_layers import StaticLayers, Stream, Targets
 from workers.rollout import CleanChunk, RolloutPlan, chunk_positions
 from workers.rollouts.kept_history import KeptHistory, Keys, Looked, Mark
 from workers.streams import stream_for
@@ -278,13 +278,13 @@ class CapturedRollout:
         x = model.embed_patches(self._latents)
         if self._control is not None:
             x = x + self._control
-        x = x[0].to(model.dtype)
+        stream = Stream(x[0].to(model.dtype))
         time_BTE, time_BT6E = model.embed_time(self._timestep)
         time_T6E = time_BT6E[0]
         mark("embed")
         for index, weights in enumerate(layers.clean_weights if clean else layers.weights):
             listed, fewer = self._lists[self._is_early][index]
-            layers.enter(weights, x, time_T6E, self._rotation, self._targets[index])
+            x = layers.enter(weights, stream, time_T6E, self._rotation, self._targets[index])
             mark("queries, keys, values")
             if choose:
                 keys = self._lay_out(index, mark, for_choice=True)
@@ -302,8 +302,9 @@ class CapturedRollout:
             else:
                 out = self._attend(self._q_QNW, keys.k_NLW, keys.v_NLD, listed)
                 mark("attention")
-            x = layers.leave(weights, self._prompt[index], x, out, time_T6E)
+            stream = layers.leave(weights, self._prompt[index], x, out, time_T6E)
             mark("output, cross-attention, feed-forward")
+        x = layers.settle(stream, time_T6E)
         self._flow.copy_(model.read_out(x[None], time_BTE, self._latent_size))
         mark("head")
 

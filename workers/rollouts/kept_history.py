@@ -102,7 +102,7 @@ class KeptHistory:
         self._kept = [
             _Kept(
                 torch.zeros(shape, dtype=v_NLD.dtype, device=device),
-                torch.full(shape[:2], -torch.inf, dtype=exact, device=device),
+                torch.full((heads, fresh.own_tokens), -torch.inf, dtype=exact, device=device).T,
             )
             for _ in layers
         ]
@@ -141,9 +141,7 @@ class KeptHistory:
         if beside is not None:
             beside.wait_stream(torch.cuda.current_stream())
         if looked is not None:
-            found = self._ways.listed(q_QNW, looked.keys.k_NLW, looked.keys.v_NLD, looked.index_NIJ)
-            for buffer, values in zip(kept, found, strict=True):
-                buffer.copy_(values)
+            self._ways.listed_into(q_QNW, looked.keys.k_NLW, looked.keys.v_NLD, looked.index_NIJ, kept)
             mark("attention to the history")
         with torch.cuda.stream(beside):  # None changes nothing
             out, lse = self._attend_fresh(q_QNW, fresh)
