@@ -26,15 +26,15 @@ NUM_QUERIES = 4680
 SEEN = 12
 _OWN = -(-NUM_QUERIES // TILE)
 LAUNCHES = (
-    *((64, Launch(64, 1, 960, 4, stages)) for stages in (2, 3, 4)),
-    (128, Launch(64, 1, 960, 4, 2)),
-    (64, Launch(64, 2, 396, 4, 3)),
-    (128, Launch(64, 2, 396, 8, 2)),
-    *((64, Launch(64, 3, 264, 4, stages)) for stages in (2, 3)),
-    *((128, Launch(64, 3, 264, 8, stages)) for stages in (1, 2)),
-    *((64, Launch(64, 5, programs, 4, stages)) for programs, stages in ((264, 1), (132, 3))),
-    *((128, Launch(64, 5, programs, 8, stages)) for programs, stages in ((132, 1), (132, 2), (264, 2), (132, 3))),
-    *((64, Launch(128, 3, 132, 8, stages)) for stages in (2, 3)),
+    *(Launch(64, 64, 1, 960, 4, stages) for stages in (2, 3, 4)),
+    Launch(64, 128, 1, 960, 4, 2),
+    Launch(64, 64, 2, 396, 4, 3),
+    Launch(64, 128, 2, 396, 8, 2),
+    *(Launch(64, 64, 3, 264, 4, stages) for stages in (2, 3)),
+    *(Launch(64, 128, 3, 264, 8, stages) for stages in (1, 2)),
+    *(Launch(64, 64, 5, programs, 4, stages) for programs, stages in ((264, 1), (132, 3))),
+    *(Launch(64, 128, 5, programs, 8, stages) for programs, stages in ((132, 1), (132, 2), (264, 2), (132, 3))),
+    *(Launch(128, 64, 3, 132, 8, stages) for stages in (2, 3)),
 )
 """Keys at once, and the rest."""
 LAUNCHES_OF_CODES = tuple(LAUNCHES[place] for place in (3, 5, 7, 9, 10, 13))
@@ -79,26 +79,23 @@ def others(chooser: TileChoice, q: Tensor, k: Tensor, lists: tuple[Tensor, Tenso
 
 def launches(chooser: TileChoice, q: Tensor, k: Tensor, sum_NSJ: Tensor, *, quant: bool) -> list[dict[str, Any]]:
     """The first kernel in all of them, the fastest first."""
-    found, usual, written = list[dict[str, Any]](), triton_choice.LAUNCH, None
+    found, written = list[dict[str, Any]](), None
+    usual = triton_choice.choose_launch(k, quant=quant)
     sizes = HEAD_DIM, TILE, chooser.settings.keys_per_tile
-    try:
-        for keys, launch in ((chooser.settings.keys_at_once, usual), *(LAUNCHES_OF_CODES if quant else LAUNCHES)):
-            triton_choice.LAUNCH = launch
-            run = partial(
-                triton_choice.tile_sums, q, k, chooser._query_S, sum_NSJ, sizes, quant=quant, keys_at_once=keys,
-            )  # fmt: skip
-            queries, blocks, programs, warps, stages = launch
-            name = f"sums{' of codes' if quant else ''}, {blocks}x{queries} queries x {keys} keys, {programs} programs"
-            found.append({"kernel": f"{name}, {warps} warps, {stages} stages"})
-            try:
-                found[-1]["ms"] = milliseconds(run, q.device)
-                written = sum_NSJ.clone() if written is None else written
-                found[-1]["same_bits"] = torch.equal(sum_NSJ, written)
-                found[-1]["differs"] = float(((sum_NSJ - written).abs() / written).max())
-            except Exception as error:  # of Triton: it does not fit into shared memory
-                found[-1]["notes"] = f"{type(error).__name__}"
-    finally:
-        triton_choice.LAUNCH = usual
+    for launch in (usual, *(LAUNCHES_OF_CODES if quant else LAUNCHES)):
+        run = partial(
+            triton_choice.tile_sums, q, k, chooser._query_S, sum_NSJ, sizes, quant=quant, launch=launch,
+        )  # fmt: skip
+        queries, keys, blocks, programs, warps, stages = launch
+        name = f"sums{' of codes' if quant else ''}, {blocks}x{queries} queries x {keys} keys, {programs} programs"
+        found.append({"kernel": f"{name}, {warps} warps, {stages} stages"})
+        try:
+            found[-1]["ms"] = milliseconds(run, q.device)
+            written = sum_NSJ.clone() if written is None else written
+            found[-1]["same_bits"] = torch.equal(sum_NSJ, written)
+            found[-1]["differs"] = float(((sum_NSJ - written).abs() / written).max())
+        except Exception as error:  # of Triton: it does not fit into shared memory
+            found[-1]["notes"] = f"{type(error).__name__}"
     return sorted(found, key=lambda row: row.get("ms", float("inf")))
 
 

@@ -262,11 +262,10 @@ def test_ranks_of_long_rows(rows: int, num: int, spread: int) -> None:
 
 @pytest.mark.parametrize("estimate", ["exact", "quant"])
 @pytest.mark.parametrize(
-    ("num_queries", "tiles", "keys_at_once", "tile", "samples"),
-    [(100, 9, 128, 16, 8), (40, 21, 16, 16, 8), (300, 9, 64, 128, 16), (50, 10, 16, 8, 8)],
+    ("num_queries", "tiles", "tile", "samples"), [(100, 9, 16, 8), (40, 21, 16, 8), (300, 9, 128, 16), (50, 10, 8, 8)]
 )
 def test_kernels_choose_the_tiles_that_the_plain_way_chooses(
-    estimate: Estimate, num_queries: int, tiles: int, keys_at_once: int, tile: int, samples: int
+    estimate: Estimate, num_queries: int, tiles: int, tile: int, samples: int
 ) -> None:
     pytest.importorskip("triton")
     generator = torch.Generator().manual_seed(3)
@@ -288,7 +287,6 @@ def test_kernels_choose_the_tiles_that_the_plain_way_chooses(
             estimate=estimate,
             tile=tile,
             fused=fused,
-            keys_at_once=keys_at_once,
         )
         chooser = TileChoice(settings, runs, num_queries, DIM, DEVICE)
         index, clean = chooser.new_list(HEADS), chooser.new_list(HEADS, for_clean_pass=True)
@@ -300,13 +298,13 @@ def test_kernels_choose_the_tiles_that_the_plain_way_chooses(
 
 
 @pytest.mark.parametrize("estimate", ["exact", "quant"])
-@pytest.mark.parametrize(("blocks", "keys_at_once", "programs"), [(1, 16, 1), (2, 32, 100), (3, 64, 4), (2, 128, 1)])
+@pytest.mark.parametrize(("blocks", "keys", "programs"), [(1, 16, 1), (2, 32, 100), (3, 64, 4), (2, 128, 1)])
 def test_sums_of_tiles_are_the_masses_of_the_plain_way(
-    estimate: Estimate, blocks: int, keys_at_once: int, programs: int, monkeypatch: pytest.MonkeyPatch
+    estimate: Estimate, blocks: int, keys: int, programs: int
 ) -> None:
     """Also where several products share keys, and a tile's logits lie in several of them or in all of a step."""
     triton_choice = pytest.importorskip("workers.attention.triton_choice", exc_type=ImportError)
-    monkeypatch.setattr(triton_choice, "LAUNCH", triton_choice.Launch(16, blocks, programs, 4, 2))
+    launch = triton_choice.Launch(16, keys, blocks, programs, 4, 2)
     generator, tile, tiles, samples = torch.Generator().manual_seed(3), 32, 19, 16
     q = torch.randn(10 * tile, HEADS, DIM + 16, generator=generator)
     k = torch.randn(HEADS, tiles * tile, DIM + 16, generator=generator)
@@ -321,11 +319,11 @@ def test_sums_of_tiles_are_the_masses_of_the_plain_way(
     found = torch.full((HEADS, 40, tiles), torch.nan, device=DEVICE)
     sizes = DIM, tile, samples
     is_quant = estimate == "quant"
-    triton_choice.tile_sums(q, k, chooser._query_S, found, sizes, quant=is_quant, keys_at_once=keys_at_once)
+    triton_choice.tile_sums(q, k, chooser._query_S, found, sizes, quant=is_quant, launch=launch)
     mass = (found / found.sum(-1, keepdim=True)).unflatten(1, (10, 4)).mean(2)
     # Codes of 8 bits: one that lies between two may become either.
-    tolerance = {"rtol": 0.02, "atol": 1e-4} if is_quant else {"rtol": 1e-5, "atol": 1e-8}
-    torch.testing.assert_close(mass, chooser.mass(q, k), **tolerance)
+    rtol, atol = (0.02, 1e-4) if is_quant else (1e-5, 1e-8)
+    torch.testing.assert_close(mass, chooser.mass(q, k), rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize(("num", "fewer", "tiles"), [(1, 1, 40), (7, 3, 40), (146, 49, 700), (30, 10, 31)])

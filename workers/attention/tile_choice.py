@@ -48,8 +48,6 @@ class ChoiceSettings:
     tile: int = 128
     fused: bool = False
     """By kernels of our own, on a GPU; channels and samples are then powers of two. `lsh` has none."""
-    keys_at_once: int = 64
-    """That a kernel compares with at a time, a power of two: fewer take less of a multiprocessor."""
     clean_share: float = 1.0
     """Of the chosen tiles, the heaviest that a clean pass sees, in (0, 1]: nothing is denoised there."""
     num_early: int = 0
@@ -160,7 +158,6 @@ class TileChoice:
             sum_NSJ,
             (self._head_dim, s.tile, s.keys_per_tile),
             quant=s.estimate == "quant",
-            keys_at_once=s.keys_at_once,
         )
         write_heaviest(sum_NSJ, self._is_candidate_J, len(self._always_A), index_NIJ, clean_NIJ)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -178,6 +179,8 @@ class Launch(NamedTuple):
 
     queries: int
     """Of a product, at most."""
+    keys: int
+    """Of a product, a power of two."""
     blocks: int
     """Products with the same keys, at most; more read keys less often."""
     programs: int
@@ -186,13 +189,23 @@ class Launch(NamedTuple):
     stages: int
 
 
-LAUNCH = Launch(64, 1, 960, 4, 3)
+HOPPER, HOPPER_CODES = Launch(64, 128, 5, 132, 8, 3), Launch(64, 64, 5, 264, 4, 1)
+"""Products in 16 bits and of codes, measured on an H200 (tile_choice-h200); for its 228 KB of shared memory."""
+OTHER = Launch(64, 64, 1, 960, 4, 2)
 WARPS_OF_HEAVIEST = 4
+
+
+def choose_launch(k_NLW: Tensor, *, quant: bool) -> Launch:
+    """For keys of 4 bytes, and elsewhere, what takes less shared memory."""
+    is_hopper = k_NLW.is_cuda and torch.cuda.get_device_capability(k_NLW.device)[0] == 9
+    if not is_hopper or k_NLW.dtype.itemsize > 2:
+        return OTHER
+    return HOPPER_CODES if quant else HOPPER
 
 
 def tile_sums(
     q_QNW: Tensor, k_NLW: Tensor, query_place_S: Tensor, sum_NSJ: Tensor, sizes: tuple[int, int, int], *, quant: bool,
-    keys_at_once: int,
+    launch: Launch | None = None,
 ) -> None:  # fmt: skip
     """Mass of a sample of each tile's keys, for a sample of the queries.
 
@@ -204,21 +217,22 @@ def tile_sums(
         sizes: Channels of a key without those of log m, keys of a tile, and how many of these are looked at, at the
             places of `tile_mass.sample_places`; powers of two.
         quant: Products of 8-bit codes.
-        keys_at_once: A power of two.
+        launch: None: what suits device and dtype.
     """
     head_dim, tile, samples = sizes
     heads, num_queries, num_tiles = sum_NSJ.shape
     assert q_QNW.shape[2] == k_NLW.shape[2] == head_dim + 16
-    rows = min(LAUNCH.queries, max(16, triton.next_power_of_2(num_queries)))
-    blocks = min(LAUNCH.blocks, triton.cdiv(num_queries, rows))
-    at_once = max(1, keys_at_once // samples)
+    launch = launch or choose_launch(k_NLW, quant=quant)
+    rows = min(launch.queries, max(16, triton.next_power_of_2(num_queries)))
+    blocks = min(launch.blocks, triton.cdiv(num_queries, rows))
+    at_once = max(1, launch.keys // samples)
     columns = triton.cdiv(num_queries, rows * blocks), heads
-    part = at_once * triton.cdiv(num_tiles, at_once * max(1, LAUNCH.programs // (columns[0] * columns[1])))
+    part = at_once * triton.cdiv(num_tiles, at_once * max(1, launch.programs // (columns[0] * columns[1])))
     _tile_sums[(*columns, triton.cdiv(num_tiles, part))](
         q_QNW, k_NLW, query_place_S, sum_NSJ, *q_QNW.stride()[:2], *k_NLW.stride()[:2],
         num_queries, num_tiles, _LOG2_E * head_dim**-0.5, part, M=rows, BLOCKS=blocks, T=at_once, S=samples, TILE=tile,
-        D=head_dim, QUANT=quant, PRECISION="ieee" if q_QNW.dtype.itemsize == 4 else "tf32", num_warps=LAUNCH.warps,
-        num_stages=LAUNCH.stages,
+        D=head_dim, QUANT=quant, PRECISION="ieee" if q_QNW.dtype.itemsize == 4 else "tf32", num_warps=launch.warps,
+        num_stages=launch.stages,
     )  # fmt: skip
 
 
