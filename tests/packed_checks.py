@@ -90,22 +90,17 @@ def draw_table(sizes: TableSettings, dtype: torch.dtype = DTYPE, device: torch.d
 
 def check_unpack(storage: Storage, head_dim: int, tile: int, part: Part, *, some: bool) -> None:
     """The same bits in each tile that is asked for; the others are left alone."""
-    from workers.cache.table_kernels import unpack, unpack_tiles
+    from workers.cache.table_kernels import unpack
 
     s = sizes_of(storage, head_dim, tile)
     layer = draw_table(s).layers[0]
     assert isinstance(layer, PackedLayer)
     tiles = s.num_slots // s.tile
-    run = range(s.history_start // s.tile - 1, s.recent_start // s.tile)
     is_seen = (torch.rand(s.num_heads, tiles, generator=torch.Generator().manual_seed(1)) < 0.5).to(DEVICE)
     found, expected = (Workspace(s, DTYPE, DEVICE) for _ in range(2))
     found.k_NLW.fill_(7.0)
     found.v_NLD.fill_(7.0)
-    if some:
-        unpack(layer, found, s, part, is_seen.to(torch.uint8))
-    else:  # runs of tiles that are all that there are
-        for tiles_of_run in (range(run.start), run, range(run.stop, run.stop), range(run.stop, tiles)):
-            unpack_tiles(layer, found, s, part, tiles_of_run)
+    unpack(layer, found, s, part, is_seen.to(torch.uint8) if some else None)
     PlainPacking().unpack(layer, expected, s, part, None)
     for of, a, b in (("keys", found.k_NLW, expected.k_NLW), ("values", found.v_NLD, expected.v_NLD)):
         wanted = (is_seen | (not some)).repeat_interleave(s.tile, 1)
