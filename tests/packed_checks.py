@@ -163,8 +163,18 @@ def check_pack(storage: Storage, head_dim: int, tile: int) -> None:
         assert torch.equal(found[name], tensor), name
 
 
-def fill(sizes: TableSettings, num_chunks: int, work: TableWork, dtype: torch.dtype = torch.float32) -> PackedTable:
-    """Chunks of keys near those of the chunk before; between two, the workspace is full of what is not there."""
+def fill(
+    sizes: TableSettings,
+    num_chunks: int,
+    work: TableWork,
+    dtype: torch.dtype = torch.float32,
+    *,
+    one_by_one: bool = False,
+) -> PackedTable:
+    """Chunks of keys near those of the chunk before; between two, the workspace is full of what is not there.
+
+    Layers take them over at once, or by themselves.
+    """
     table = make_table(sizes, dtype, DEVICE, work=work)
     assert isinstance(table, PackedTable)
     generator, s = torch.Generator().manual_seed(7), sizes
@@ -177,7 +187,12 @@ def fill(sizes: TableSettings, num_chunks: int, work: TableWork, dtype: torch.dt
                 own.copy_(new)
         table.workspace.k_NLW[..., : s.head_dim + 2].normal_()
         table.workspace.v_NLD.normal_()
-        table.remember_chunk(grid_positions(torch.arange(3) + 3 * index, 2, s.frame_tokens // 2).to(DEVICE))
+        position_T3 = grid_positions(torch.arange(3) + 3 * index, 2, s.frame_tokens // 2).to(DEVICE)
+        if one_by_one:
+            for layer in range(s.num_layers):
+                table.remember(layer, position_T3)
+        else:
+            table.remember_chunk(position_T3)
     return table
 
 
@@ -236,6 +251,28 @@ def check_known_distances() -> None:
         assert bool((layer.apart_NC == -1).all())
 
 
+def check_together() -> None:
+    """Layers that take over chunks at once hold the bits of those that do by themselves, head by head."""
+    from workers.cache import triton_match
+
+    s, unit_bytes = replace(SIZES, storage="int4"), triton_match.UNIT_BYTES
+    expected = fill(s, s.kept_chunks + s.spare_chunks + 3, "kernels", DTYPE)
+    try:
+        triton_match.UNIT_BYTES = 1
+        found = fill(s, s.kept_chunks + s.spare_chunks + 3, "kernels", DTYPE, one_by_one=True)
+    finally:
+        triton_match.UNIT_BYTES = unit_bytes
+    state = found.state()
+    for name, tensor in expected.state().items():
+        assert torch.equal(state[name], tensor), name
+    apart = [[of.apart_NC for of in table.layers if isinstance(of, PackedLayer)] for table in (found, expected)]
+    for a, b in zip(*apart, strict=True):
+        assert a is not None
+        assert b is not None
+        assert torch.equal(a, b)
+    assert int(state["0.m_NC"].max()) > 1
+
+
 def table_differs(storage: Storage, rule: MergeRule = "pairs", num_chunks: int = 9) -> float:
     """Share of slots whose key, value or record is another one than by plain torch, in float32.
 
@@ -284,6 +321,7 @@ def check_bits(shapes: Sequence[tuple[Storage, int, int]] = SHAPES) -> float:
     for storage, rule, head_dim in MERGED:
         check_merge(storage, rule, head_dim)
     check_known_distances()
+    check_together()
     return 0.0
 
 

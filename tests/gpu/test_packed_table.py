@@ -15,6 +15,7 @@ from tests.packed_checks import (
     check_known_distances,
     check_merge,
     check_pack,
+    check_together,
     check_unpack,
     check_unpack_sample,
     table_differs,
@@ -66,6 +67,11 @@ def test_merging_into_codes_gives_the_bits_of_merging_in_the_workspace_and_packi
 def test_distances_that_are_known_are_those_that_are_found_anew() -> None:
     pytest.importorskip("triton")
     check_known_distances()
+
+
+def test_layers_take_over_chunks_at_once_as_each_would_by_itself() -> None:
+    pytest.importorskip("triton")
+    check_together()
 
 
 @pytest.mark.parametrize(
