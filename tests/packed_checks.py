@@ -62,6 +62,8 @@ MERGED: tuple[tuple[Storage, MergeRule, int], ...] = (
 )
 """Storage, rule, channels."""
 PARTS: tuple[Part, ...] = ("keys", "values", "both")
+FLAGS = (9, 3, 4), (700, 7, 650), (31, 1, 31)
+"""Tiles, tiles of queries, listed of each."""
 
 
 def sizes_of(storage: Storage, head_dim: int, tile: int) -> TableSettings:
@@ -123,6 +125,20 @@ def check_sample(table: PackedTable, per_tile: int) -> None:
         found = table.lay_out_sample(index, slot_R).k_NLW
         assert torch.equal(found[:, is_sampled], expected)
         assert bool((found[:, ~is_sampled] == 7.0).all())
+
+
+def check_flags(num_tiles: int, query_tiles: int, listed: int) -> None:
+    """As plain torch, also where there was another list before."""
+    from workers.cache.table_kernels import flag_listed
+
+    generator = torch.Generator().manual_seed(listed)
+    found, expected = (torch.full((3, num_tiles), 1, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+    for _ in range(2):
+        index = torch.rand(3, query_tiles, num_tiles, generator=generator).argsort(-1)[..., :listed]
+        index = index.int().contiguous().to(DEVICE)
+        flag_listed(index, found)
+        PlainPacking().flag_listed(index, expected)
+        assert torch.equal(found, expected)
 
 
 def check_unpack_sample(storage: Storage, head_dim: int, tile: int) -> None:
@@ -251,28 +267,6 @@ def check_known_distances() -> None:
         assert bool((layer.apart_NC == -1).all())
 
 
-def check_together() -> None:
-    """Layers that take over chunks at once hold the bits of those that do by themselves, head by head."""
-    from workers.cache import triton_match
-
-    s, unit_bytes = replace(SIZES, storage="int4"), triton_match.UNIT_BYTES
-    expected = fill(s, s.kept_chunks + s.spare_chunks + 3, "kernels", DTYPE)
-    try:
-        triton_match.UNIT_BYTES = 1
-        found = fill(s, s.kept_chunks + s.spare_chunks + 3, "kernels", DTYPE, one_by_one=True)
-    finally:
-        triton_match.UNIT_BYTES = unit_bytes
-    state = found.state()
-    for name, tensor in expected.state().items():
-        assert torch.equal(state[name], tensor), name
-    apart = [[of.apart_NC for of in table.layers if isinstance(of, PackedLayer)] for table in (found, expected)]
-    for a, b in zip(*apart, strict=True):
-        assert a is not None
-        assert b is not None
-        assert torch.equal(a, b)
-    assert int(state["0.m_NC"].max()) > 1
-
-
 def table_differs(storage: Storage, rule: MergeRule = "pairs", num_chunks: int = 9) -> float:
     """Share of slots whose key, value or record is another one than by plain torch, in float32.
 
@@ -320,8 +314,9 @@ def check_bits(shapes: Sequence[tuple[Storage, int, int]] = SHAPES) -> float:
         check_pack(storage, head_dim, tile)
     for storage, rule, head_dim in MERGED:
         check_merge(storage, rule, head_dim)
+    for sizes in FLAGS:
+        check_flags(*sizes)
     check_known_distances()
-    check_together()
     return 0.0
 
 

@@ -84,6 +84,7 @@ WORKERS_RANK = {
     "denoise": 4,
     "metrics": 4,
     "packed_keys": 4,
+    "nvrtc": 4,
     "rows": 5,
     "streams": 5,
     "contracts": 5,

@@ -72,7 +72,7 @@ class PackedTable(TileTable):
         return super().run_of(layer, start)
 
     def note_seen(self, layer_index: int, index_NIJ: Tensor) -> None:
-        self._is_seen_LNJ[layer_index].zero_().scatter_(1, index_NIJ.flatten(1).long(), 1)
+        self._packing.flag_listed(index_NIJ, self._is_seen_LNJ[layer_index])
 
     @property
     def seen_share(self) -> float:

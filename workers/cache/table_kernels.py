@@ -3,6 +3,6 @@
 from workers.cache.triton_collect import merge_into_codes
 from workers.cache.triton_match import match, take_in
 from workers.cache.triton_merge import merge
-from workers.cache.triton_pack import pack, unpack, unpack_sample
+from workers.cache.triton_pack import flag_listed, pack, unpack, unpack_sample
 
-__all__ = ["match", "merge", "merge_into_codes", "pack", "take_in", "unpack", "unpack_sample"]
+__all__ = ["flag_listed", "match", "merge", "merge_into_codes", "pack", "take_in", "unpack", "unpack_sample"]

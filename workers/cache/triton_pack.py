@@ -206,6 +206,19 @@ def pack_slots(  # type: ignore[no-untyped-def]
     pack_rows(v, v_code, v_largest, at_row, at_slot, inside, D, limit, least, D, GROUP, RUN, HALVES)
 
 
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _flag_listed(index, is_seen, num_listed, num_tiles, J: tl.constexpr, M: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One program: the flags of one head, all lists of which lie side by side."""
+    head, tile, at = tl.program_id(0).to(tl.int64), tl.arange(0, J), tl.arange(0, M)
+    flag = is_seen + head * num_tiles
+    tl.store(flag + tile, tl.zeros([J], tl.uint8), mask=tile < num_tiles)
+    tl.debug_barrier()  # what one thread clears another sets
+    for start in range(0, num_listed, M):
+        there = start + at < num_listed
+        listed = tl.load(index + head * num_listed + start + at, mask=there, other=0)
+        tl.store(flag + listed, tl.full([M], 1, tl.uint8), mask=there)
+
+
 def unpack(layer: PackedLayer, to: Workspace, s: TableSettings, part: Part, is_seen_NJ: Tensor | None) -> None:
     """See `PlainPacking.unpack`; tiles whose flag is 0 are left as they are."""
     assert s.storage != "model"
@@ -260,6 +273,16 @@ def pack_values(layer: PackedLayer, v_NTD: Tensor, s: TableSettings, new: slice)
         float(LIMITS[s.storage]), LEAST,
         **vector_shape(s, s.storage), M=_PACKED_AT_ONCE, KEYS=False, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def flag_listed(index_NIJ: Tensor, is_seen_NJ: Tensor) -> None:
+    """See `PlainPacking.flag_listed`."""
+    assert index_NIJ.is_contiguous()
+    assert is_seen_NJ.is_contiguous()
+    heads, tiles = is_seen_NJ.shape
+    _flag_listed[(heads,)](
+        index_NIJ, is_seen_NJ, index_NIJ[0].numel(), tiles, J=triton.next_power_of_2(tiles), M=4096, num_warps=16
+    )
 
 
 def vector_shape(s: TableSettings, storage: CodedStorage) -> dict[str, int]:

@@ -31,6 +31,9 @@ from workers.streams import stream_for
 
 AttendTable = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """See `workers/kernels/listed_tiles.py`."""
+Record = Callable[[int, Tensor, Sequence[Tensor]], Callable[[], None]]
+"""(chunk, its clean latents, tiles that its clean pass saw of each layer) -> what is called before the lists change;
+see `chunk_log.py`."""
 
 
 class Table(Protocol):
@@ -63,6 +66,7 @@ class Chooser(Protocol):
     """See `workers/attention/tile_choice.py`."""
 
     sampled_slot_R: Tensor
+    num_tiles: int
 
     @property
     def has_clean_list(self) -> bool: ...
@@ -107,6 +111,10 @@ def to_host(flag: Tensor) -> Callable[[], bool]:
     return ask
 
 
+def keep_no_record(index: int, latents: Tensor, lists: Sequence[Tensor]) -> Callable[[], None]:
+    return lambda: None
+
+
 class CapturedRollout:
     """One video after another on one model.
 
@@ -133,12 +141,12 @@ class CapturedRollout:
         self.chooser, self._attend = parts
         assert isinstance(self._attend, KeptHistory) == (settings.history_at is not None)
         b = model.backbone
-        self._device, self._latent_size = model.head.modulation.device, latent_size
+        self.device, self._latent_size = model.head.modulation.device, latent_size
         self._rows, self._columns = b.token_grid(latent_size)
         num = b.chunk_latent_frames * self._rows * self._columns
 
         def empty(*shape: int, dtype: torch.dtype = model.dtype) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=self._device)
+            return torch.zeros(shape, dtype=dtype, device=self.device)
 
         self._latents = empty(1, b.chunk_latent_frames, b.in_channels, *latent_size, dtype=torch.float32)
         self._timestep = empty(1, b.chunk_latent_frames, dtype=torch.float32)
@@ -158,13 +166,20 @@ class CapturedRollout:
         """Told `calls` after each call and `sampler` after what lies between two; for measurements."""
 
     @torch.no_grad()
-    def run(self, plan: RolloutPlan, first_chunk: int = 0, stopwatch: Stopwatch | None = None) -> Iterator[CleanChunk]:
+    def run(
+        self,
+        plan: RolloutPlan,
+        first_chunk: int = 0,
+        stopwatch: Stopwatch | None = None,
+        record: Record = keep_no_record,
+    ) -> Iterator[CleanChunk]:
         """Chunks from `first_chunk` on, in order.
 
         Args:
             plan: What is rolled out.
             first_chunk: The table holds the chunks before it.
             stopwatch: Gets the stages "denoise" and "cache"; then the GPU is waited for once more in each chunk.
+            record: Told each chunk that becomes history.
         Raises:
             NonFiniteLatents: A chunk holds a NaN or an infinity; it is neither yielded nor remembered.
         """
@@ -183,10 +198,28 @@ class CapturedRollout:
                 if not is_finite():  # waits for the denoising steps, not for the clean pass
                     raise NonFiniteLatents(f"chunk {index} holds NaN or infinity after its last denoising step")
                 if index + 1 < plan.num_chunks:
+                    recorded = record(index, latents, self.clean_lists)
                     self.remember(position)
+                    recorded()  # the next chunk's tiles come into the same lists
             self._mark("sampler")
             density = min(1.0, self.slots_seen(plan.schedule.num_steps) / ((index + 1) * len(position)))
             yield CleanChunk(index, latents, self.table.num_bytes, density)
+
+    @property
+    def latents_shape(self) -> torch.Size:
+        """Of a chunk."""
+        return self._latents.shape
+
+    @property
+    def clean_lists(self) -> list[Tensor]:
+        """Of each layer: the tiles that the clean pass of the chunk in hand sees; buffers of all chunks."""
+        return [listed if fewer is None else fewer for listed, fewer in self._lists[self._is_early]]
+
+    def list_for_clean_pass(self, index_LNIJ: Tensor) -> None:
+        """The chunk in hand is not denoised: the tiles that a step would have chosen for its clean pass."""
+        for index, (listed, values) in enumerate(zip(self.clean_lists, index_LNIJ, strict=True)):
+            listed.copy_(values)
+            self.table.note_seen(index, listed)
 
     def slots_seen(self, num_steps: int) -> float:
         """By a query, empty ones included, on average over so many denoising steps of a chunk."""
@@ -292,7 +325,7 @@ class CapturedRollout:
         """Fill the buffers for a chunk; its positions."""
         b = self._model.backbone
         self._is_early = self.chooser.has_early_list and not self.table.has_merged
-        position = chunk_positions(plan, b, index, self._device)
+        position = chunk_positions(plan, b, index, self.device)
         rotation = make_rotation(position, b.head_dim, b.rope_theta)
         for buffer, values in zip(self._rotation, rotation, strict=True):
             buffer.copy_(values)
@@ -301,7 +334,7 @@ class CapturedRollout:
             self._hold(prompt)
         maps = plan.control(index)
         if self._control is not None and maps is not None:
-            self._control.copy_(self._model.embed_control(maps.to(self._device)))
+            self._control.copy_(self._model.embed_control(maps.to(self.device)))
         return position
 
     def _new_lists(self, early: bool) -> list[tuple[Tensor, Tensor | None]]:
@@ -330,7 +363,7 @@ class CapturedRollout:
     def _draw(self, plan: RolloutPlan, index: int) -> list[Tensor]:
         """All noise of a chunk."""
         num = 1 if self._model.backbone.sampler == "euler" else plan.schedule.num_steps
-        return [to_device(plan.noise(index, step), self._device) for step in range(num)]
+        return [to_device(plan.noise(index, step), self.device) for step in range(num)]
 
     def _denoise(self, plan: RolloutPlan, noise: Sequence[Tensor]) -> Tensor:
         """Clean latents of one chunk, float32."""
@@ -350,7 +383,7 @@ class CapturedRollout:
     def _capture(self, choose: bool, look: bool, clean: bool) -> torch.cuda.CUDAGraph:
         # At the priority of the stream that the loop runs on: kernels of a graph keep the one they were captured at.
         priority = torch.cuda.current_stream().priority
-        stream = stream_for("before a capture", self._device, priority)
+        stream = stream_for("before a capture", self.device, priority)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # compiles, and fills the workspaces of libraries
@@ -360,7 +393,7 @@ class CapturedRollout:
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
         # Other threads go on with their own work meanwhile, such as decoding the chunk before.
-        capturing = stream_for("capture", self._device, priority) if priority else None
+        capturing = stream_for("capture", self.device, priority) if priority else None
         with torch.cuda.graph(graph, pool=pool, stream=capturing, capture_error_mode="thread_local"):
             self.compute(choose, look=look, clean=clean)
         return graph
