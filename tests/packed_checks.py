@@ -92,22 +92,17 @@ def draw_table(sizes: TableSettings, dtype: torch.dtype = DTYPE, device: torch.d
 
 def check_unpack(storage: Storage, head_dim: int, tile: int, part: Part, *, some: bool) -> None:
     """The same bits in each tile that is asked for; the others are left alone."""
-    from workers.cache.table_kernels import unpack, unpack_tiles
+    from workers.cache.table_kernels import unpack
 
     s = sizes_of(storage, head_dim, tile)
     layer = draw_table(s).layers[0]
     assert isinstance(layer, PackedLayer)
     tiles = s.num_slots // s.tile
-    run = range(s.history_start // s.tile - 1, s.recent_start // s.tile)
     is_seen = (torch.rand(s.num_heads, tiles, generator=torch.Generator().manual_seed(1)) < 0.5).to(DEVICE)
     found, expected = (Workspace(s, DTYPE, DEVICE) for _ in range(2))
     found.k_NLW.fill_(7.0)
     found.v_NLD.fill_(7.0)
-    if some:
-        unpack(layer, found, s, part, is_seen.to(torch.uint8))
-    else:  # runs of tiles that are all that there are
-        for tiles_of_run in (range(run.start), run, range(run.stop, run.stop), range(run.stop, tiles)):
-            unpack_tiles(layer, found, s, part, tiles_of_run)
+    unpack(layer, found, s, part, is_seen.to(torch.uint8) if some else None)
     PlainPacking().unpack(layer, expected, s, part, None)
     for of, a, b in (("keys", found.k_NLW, expected.k_NLW), ("values", found.v_NLD, expected.v_NLD)):
         wanted = (is_seen | (not some)).repeat_interleave(s.tile, 1)
@@ -184,8 +179,18 @@ def check_pack(storage: Storage, head_dim: int, tile: int) -> None:
         assert torch.equal(found[name], tensor), name
 
 
-def fill(sizes: TableSettings, num_chunks: int, work: TableWork, dtype: torch.dtype = torch.float32) -> PackedTable:
-    """Chunks of keys near those of the chunk before; between two, the workspace is full of what is not there."""
+def fill(
+    sizes: TableSettings,
+    num_chunks: int,
+    work: TableWork,
+    dtype: torch.dtype = torch.float32,
+    *,
+    one_by_one: bool = False,
+) -> PackedTable:
+    """Chunks of keys near those of the chunk before; between two, the workspace is full of what is not there.
+
+    Layers take them over at once, or by themselves.
+    """
     table = make_table(sizes, dtype, DEVICE, work=work)
     assert isinstance(table, PackedTable)
     generator, s = torch.Generator().manual_seed(7), sizes
@@ -198,7 +203,12 @@ def fill(sizes: TableSettings, num_chunks: int, work: TableWork, dtype: torch.dt
                 own.copy_(new)
         table.workspace.k_NLW[..., : s.head_dim + 2].normal_()
         table.workspace.v_NLD.normal_()
-        table.remember_chunk(grid_positions(torch.arange(3) + 3 * index, 2, s.frame_tokens // 2).to(DEVICE))
+        position_T3 = grid_positions(torch.arange(3) + 3 * index, 2, s.frame_tokens // 2).to(DEVICE)
+        if one_by_one:
+            for layer in range(s.num_layers):
+                table.remember(layer, position_T3)
+        else:
+            table.remember_chunk(position_T3)
     return table
 
 

@@ -39,8 +39,13 @@ def least_work(engine: Engine) -> dict[str, Work]:
     means = s.history_slots // s.tile * value
     # Turned back are the keys of the chunk and of the latent frame before; what is turned is written and read twice.
     matched = (s.chunk_tokens + s.frame_tokens) * 3 * value + s.chunk_tokens * value + looked_at * of_old + means
+    moved = 4
+    if isinstance(engine.table, PackedTable) and engine.table._kernels is not None:
+        # A chunk is moved once, to the newest; from there keys are turned back, and codes and records are written.
+        matched += s.chunk_tokens * (key + 2 * of_old + 24) + s.frame_tokens * (of_old - value)
+        moved = 2
     return {
-        "moving chunks": (rows * s.chunk_tokens * (key + value) * 4 / 1e9, 0.0),
+        "moving chunks": (rows * s.chunk_tokens * (key + value) * moved / 1e9, 0.0),
         "matching": (rows * matched / 1e9, rows * compared * s.head_dim * 2 / 1e12),
         "merging": (_least_merging(s, size) * s.num_layers / s.spare_chunks, 0.0),
         "selection": _least_selection(engine, rows),
@@ -147,7 +152,7 @@ def _least_packing(engine: Engine) -> dict[str, Work]:
     size, rows = table.dtype.itemsize, s.num_layers * s.num_heads
     coded, key, value = coded_bytes(s.head_dim, s.storage), s.width * size, s.head_dim * size
     of_key, of_value = coded + 2 * size + key, coded + value
-    # A chunk that is taken over is laid out beside the latent frame before; all that is older is read as codes.
+    # Plain torch lays out a chunk that is taken over and the latent frame before; kernels read them where they lie.
     brought = s.chunk_tokens * 2 * (key + value) + s.frame_tokens * of_key
     sampled = len(engine.choose_at) * engine.variant.keys_per_tile / s.tile
     looks = _tables_laid_out(engine, table) * (of_key + of_value) + sampled * of_key

@@ -3,15 +3,19 @@
 Where there is no pytest: `python -m tests.packed_checks`.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.packed_checks import (
+    DTYPE,
     FLAGS,
     INTERPRETED,
     MERGED,
     PARTS,
     SHAPES,
+    SIZES,
     captured_differs,
     check_flags,
     check_known_distances,
@@ -19,10 +23,11 @@ from tests.packed_checks import (
     check_pack,
     check_unpack,
     check_unpack_sample,
+    fill,
     table_differs,
 )
 from workers.cache.low_bit import Storage
-from workers.cache.packed_history import Part
+from workers.cache.packed_history import PackedLayer, Part
 from workers.cache.table_layout import MergeRule
 
 pytestmark = [
@@ -80,6 +85,25 @@ def test_tiles_that_are_listed_are_flagged(num_tiles: int, query_tiles: int, lis
 def test_distances_that_are_known_are_those_that_are_found_anew() -> None:
     pytest.importorskip("triton")
     check_known_distances()
+
+
+def test_layers_hold_the_bits_of_chunks_taken_over_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And head by head."""
+    pytest.importorskip("triton")
+    s = replace(SIZES, storage="int4")
+    num_chunks = s.kept_chunks + s.spare_chunks + 3
+    expected = fill(s, num_chunks, "kernels", DTYPE)
+    monkeypatch.setattr("workers.cache.triton_match.UNIT_BYTES", 1)
+    found = fill(s, num_chunks, "kernels", DTYPE, one_by_one=True)
+    state = found.state()
+    for name, tensor in expected.state().items():
+        assert torch.equal(state[name], tensor), name
+    apart = [[of.apart_NC for of in table.layers if isinstance(of, PackedLayer)] for table in (found, expected)]
+    for a, b in zip(*apart, strict=True):
+        assert a is not None
+        assert b is not None
+        assert torch.equal(a, b)
+    assert int(state["0.m_NC"].max()) > 1
 
 
 @pytest.mark.parametrize(

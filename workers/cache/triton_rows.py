@@ -68,15 +68,7 @@ def keys_of(history: History, dim: int) -> Rows:
     return rows_as_computed(history.k_NLW, history.start, dim)
 
 
-def older_keys_of(history: History, dim: int) -> Rows:
-    """Those before the new ones, where they lie in few bits if they do."""
-    if history.coded is None:
-        return keys_of(history, dim)
-    code, largest, storage = history.coded
-    return _coded_rows(code, largest, dim, storage, history.k_NLW.dtype)
-
-
-def _coded_rows(code: Tensor, largest: Tensor, dim: int, storage: CodedStorage, kind: torch.dtype) -> Rows:
+def coded_rows(code: Tensor, largest: Tensor, dim: int, storage: CodedStorage, kind: torch.dtype) -> Rows:
     assert code.is_contiguous()
     assert largest.is_contiguous()
     bits, group = 4 if storage == "int4" else 8, group_channels(dim, storage)
@@ -87,7 +79,7 @@ def coded_history(layer: PackedLayer, s: TableSettings) -> StoredHistory:
     """A packed layer, read as if it had been unpacked into a workspace of the dtype of its log m."""
     assert s.storage != "model"
     codes = (layer.k_code_NCB, layer.k_largest_NCG), (layer.v_code_NCB, layer.v_largest_NCG)
-    k, v = (_coded_rows(*pair, s.head_dim, s.storage, layer.mass_NC2.dtype) for pair in codes)
+    k, v = (coded_rows(*pair, s.head_dim, s.storage, layer.mass_NC2.dtype) for pair in codes)
     records = layer.position_NC3, layer.m_NC, layer.weight_NC, layer.partner_NC
     return StoredHistory(k, v, *(x[:, : s.history_tokens] for x in records))
 
