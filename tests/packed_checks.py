@@ -62,6 +62,8 @@ MERGED: tuple[tuple[Storage, MergeRule, int], ...] = (
 )
 """Storage, rule, channels."""
 PARTS: tuple[Part, ...] = ("keys", "values", "both")
+FLAGS = (9, 3, 4), (700, 7, 650), (31, 1, 31)
+"""Tiles, tiles of queries, listed of each."""
 
 
 def sizes_of(storage: Storage, head_dim: int, tile: int) -> TableSettings:
@@ -90,22 +92,17 @@ def draw_table(sizes: TableSettings, dtype: torch.dtype = DTYPE, device: torch.d
 
 def check_unpack(storage: Storage, head_dim: int, tile: int, part: Part, *, some: bool) -> None:
     """The same bits in each tile that is asked for; the others are left alone."""
-    from workers.cache.table_kernels import unpack, unpack_tiles
+    from workers.cache.table_kernels import unpack
 
     s = sizes_of(storage, head_dim, tile)
     layer = draw_table(s).layers[0]
     assert isinstance(layer, PackedLayer)
     tiles = s.num_slots // s.tile
-    run = range(s.history_start // s.tile - 1, s.recent_start // s.tile)
     is_seen = (torch.rand(s.num_heads, tiles, generator=torch.Generator().manual_seed(1)) < 0.5).to(DEVICE)
     found, expected = (Workspace(s, DTYPE, DEVICE) for _ in range(2))
     found.k_NLW.fill_(7.0)
     found.v_NLD.fill_(7.0)
-    if some:
-        unpack(layer, found, s, part, is_seen.to(torch.uint8))
-    else:  # runs of tiles that are all that there are
-        for tiles_of_run in (range(run.start), run, range(run.stop, run.stop), range(run.stop, tiles)):
-            unpack_tiles(layer, found, s, part, tiles_of_run)
+    unpack(layer, found, s, part, is_seen.to(torch.uint8) if some else None)
     PlainPacking().unpack(layer, expected, s, part, None)
     for of, a, b in (("keys", found.k_NLW, expected.k_NLW), ("values", found.v_NLD, expected.v_NLD)):
         wanted = (is_seen | (not some)).repeat_interleave(s.tile, 1)
@@ -158,6 +155,20 @@ def check_sample(table: PackedTable, per_tile: int) -> None:
         assert bool((found[:, ~is_sampled] == 7.0).all())
 
 
+def check_flags(num_tiles: int, query_tiles: int, listed: int) -> None:
+    """As plain torch, also where there was another list before."""
+    from workers.cache.table_kernels import flag_listed
+
+    generator = torch.Generator().manual_seed(listed)
+    found, expected = (torch.full((3, num_tiles), 1, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+    for _ in range(2):
+        index = torch.rand(3, query_tiles, num_tiles, generator=generator).argsort(-1)[..., :listed]
+        index = index.int().contiguous().to(DEVICE)
+        flag_listed(index, found)
+        PlainPacking().flag_listed(index, expected)
+        assert torch.equal(found, expected)
+
+
 def check_unpack_sample(storage: Storage, head_dim: int, tile: int) -> None:
     """As plain torch, bit by bit, of tensors at random; also where no power of two is sampled of a tile."""
     from workers.cache.table_kernels import unpack_sample
@@ -196,8 +207,18 @@ def check_pack(storage: Storage, head_dim: int, tile: int) -> None:
         assert torch.equal(found[name], tensor), name
 
 
-def fill(sizes: TableSettings, num_chunks: int, work: TableWork, dtype: torch.dtype = torch.float32) -> PackedTable:
-    """Chunks of keys near those of the chunk before; between two, the workspace is full of what is not there."""
+def fill(
+    sizes: TableSettings,
+    num_chunks: int,
+    work: TableWork,
+    dtype: torch.dtype = torch.float32,
+    *,
+    one_by_one: bool = False,
+) -> PackedTable:
+    """Chunks of keys near those of the chunk before; between two, the workspace is full of what is not there.
+
+    Layers take them over at once, or by themselves.
+    """
     table = make_table(sizes, dtype, DEVICE, work=work)
     assert isinstance(table, PackedTable)
     generator, s = torch.Generator().manual_seed(7), sizes
@@ -210,7 +231,12 @@ def fill(sizes: TableSettings, num_chunks: int, work: TableWork, dtype: torch.dt
                 own.copy_(new)
         table.workspace.k_NLW[..., : s.head_dim + 2].normal_()
         table.workspace.v_NLD.normal_()
-        table.remember_chunk(grid_positions(torch.arange(3) + 3 * index, 2, s.frame_tokens // 2).to(DEVICE))
+        position_T3 = grid_positions(torch.arange(3) + 3 * index, 2, s.frame_tokens // 2).to(DEVICE)
+        if one_by_one:
+            for layer in range(s.num_layers):
+                table.remember(layer, position_T3)
+        else:
+            table.remember_chunk(position_T3)
     return table
 
 
@@ -318,6 +344,8 @@ def check_bits(shapes: Sequence[tuple[Storage, int, int]] = SHAPES) -> float:
     check_unpack_coded("int4")
     for storage, rule, head_dim in MERGED:
         check_merge(storage, rule, head_dim)
+    for sizes in FLAGS:
+        check_flags(*sizes)
     check_known_distances()
     return 0.0
 

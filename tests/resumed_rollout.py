@@ -1,7 +1,8 @@
 """A rollout that puts itself down after every chunk and takes itself up where a file says: to be killed at any moment.
 
-`python -m tests.resumed_rollout POLICY FILE FRAMES CHUNKS` prints a line `chunk hash` for each chunk it makes. After
-chunk number CHUNKS it waits for a line on stdin, so that whoever wants to kill it is never too late.
+`python -m tests.resumed_rollout POLICY FILE FRAMES CHUNKS` prints a line `chunk hash` for each chunk it makes; a FILE
+whose name ends in `.log` is the folder of a chunk log. After chunk number CHUNKS it waits for a line on stdin, so that
+whoever wants to kill it is never too late.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from workers.assemble_policies import make_attention
 from workers.config import RenderConfig
 from workers.metrics import Stopwatch
 from workers.pipeline import TakeRecord, plan_rollout, utc_now
-from workers.rollout import Rollout
+from workers.rollout import CleanChunk, Rollout, RolloutPlan
+from workers.rollouts.captured import CapturedRollout
+from workers.rollouts.chunk_log import ChunkLog, replay_log
 from workers.snapshot import Resumable, RolloutId, read_snapshot, write_snapshot
 from workers.task import PromptSegment, RenderTask
 
@@ -54,6 +57,9 @@ def roll(model: LoadedModel, task: RenderTask, file: Path | None) -> Iterator[tu
         assert model.seat is not None
         over_table = model.seat.begin_take()
         cache = model.seat.table
+    if file is not None and file.suffix == ".log":
+        yield from roll_logged(over_table, plan, file, rollout_id)
+        return
     first = read_snapshot(file, rollout_id, cache) if file is not None and file.exists() else 0
     if parts.on_table:
         chunks = over_table.run(plan, first)
@@ -63,7 +69,23 @@ def roll(model: LoadedModel, task: RenderTask, file: Path | None) -> Iterator[tu
     for chunk in chunks:
         if file is not None:
             write_snapshot(file, rollout_id, chunk.index + 1, cache)
-        yield chunk.index, hashlib.sha256(chunk.latents_BTCHW.numpy().tobytes()).hexdigest()
+        yield chunk.index, digest_of(chunk)
+
+
+def roll_logged(
+    rollout: CapturedRollout, plan: RolloutPlan, folder: Path, rollout_id: RolloutId
+) -> Iterator[tuple[int, str]]:
+    """The same from a chunk log."""
+    first = replay_log(folder, rollout_id, rollout, plan)
+    log = ChunkLog(folder, rollout_id, rollout.chooser.num_tiles, rollout.device)
+    for chunk in rollout.run(plan, first, record=log.record):
+        log.flush()
+        yield chunk.index, digest_of(chunk)
+    log.close()
+
+
+def digest_of(chunk: CleanChunk) -> str:
+    return hashlib.sha256(chunk.latents_BTCHW.numpy().tobytes()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -40,6 +40,12 @@ class CodedTiles(NamedTuple):
     """float32 [heads, slots]: log2 of m; -inf where there is no key."""
 
 
+def room_for_tiles(heads: int, tiles: int, device: torch.device) -> CodedTiles:
+    """To be written."""
+    k, v = (torch.zeros(heads, tiles, TILE_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
+    return CodedTiles(k, v, torch.zeros(heads, tiles * CODED_TILE, dtype=torch.float32, device=device))
+
+
 def key_of_byte() -> Tensor:
     """Which key of a tile each byte of a row of values holds: as a thread holds shares of a softmax."""
     byte = torch.arange(CODED_TILE)

@@ -51,10 +51,7 @@ def write_snapshot(path: Path, rollout: RolloutId, next_chunk: int, cache: Resum
         Bytes written.
     """
     tensors = {name: _on_host(tensor) for name, tensor in cache.state().items()}
-    facts = {name: str(value) for name, value in asdict(rollout).items()} | {"next_chunk": str(next_chunk)}
-    unfinished = path.with_name(path.name + ".part")
-    save_file(tensors, unfinished, metadata=facts)
-    os.replace(unfinished, path)
+    write_tensors(path, rollout, tensors, {"next_chunk": str(next_chunk)})
     return path.stat().st_size
 
 
@@ -72,13 +69,31 @@ def read_snapshot(path: Path, rollout: RolloutId, cache: Resumable, device: torc
         CheckpointMismatch: The file is of another rollout; names what differs.
     """
     with safe_open(path, framework="pt", device=str(device or "cpu")) as file:
-        facts = file.metadata() or {}
-        for field in fields(rollout):
-            expected, found = str(getattr(rollout, field.name)), facts.get(field.name)
-            if found != expected:
-                raise CheckpointMismatch(f"{path}: a snapshot with {field.name} {found}, this rollout has {expected}")
+        facts = check_rollout(path, rollout, file.metadata(), "a snapshot")
         cache.restore({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     return int(facts["next_chunk"])
+
+
+def write_tensors(path: Path, rollout: RolloutId, tensors: dict[str, Tensor], facts: Mapping[str, str]) -> None:
+    """A file of this rollout, whole or not at all; tensors lie on the host, and no two share memory."""
+    named = {name: str(value) for name, value in asdict(rollout).items()}
+    unfinished = path.with_name(path.name + ".part")
+    save_file(tensors, unfinished, metadata=named | dict(facts))
+    os.replace(unfinished, path)
+
+
+def check_rollout(path: Path, rollout: RolloutId, facts: Mapping[str, str] | None, what: str) -> Mapping[str, str]:
+    """The facts that stand in a file.
+
+    Raises:
+        CheckpointMismatch: It is of another rollout.
+    """
+    facts = facts or {}
+    for field in fields(rollout):
+        expected, found = str(getattr(rollout, field.name)), facts.get(field.name)
+        if found != expected:
+            raise CheckpointMismatch(f"{path}: {what} with {field.name} {found}, this rollout has {expected}")
+    return facts
 
 
 def _on_host(tensor: Tensor) -> Tensor:

@@ -22,25 +22,24 @@ from torch import Tensor
 
 from tests.bench.history_engine import make_model
 from tests.bench.record import report
+from workers.model.add_norm import Norm, norm_codes_plain
 from workers.model.backbones import Backbone, find_backbone
 from workers.model.fp8_linears import (
     Codes,
     Fp8Linears,
     Fp8Way,
     LinearWeights,
-    Norm,
     Product,
     encode_rows,
     gelu_codes_plain,
     multiply,
-    norm_codes_plain,
     quantise,
     row_codes_plain,
     weight_codes_plain,
 )
 from workers.model.prompt_attention import PromptAttention, attend_prompt, attend_prompt_plain, hold_prompt
 from workers.model.rope import grid_positions, make_rotation
-from workers.model.static_layers import LayerWeights, StaticLayers, Targets, linear_gelu
+from workers.model.static_layers import LayerWeights, StaticLayers, Stream, Targets, linear_gelu
 
 Row = dict[str, Any]
 LAYERS, CALLS = 4, 5
@@ -179,6 +178,7 @@ class Cast(NamedTuple):
 
 def all_casts(bench: Bench) -> Iterator[Cast]:
     from workers.model import fused_codes as own
+    from workers.model import fused_norms
 
     dim, ffn, tokens = bench.backbone.dim, bench.backbone.ffn_dim, bench.tokens
     x, modulation = bench.draw(tokens, dim), (bench.draw(6, dim, seed=1), bench.draw(bench.frames, 6, dim, seed=2))
@@ -188,9 +188,8 @@ def all_casts(bench: Bench) -> Iterator[Cast]:
     first, gated = Norm(*modulation, shift=0), Norm(*modulation, 2, -1, *weights)
 
     def norm(product: Product | None, warps: int) -> tuple[Tensor, ...]:
-        if product is None:
-            return own.norm_codes(x, None, modulation, None, (-1, 0), 1e-6, warps)[1:]
-        return own.norm_codes(x, product, modulation, weights, (2, -1), 1e-6, warps)[1:]
+        launch = fused_norms.CODES._replace(num_warps=warps)
+        return fused_norms.norm_codes(x, product, first if product is None else gated, 1e-6, launch)[1:]
 
     def by_warps(way: Callable[[int], tuple[Tensor, ...]], *warps: int) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
         return {f"kernel, {num} warps": partial(way, num) for num in warps}
@@ -299,16 +298,19 @@ class LayerRun:
         self.prompt = hold_prompt(self.model.project_prompt(bench.draw(1, 113, b.text_dim, seed=3).to(dtype)))
         q = torch.zeros(bench.tokens, b.num_heads, b.head_dim, device=device, dtype=dtype)
         self._targets = Targets(q, *(torch.zeros_like(q.transpose(0, 1).contiguous()) for _ in range(2)))
+        self._stream = Stream(self.x)
 
     def __call__(self, parts: StaticLayers, index: int) -> Tensor:
-        """The stream after a layer."""
-        weights = parts.weights[index]
-        parts.enter(weights, self.x, self._time, self._rotation, self._targets)
-        return parts.leave(weights, self.prompt[index], self.x, self._out, self._time)
+        """One layer behind the one before; the last one settles the stream."""
+        weights, stream = parts.weights[index], self._stream if index else Stream(self.x)
+        x = parts.enter(weights, stream, self._time, self._rotation, self._targets)
+        self._stream = parts.leave(weights, self.prompt[index], x, self._out, self._time)
+        return parts.settle(self._stream, self._time) if index + 1 == LAYERS else self._stream.x_QE
 
     def seen(self, parts: StaticLayers) -> list[Tensor]:
         """What the first layer gives: what it adds to the stream, queries and keys, values."""
-        added = self(parts, 0).float() - self.x.float()
+        self(parts, 0)
+        added = parts.settle(self._stream, self._time).float() - self.x.float()
         q, k, v = (part.float() for part in self._targets)
         return [added, torch.cat((q.transpose(0, 1), k)), v]
 
@@ -323,6 +325,7 @@ class LayerWay(NamedTuple):
 
 WAYS = {
     "bfloat16": LayerWay("none"),
+    "bfloat16, compiler": LayerWay("none", Fp8Way(kernels=False)),
     "ffn": LayerWay("ffn"),
     "large": LayerWay("large"),
     "all": LayerWay("all"),

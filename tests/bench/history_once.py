@@ -88,6 +88,7 @@ ONCE = (
     replace(_TILES, name="fastar-tiles-fp8-all", fp8="all"),
     replace(_TILES, name="fastar-tiles-fp8-attention", fp8_attention="steps"),
     replace(_TILES, name="fastar-tiles-fp8-all-attention", fp8="all", fp8_attention="steps"),
+    *(_spare_15(_seen_by_clean_pass(_packed(_own(_pairs(150, seen, 15))), 4 / seen)) for seen in (36, 48, 60, 75)),
     _seen_by_clean_pass(_own(_pairs(240, 18, 30)), 1 / 3),
 )
 """Tiles are chosen by products of 16 bits, which is the faster way there; `fastar-tiles` is the policy of that name."""

@@ -39,8 +39,13 @@ def least_work(engine: Engine) -> dict[str, Work]:
     means = s.history_slots // s.tile * value
     # Turned back are the keys of the chunk and of the latent frame before; what is turned is written and read twice.
     matched = (s.chunk_tokens + s.frame_tokens) * 3 * value + s.chunk_tokens * value + looked_at * of_old + means
+    moved = 4
+    if isinstance(engine.table, PackedTable) and engine.table._kernels is not None:
+        # A chunk is moved once, to the newest; from there keys are turned back, and codes and records are written.
+        matched += s.chunk_tokens * (key + 2 * of_old + 24) + s.frame_tokens * (of_old - value)
+        moved = 2
     return {
-        "moving chunks": (rows * s.chunk_tokens * (key + value) * 4 / 1e9, 0.0),
+        "moving chunks": (rows * s.chunk_tokens * (key + value) * moved / 1e9, 0.0),
         "matching": (rows * matched / 1e9, rows * compared * s.head_dim * 2 / 1e12),
         "merging": (_least_merging(s, size) * s.num_layers / s.spare_chunks, 0.0),
         "selection": _least_selection(engine, rows),
@@ -61,10 +66,8 @@ def least_of_merge(s: TableSettings, storage: CodedStorage) -> dict[str, float]:
     else:
         compared = {"pair_cosine": slots * (codes + 24)}
     bytes_of = compared | {
-        "move_codes": kept * 8 * codes,
+        "move_history": kept * (4 * codes + 92),
         "average_tiles": kept * (codes + 16),
-        "collect_records": kept * 96,
-        "write_records": kept * 52,
         "average_groups": given_up * 3 * codes,
         "_weigh": given_up * (2 * codes + 56),
     }
@@ -91,7 +94,7 @@ def bytes_of_passes(w: LayerWeights, num_tokens: int, num_heads: int, prompt_row
         """What attention wrote, encoded, or read as it lies."""
         return stream + taken(linear) if _is_coded(linear) else 0
 
-    enter = stream + taken(w.qkv)
+    enter = 3 * stream + taken(w.qkv)  # what the layer before ends with is added here
     rotate = 6 * stream + num_tokens * width // num_heads * 4  # with cosines and sines, in float32
     to_cross = attended(w.out) + 3 * stream + taken(w.cross_q)
     cross = 3 * stream + 2 * prompt_rows * width * size  # queries twice, for their norm is over all heads
@@ -100,7 +103,7 @@ def bytes_of_passes(w: LayerWeights, num_tokens: int, num_heads: int, prompt_row
     gelu = num_tokens * w.up.weight_OI.shape[0] * (size + 1) if _is_coded(w.down) else 0
     linears = (w.qkv, w.out, w.cross_q, w.cross_out, w.up, w.down)
     codes = sum(linear.weight_OI.numel() * (size + 1) for linear in linears if _is_coded(linear))
-    return enter + rotate + to_cross + cross + to_ffn + gelu + 3 * stream + codes
+    return enter + rotate + to_cross + cross + to_ffn + gelu + codes
 
 
 def _is_coded(linear: LinearWeights) -> bool:
@@ -149,7 +152,7 @@ def _least_packing(engine: Engine) -> dict[str, Work]:
     size, rows = table.dtype.itemsize, s.num_layers * s.num_heads
     coded, key, value = coded_bytes(s.head_dim, s.storage), s.width * size, s.head_dim * size
     of_key, of_value = coded + 2 * size + key, coded + value
-    # A chunk that is taken over is laid out beside the latent frame before; all that is older is read as codes.
+    # Plain torch lays out a chunk that is taken over and the latent frame before; kernels read them where they lie.
     brought = s.chunk_tokens * 2 * (key + value) + s.frame_tokens * of_key
     sampled = len(engine.choose_at) * engine.variant.keys_per_tile / s.tile
     looks = sampled * of_key

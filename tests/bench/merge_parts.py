@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.bench.full_table import FullTable, Variants, launches, ms_of, numbers, time_rows, variant_rows
+from tests.bench.full_table import Changes, FullTable, Variants, launches, ms_of, numbers, time_rows, variant_rows
 from tests.bench.history_parts import kernel_times
 from tests.bench.least_work import BYTES_NOTE, least_of_merge, milliseconds_of
 from tests.bench.match_parts import MATCH_NOTES, match_rows, match_variant_rows
 from tests.bench.record import RESULTS, report
 from tests.packed_checks import check_merge
-from workers.cache import triton_collect, triton_links, triton_merge, triton_pairs
+from workers.cache import triton_collect, triton_links, triton_merge, triton_pairs, triton_ranks
 from workers.cache.table_pairs import choose_links, heaviest, pair_loss
 from workers.cache.triton_pairs import find_distances
 from workers.cache.triton_rows import coded_history
@@ -33,22 +33,44 @@ _NOTES = (
     "One merge of one layer: 224,640 slots of 12 heads in int4, keys a random walk, merged twice before. "
     f"{BYTES_NOTE} Launch settings: the whole merge, and the kernel that is launched otherwise."
 )
+APART: Changes = {(triton_collect, "AVERAGES_ON_THE_WAY"): False}
+"""Means of tiles by a kernel of their own."""
 VARIANTS: Variants = (
-    *numbers(triton_collect, "_TURNED_AT_ONCE", "average_tiles", (8, 32)),
-    *launches(triton_collect, "average_tiles", {"maxnreg": 64}, {"maxnreg": 96}, {"M": 32, "num_warps": 8}),
-    *launches(triton_collect, "average_tiles", {"M": 8, "num_warps": 2}, {"M": 4, "num_warps": 1}),
+    ("average_tiles: behind the move", "move_history|average_tiles", APART),
+    *launches(triton_collect, "move_history", {"num_warps": 8}, {"num_warps": 8, "TURNED": 32}, {"maxnreg": 80}),
+    *(
+        (
+            f"average_tiles: behind the move, {other}",
+            "move_history|average_tiles",
+            APART | {(triton_collect, name): other},
+        )
+        for name, other in (
+            ("_MOVED_AT_ONCE", 64),
+            ("_MOVED_AT_ONCE", 256),
+            ("move_history", {"num_warps": 8}),
+            ("average_tiles", {"M": 8, "num_warps": 1}),
+            ("average_tiles", {"M": 8, "num_warps": 2}),
+            ("average_tiles", {"M": 4, "num_warps": 1}),
+        )
+    ),
     *numbers(triton_pairs, "KEYS_COMPARED", "_key_distances", (8, 32)),
     *numbers(triton_pairs, "_LIST_PROGRAMS", "_key_distances", (64, 128, 1024)),
     *launches(triton_pairs, "_key_distances", {"num_warps": 2}, {"num_warps": 8}, {"maxnreg": 48}),
     *numbers(triton_pairs, "_VALUES_COMPARED", "_value_distances", (16, 64)),
     *launches(triton_pairs, "_value_distances", {"num_warps": 2}, {"num_warps": 8}, {"maxnreg": 32}),
-    *numbers(triton_pairs, "_JUMPS", "_jump|_walk", ((8,), (4, 4), (16, 8), (8, 8, 4))),
+    *numbers(
+        triton_pairs,
+        "_JUMPS",
+        "_jump|_walk",
+        ((8,), (4, 4), (4, 4, 4), (2, 2, 2, 2), (2, 2, 2, 2, 2, 2), (4, 2, 2, 2, 2)),
+    ),
     *numbers(triton_pairs, "_WALKED_AT_ONCE", "_walk", (128, 256, 1024)),
     *numbers(triton_merge, "KEYS_COMPARED", "_weigh", (8, 32)),
     *launches(triton_merge, "_weigh", {"num_warps": 2}),
     *numbers(triton_collect, "_AVERAGED_AT_ONCE", "average_groups", (8, 32)),
     *launches(triton_collect, "average_groups", {"num_warps": 2}, {"maxnreg": 56}),
-    *numbers(triton_collect, "_MOVED_BYTES", "move_codes", (1, 160_000_000, 1_000_000_000)),
+    *numbers(triton_ranks, "_AT_ONCE", "_count_digits", (2048, 8192)),
+    *numbers(triton_ranks, "_FEW", "_count_digits", (0, 32)),
 )
 
 

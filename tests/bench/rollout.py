@@ -84,6 +84,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--flashinfer", action="store_true", help="build FlashInfer's dense kernel meanwhile (1-2 min)")
     parser.add_argument("--chunks", type=int, default=8, help="chunks of each figure")
     parser.add_argument("--vae", choices=get_args(Route), help="how the VAE decodes; without, as the product does here")
+    parser.add_argument(
+        "--apart", action="store_true", help="a process for each row, whose peak is then that of a render of its own"
+    )
     parser.add_argument("--suffix", default="", help="of the result file, for a run of further rows")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -138,7 +141,8 @@ def work(folder: Path, names: Sequence[str], asked: argparse.Namespace) -> None:
     hardware = Hardware.of(settings.device)
     describe(settings)
     write(folder, settings, asked.suffix)
-    for name in names[len(read_rows(folder)) :]:
+    left = names[len(read_rows(folder)) :]
+    for name in left[:1] if asked.apart else left:
         begun = time.monotonic()
         print(f"\n== {name}", flush=True)
         settings = replace(settings, has_flashinfer=(folder / FLASHINFER_FILE).exists())

@@ -34,6 +34,7 @@ from tests.bench.history_engine import (
     make_plan,
     warm_up,
 )
+from tests.bench.history_log import log_row
 from tests.bench.history_once import ONCE, choose_parted
 from tests.bench.history_parts import ChunkClock, feed_forward_rows, parts_of_chunk, top_kernels, whole_chunk_ms
 from tests.bench.history_snapshot import snapshot_row
@@ -296,6 +297,15 @@ def snapshots(variant: Variant, settings: Settings) -> list[dict[str, Any]]:
     return rows
 
 
+def chunk_logs(variant: Variant, settings: Settings) -> list[dict[str, Any]]:
+    """One row."""
+    engine = engine_for(variant, settings)
+    warm_up(engine, settings)
+    row = {"policy": variant.name} | log_row(engine, settings) | {"peak_gb": peak_gb(settings.device)}
+    say(f"chunk log: {json.dumps(row)}")
+    return [row]
+
+
 def attempt(name: str, make: Callable[[], Any]) -> Any:
     """What it returns; None, said loudly, where it failed."""
     try:
@@ -313,6 +323,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="*", default=None, choices=list(VARIANTS), help="tables of where time goes")
     parser.add_argument(
         "--snapshot", nargs="?", const="pairs", choices=list(VARIANTS), help="what one costs while generation goes on"
+    )
+    parser.add_argument(
+        "--chunk-log", nargs="?", const="fastar-tiles", choices=list(VARIANTS), help="what one costs, and to replay it"
     )
     parser.add_argument("--kernels", default="auto", choices=["auto", "flash-attn-4", "triton", "torch"])
     parser.add_argument("--no-compile", action="store_true")
@@ -369,12 +382,14 @@ def main(arguments: Sequence[str]) -> None:
             report(asked.name, results, notes)
         for part_name, table in tables[-1:] if not is_row else []:
             report(f"{asked.name}-parts-{part_name}", table, f"{BYTES_NOTE} {notes}")
-    if asked.snapshot is not None and time.monotonic() - began <= asked.seconds:
+    for what, name, make in (("snapshot", asked.snapshot, snapshots), ("chunk-log", asked.chunk_log, chunk_logs)):
+        if name is None or time.monotonic() - began > asked.seconds:
+            continue
         release_memory(device)
-        variant = replace(VARIANTS[asked.snapshot], **read_changes(asked.set))
-        made = attempt("snapshot", lambda: snapshots(variant, settings))
+        variant = replace(VARIANTS[name], **read_changes(asked.set))
+        made = attempt(what, lambda v=variant, m=make: m(v, settings))
         if made:
-            report(f"{asked.name}-snapshot", made, " ".join(lines))
+            report(f"{asked.name}-{what}", made, " ".join(lines))
     say(f"done after {time.monotonic() - began:.0f} s; results in {Path(__file__).parent / 'results'}")
 
 

@@ -83,10 +83,13 @@ def test_a_causal_convolution_as_one_product(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "head_dim"), [(3, 40), (12, 128)])
-def test_norm_and_rope_of_queries_and_keys_in_one_pass(dtype: torch.dtype, heads: int, head_dim: int) -> None:
+@pytest.mark.parametrize(("heads", "head_dim"), [(3, 40), (12, 128), (1, 16)])
+@pytest.mark.parametrize("cut", [(0, 4), (0, 8, True), (1, 2), (4, 4, True)])
+def test_norm_and_rope_of_queries_and_keys_in_one_pass(
+    dtype: torch.dtype, heads: int, head_dim: int, cut: tuple[int, ...]
+) -> None:
     pytest.importorskip("triton")
-    from workers.model.fused import norm_rotate
+    from workers.model.fused_rotate import Launch, norm_rotate
 
     torch.manual_seed(2)
     dim, tokens = heads * head_dim, 30
@@ -101,7 +104,7 @@ def test_norm_and_rope_of_queries_and_keys_in_one_pass(dtype: torch.dtype, heads
         if way is None:
             norm_rotate_plain(qkv, *norms, rotation, 1e-6, to)
         else:
-            way(qkv, norms, rotation, 1e-6, to)
+            way(qkv, norms, rotation, 1e-6, to, launch=Launch(*cut))
         rooms.append((q, k, v))
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2  # a rounding of bfloat16 may fall otherwise
     for found, expected in zip(*rooms, strict=True):

@@ -11,13 +11,11 @@ import torch
 from workers.model.fp8_linears import (
     Codes,
     LinearWeights,
-    Norm,
     Product,
     encode_rows,
     gelu_codes_plain,
     has_products,
     multiply,
-    norm_codes_plain,
     quantise,
     row_codes_plain,
     weight_codes_plain,
@@ -33,7 +31,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not (HAS_PRODUCTS or INTERPRETED), reason="needs a CUDA device that has 8-bit floats"),
 ]
-TOKENS, FRAMES = 30, 3
+TOKENS = 30
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -59,25 +57,6 @@ def assert_near(found: tuple[torch.Tensor, torch.Tensor], expected: Codes) -> No
     largest = b.abs().amax(-1, keepdim=True)
     assert bool(((a - b).abs() <= 0.13 * b.abs() + 0.005 * largest).all())
     assert float((a - b).square().mean().sqrt()) < 0.015 * float(b.square().mean().sqrt())
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", [80, 256, 1536])
-@pytest.mark.parametrize("case", ["first", "with weights", "without a gate", "not scaled"])
-def test_norm_and_codes_in_one_pass(dtype: torch.dtype, dim: int, case: str) -> None:
-    pytest.importorskip("triton")
-    from workers.model import fused_codes
-
-    x = draw(TOKENS, dim, dtype=dtype, seed=5) * 3
-    modulation = draw(6, dim, dtype=dtype, seed=6), draw(FRAMES, 6, dim, dtype=dtype, seed=7)
-    weights = draw(dim, dtype=dtype, seed=8), draw(dim, dtype=dtype, seed=9)
-    product = None if case == "first" else draw_product(dim, dtype, scaled=case != "not scaled")
-    norm = Norm(*modulation, *((2, -1, *weights) if case == "with weights" else (-1, 3)))
-    places, own = (norm.gate, norm.shift), weights if case == "with weights" else None
-    out, *codes = fused_codes.norm_codes(x, product, modulation, own, places, 1e-6)
-    stream, expected = norm_codes_plain(x, product, norm, 1e-6)
-    torch.testing.assert_close(out, stream, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
-    assert_near((codes[0], codes[1]), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -133,9 +112,10 @@ def test_a_row_of_zeros_has_codes_of_zero() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "head_dim"), [(3, 40), (12, 128)])
-def test_scales_applied_before_norm_and_rope(dtype: torch.dtype, heads: int, head_dim: int) -> None:
+@pytest.mark.parametrize("tokens", [0, 1, 4])
+def test_scales_applied_before_norm_and_rope(dtype: torch.dtype, heads: int, head_dim: int, tokens: int) -> None:
     pytest.importorskip("triton")
-    from workers.model.fused import norm_rotate
+    from workers.model.fused_rotate import Launch, norm_rotate
 
     dim = heads * head_dim
     rotation = make_rotation(grid_positions(torch.arange(2, device=DEVICE) + 40, 3, 5)[None], head_dim, 10_000.0)
@@ -148,7 +128,8 @@ def test_scales_applied_before_norm_and_rope(dtype: torch.dtype, heads: int, hea
         Targets(*(torch.zeros(shape, device=DEVICE, dtype=dtype) for shape in shapes))
         for shapes in [((TOKENS, heads, head_dim), *2 * [(heads, TOKENS, head_dim)])] * 2
     )
-    norm_rotate(product.sum_QO, norms, rotation, 1e-6, found, (product.scale_Q1, product.scale_1O, product.bias_O))
+    scales = product.scale_Q1, product.scale_1O, product.bias_O
+    norm_rotate(product.sum_QO, norms, rotation, 1e-6, found, scales, Launch(tokens))
     norm_rotate_plain(product.value, *norms, rotation, 1e-6, expected)
     tolerance = 1e-4 if dtype == torch.float32 else 3e-2
     for a, b in zip(found, expected, strict=True):

@@ -77,6 +77,10 @@ def test_lists_come_with_their_log_sum_exp(name: ListedName, tile: int) -> None:
     found, lse = make_parted(name, tile).listed(q, k, v, index)
     assert error(found, expected) < LARGEST
     torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-4 if INTERPRETED else 0.05)
+    into = torch.full_like(out := found.contiguous(), 7.0), torch.full_like(lse.T.contiguous(), 7.0).T
+    make_parted(name, tile).listed_into(q, k, v, index, into)
+    assert torch.equal(into[0], out)
+    assert torch.equal(into[1], lse)
 
 
 @pytest.mark.filterwarnings("ignore:cutlass:DeprecationWarning")

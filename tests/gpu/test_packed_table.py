@@ -3,25 +3,32 @@
 Where there is no pytest: `python -m tests.packed_checks`.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.packed_checks import (
+    DTYPE,
+    FLAGS,
     INTERPRETED,
     MERGED,
     PARTS,
     SHAPES,
+    SIZES,
     captured_differs,
+    check_flags,
     check_known_distances,
     check_merge,
     check_pack,
     check_unpack,
     check_unpack_coded,
     check_unpack_sample,
+    fill,
     table_differs,
 )
 from workers.cache.low_bit import Storage
-from workers.cache.packed_history import Part
+from workers.cache.packed_history import PackedLayer, Part
 from workers.cache.table_layout import MergeRule
 
 pytestmark = [
@@ -59,20 +66,51 @@ def test_packing_gives_the_codes_of_the_plain_way(storage: Storage, head_dim: in
 
 
 @pytest.mark.parametrize(
-    ("storage", "rule", "head_dim", "head_by_head"), [*((*sizes, False) for sizes in MERGED), (*MERGED[0], True)]
+    ("storage", "rule", "head_dim", "otherwise"),
+    [
+        *((*sizes, {}) for sizes in MERGED),
+        (*MERGED[0], {"_SUMMED_BYTES": 1}),
+        (*MERGED[2], {"AVERAGES_ON_THE_WAY": False, "_MOVED_AT_ONCE": 32}),
+    ],
 )
 def test_merging_into_codes_gives_the_bits_of_merging_in_the_workspace_and_packing(
-    storage: Storage, rule: MergeRule, head_dim: int, head_by_head: bool, monkeypatch: pytest.MonkeyPatch
+    storage: Storage, rule: MergeRule, head_dim: int, otherwise: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also head by head, and with means of tiles by a kernel of their own."""
     pytest.importorskip("triton")
-    if head_by_head:
-        monkeypatch.setattr("workers.cache.triton_collect._SUMMED_BYTES", 1)
+    for name, value in otherwise.items():
+        monkeypatch.setattr(f"workers.cache.triton_collect.{name}", value)
     check_merge(storage, rule, head_dim)
+
+
+@pytest.mark.parametrize(("num_tiles", "query_tiles", "listed"), FLAGS)
+def test_tiles_that_are_listed_are_flagged(num_tiles: int, query_tiles: int, listed: int) -> None:
+    pytest.importorskip("triton")
+    check_flags(num_tiles, query_tiles, listed)
 
 
 def test_distances_that_are_known_are_those_that_are_found_anew() -> None:
     pytest.importorskip("triton")
     check_known_distances()
+
+
+def test_layers_hold_the_bits_of_chunks_taken_over_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And head by head."""
+    pytest.importorskip("triton")
+    s = replace(SIZES, storage="int4")
+    num_chunks = s.kept_chunks + s.spare_chunks + 3
+    expected = fill(s, num_chunks, "kernels", DTYPE)
+    monkeypatch.setattr("workers.cache.triton_match.UNIT_BYTES", 1)
+    found = fill(s, num_chunks, "kernels", DTYPE, one_by_one=True)
+    state = found.state()
+    for name, tensor in expected.state().items():
+        assert torch.equal(state[name], tensor), name
+    apart = [[of.apart_NC for of in table.layers if isinstance(of, PackedLayer)] for table in (found, expected)]
+    for a, b in zip(*apart, strict=True):
+        assert a is not None
+        assert b is not None
+        assert torch.equal(a, b)
+    assert int(state["0.m_NC"].max()) > 1
 
 
 @pytest.mark.parametrize(

@@ -262,11 +262,10 @@ def test_ranks_of_long_rows(rows: int, num: int, spread: int) -> None:
 
 @pytest.mark.parametrize("estimate", ["exact", "quant"])
 @pytest.mark.parametrize(
-    ("num_queries", "tiles", "keys_at_once", "tile", "samples"),
-    [(100, 9, 128, 16, 8), (40, 21, 16, 16, 8), (300, 9, 64, 128, 16), (50, 10, 16, 8, 8)],
+    ("num_queries", "tiles", "tile", "samples"), [(100, 9, 16, 8), (40, 21, 16, 8), (300, 9, 128, 16), (50, 10, 8, 8)]
 )
 def test_kernels_choose_the_tiles_that_the_plain_way_chooses(
-    estimate: Estimate, num_queries: int, tiles: int, keys_at_once: int, tile: int, samples: int
+    estimate: Estimate, num_queries: int, tiles: int, tile: int, samples: int
 ) -> None:
     pytest.importorskip("triton")
     generator = torch.Generator().manual_seed(3)
@@ -288,7 +287,6 @@ def test_kernels_choose_the_tiles_that_the_plain_way_chooses(
             estimate=estimate,
             tile=tile,
             fused=fused,
-            keys_at_once=keys_at_once,
         )
         chooser = TileChoice(settings, runs, num_queries, DIM, DEVICE)
         index, clean = chooser.new_list(HEADS), chooser.new_list(HEADS, for_clean_pass=True)
@@ -297,3 +295,64 @@ def test_kernels_choose_the_tiles_that_the_plain_way_chooses(
         assert bool((clean[..., 2:] == tiles - 1).all())
         chosen.append(torch.cat((index[..., :4].sort(-1).values, clean[..., :2].sort(-1).values), -1))
     assert float((chosen[0] == chosen[1]).float().mean()) > 0.99  # what is equally heavy but for rounding may differ
+
+
+@pytest.mark.parametrize("estimate", ["exact", "quant"])
+@pytest.mark.parametrize(("blocks", "keys", "programs"), [(1, 16, 1), (2, 32, 100), (3, 64, 4), (2, 128, 1)])
+def test_sums_of_tiles_are_the_masses_of_the_plain_way(
+    estimate: Estimate, blocks: int, keys: int, programs: int
+) -> None:
+    """Also where several products share keys, and a tile's logits lie in several of them or in all of a step."""
+    triton_choice = pytest.importorskip("workers.attention.triton_choice", exc_type=ImportError)
+    launch = triton_choice.Launch(16, keys, blocks, programs, 4, 2)
+    generator, tile, tiles, samples = torch.Generator().manual_seed(3), 32, 19, 16
+    q = torch.randn(10 * tile, HEADS, DIM + 16, generator=generator)
+    k = torch.randn(HEADS, tiles * tile, DIM + 16, generator=generator)
+    q[..., DIM:], k[..., DIM:] = 0, 0
+    q[..., DIM : DIM + 2] = 1
+    k[..., DIM] = torch.rand(HEADS, tiles * tile, generator=generator) * 4
+    k[:, tile : 3 * tile, DIM] = -1e5  # two tiles without a key
+    q, k = q.to(DEVICE), k.to(DEVICE)
+    runs = TileRuns(candidates=((0, tiles),), always=(), num_tiles=tiles)
+    settings = ChoiceSettings(4, samples, 4, estimate, tile=tile, fused=True)
+    chooser = TileChoice(settings, runs, len(q), DIM, DEVICE)
+    found = torch.full((HEADS, 40, tiles), torch.nan, device=DEVICE)
+    sizes = DIM, tile, samples
+    is_quant = estimate == "quant"
+    triton_choice.tile_sums(q, k, chooser._query_S, found, sizes, quant=is_quant, launch=launch)
+    mass = (found / found.sum(-1, keepdim=True)).unflatten(1, (10, 4)).mean(2)
+    # Codes of 8 bits: one that lies between two may become either.
+    rtol, atol = (0.02, 1e-4) if is_quant else (1e-5, 1e-8)
+    torch.testing.assert_close(mass, chooser.mass(q, k), rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize(("num", "fewer", "tiles"), [(1, 1, 40), (7, 3, 40), (146, 49, 700), (30, 10, 31)])
+def test_the_heaviest_are_listed_in_rising_order_and_of_equal_ones_the_first(num: int, fewer: int, tiles: int) -> None:
+    triton_choice = pytest.importorskip("workers.attention.triton_choice", exc_type=ImportError)
+    generator = torch.Generator().manual_seed(tiles)
+    # Few values, whole powers of two, so that shares are exact and many are equal.
+    sums = 2.0 ** torch.randint(0, 4, (2, 3 * 4, tiles), generator=generator)
+    sums[..., 0] += 2.0 ** (10 + sums[..., 1:].sum(-1).log2().ceil()) - sums.sum(
+        -1
+    )  # the sum of a row is a power of two
+    sums[1] = 0  # nothing has mass: the first are taken
+    may = torch.ones(tiles, dtype=torch.int32)
+    may[5] = 0
+    mass = (sums / sums.sum(-1, keepdim=True).clamp(min=1)).unflatten(1, (3, 4)).mean(2)
+    mass[..., 5] = -1
+    order = mass.sort(dim=-1, descending=True, stable=True).indices
+    for count in (None, fewer):
+        lists = [torch.full((2, 3, n + 1), -7, dtype=torch.int32).to(DEVICE) for n in (num, count) if n is not None]
+        triton_choice.write_heaviest(sums.to(DEVICE), may.to(DEVICE), 1, *lists)
+        for found in lists:
+            expected = order[..., : found.shape[2] - 1].sort(-1).values
+            assert torch.equal(found[..., :-1].long().cpu(), expected)
+            assert bool((found[..., -1] == -7).all())
+
+
+def test_what_is_no_number_fills_no_list_beyond_its_end() -> None:
+    triton_choice = pytest.importorskip("workers.attention.triton_choice", exc_type=ImportError)
+    sums, may = torch.full((1, 2, 40), torch.nan).to(DEVICE), torch.ones(40, dtype=torch.int32).to(DEVICE)
+    found = torch.full((1, 1, 9), -7, dtype=torch.int32).to(DEVICE)
+    triton_choice.write_heaviest(sums, may, 4, found)
+    assert found.flatten().tolist() == [0, 1, 2, 3, 4, -7, -7, -7, -7]

@@ -23,18 +23,21 @@ def start(policy: str, file: Path, waits_after: int = 0) -> subprocess.Popen[str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["fastar-tiles", "fastar-quant"])
-def test_killed_and_taken_up_elsewhere_it_goes_on_bit_for_bit(tmp_path: Path, policy: str) -> None:
+@pytest.mark.parametrize(
+    ("policy", "file"),
+    [("fastar-tiles", "snapshot"), ("fastar-quant", "snapshot"), ("fastar-tiles", "chunks.log")],
+)
+def test_killed_and_taken_up_elsewhere_it_goes_on_bit_for_bit(tmp_path: Path, policy: str, file: str) -> None:
     unbroken = dict(roll(make_model(policy), make_task(FRAMES), None))
     made: dict[int, str] = {}
-    with start(policy, tmp_path / "rollout", waits_after=9) as first:
+    with start(policy, tmp_path / file, waits_after=9) as first:
         assert first.stdout is not None
         for line in first.stdout:
             made[int(line.split()[0])] = line.split()[1]
             if len(made) == 7:
                 first.send_signal(signal.SIGKILL)
                 break
-    with start(policy, tmp_path / "rollout") as second:
+    with start(policy, tmp_path / file) as second:
         answer, _ = second.communicate()
         after = {int(index): digest for index, digest in map(str.split, answer.splitlines())}
     assert second.returncode == 0

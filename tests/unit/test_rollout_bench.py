@@ -229,6 +229,8 @@ def test_a_process_writes_the_record_after_each_row(monkeypatch: pytest.MonkeyPa
     for name in ("one", "two", BASELINE):
         monkeypatch.setitem(ROWS, name, quick)
     asked = rollout.parse(["--backbone", "tiny-wan-test"])
+    rollout.work(tmp_path, ["one", "two"], rollout.parse(["--backbone", "tiny-wan-test", "--apart"]))
+    assert len(seen) == 1, "the second is for a process of its own"
     rollout.work(tmp_path, ["one", "two"], asked)
     kept = json.loads((results / "rollout-cpu.json").read_text())
     assert seen == [0, 1]

@@ -48,8 +48,6 @@ class ChoiceSettings:
     tile: int = 128
     fused: bool = False
     """By kernels of our own, on a GPU; channels and samples are then powers of two. `lsh` has none."""
-    keys_at_once: int = 64
-    """That a kernel compares with at a time, a power of two: fewer take less of a multiprocessor."""
     clean_share: float = 1.0
     """Of the chosen tiles, the heaviest that a clean pass sees, in (0, 1]: nothing is denoised there."""
     num_early: int = 0
@@ -71,10 +69,12 @@ class TileChoice:
         self, settings: ChoiceSettings, runs: TileRuns, num_queries: int, head_dim: int, device: torch.device
     ) -> None:
         s = self.settings = settings
+        self.runs = runs
         self._candidate_J = _numbers(runs.candidates, device)
         self._always_A = _numbers(runs.always, device)
         self.num_chosen = min(s.num_chosen, len(self._candidate_J))
         self.num_early = min(s.num_early or s.num_chosen, len(self._candidate_J))
+        self.num_tiles = runs.num_tiles
         self.query_tiles = -(-num_queries // s.tile)
         self._query_S = sample_places(num_queries, s.tile, s.queries_per_tile, device)[0]
         self.sampled_slot_R = sample_places(runs.num_tiles * s.tile, s.tile, s.keys_per_tile, device)[0]
@@ -146,21 +146,20 @@ class TileChoice:
         return index_NIJ.shape[-1] - len(self._always_A)
 
     def _choose_by_kernels(self, q_QNW: Tensor, k_NLW: Tensor, index_NIJ: Tensor, clean_NIJ: Tensor | None) -> None:
-        from workers.attention.triton_choice import tile_lse, write_heaviest
+        from workers.attention.triton_choice import tile_sums, write_heaviest
 
         shape = (k_NLW.shape[0], len(self._query_S), len(self._is_candidate_J))
-        lse_NSJ = torch.empty(shape, dtype=torch.float32, device=k_NLW.device)
+        sum_NSJ = torch.empty(shape, dtype=torch.float32, device=k_NLW.device)
         s = self.settings
-        tile_lse(
+        tile_sums(
             q_QNW,
             k_NLW,
             self._query_S,
-            lse_NSJ,
+            sum_NSJ,
             (self._head_dim, s.tile, s.keys_per_tile),
             quant=s.estimate == "quant",
-            keys_at_once=s.keys_at_once,
         )
-        write_heaviest(lse_NSJ, self._is_candidate_J, len(self._always_A), index_NIJ, clean_NIJ)
+        write_heaviest(sum_NSJ, self._is_candidate_J, len(self._always_A), index_NIJ, clean_NIJ)
 
     def mass(self, q_QNW: Tensor, k_NLW: Tensor) -> Tensor:
         """Estimated share of the softmax in each tile of the table, mean over the queries of a tile, [N, I, J]."""

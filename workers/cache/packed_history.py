@@ -68,6 +68,8 @@ class Packing(Protocol):
 
     def pack(self, layer: PackedLayer, of: Workspace, s: TableSettings, new: slice) -> None: ...
 
+    def flag_listed(self, index_NIJ: Tensor, is_seen_NJ: Tensor) -> None: ...
+
 
 def new_codes(heads: int, s: TableSettings, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """`PACKED`, zero."""
@@ -160,3 +162,7 @@ class PlainPacking:
                 (of.v_NLD[:, run], layer.v_code_NCB, layer.v_largest_NCG),
             ):
                 code[:, slots], largest[:, slots] = encode(x, s.storage)
+
+    def flag_listed(self, index_NIJ: Tensor, is_seen_NJ: Tensor) -> None:
+        """Write which tiles of a head are on some list of it, uint8; lists are contiguous."""
+        is_seen_NJ.zero_().scatter_(1, index_NIJ.flatten(1).long(), 1)

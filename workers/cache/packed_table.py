@@ -1,16 +1,16 @@
 """A tile table whose history lies in few bits: a layer is unpacked into one workspace before it is read or changed.
 
 What reads and changes a layer is that of `tile_table.py`, on the workspace; afterwards what changed is packed again.
-Kernels read codes where they lie: they merge without unpacking (`triton_collect.py`), and to take over a chunk they
-need no more than it and the latent frame before it laid out.
+Kernels read codes where they lie and write them from where a chunk lies: they merge (`triton_collect.py`) and take over
+a chunk (`triton_match.py`) without unpacking, layers that become full together as one. By plain torch layers do so one
+after another, since there is one workspace.
 Coding twice changes nothing (`table_codes.py`), so rounding does not add up over merges: a key that stays has the codes
-that it came with. Layers take over a chunk one after another, since there is one workspace.
+that it came with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from workers.cache.layer_table import TENSORS, LayerTable, new_tensors
 from workers.cache.packed_history import PACKED, PackedLayer, Packing, Part, PlainPacking, Workspace, new_codes
-from workers.cache.partners import CodedKeys, History
 from workers.cache.table_layout import TableSettings
 from workers.cache.tile_table import TableKernels, TableWork, TileTable, load_kernels
 from workers.coded_tiles import CodedTiles
@@ -57,14 +56,15 @@ class PackedTable(TileTable):
         s = settings
         self.workspace = Workspace(s, dtype, device)
         self._coded: CodedTiles | None = None
-        self._growing: PackedLayer | None = None
-        """Takes over a chunk with no more of its keys laid out than it needs."""
         self._packing: Packing = PlainPacking() if self._kernels is None else load_kernels(s)
         if self._kernels is not None and s.rule == "pairs":
-            apart_LNC = torch.full((s.num_layers, s.num_heads, s.history_slots), -1.0, device=device)
-            for layer, apart_NC in zip(self.layers, apart_LNC, strict=True):
-                assert isinstance(layer, PackedLayer)
-                layer.apart_NC = apart_NC
+            for group, together in zip(self._groups, self._together, strict=True):
+                assert isinstance(together, PackedLayer)
+                together.apart_NC = torch.full_like(together.weight_NC, -1.0)
+                for index, apart_NC in zip(group, together.apart_NC.split(s.num_heads), strict=True):
+                    layer = self.layers[index]
+                    assert isinstance(layer, PackedLayer)
+                    layer.apart_NC = apart_NC
         tiles = s.num_slots // s.tile
         self._is_seen_LNJ = torch.ones(s.num_layers, s.num_heads, tiles, dtype=torch.uint8, device=device)
 
@@ -74,7 +74,7 @@ class PackedTable(TileTable):
         return super().run_of(layer, start)
 
     def note_seen(self, layer_index: int, index_NIJ: Tensor) -> None:
-        self._is_seen_LNJ[layer_index].zero_().scatter_(1, index_NIJ.flatten(1).long(), 1)
+        self._packing.flag_listed(index_NIJ, self._is_seen_LNJ[layer_index])
 
     @property
     def seen_share(self) -> float:
@@ -100,6 +100,9 @@ class PackedTable(TileTable):
         return self._coded
 
     def remember_chunk(self, position_T3: Tensor) -> None:
+        if self._kernels is not None:
+            super().remember_chunk(position_T3)
+            return
         for index in range(len(self.layers)):
             self.remember(index, position_T3)
 
@@ -126,13 +129,13 @@ class PackedTable(TileTable):
     def _absorb(self, layer: LayerTable, source: int) -> None:
         assert isinstance(layer, PackedLayer)
         self._mark("moving chunks")
-        if self._kernels is not None and layer.pointer == self.settings.history_tokens:
-            self._merge_into_codes(layer, self._kernels)
+        if self._kernels is not None:
+            self._absorb_as_codes(layer, source, self._kernels)
+            return
         merges = layer.pointer == self.settings.history_tokens
-        laid_out = self._lay_out(layer, "both") if merges else self._lay_out_newest(layer, source)
+        laid_out = self._lay_out(layer, "both")
         self._mark("unpacking")
         super()._absorb(laid_out, source)
-        self._growing = None
         changed = slice(0 if merges else layer.pointer, laid_out.pointer)
         layer.pointer = laid_out.pointer
         self._packing.pack(layer, self.workspace, self.settings, changed)
@@ -140,28 +143,27 @@ class PackedTable(TileTable):
         self._keep_log_mass(layer, slice(0, self.settings.history_tokens) if merges else changed)
         self._mark("packing")
 
-    def _merge_into_codes(self, layer: PackedLayer, kernels: TableKernels) -> None:
-        kernels.merge_into_codes(layer, self._turn_back, self._room(layer), self.settings)
-        layer.pointer = self.settings.kept_tokens
-        self._mark("merging")
+    def _absorb_as_codes(self, layer: PackedLayer, source: int, kernels: TableKernels) -> None:
+        """Nothing is laid out: kernels read the chunk where it lies, and codes where they lie."""
+        s = self.settings
+        if layer.pointer == s.history_tokens:
+            room = self._room(layer)
+            for one in self._one_by_one(layer):  # buffers are those of one layer
+                kernels.merge_into_codes(one, self._turn_back, room, s)
+            layer.pointer = s.kept_tokens
+            self._mark("merging")
+        new, run = slice(layer.pointer, layer.pointer + s.chunk_tokens), self.run_of(layer, source)
+        chunk = layer.k_NLW[:, run], layer.v_NLD[:, run], layer.position_of[source].float()
+        kernels.take_in(layer, chunk, new, self._turn_back, self._look, s)
+        layer.pointer = new.stop
+        self._mark("matching")
 
-    def _lay_out_newest(self, layer: PackedLayer, source: int) -> LayerTable:
-        """What a chunk needs that becomes history without a merge; kernels read older keys where they lie."""
-        s, pointer = self.settings, layer.pointer
-        if self._kernels is None:
-            return self._lay_out(layer, "both")
-        self._growing, first = layer, s.history_start // s.tile
-        chunk = range(source // s.tile, (source + s.chunk_slots) // s.tile)
-        before = range(first + max(0, pointer - s.frame_tokens) // s.tile, first - (-pointer // s.tile))
-        self._kernels.unpack_tiles(layer, self.workspace, s, "both", chunk)
-        self._kernels.unpack_tiles(layer, self.workspace, s, "keys", before)
-        return self._in_workspace(layer)
-
-    def _history(self, layer: LayerTable) -> History:
-        history, growing, storage = super()._history(layer), self._growing, self.settings.storage
-        if growing is None or storage == "model":
-            return history
-        return replace(history, coded=CodedKeys(growing.k_code_NCB, growing.k_largest_NCG, storage))
+    def _one_by_one(self, layer: PackedLayer) -> Iterator[PackedLayer]:
+        """Layers that go together, each by itself."""
+        names, heads = (*self.tensors, *([] if layer.apart_NC is None else ["apart_NC"])), self.settings.num_heads
+        for first in range(0, len(layer.m_NC), heads):
+            views = {name: getattr(layer, name)[first : first + heads] for name in names}
+            yield PackedLayer(**views, pointer=layer.pointer, num_chunks=layer.num_chunks)
 
     def _average_new(self, layer: LayerTable, new: slice) -> None:
         self._average_as_kernels(layer, new)

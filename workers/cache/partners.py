@@ -8,25 +8,15 @@ a while is found there. Nothing waits for the device.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from workers.cache.table_codes import CodedStorage
 from workers.cache.unrotated import TurnBack, take_rows
 from workers.search.nearest_rows import NearestRows, nearest_rows
 
 Found = tuple[Tensor, Tensor]
 """Slot of the nearest older key, int64 [N, T], and its cosine, float32; -inf where there is none."""
-
-
-class CodedKeys(NamedTuple):
-    """Older keys of a history in few bits, as a packed layer holds them (`table_codes.py`)."""
-
-    code_NCB: Tensor
-    largest_NCG: Tensor
-    storage: CodedStorage
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +32,6 @@ class History:
     """0 where there is no key."""
     mean_NJD: Tensor
     """Mean of the unit keys before RoPE, tile by tile."""
-    coded: CodedKeys | None = None
-    """Where kernels read the older keys; `k_NLW` then holds the new ones and the latent frame before them, no more."""
 
     @property
     def keys(self) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 
+from workers.streams import stream_for
+
 Wait = Callable[[], None]
 """Lets all that the caller begins from now on wait; returns at once."""
 
@@ -39,10 +41,11 @@ class OnStream:
 
     Args:
         device: Where.
+        purpose: All work for one purpose shares a stream.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)
+    def __init__(self, device: torch.device, purpose: str = "beside a loop") -> None:
+        self.stream = stream_for(purpose, device)
 
     def run(self, job: Callable[[], None]) -> Wait:
         self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
@@ -55,5 +58,5 @@ class OnStream:
         self.stream.synchronize()
 
 
-def make_side_work(device: torch.device) -> SideWork:
-    return OnStream(device) if device.type == "cuda" else InTurn()
+def make_side_work(device: torch.device, purpose: str) -> SideWork:
+    return OnStream(device, purpose) if device.type == "cuda" else InTurn()

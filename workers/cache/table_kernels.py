@@ -2,8 +2,10 @@
 
 from workers.cache.triton_coded_tiles import unpack_coded
 from workers.cache.triton_collect import merge_into_codes
-from workers.cache.triton_match import match
+from workers.cache.triton_match import match, take_in
 from workers.cache.triton_merge import merge
-from workers.cache.triton_pack import pack, unpack, unpack_sample, unpack_tiles
+from workers.cache.triton_pack import flag_listed, pack, unpack, unpack_sample
 
-__all__ = ["match", "merge", "merge_into_codes", "pack", "unpack", "unpack_coded", "unpack_sample", "unpack_tiles"]
+__all__ = [
+    "flag_listed", "match", "merge", "merge_into_codes", "pack", "take_in", "unpack", "unpack_coded", "unpack_sample",
+]  # fmt: skip

@@ -33,7 +33,7 @@ class TableSnapshot:
     """
 
     def __init__(self, table: TileTable, side: SideWork | None = None) -> None:
-        self._table, self._side = table, side or make_side_work(table.device)
+        self._table, self._side = table, side or make_side_work(table.device, "snapshot of a table")
         self._share = -(-len(table.layers) // table.settings.spare_chunks)
         self._host = [self._host_layer(layer) for layer in table.layers]
         self._host_positions: list[Tensor] = []

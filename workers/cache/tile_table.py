@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from workers.cache.layer_table import TENSORS, LayerTable, new_tensors
-from workers.cache.packed_history import PackedLayer, Packing, Part, Workspace
+from workers.cache.packed_history import PackedLayer, Packing
 from workers.cache.partners import History, Look, find_partners
 from workers.cache.shrink import Fuse, Room, Survivors, shrink
 from workers.cache.table_layout import MEMBERS_LISTED, TableSettings, read_log_mass, write_log_mass
@@ -38,9 +38,11 @@ our own, on a GPU and for sizes that are powers of two."""
 class TableKernels(Packing, Protocol):
     """See `triton_match.py`, `triton_merge.py`, `triton_collect.py` and `triton_pack.py`."""
 
-    def unpack_tiles(self, layer: PackedLayer, to: Workspace, s: TableSettings, part: Part, tiles: range) -> None: ...
-
     def match(self, history: History, partner_NC: Tensor, turn_back: TurnBack, new: slice, look: Look) -> None: ...
+
+    def take_in(
+        self, layer: PackedLayer, chunk: Sequence[Tensor], new: slice, turn_back: TurnBack, look: Look, s: TableSettings
+    ) -> None: ...
 
     def merge(
         self, history: History, records: Sequence[Tensor], turn_back: TurnBack, room: Room, heads_at_once: int,

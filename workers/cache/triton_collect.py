@@ -2,8 +2,8 @@
 
 Which keys merge, and all sums, are those of `triton_merge.py`, by the codes themselves: nothing is unpacked before. A
 key never changes and its value only where another one joins it; coding again what was decoded would give the same codes
-(`table_codes.py`). Codes and records move within the tensors of the layer, so they go through buffers, codes those of a
-few heads at a time to save memory.
+(`table_codes.py`). Codes and records move within the tensors of the layer without a buffer: what stays goes to
+an earlier slot if to another one at all, and a program writes where others have read.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from workers.cache.triton_rows import (
     coded_history,
     in_mean_units,
     load_halves,
+    load_places,
     store_mean,
     unit_pairs,
 )
@@ -42,9 +43,10 @@ from workers.cache.unrotated import TurnBack
 
 _SUMMED_BYTES = 3 * 10**8
 """Of the sums of values of all heads; beyond, some heads are collected after the others."""
-_MOVED_BYTES = 8 * 10**7
-"""Of codes that move together, those of one head at least."""
-_MOVED_AT_ONCE = 64
+AVERAGES_ON_THE_WAY = True
+"""Whether means of tiles are made by the programs that move them: some wait for memory while others calculate."""
+_MOVED_AT_ONCE = 128
+"""Slots; as many as a tile where means are made on the way."""
 _AVERAGED_AT_ONCE = 16
 """Groups whose values become means."""
 _TURNED_AT_ONCE = 16
@@ -83,7 +85,7 @@ def _mean_values(  # type: ignore[no-untyped-def]
     has_rest = is_key & (count > LISTED)
     group = tl.load(number + slot, mask=has_rest, other=0)
     own_first, own_second = load_halves(
-        v, largest, slot.to(tl.int64) * BYTES, is_key, D, M, HALVES, BITS, GROUP, KIND
+        v, largest, slot.to(tl.int64) * BYTES, is_key, D, M, HALVES, BITS, GROUP, KIND, True
     )  # fmt: skip
     first, second = _load_sums(summed, group, has_rest & (group < num_groups), D, RUN, HALVES)
     most = tl.maximum(total, 1e-30)
@@ -92,7 +94,7 @@ def _mean_values(  # type: ignore[no-untyped-def]
         there = is_key & (count > which)
         of = tl.load(member + slot * LISTED + which, mask=there, other=0)
         part = (tl.load(share + of, mask=there, other=0.0) / most * VALUE_UNITS)[:, None, None]
-        a, b = load_halves(v, largest, of.to(tl.int64) * BYTES, there, D, M, HALVES, BITS, GROUP, KIND)
+        a, b = load_halves(v, largest, of.to(tl.int64) * BYTES, there, D, M, HALVES, BITS, GROUP, KIND, True)
         first += in_units(a, part)
         second += in_units(b, part)
     share_of_own = (own / most)[:, None, None]
@@ -101,12 +103,15 @@ def _mean_values(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["first_head"])  # type: ignore[untyped-decorator, unused-ignore]
 def average_groups(  # type: ignore[no-untyped-def]
-    v, v_largest, weight, added, tally, number, summed, member, share, rank, groups, num_group, to, to_largest,
-    first_head, history_slots, num_slots, num_keep, num_groups, num_most, limit, least,
+    v, v_largest, weight, added, tally, number, summed, member, share, groups, num_group,
+    first_head, history_slots, num_slots, num_groups, num_most, limit, least,
     D: tl.constexpr, EXTRA: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, HALVES: tl.constexpr,
     M: tl.constexpr, LISTED: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """One program: values of M groups of a head that somebody joins, as codes. Compiled to fuse only what says so."""
+    """One program: values of M groups of a head that somebody joins, as codes, in place.
+
+    Nobody else reads that slot or those of the members. Compiled to fuse only what says so.
+    """
     local = tl.program_id(1).to(tl.int64)
     head = first_head + local
     count = tl.load(num_group + head)
@@ -122,12 +127,7 @@ def average_groups(  # type: ignore[no-untyped-def]
             summed + local * num_groups * D, member + mine * LISTED, share + mine, own, total, slot, is_key, num_groups,
             D, M, RUN, HALVES, LISTED, BITS, GROUP, KIND,
         )  # fmt: skip
-        shift = num_keep - tl.load(rank + mine + num_slots - 1) - 1
-        place = tl.load(rank + mine + slot, mask=is_key, other=0) + shift
-        store_codes(
-            first, second, to, to_largest, local * num_keep + place, is_key & (place >= 0), limit, least,
-            D, GROUP, RUN, HALVES,
-        )  # fmt: skip
+        store_codes(first, second, v, v_largest, held + slot, is_key, limit, least, D, GROUP, RUN, HALVES)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -137,100 +137,116 @@ def _move_rows(of, to, at_of, at_to, is_key, inside, nothing, WIDTH: tl.constexp
     tl.store(to + at_to[:, None] * WIDTH + channel, x, mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=["first_head", "first_of", "first_to"])  # type: ignore[untyped-decorator, unused-ignore]
-def move_codes(  # type: ignore[no-untyped-def]
-    k_code, k_largest, v_code, v_largest, to_k_code, to_k_largest, to_v_code, to_v_largest, source,
-    first_head, first_of, first_to, slots_of, slots_to, num_keep, CODE_OF_0: tl.constexpr,
-    BYTES: tl.constexpr, GROUPS: tl.constexpr, M: tl.constexpr, GATHERS: tl.constexpr,
-):  # fmt: skip
-    """One program: M slots of a head, from where they were, or as they lie; zero where no key goes."""
-    place = tl.program_id(0) * M + tl.arange(0, M)
-    local = tl.program_id(1).to(tl.int64)
-    inside = place < num_keep
-    slot, there = place, inside
-    if GATHERS:
-        slot = tl.load(source + (first_head + local) * num_keep + place, mask=inside, other=-1)
-        there = slot >= 0
-    at_of, at_to = (first_of + local) * slots_of + slot, (first_to + local) * slots_to + place
-    _move_rows(k_code, to_k_code, at_of, at_to, there, inside, CODE_OF_0, BYTES)
-    _move_rows(v_code, to_v_code, at_of, at_to, there, inside, CODE_OF_0, BYTES)
-    _move_rows(k_largest, to_k_largest, at_of, at_to, there, inside, 0.0, GROUPS)
-    _move_rows(v_largest, to_v_largest, at_of, at_to, there, inside, 0.0, GROUPS)
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _load_rows(x, at, there, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.load(x + at[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], mask=there[:, None], other=0)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def collect_records(  # type: ignore[no-untyped-def]
-    position, m, weight, partner, apart, log_mass, source, added, joined, root, head_of, rank,
-    new_position, new_m, new_weight, new_partner, new_apart,
-    history_slots, num_slots, num_keep, root_dim, no_key, M: tl.constexpr, APART: tl.constexpr,
+def _store_rows(x, at, rows, there, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    tl.store(x + at[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], rows, mask=there[:, None])
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _store_position(at, place, there):  # type: ignore[no-untyped-def]
+    time, line, column = place
+    tl.store(at, time, mask=there)
+    tl.store(at + 1, line, mask=there)
+    tl.store(at + 2, column, mask=there)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _known_distance(apart, partner, root, head_of, slot, is_key):  # type: ignore[no-untyped-def]
+    """Of a key that follows no other one and whose partner stays, else -1; pointers are those of its head."""
+    own_partner = tl.load(partner + slot, mask=is_key, other=-1)
+    stays = is_key & (own_partner >= 0) & (tl.load(root + slot, mask=is_key, other=-1) == slot)
+    stays &= tl.load(head_of + own_partner, mask=stays, other=-1) == own_partner
+    return tl.load(apart + slot, mask=stays, other=-1.0)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _wait_for_readers(is_read, first, stop, MOST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Until all of these programs have read; they were begun before this one and wait for nobody until then."""
+    reader = first + tl.arange(0, MOST)
+    num_waited_for = stop - first
+    while num_waited_for > 0:
+        flag = tl.load(is_read + reader, mask=reader < stop, other=1, volatile=True)
+        num_waited_for = tl.sum((flag == 0).to(tl.int32), 0)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def move_history(  # type: ignore[no-untyped-def]
+    k_code, k_largest, v_code, v_largest, position, m, weight, partner, apart, log_mass, old_partner,
+    source, added, joined, root, head_of, rank, is_read, heads, history_slots, num_slots, num_keep, root_dim, no_key,
+    k, largest, mean, axis, frequency,
+    CODES: tl.constexpr, LARGEST: tl.constexpr, M: tl.constexpr, MOST: tl.constexpr, APART: tl.constexpr,
+    TILE: tl.constexpr, P: tl.constexpr, TURNED: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """One program: records of M slots of a head as they will be, into buffers; log m at once."""
-    place = tl.program_id(0) * M + tl.arange(0, M)
-    head = tl.program_id(1).to(tl.int64)
-    inside = place < num_keep
-    slot = tl.load(source + head * num_keep + place, mask=inside, other=-1)
+    """One program: M slots of a head as they will be, in place; with a `TILE`, which is M then, also its mean.
+
+    No key goes to a later slot, so these slots are where keys of no programs but earlier ones come from: when those
+    have read, they may be written. Programs are counted as they begin, so the earlier ones run already.
+    """
+    pieces = tl.cdiv(history_slots, M)
+    nth = tl.atomic_add(is_read + heads * pieces, 1, sem="relaxed")
+    piece, head = nth // heads, (nth % heads).to(tl.int64)
+    place = piece * M + tl.arange(0, M)
+    kept, used = place < num_keep, place < num_slots
+    slot = tl.load(source + head * num_keep + place, mask=kept, other=-1)
     is_key = slot >= 0
     mine, held = head * num_slots, head * history_slots
+    k_rows, k_most = _load_rows(k_code, held + slot, is_key, CODES), _load_rows(k_largest, held + slot, is_key, LARGEST)
+    v_rows, v_most = _load_rows(v_code, held + slot, is_key, CODES), _load_rows(v_largest, held + slot, is_key, LARGEST)
+    place_of_key = load_places(position, (held + slot) * 3, is_key)
+    mass = tl.load(m + held + slot, mask=is_key, other=0) + tl.load(joined + mine + slot, mask=is_key, other=0)
     _, total = total_weight(weight + held, added + mine, slot, is_key)
-    store_log_mass(log_mass + (held + place) * 2, total, is_key, inside, root_dim, no_key, 2)
-    out = head * num_keep + place
-    for axis in tl.static_range(3):
-        at_p = tl.load(position + (held + slot) * 3 + axis, mask=is_key, other=0.0)
-        tl.store(new_position + out * 3 + axis, at_p, mask=inside)
-    more = tl.load(joined + mine + slot, mask=is_key, other=0)
-    tl.store(new_m + out, tl.load(m + held + slot, mask=is_key, other=0) + more, mask=inside)
-    tl.store(new_weight + out, tl.where(is_key, total, 0.0), mask=inside)
     shift = num_keep - tl.load(rank + mine + num_slots - 1) - 1
-    older = partner_of_group(partner + held, root + mine, head_of + mine, rank + mine, slot, is_key, shift)
-    tl.store(new_partner + out, older, mask=inside)
+    older = partner_of_group(old_partner + mine, root + mine, head_of + mine, rank + mine, slot, is_key, shift)
+    distance = older.to(tl.float32)
     if APART:
-        # Of a key that follows no other one and whose partner stays.
-        own_partner = tl.load(partner + held + slot, mask=is_key, other=-1)
-        stays = is_key & (own_partner >= 0) & (tl.load(root + mine + slot, mask=is_key, other=-1) == slot)
-        stays &= tl.load(head_of + mine + own_partner, mask=stays, other=-1) == own_partner
-        tl.store(new_apart + out, tl.load(apart + held + slot, mask=stays, other=-1.0), mask=inside)
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def write_records(  # type: ignore[no-untyped-def]
-    position, m, weight, partner, apart, log_mass, new_position, new_m, new_weight, new_partner, new_apart,
-    history_slots, num_slots, num_keep, no_key, no_key_low, M: tl.constexpr, APART: tl.constexpr,
-):  # fmt: skip
-    """One program: records of M slots of a head, from the buffers."""
-    slot = tl.program_id(0) * M + tl.arange(0, M)
-    head = tl.program_id(1).to(tl.int64)
-    kept, used = slot < num_keep, slot < num_slots
-    here, there = head * num_keep + slot, head * history_slots + slot
-    for which in tl.static_range(3):
-        at = tl.load(new_position + here * 3 + which, mask=kept, other=0.0)
-        tl.store(position + there * 3 + which, at, mask=kept)
-    tl.store(m + there, tl.load(new_m + here, mask=kept, other=0), mask=used)
-    tl.store(weight + there, tl.load(new_weight + here, mask=kept, other=0.0), mask=used)
-    tl.store(partner + there, tl.load(new_partner + here, mask=kept, other=-1), mask=used)
-    if APART:
-        tl.store(apart + there, tl.load(new_apart + here, mask=kept, other=-1.0), mask=used)
+        distance = _known_distance(apart + held, old_partner + mine, root + mine, head_of + mine, slot, is_key)
+    # The first key of these slots goes there, or further behind.
+    first = tl.load(rank + mine + tl.minimum(piece * M, num_slots - 1)) + shift
+    # Loads of all threads come before what others write who see the flag: barrier, release, look.
+    tl.debug_barrier()
+    tl.atomic_xchg(is_read + head * pieces + piece, 1, sem="release")
+    _wait_for_readers(is_read + head * pieces, tl.maximum(first, 0) // M, piece, MOST)
+    here = held + place
+    _store_rows(k_code, here, k_rows, kept, CODES)
+    _store_rows(k_largest, here, k_most, kept, LARGEST)
+    _store_rows(v_code, here, v_rows, kept, CODES)
+    _store_rows(v_largest, here, v_most, kept, LARGEST)
+    _store_position(position + here * 3, place_of_key, kept)
     # Codes of free slots may stay: there is no key by their log m.
-    part = tl.arange(0, 2)[None, :]
-    nothing = tl.where(part == 0, no_key, no_key_low).to(log_mass.dtype.element_ty)
-    tl.store(log_mass + there[:, None] * 2 + part, nothing, mask=(used & (kept == 0))[:, None])
+    tl.store(m + here, mass, mask=used)
+    tl.store(weight + here, tl.where(is_key, total, 0.0), mask=used)
+    tl.store(partner + here, older, mask=used)
+    if APART:
+        tl.store(apart + here, distance, mask=used)
+    store_log_mass(log_mass + here * 2, total, is_key, used, root_dim, no_key, 2)
+    if TILE:
+        tl.debug_barrier()
+        mean_of_tile(
+            k, largest, position, m, mean, axis, frequency, held + piece * M, TILE, P, TURNED, BITS, GROUP, KIND
+        )
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def average_tiles(  # type: ignore[no-untyped-def]
-    k, largest, position, m, mean, axis, frequency, history_slots,
+def mean_of_tile(  # type: ignore[no-untyped-def]
+    k, largest, position, m, mean, axis, frequency, first,
     TILE: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """One program: the mean of a tile of a head."""
+    """Of the tile that begins with this slot of all heads."""
     BYTES: tl.constexpr = P if BITS == 4 else 2 * P
     even_a, odd_a = tl.zeros([M, P // 2], tl.int32), tl.zeros([M, P // 2], tl.int32)
     even_b, odd_b = tl.zeros([M, P // 2], tl.int32), tl.zeros([M, P // 2], tl.int32)
-    first = tl.program_id(1).to(tl.int64) * history_slots + tl.program_id(0) * TILE
     for step in range(TILE // M):
         slot = first + step * M + tl.arange(0, M)
         live = tl.load(m + slot) > 0
         a, b, c, d = unit_pairs(
-            k, largest, slot * BYTES, position, slot * 3, live, axis, frequency, P, M, BITS, GROUP, KIND
+            k, largest, slot * BYTES, position, slot * 3, live, axis, frequency, P, M, BITS, GROUP, KIND, True
         )
         # Those of slots without a key are 0.
         even_a += in_mean_units(a)
@@ -240,78 +256,82 @@ def average_tiles(  # type: ignore[no-untyped-def]
     store_mean(mean + first // TILE * (2 * P), even_a, odd_a, even_b, odd_b, P, TILE)
 
 
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def average_tiles(  # type: ignore[no-untyped-def]
+    k, largest, position, m, mean, axis, frequency, history_slots,
+    TILE: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """One program: the mean of a tile of a head."""
+    first = tl.program_id(1).to(tl.int64) * history_slots + tl.program_id(0) * TILE
+    mean_of_tile(k, largest, position, m, mean, axis, frequency, first, TILE, P, M, BITS, GROUP, KIND)
+
+
 def merge_into_codes(to: PackedLayer, turn_back: TurnBack, room: Room, s: TableSettings) -> None:
     """`merge` of `triton_merge.py` for a packed layer: codes and records of its history are read and written.
 
     Args:
-        to: Full.
+        to: Full: as many keys stay as there are slots to keep, or more, so that none goes to a later slot.
         turn_back: RoPE of the model.
         room: How it is made.
         s: Sizes.
     """
     assert s.tile <= MOST_AVERAGED
-    of, num, num_keep = coded_history(to, s), s.history_tokens, room.num_keep
-    apart = to.weight_NC if to.apart_NC is None else to.apart_NC
-    records = to.position_NC3, to.m_NC, to.weight_NC, to.partner_NC, apart
-    written = *records, to.mass_NC2
-    assert all(x.is_contiguous() for x in (*written, to.mean_NJD))
-    found = find_sums(of, turn_back, room, None if to.apart_NC is None else to.apart_NC[:, :num])
-    heads = s.num_heads
-    buffers = tuple(torch.empty((heads, num_keep, *x.shape[2:]), dtype=x.dtype, device=x.device) for x in records)
-    sums, families, slots = found.sums, found.families, (s.history_slots, num, num_keep)
-    collect_records[(triton.cdiv(num_keep, _RECORDS_AT_ONCE), heads)](
-        *written, found.source, sums.added, sums.joined, families.root, families.head_of, found.rank, *buffers,
-        *slots, s.head_dim**0.5, NO_KEY, M=_RECORDS_AT_ONCE, APART=to.apart_NC is not None, num_warps=4,
-    )  # fmt: skip
-    _move_codes(of, found, room, to, s)
-    high = float(torch.tensor(NO_KEY).to(to.mass_NC2.dtype))
-    write_records[(triton.cdiv(num, _RECORDS_AT_ONCE), heads)](
-        *written, *buffers, *slots, high, NO_KEY - high,
-        M=_RECORDS_AT_ONCE, APART=to.apart_NC is not None, num_warps=4,
-    )  # fmt: skip
-    average_tiles[(s.history_slots // s.tile, heads)](
-        of.k.x, of.k.largest, to.position_NC3, to.m_NC, to.mean_NJD, turn_back.axis_int32_D, turn_back.frequency_D,
-        s.history_slots, TILE=s.tile, P=s.head_dim // 2, M=min(_TURNED_AT_ONCE, s.tile), **of.k.form, num_warps=4,
-    )  # fmt: skip
+    of, num_groups = coded_history(to, s), most_groups(room)
+    found = find_sums(of, turn_back, room, None if to.apart_NC is None else to.apart_NC[:, : s.history_tokens])
+    at_once = min(s.num_heads, max(1, _SUMMED_BYTES // (num_groups * s.head_dim * 4)))
+    summed = torch.empty((at_once, num_groups, s.head_dim), dtype=torch.int32, device=to.m_NC.device)
+    for first in range(0, s.num_heads, at_once):
+        some = summed[: s.num_heads - first]
+        add_rest(of, found, some, first)
+        _average_groups(of, found, some, first, room, s)
+    _move(of, found, turn_back, to, s)
 
 
-def _move_codes(of: StoredHistory, found: Found, room: Room, to: PackedLayer, s: TableSettings) -> None:
-    """To where they go, some heads after the others; values that change on the way. Records are still as they were."""
-    codes = to.k_code_NCB, to.k_largest_NCG, to.v_code_NCB, to.v_largest_NCG
-    assert all(x.is_contiguous() for x in codes)
-    heads, num_keep = found.source.shape
-    of_head, num_groups = num_keep * sum(x.shape[2] * x.itemsize for x in codes), most_groups(room)
-    at_once = min(_MOVED_BYTES // of_head, _SUMMED_BYTES // (num_groups * s.head_dim * 4))
-    at_once = min(heads, max(1, at_once))
-    buffers = [x.new_empty((at_once, num_keep, x.shape[2])) for x in codes]
-    summed = torch.empty((at_once, num_groups, s.head_dim), dtype=torch.int32, device=found.source.device)
-    sizes = {"BYTES": codes[0].shape[2], "GROUPS": codes[1].shape[2], "M": _MOVED_AT_ONCE}
-    sizes["CODE_OF_0"] = 0x88 if s.storage == "int4" else 0
-    for first in range(0, heads, at_once):
-        some = min(at_once, heads - first)
-        grid = triton.cdiv(num_keep, _MOVED_AT_ONCE), some
-        move_codes[grid](
-            *codes, *buffers, found.source, first, first, 0, s.history_slots, num_keep, num_keep,
-            **sizes, GATHERS=True, num_warps=4,
-        )  # fmt: skip
-        add_rest(of, found, summed[:some], first)
-        _average_groups(of, found, summed[:some], first, room, (buffers[2], buffers[3]), s)
-        move_codes[grid](
-            *buffers, *codes, found.source, first, 0, first, num_keep, s.history_slots, num_keep,
-            **sizes, GATHERS=False, num_warps=4,
-        )  # fmt: skip
-
-
-def _average_groups(
-    of: StoredHistory, found: Found, summed: Tensor, first: int, room: Room, to: tuple[Tensor, Tensor], s: TableSettings
-) -> None:
-    """Values that change, of as many heads as there are sums: into buffers where the others are already."""
+def _average_groups(of: StoredHistory, found: Found, summed: Tensor, first: int, room: Room, s: TableSettings) -> None:
+    """Values that change, of as many heads as there are sums: in the slots that stand for their groups."""
     assert s.storage != "model"
     v, sums, members = of.v, found.sums, found.sums.members
     average_groups[(triton.cdiv(members.group.shape[1], _AVERAGED_AT_ONCE), summed.shape[0])](
         v.x, v.largest, of.weight_NC, sums.added, members.tally, members.number, summed, members.listed, sums.share,
-        found.rank, members.group, members.num_group, *to, first, s.history_slots, of.m_NC.shape[1], room.num_keep,
+        members.group, members.num_group, first, s.history_slots, of.m_NC.shape[1],
         summed.shape[1], members.group.shape[1], float(LIMITS[s.storage]), LEAST, **vector_shape(s, s.storage),
         M=_AVERAGED_AT_ONCE, LISTED=room.num_listed, BITS=v.form["BITS"], KIND=v.form["KIND"],
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def _move(of: StoredHistory, found: Found, turn_back: TurnBack, to: PackedLayer, s: TableSettings) -> None:
+    """Codes and records, to where they go; means of tiles, on the way or behind."""
+    codes = to.k_code_NCB, to.k_largest_NCG, to.v_code_NCB, to.v_largest_NCG
+    apart = to.weight_NC if to.apart_NC is None else to.apart_NC
+    records = to.position_NC3, to.m_NC, to.weight_NC, to.partner_NC, apart, to.mass_NC2
+    assert all(x.is_contiguous() for x in (*codes, *records, to.mean_NJD))
+    words = [_in_words(x) for x in codes]
+    num_keep, sums, families = found.source.shape[1], found.sums, found.families
+    at_once = s.tile if AVERAGES_ON_THE_WAY else _MOVED_AT_ONCE
+    pieces = triton.cdiv(s.history_slots, at_once)
+    # Whether each program has read, and how many have begun.
+    is_read = torch.zeros(s.num_heads * pieces + 1, dtype=torch.int32, device=to.m_NC.device)
+    averaged = of.k.x, of.k.largest, to.mean_NJD, turn_back.axis_int32_D, turn_back.frequency_D
+    turned = {"P": s.head_dim // 2, **of.k.form}
+    move_history[(pieces * s.num_heads,)](
+        *words, *records, of.partner_NC.clone(memory_format=torch.contiguous_format),
+        found.source, sums.added, sums.joined, families.root, families.head_of, found.rank, is_read,
+        s.num_heads, s.history_slots, s.history_tokens, num_keep, s.head_dim**0.5, NO_KEY, *averaged,
+        CODES=words[0].shape[2], LARGEST=words[1].shape[2], M=at_once,
+        MOST=triton.next_power_of_2(triton.cdiv(s.history_slots - num_keep, at_once) + 2),
+        APART=to.apart_NC is not None, TILE=s.tile if AVERAGES_ON_THE_WAY else 0, TURNED=min(_TURNED_AT_ONCE, s.tile),
+        **turned, num_warps=4,
+    )  # fmt: skip
+    if not AVERAGES_ON_THE_WAY:
+        k, largest, *rest = averaged
+        average_tiles[(s.history_slots // s.tile, s.num_heads)](
+            k, largest, to.position_NC3, to.m_NC, *rest, s.history_slots,
+            TILE=s.tile, M=min(_TURNED_AT_ONCE, s.tile), **turned, num_warps=4,
+        )  # fmt: skip
+
+
+def _in_words(x_NCB: Tensor) -> Tensor:
+    """The same memory in fewer numbers: registers hold one each."""
+    return x_NCB.view(torch.int16 if x_NCB.shape[2] * x_NCB.itemsize % 4 else torch.int32)

@@ -1,24 +1,33 @@
 """Kernels that find partners: what `partners.py` does, for all rows of keys of some layers at once.
 
-A first kernel turns the new keys and the latent frame before them back to where they were before RoPE, at length 1, and
-makes the means of their tiles; a second compares each key with the latent frame before its own. The nearest tiles are
-listed by a third, their keys turned back by a fourth, from codes where they lie so, and compared by a fifth. Of the
-products only the largest is kept: it is looked for place by place while keys pass, and across places once at the end.
+A first kernel turns the new keys and the latent frame before them back to where they were before RoPE, at length 1,
+makes the means of their tiles and, where the history lies in few bits, the codes and records of what is new; a second
+compares each key with the latent frame before its own. The nearest tiles are listed by a third; a fourth turns their
+keys back, from codes where they lie so, and compares. Of the products only the largest is kept: it is looked for place
+by place while keys pass, and across places once at the end.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.cache.packed_history import PackedLayer
 from workers.cache.partners import History, Look
+from workers.cache.table_codes import LEAST, LIMITS
+from workers.cache.table_layout import TableSettings
+from workers.cache.triton_pack import pack_rows, pack_values, vector_shape
 from workers.cache.triton_rows import (
     MOST_AVERAGED,
+    Rows,
+    coded_rows,
     in_mean_units,
     keys_of,
-    older_keys_of,
     store_mean,
     unit_pairs,
 )
@@ -28,8 +37,10 @@ TURNED_AT_ONCE = 16
 """Keys that a program turns back at a time."""
 OWN_AT_ONCE, OTHERS_AT_ONCE = 128, 64
 """New keys that a program compares, and keys of the latent frame before that it compares them with at a time."""
-NEAR_AT_ONCE = 64
-"""Keys of near tiles, the same way."""
+NEAR_AT_ONCE = 32
+"""Keys of near tiles, the same way; they are turned back as they are compared."""
+UNIT_BYTES = 120_000_000
+"""Of keys that are turned back and lie so at a time; further heads wait."""
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -44,42 +55,84 @@ def _store_unit(unit, at, a, b, c, d, wanted, P: tl.constexpr):  # type: ignore[
     tl.store(to + P + P // 2, d.to(kind), mask=wanted)
 
 
-@triton.jit(do_not_specialize=["first_tile", "before", "stop"])  # type: ignore[untyped-decorator, unused-ignore]
-def _turn_back(  # type: ignore[no-untyped-def]
-    k, largest, position, m, unit, bias, mean, axis, frequency,
-    stride_kn, stride_kl, start_k, stride_pn, stride_mn, stride_jn, first_tile, before, stop,
-    TILE: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _keep_records(  # type: ignore[no-untyped-def]
+    log_mass, new_position, position, m, weight, mass, at_k, at_p, at_slot, wanted
 ):  # fmt: skip
-    """One program: a tile of the history. The bias of a slot without a key is -inf."""
-    tile = first_tile + tl.program_id(0)
+    """Of new keys: where they are, that each is one, and log m as it lies behind them."""
+    axis, part = tl.arange(0, 4)[None, :], tl.arange(0, 2)[None, :]
+    here = wanted[:, None] & (axis < 3)
+    places = tl.load(new_position + at_p[:, None] + axis, mask=here, other=0.0)
+    tl.store(position + at_slot[:, None] * 3 + axis, places, mask=here)
+    here = wanted[:, None] & (part >= 0)
+    parts = tl.load(log_mass + at_k[:, None] + part, mask=here, other=0.0)
+    tl.store(mass + at_slot[:, None] * 2 + part, parts, mask=here)
+    one = tl.full(at_slot.shape, 1, tl.int32)
+    tl.store(m + at_slot, one, mask=wanted)
+    tl.store(weight + at_slot, one.to(tl.float32), mask=wanted)
+
+
+@triton.jit(do_not_specialize=["first_tile", "before", "start", "stop"])  # type: ignore[untyped-decorator, unused-ignore]
+def _turn_back(  # type: ignore[no-untyped-def]
+    k, largest, position, m, new_k, new_position, unit, mean, weight, mass, axis, frequency,
+    stride_kn, stride_kl, start_k, stride_pn, stride_mn, stride_jn, stride_new_n, stride_new_l, stride_new_p,
+    first_tile, before, start, stop, limit, least,
+    TILE: tl.constexpr, P: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
+    PACKS: tl.constexpr, RUN: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile of the history, new from slot `start` on. A key that is not there is written as NaN.
+
+    Where it packs, nothing new is in the history yet: codes, log m and records of new keys are written.
+    """
+    first = (first_tile + tl.program_id(0)) * TILE
     row = tl.program_id(1).to(tl.int64)
     even_a, odd_a = tl.zeros([M, P // 2], tl.int32), tl.zeros([M, P // 2], tl.int32)
     even_b, odd_b = tl.zeros([M, P // 2], tl.int32), tl.zeros([M, P // 2], tl.int32)
-    for step in range(TILE // M):
-        slot = tile * TILE + step * M + tl.arange(0, M)
-        live = tl.load(m + row * stride_mn + slot) > 0
+    at_unit = row * (stop - before) - before
+    # Slots that are taken at once may be old and new; those of the other kind are left out, and are 0 in a mean.
+    for step in range(0, tl.cdiv(tl.minimum(tl.maximum(start - first, 0), TILE), M)):
+        slot = first + step * M + tl.arange(0, M)
+        is_old = slot < start
+        live = is_old & (tl.load(m + row * stride_mn + slot, mask=is_old, other=0) > 0)
         at_k = row * stride_kn + (start_k + slot).to(tl.int64) * stride_kl
-        a, b, c, d = unit_pairs(
-            k, largest, at_k, position, row * stride_pn + slot * 3, live, axis, frequency, P, M, BITS, GROUP, KIND
-        )
-        at, wanted = row * (stop - before) + slot - before, (slot >= before) & (slot < stop)
-        _store_unit(unit, at, a, b, c, d, wanted, P)
-        tl.store(bias + at, tl.where(live, 0.0, float("-inf")), mask=wanted)
-        # Those of slots without a key are 0.
+        at_p = row * stride_pn + slot * 3
+        a, b, c, d = unit_pairs(k, largest, at_k, position, at_p, live, axis, frequency, P, M, BITS, GROUP, KIND)
+        lacks = tl.where(live, 0.0, float("nan"))[:, None]
+        wanted = is_old & (slot >= before)
+        _store_unit(unit, at_unit + slot, a + lacks, b + lacks, c + lacks, d + lacks, wanted, P)
         even_a += in_mean_units(a)
         odd_a += in_mean_units(b)
         even_b += in_mean_units(c)
         odd_b += in_mean_units(d)
-    store_mean(mean + row * stride_jn + tile * (2 * P), even_a, odd_a, even_b, odd_b, P, TILE)
+    for step in range(tl.minimum(tl.maximum(start - first, 0), TILE) // M, TILE // M):
+        slot = first + step * M + tl.arange(0, M)
+        is_new = (slot >= start) & (slot < stop)
+        at_k = row * stride_new_n + (slot - start).to(tl.int64) * stride_new_l
+        at_p = row * stride_new_p + (slot - start) * 3
+        a, b, c, d = unit_pairs(
+            new_k, new_k, at_k, new_position, at_p, is_new, axis, frequency, P, M, 0, 2 * P, new_k.dtype.element_ty
+        )
+        _store_unit(unit, at_unit + slot, a, b, c, d, is_new, P)
+        even_a += in_mean_units(a)
+        odd_a += in_mean_units(b)
+        even_b += in_mean_units(c)
+        odd_b += in_mean_units(d)
+        if PACKS:
+            at_slot = row * stride_mn + slot
+            pack_rows(new_k, k, largest, at_k, at_slot, is_new, 1, limit, least, 2 * P, GROUP, RUN, HALVES)
+            _keep_records(new_k + 2 * P, new_position, position, m, weight, mass, at_k, at_p, at_slot, is_new)
+    store_mean(mean + row * stride_jn + first // TILE * (2 * P), even_a, odd_a, even_b, odd_b, P, TILE)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _keep_best(highest, place, keys, others, bias, first, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The higher cosine at each place, and the first key of those that it was found among."""
-    cosine = tl.dot(keys, tl.trans(others), input_precision=PRECISION) + bias[None, :]
+def _keep_best(highest, place, keys, others, first, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The higher cosine at each place, and the first key of those that it was found among; NaN is never higher."""
+    cosine = tl.dot(keys, tl.trans(others), input_precision=PRECISION)
     place = tl.where(cosine > highest, first, place)
-    return tl.maximum(highest, cosine), place
+    if PRECISION == "ieee":  # the interpreter's maximum would be NaN
+        return tl.where(cosine > highest, cosine, highest), place
+    else:
+        return tl.maximum(highest, cosine), place
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -92,7 +145,7 @@ def _best_of_places(highest, place, N: tl.constexpr):  # type: ignore[no-untyped
 
 @triton.jit(do_not_specialize=["before", "num_rows", "skip"])  # type: ignore[untyped-decorator, unused-ignore]
 def _frame_before(  # type: ignore[no-untyped-def]
-    unit, bias, found, best, before, num_rows, skip, frame,
+    unit, found, best, before, num_rows, skip, frame,
     P: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: M keys of one new latent frame against all of the one before."""
@@ -100,23 +153,22 @@ def _frame_before(  # type: ignore[no-untyped-def]
     number = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
     channel = tl.arange(0, 2 * P)[None, :]
-    base, bias = unit + row * num_rows * (2 * P), bias + row * num_rows
+    base = unit + row * num_rows * (2 * P)
     first_own, first_other = skip + number * frame, skip + (number - 1) * frame
     keys = tl.load(base + (first_own + own)[:, None] * (2 * P) + channel, mask=(own < frame)[:, None], other=0.0)
     highest = tl.full([M, N], float("-inf"), tl.float32)
     place = tl.zeros([M, N], tl.int32)
-    base, bias, first_key = base + first_other * (2 * P), bias + first_other, before + first_other
+    base, first_key = base + first_other * (2 * P), before + first_other
     stop = tl.where(first_other >= 0, frame, 0)
     whole = stop // N * N
     for start in range(0, whole, N):
-        other = start + tl.arange(0, N)
-        others = tl.load(base + other[:, None] * (2 * P) + channel)
-        highest, place = _keep_best(highest, place, keys, others, tl.load(bias + other), first_key + start, PRECISION)
+        others = tl.load(base + (start + tl.arange(0, N))[:, None] * (2 * P) + channel)
+        highest, place = _keep_best(highest, place, keys, others, first_key + start, PRECISION)
     if whole < stop:
         other = whole + tl.arange(0, N)
-        others = tl.load(base + other[:, None] * (2 * P) + channel, mask=(other < stop)[:, None], other=0.0)
-        there = tl.load(bias + other, mask=other < stop, other=float("-inf"))
-        highest, place = _keep_best(highest, place, keys, others, there, first_key + whole, PRECISION)
+        there = (other < stop)[:, None]
+        others = tl.load(base + other[:, None] * (2 * P) + channel, mask=there, other=float("nan"))
+        highest, place = _keep_best(highest, place, keys, others, first_key + whole, PRECISION)
     key, most = _best_of_places(highest, place, N)
     at = row * (num_rows - skip) + number * frame + own
     tl.store(found + at, key, mask=own < frame)
@@ -137,34 +189,20 @@ def _list_nearest(score, chosen, stride_sn, num_tiles, num, M: tl.constexpr):  #
         tile = tl.where(tile == nearest, M, tile)
 
 
-@triton.jit(do_not_specialize=["start"])  # type: ignore[untyped-decorator, unused-ignore]
-def _turn_near(  # type: ignore[no-untyped-def]
-    k, largest, position, m, chosen, unit, bias, axis, frequency,
-    stride_kn, stride_kl, start_k, stride_pn, stride_mn, start, num_listed,
-    TILE: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
-):  # fmt: skip
-    """One program: M keys of a tile that is listed. The bias of a slot without an older key is -inf."""
-    row = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0) * M
-    tile = tl.load(chosen + row * num_listed + first // TILE)
-    slot = tile * TILE + first % TILE + tl.arange(0, M)
-    live = (tl.load(m + row * stride_mn + slot) > 0) & (slot < start)
-    at_k = row * stride_kn + (start_k + slot).to(tl.int64) * stride_kl
-    a, b, c, d = unit_pairs(
-        k, largest, at_k, position, row * stride_pn + slot * 3, live, axis, frequency, P, M, BITS, GROUP, KIND
-    )
-    at = row * (num_listed * TILE) + first + tl.arange(0, M)
-    _store_unit(unit, at, a, b, c, d, slot >= 0, P)
-    tl.store(bias + at, tl.where(live, 0.0, float("-inf")))
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _side_by_side(a, b, M: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows [M, N] of `a`, then of `b`: [M, 2 * N]."""
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), [M, 2 * N])
 
 
 @triton.jit(do_not_specialize=["first_tile", "before", "start", "stop"])  # type: ignore[untyped-decorator, unused-ignore]
 def _near_tiles(  # type: ignore[no-untyped-def]
-    unit, near, bias, chosen, found, best, partner, stride_rn, first_tile, before, start, stop, num_chosen,
+    k, largest, position, m, unit, chosen, found, best, partner, axis, frequency,
+    stride_kn, stride_kl, start_k, stride_pn, stride_mn, stride_rn, first_tile, before, start, stop, num_chosen,
     TILE: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """One program: the new keys of a tile against the keys of its near tiles; then the better of both finds."""
+    """One program: the new keys of a tile against the older keys of its near tiles; then the better of both finds."""
     tile = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     own = (first_tile + tile) * TILE + tl.arange(0, TILE)
@@ -174,19 +212,44 @@ def _near_tiles(  # type: ignore[no-untyped-def]
     keys = tl.load(unit + at_unit, mask=is_new[:, None], other=0.0)
     highest = tl.full([TILE, N], float("-inf"), tl.float32)
     place = tl.zeros([TILE, N], tl.int32)
-    first_listed = (row * tl.num_programs(0) + tile) * num_chosen
-    chosen, near, bias = chosen + first_listed, near + first_listed * (TILE * 2 * P), bias + first_listed * TILE
+    chosen += (row * tl.num_programs(0) + tile) * num_chosen
     for listed in range(0, num_chosen * TILE, N):
-        other = listed + tl.arange(0, N)
-        others = tl.load(near + other[:, None] * (2 * P) + channel)
         first = tl.load(chosen + listed // TILE) * TILE + listed % TILE
-        highest, place = _keep_best(highest, place, keys, others, tl.load(bias + other), first, PRECISION)
+        slot = first + tl.arange(0, N)
+        live = (tl.load(m + row * stride_mn + slot) > 0) & (slot < start)
+        at_k = row * stride_kn + (start_k + slot).to(tl.int64) * stride_kl
+        at_p = row * stride_pn + slot * 3
+        a, b, c, d = unit_pairs(k, largest, at_k, position, at_p, live, axis, frequency, P, N, BITS, GROUP, KIND)
+        others = _side_by_side(_side_by_side(a, c, N, P // 2), _side_by_side(b, d, N, P // 2), N, P)
+        others = tl.where(live[:, None], others, float("nan")).to(keys.dtype)
+        highest, place = _keep_best(highest, place, keys, others, first, PRECISION)
     key, most = _best_of_places(highest, place, N)
     at = row * (stop - start) + own - start
     before_best = tl.load(best + at, mask=is_new, other=float("-inf"))
     key = tl.where(most > before_best, key, tl.load(found + at, mask=is_new, other=0))
     nobody = tl.maximum(most, before_best) == float("-inf")
     tl.store(partner + row * stride_rn + own, tl.where(nobody, -1, key), mask=is_new)
+
+
+class _Keys(NamedTuple):
+    """Of some heads: a history, and the chunk that becomes its newest."""
+
+    old: Rows
+    position_NC3: Tensor
+    m_NC: Tensor
+    mean_NJD: Tensor
+    partner_NC: Tensor
+    new_NTW: Tensor
+    new_position_NT3: Tensor
+    packs: tuple[Tensor, Tensor] | None = None
+    """Weights and log m, where they are written with codes and other records of the chunk."""
+
+    def some(self, heads: slice) -> _Keys:
+        """Of these heads alone."""
+        kept: dict[str, Any] = {name: x[heads] for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        old = self.old._replace(x=self.old.x[heads], largest=self.old.largest[heads])
+        packs = None if self.packs is None else (self.packs[0][heads], self.packs[1][heads])
+        return self._replace(old=old, packs=packs, **kept)
 
 
 def match(history: History, partner_NC: Tensor, turn_back: TurnBack, new: slice, look: Look) -> None:
@@ -199,33 +262,74 @@ def match(history: History, partner_NC: Tensor, turn_back: TurnBack, new: slice,
         new: Slots, a whole number of latent frames in the order of time.
         look: Where to look; its tile divides the history, its number of tiles is given.
     """
+    k_NTW, position_NT3 = history.k_NLW[:, history.start :][:, new], history.position_NC3[:, new]
+    records = history.position_NC3, history.m_NC, history.mean_NJD, partner_NC
+    of = _Keys(keys_of(history, turn_back.head_dim), *records, k_NTW, position_NT3)
+    _find(of, turn_back, new, look, {"RUN": 1, "HALVES": 1, "limit": 1.0})
+
+
+def take_in(
+    layer: PackedLayer, chunk: Sequence[Tensor], new: slice, turn_back: TurnBack, look: Look, s: TableSettings
+) -> None:
+    """A chunk becomes history without a merge: its codes, log m, records, partners and means are written.
+
+    Args:
+        layer: Of as many heads as one likes.
+        chunk: Keys as computed with log m behind them [N, T, W], values [N, T, D], positions float32 [T, 3].
+        new: Slots of the history that it takes, a whole number of latent frames in the order of time.
+        turn_back, look: As of `match`.
+        s: Sizes.
+    """
+    assert s.storage != "model"
+    k_NTW, v_NTD, position_T3 = chunk
+    position_NT3 = position_T3.contiguous().expand(len(k_NTW), -1, -1)
+    older = coded_rows(layer.k_code_NCB, layer.k_largest_NCG, s.head_dim, s.storage, k_NTW.dtype)
+    records, packs = (layer.position_NC3, layer.m_NC), (layer.weight_NC, layer.mass_NC2)
+    # Records of a slot lie at one place for all heads.
+    assert all(x.is_contiguous() for x in (*records, *packs))
+    of = _Keys(older, *records, layer.mean_NJD, layer.partner_NC, k_NTW, position_NT3, packs)
+    vector = vector_shape(s, s.storage)
+    form = {"RUN": vector["RUN"], "HALVES": vector["HALVES"], "limit": float(LIMITS[s.storage])}
+    _find(of, turn_back, new, look, form)
+    pack_values(layer, v_NTD, s, new)
+
+
+def _find(of: _Keys, turn_back: TurnBack, new: slice, look: Look, form: dict[str, Any]) -> None:
+    """Of as many heads at a time as `UNIT_BYTES` allows; `form` says how a vector that is packed is cut."""
+    turned = new.stop - max(0, new.start - look.frame_tokens)
+    at_once = max(1, UNIT_BYTES // (turned * turn_back.head_dim * of.mean_NJD.itemsize))
+    for first in range(0, len(of.m_NC), at_once):
+        _find_of_heads(of.some(slice(first, first + at_once)), turn_back, new, look, form)
+
+
+def _find_of_heads(of: _Keys, turn_back: TurnBack, new: slice, look: Look, form: dict[str, Any]) -> None:
     assert look.num_tiles is not None
     assert look.tile <= MOST_AVERAGED
-    tile, frame = look.tile, look.frame_tokens
-    k, m, position, mean = keys_of(history, turn_back.head_dim), history.m_NC, history.position_NC3, history.mean_NJD
-    heads, pairs, device = m.shape[0], turn_back.head_dim // 2, m.device
+    tile, frame, k, m, position = look.tile, look.frame_tokens, of.old, of.m_NC, of.position_NC3
+    heads, pairs, device, kind = m.shape[0], turn_back.head_dim // 2, m.device, of.mean_NJD.dtype
     before, first_tile, stop_tile = max(0, new.start - frame), new.start // tile, -(-new.stop // tile)
     skip, num_new = new.start - before, new.stop - new.start
-    unit = torch.empty((heads, new.stop - before, 2 * pairs), dtype=mean.dtype, device=device)
-    bias = torch.empty((heads, new.stop - before), dtype=torch.float32, device=device)
+    unit = torch.empty((heads, new.stop - before, 2 * pairs), dtype=kind, device=device)
     found = torch.empty((heads, num_new), dtype=torch.int32, device=device)
     best = torch.empty((heads, num_new), dtype=torch.float32, device=device)
-    precision = "ieee" if mean.dtype == torch.float32 else "tf32"
+    precision, packs = "ieee" if kind == torch.float32 else "tf32", of.packs is not None
+    turn = turn_back.axis_int32_D, turn_back.frequency_D
     _turn_back[(stop_tile - before // tile, heads)](
-        k.x, k.largest, position, m, unit, bias, mean, turn_back.axis_int32_D, turn_back.frequency_D, *k.at,
-        position.stride(0), m.stride(0), mean.stride(0), before // tile, before, new.stop,
-        TILE=tile, P=pairs, M=min(TURNED_AT_ONCE, tile), **k.form, num_warps=4,
+        k.x, k.largest, position, m, of.new_NTW, of.new_position_NT3, unit, of.mean_NJD, *(of.packs or (m, m)),
+        *turn, *k.at, position.stride(0), m.stride(0), of.mean_NJD.stride(0), *of.new_NTW.stride()[:2],
+        of.new_position_NT3.stride(0), before // tile, before, new.start, new.stop, least=LEAST,
+        TILE=tile, P=pairs, M=min(TURNED_AT_ONCE, tile), PACKS=packs, **k.form, **form,
+        num_warps=4, enable_fp_fusion=not packs,
     )  # fmt: skip
     _frame_before[(triton.cdiv(frame, OWN_AT_ONCE), num_new // frame, heads)](
-        unit, bias, found, best, before, new.stop - before, skip, frame,
+        unit, found, best, before, new.stop - before, skip, frame,
         P=pairs, M=OWN_AT_ONCE, N=OTHERS_AT_ONCE, PRECISION=precision, num_warps=8, num_stages=3,
     )  # fmt: skip
-    chosen = _choose_tiles(mean, first_tile, stop_tile, look.num_tiles)
-    near, near_bias = _turn_chosen(history, chosen, turn_back, new.start, tile)
+    chosen = _choose_tiles(of.mean_NJD, first_tile, stop_tile, look.num_tiles)
     _near_tiles[(stop_tile - first_tile, heads)](
-        unit, near, near_bias, chosen, found, best, partner_NC, partner_NC.stride(0), first_tile, before, new.start,
-        new.stop, chosen.shape[-1], TILE=tile, P=pairs, N=min(NEAR_AT_ONCE, tile), PRECISION=precision,
-        num_warps=8, num_stages=3,
+        k.x, k.largest, position, m, unit, chosen, found, best, of.partner_NC, *turn, *k.at, position.stride(0),
+        m.stride(0), of.partner_NC.stride(0), first_tile, before, new.start, new.stop, chosen.shape[-1],
+        TILE=tile, P=pairs, N=min(NEAR_AT_ONCE, tile), PRECISION=precision, **k.form, num_warps=8, num_stages=1,
     )  # fmt: skip
 
 
@@ -241,20 +345,3 @@ def _choose_tiles(mean_NJD: Tensor, first_tile: int, stop_tile: int, num: int) -
             score_NIJ, chosen, score_NIJ.stride(1), num_tiles, num, M=triton.next_power_of_2(num_tiles), num_warps=4
         )
     return chosen
-
-
-def _turn_chosen(history: History, chosen: Tensor, turn_back: TurnBack, start: int, tile: int) -> tuple[Tensor, Tensor]:
-    """Keys of these tiles of length 1, [N, I * n * tile, D], and -inf for those not older than slot `start`, else 0."""
-    k = older_keys_of(history, turn_back.head_dim)
-    position, m, mean = history.position_NC3, history.m_NC, history.mean_NJD
-    heads, num_listed = m.shape[0], chosen.shape[1] * chosen.shape[2]
-    near = torch.empty((heads, num_listed * tile, turn_back.head_dim), dtype=mean.dtype, device=m.device)
-    bias = torch.empty((heads, num_listed * tile), dtype=torch.float32, device=m.device)
-    at_once = min(TURNED_AT_ONCE, tile)
-    if num_listed:
-        _turn_near[(num_listed * tile // at_once, heads)](
-            k.x, k.largest, position, m, chosen, near, bias, turn_back.axis_int32_D, turn_back.frequency_D, *k.at,
-            position.stride(0), m.stride(0), start, num_listed,
-            TILE=tile, P=turn_back.head_dim // 2, M=at_once, **k.form, num_warps=4,
-        )  # fmt: skip
-    return near, bias

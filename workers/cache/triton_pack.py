@@ -65,15 +65,15 @@ def _copy_keys(end_k, k, at_end, at_row, D: tl.constexpr, EXTRA: tl.constexpr): 
     tl.store(k + at_row * W + D + extra, tl.load(end_k + at_end * W + D + extra))
 
 
-@triton.jit(do_not_specialize=["first_unpacked"])  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _unpack_tiles(  # type: ignore[no-untyped-def]
-    k_code, k_largest, v_code, v_largest, mass, end_k, end_v, k, v, is_seen, first_unpacked,
+    k_code, k_largest, v_code, v_largest, mass, end_k, end_v, k, v, is_seen,
     num_tiles, first_tile, stop_tile, history_slots, end_slots, step_of_one,
     D: tl.constexpr, EXTRA: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, HALVES: tl.constexpr,
     TILE: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of one head. The history is tiles from `first_tile` up to `stop_tile`."""
-    tile, head = first_unpacked + tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     is_wanted = tile >= 0
     if SOME:
         is_wanted = tl.load(is_seen + head * num_tiles + tile) > 0
@@ -127,7 +127,7 @@ def _to_bfloat16(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _pack_rows(  # type: ignore[no-untyped-def]
+def pack_rows(  # type: ignore[no-untyped-def]
     x, code, largest, at_row, at_slot, inside, stride_x, limit, least,
     D: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
@@ -190,40 +190,43 @@ def _code(x, most, limit, least):  # type: ignore[no-untyped-def]
     return tl.minimum(tl.maximum(code, -limit), limit).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["start", "stop"])  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit(do_not_specialize=["start", "stop", "first_slot"])  # type: ignore[untyped-decorator, unused-ignore]
 def pack_slots(  # type: ignore[no-untyped-def]
     k, v, k_code, k_largest, v_code, v_largest, start, stop, first_slot, num_slots, history_slots, limit, least,
     D: tl.constexpr, EXTRA: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, HALVES: tl.constexpr, M: tl.constexpr,
+    KEYS: tl.constexpr,
 ):  # fmt: skip
-    """One program: some slots of one head."""
+    """One program: some slots of one head, values alone or keys too."""
     slot = start + tl.program_id(0) * M + tl.arange(0, M)
     head = tl.program_id(1).to(tl.int64)
     inside = slot < stop
     at_row, at_slot = head * num_slots + first_slot + slot, head * history_slots + slot
-    _pack_rows(k, k_code, k_largest, at_row, at_slot, inside, D + EXTRA, limit, least, D, GROUP, RUN, HALVES)
-    _pack_rows(v, v_code, v_largest, at_row, at_slot, inside, D, limit, least, D, GROUP, RUN, HALVES)
+    if KEYS:
+        pack_rows(k, k_code, k_largest, at_row, at_slot, inside, D + EXTRA, limit, least, D, GROUP, RUN, HALVES)
+    pack_rows(v, v_code, v_largest, at_row, at_slot, inside, D, limit, least, D, GROUP, RUN, HALVES)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _flag_listed(index, is_seen, num_listed, num_tiles, J: tl.constexpr, M: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One program: the flags of one head, all lists of which lie side by side."""
+    head, tile, at = tl.program_id(0).to(tl.int64), tl.arange(0, J), tl.arange(0, M)
+    flag = is_seen + head * num_tiles
+    tl.store(flag + tile, tl.zeros([J], tl.uint8), mask=tile < num_tiles)
+    tl.debug_barrier()  # what one thread clears another sets
+    for start in range(0, num_listed, M):
+        there = start + at < num_listed
+        listed = tl.load(index + head * num_listed + start + at, mask=there, other=0)
+        tl.store(flag + listed, tl.full([M], 1, tl.uint8), mask=there)
 
 
 def unpack(layer: PackedLayer, to: Workspace, s: TableSettings, part: Part, is_seen_NJ: Tensor | None) -> None:
     """See `PlainPacking.unpack`; tiles whose flag is 0 are left as they are."""
-    _unpack(layer, to, s, part, is_seen_NJ, range(s.num_slots // s.tile))
-
-
-def unpack_tiles(layer: PackedLayer, to: Workspace, s: TableSettings, part: Part, tiles: range) -> None:
-    """The same for a run of tiles of the table, by programs for these alone."""
-    if tiles:
-        _unpack(layer, to, s, part, None, tiles)
-
-
-def _unpack(
-    layer: PackedLayer, to: Workspace, s: TableSettings, part: Part, is_seen_NJ: Tensor | None, run: range
-) -> None:
     assert s.storage != "model"
     tensors = (layer.k_code_NCB, layer.k_largest_NCG, layer.v_code_NCB, layer.v_largest_NCG, layer.mass_NC2)
     ends = layer.k_NLW, layer.v_NLD
     assert all(x.is_contiguous() for x in (*tensors, *ends, to.k_NLW, to.v_NLD))
-    _unpack_tiles[(len(run), s.num_heads)](
-        *tensors, *ends, to.k_NLW, to.v_NLD, to.k_NLW if is_seen_NJ is None else is_seen_NJ, run.start,
+    _unpack_tiles[(s.num_slots // s.tile, s.num_heads)](
+        *tensors, *ends, to.k_NLW, to.v_NLD, to.k_NLW if is_seen_NJ is None else is_seen_NJ,
         s.num_slots // s.tile, s.history_start // s.tile, s.recent_start // s.tile, s.history_slots,
         s.num_slots - s.history_slots, 1 / LIMITS[s.storage],
         **vector_shape(s, s.storage), TILE=s.tile, M=min(_UNPACKED_AT_ONCE, s.tile),
@@ -254,8 +257,32 @@ def pack(layer: PackedLayer, of: Workspace, s: TableSettings, new: slice) -> Non
     pack_slots[(triton.cdiv(new.stop - new.start, _PACKED_AT_ONCE), s.num_heads)](
         of.k_NLW, of.v_NLD, *tensors, new.start, new.stop, s.history_start, s.num_slots, s.history_slots,
         float(LIMITS[s.storage]), LEAST,
-        **vector_shape(s, s.storage), M=_PACKED_AT_ONCE, num_warps=4, enable_fp_fusion=False,
+        **vector_shape(s, s.storage), M=_PACKED_AT_ONCE, KEYS=True, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def pack_values(layer: PackedLayer, v_NTD: Tensor, s: TableSettings, new: slice) -> None:
+    """Write these slots of the history from the values that come there; of as many heads as there are."""
+    assert s.storage != "model"
+    codes = layer.v_code_NCB, layer.v_largest_NCG
+    assert all(x.is_contiguous() for x in codes)
+    assert v_NTD.stride()[1:] == (s.head_dim, 1)
+    assert v_NTD.stride(0) % s.head_dim == 0
+    pack_slots[(triton.cdiv(new.stop - new.start, _PACKED_AT_ONCE), len(v_NTD))](
+        v_NTD, v_NTD, *codes, *codes, new.start, new.stop, -new.start, v_NTD.stride(0) // s.head_dim, s.history_slots,
+        float(LIMITS[s.storage]), LEAST,
+        **vector_shape(s, s.storage), M=_PACKED_AT_ONCE, KEYS=False, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def flag_listed(index_NIJ: Tensor, is_seen_NJ: Tensor) -> None:
+    """See `PlainPacking.flag_listed`."""
+    assert index_NIJ.is_contiguous()
+    assert is_seen_NJ.is_contiguous()
+    heads, tiles = is_seen_NJ.shape
+    _flag_listed[(heads,)](
+        index_NIJ, is_seen_NJ, index_NIJ[0].numel(), tiles, J=triton.next_power_of_2(tiles), M=4096, num_warps=16
+    )
 
 
 def vector_shape(s: TableSettings, storage: CodedStorage) -> dict[str, int]:

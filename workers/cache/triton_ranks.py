@@ -14,11 +14,15 @@ from torch import Tensor
 
 _DIGITS = 256
 _AT_ONCE = 4096
+_FEW = 128
+"""Of a program; as many are counted one by one, for a histogram takes as long for none as for all."""
 _PIECE = 1024
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _count_digits(x, begin, counts, num, SHIFT: tl.constexpr, DIGITS: tl.constexpr, M: tl.constexpr):  # type: ignore[no-untyped-def]
+def _count_digits(  # type: ignore[no-untyped-def]
+    x, begin, counts, num, SHIFT: tl.constexpr, DIGITS: tl.constexpr, FEW: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
     """How often each digit comes in M numbers of a row, of those that begin as those before found."""
     at = tl.program_id(0) * M + tl.arange(0, M)
     row = tl.program_id(1).to(tl.int64)
@@ -29,9 +33,12 @@ def _count_digits(x, begin, counts, num, SHIFT: tl.constexpr, DIGITS: tl.constex
         digit = digit ^ (DIGITS // 2)  # negative numbers first
     else:
         is_asked &= (value >> (SHIFT + 8)) == tl.load(begin + row)
-    found = tl.histogram(tl.where(is_asked, digit, DIGITS), 2 * DIGITS)
-    bin = tl.arange(0, 2 * DIGITS)
-    tl.atomic_add(counts + row * DIGITS + bin, found, mask=(bin < DIGITS) & (found > 0), sem="relaxed")
+    num_asked = tl.sum(is_asked.to(tl.int32), 0)
+    if num_asked > FEW:
+        found = tl.histogram(digit, DIGITS, mask=is_asked)
+        tl.atomic_add(counts + row * DIGITS + tl.arange(0, DIGITS), found, mask=found > 0, sem="relaxed")
+    elif num_asked > 0:  # behind the second digit
+        tl.atomic_add(counts + row * DIGITS + digit, 1, mask=is_asked, sem="relaxed")
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -61,7 +68,7 @@ def kth_smallest(x_NC: Tensor, k: int) -> tuple[Tensor, Tensor]:
     wanted = torch.full_like(begin, k)
     for shift in (24, 16, 8, 0):
         _count_digits[(triton.cdiv(num, _AT_ONCE), rows)](
-            x_NC, begin, counts, num, SHIFT=shift, DIGITS=_DIGITS, M=_AT_ONCE, num_warps=8
+            x_NC, begin, counts, num, SHIFT=shift, DIGITS=_DIGITS, FEW=_FEW, M=_AT_ONCE, num_warps=8
         )
         _take_digit[(rows,)](counts, begin, wanted, FIRST=shift == 24, DIGITS=_DIGITS, num_warps=4)
     return begin, wanted

@@ -18,6 +18,7 @@ from workers.cache.packed_history import PackedLayer
 from workers.cache.partners import History
 from workers.cache.table_codes import LIMITS, CodedStorage, group_channels
 from workers.cache.table_layout import TableSettings
+from workers.cache.triton_decode import scaled_codes, two_parts
 
 _MEAN_UNITS = tl.constexpr(float(2**22))
 MOST_AVERAGED = 256
@@ -67,15 +68,7 @@ def keys_of(history: History, dim: int) -> Rows:
     return rows_as_computed(history.k_NLW, history.start, dim)
 
 
-def older_keys_of(history: History, dim: int) -> Rows:
-    """Those before the new ones, where they lie in few bits if they do."""
-    if history.coded is None:
-        return keys_of(history, dim)
-    code, largest, storage = history.coded
-    return _coded_rows(code, largest, dim, storage, history.k_NLW.dtype)
-
-
-def _coded_rows(code: Tensor, largest: Tensor, dim: int, storage: CodedStorage, kind: torch.dtype) -> Rows:
+def coded_rows(code: Tensor, largest: Tensor, dim: int, storage: CodedStorage, kind: torch.dtype) -> Rows:
     assert code.is_contiguous()
     assert largest.is_contiguous()
     bits, group = 4 if storage == "int4" else 8, group_channels(dim, storage)
@@ -86,7 +79,7 @@ def coded_history(layer: PackedLayer, s: TableSettings) -> StoredHistory:
     """A packed layer, read as if it had been unpacked into a workspace of the dtype of its log m."""
     assert s.storage != "model"
     codes = (layer.k_code_NCB, layer.k_largest_NCG), (layer.v_code_NCB, layer.v_largest_NCG)
-    k, v = (_coded_rows(*pair, s.head_dim, s.storage, layer.mass_NC2.dtype) for pair in codes)
+    k, v = (coded_rows(*pair, s.head_dim, s.storage, layer.mass_NC2.dtype) for pair in codes)
     records = layer.position_NC3, layer.m_NC, layer.weight_NC, layer.partner_NC
     return StoredHistory(k, v, *(x[:, : s.history_tokens] for x in records))
 
@@ -159,11 +152,12 @@ def _in_runs(x, M: tl.constexpr, RUN: tl.constexpr):  # type: ignore[no-untyped-
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def load_halves(  # type: ignore[no-untyped-def]
     x, largest, at, there, D: tl.constexpr, M: tl.constexpr, HALVES: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, IN_PAIRS: tl.constexpr = False,
 ):  # fmt: skip
     """Both halves of M rows that begin at these places of `x`, float32 [M, runs, RUN]; or twice the whole rows.
 
-    Channels of a run share a largest one. Rows that are not there are 0. `int4` is read in halves alone.
+    Channels of a run share a largest one. Rows that are not there are 0. `int4` is read in halves alone; `IN_PAIRS`
+    takes fewer instructions and gives the same bits.
     """
     HALF: tl.constexpr = D // HALVES
     RUN: tl.constexpr = GROUP if GROUP < HALF else HALF
@@ -180,27 +174,38 @@ def load_halves(  # type: ignore[no-untyped-def]
         step_of_one = _STEP_OF_4 if BITS == 4 else _STEP_OF_8
         of_second = 0.0625 if BITS == 4 else 1.0
         first = tl.load(x + at_x, mask=here, other=0)
-        second = first
-        if BITS == 4:
-            first, second = _split_codes(first, KIND)
-        elif HALVES == 2:
-            second = tl.load(x + at_x + HALF, mask=here, other=0)
         at_largest = (at // BYTES * GROUPS)[:, None] + tl.arange(0, HALF // RUN)[None, :] * RUN // GROUP
         step = tl.load(largest + at_largest, mask=here, other=0.0).to(tl.float32) * step_of_one
-        first = _in_runs(first, M, RUN) * step[:, :, None]
-        if GROUPS > 1:
-            step = tl.load(largest + at_largest + HALF // GROUP, mask=here, other=0.0).to(tl.float32) * step_of_one
-        second = _in_runs(second, M, RUN) * (step * of_second)[:, :, None]
-        return _rounded(first, KIND), _rounded(second, KIND)
+        if IN_PAIRS and BITS == 4 and tl.bfloat16 == KIND:
+            first_step, first_rest = two_parts(step)
+            second_step, second_rest = first_step, first_rest
+            if GROUPS > 1:
+                step = tl.load(largest + at_largest + HALF // GROUP, mask=here, other=0.0).to(tl.float32) * step_of_one
+                second_step, second_rest = two_parts(step)
+            return scaled_codes(
+                tl.reshape(first, [M, HALF // RUN, RUN]), first_step[:, :, None], first_rest[:, :, None],
+                second_step[:, :, None], second_rest[:, :, None],
+            )  # fmt: skip
+        else:
+            second = first
+            if BITS == 4:
+                first, second = _split_codes(first, KIND)
+            elif HALVES == 2:
+                second = tl.load(x + at_x + HALF, mask=here, other=0)
+            first = _in_runs(first, M, RUN) * step[:, :, None]
+            if GROUPS > 1:
+                step = tl.load(largest + at_largest + HALF // GROUP, mask=here, other=0.0).to(tl.float32) * step_of_one
+            second = _in_runs(second, M, RUN) * (step * of_second)[:, :, None]
+            return _rounded(first, KIND), _rounded(second, KIND)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _load_pairs(  # type: ignore[no-untyped-def]
     x, largest, at, there, P: tl.constexpr, M: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, IN_PAIRS: tl.constexpr = False,
 ):  # fmt: skip
     """Even and odd channels of the first half of rows, then of the second, float32 [M, P / 2] each."""
-    first, second = load_halves(x, largest, at, there, 2 * P, M, 2, BITS, GROUP, KIND)
+    first, second = load_halves(x, largest, at, there, 2 * P, M, 2, BITS, GROUP, KIND, IN_PAIRS)
     even_a, odd_a = tl.split(tl.reshape(first, [M, P // 2, 2]))
     even_b, odd_b = tl.split(tl.reshape(second, [M, P // 2, 2]))
     return even_a, odd_a, even_b, odd_b
@@ -277,7 +282,7 @@ def _turn(places, channel, axis, frequency, pair, KIND: tl.constexpr):  # type: 
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _load_places(position, at, there):  # type: ignore[no-untyped-def]
+def load_places(position, at, there):  # type: ignore[no-untyped-def]
     """Time, row and column of the positions that begin there."""
     time = tl.load(position + at, mask=there, other=0.0)
     line = tl.load(position + at + 1, mask=there, other=0.0)
@@ -294,17 +299,17 @@ def _turn_back(even, odd, scale, places, axis, frequency, pair, KIND: tl.constex
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def unit_pairs(  # type: ignore[no-untyped-def]
     k, largest, at_k, position, at_p, there, axis, frequency, P: tl.constexpr, M: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, IN_PAIRS: tl.constexpr = False,
 ):  # fmt: skip
     """Keys before RoPE, of length 1: even and odd channels of the first half, then of the second, float32 [M, P / 2].
 
     Those that are not there are 0.
     """
     pair = tl.arange(0, P // 2)
-    even_a, odd_a, even_b, odd_b = _load_pairs(k, largest, at_k, there, P, M, BITS, GROUP, KIND)
+    even_a, odd_a, even_b, odd_b = _load_pairs(k, largest, at_k, there, P, M, BITS, GROUP, KIND, IN_PAIRS)
     squares = add_up(_squares(even_a, odd_a, even_b, odd_b), M, P // 2)
     scale = (1.0 / tl.sqrt(tl.maximum(squares, 1e-24)))[:, None]
-    places = _load_places(position, at_p, there)
+    places = load_places(position, at_p, there)
     even_a, odd_a = _turn_back(even_a, odd_a, scale, places, axis, frequency, pair, KIND)
     even_b, odd_b = _turn_back(even_b, odd_b, scale, places, axis, frequency, P // 2 + pair, KIND)
     return even_a, odd_a, even_b, odd_b
@@ -343,10 +348,10 @@ def compare_pairs(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Of pairs of keys before RoPE: inner product and squared lengths, float32 [M]."""
     pair = tl.arange(0, P // 2)
-    even_a, odd_a, more_even_a, more_odd_a = _load_pairs(k, largest, at_a, there, P, M, BITS, GROUP, KIND)
-    even_b, odd_b, more_even_b, more_odd_b = _load_pairs(k, largest, at_b, there, P, M, BITS, GROUP, KIND)
-    time_a, line_a, column_a = _load_places(position, at_pa, there)
-    time_b, line_b, column_b = _load_places(position, at_pb, there)
+    even_a, odd_a, more_even_a, more_odd_a = _load_pairs(k, largest, at_a, there, P, M, BITS, GROUP, KIND, True)
+    even_b, odd_b, more_even_b, more_odd_b = _load_pairs(k, largest, at_b, there, P, M, BITS, GROUP, KIND, True)
+    time_a, line_a, column_a = load_places(position, at_pa, there)
+    time_b, line_b, column_b = load_places(position, at_pb, there)
     apart = time_a - time_b, line_a - line_b, column_a - column_b
     inner = _inner(even_a, odd_a, even_b, odd_b, apart, axis, frequency, pair, KIND)
     inner += _inner(more_even_a, more_odd_a, more_even_b, more_odd_b, apart, axis, frequency, P // 2 + pair, KIND)

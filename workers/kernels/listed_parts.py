@@ -14,7 +14,7 @@ from torch import Tensor
 
 from workers.coded_tiles import CodedTiles
 from workers.kernels.listed_gather import attend_gathered_lse
-from workers.kernels.listed_tiles import AttendLse, ListedName, make_attend_lse
+from workers.kernels.listed_tiles import AttendInto, AttendLse, ListedName, copied, make_attend_into, make_attend_lse
 from workers.kernels.lse import merge
 
 AttendRun = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -47,6 +47,8 @@ class PartedAttention(NamedTuple):
     run: AttendRun | None
     """None where lists must do."""
     compose: Compose
+    listed_into: AttendInto
+    """`listed` into buffers."""
     coded: CodedAttention | None = None
     """Both are attended to so, in place of the first two."""
 
@@ -62,24 +64,30 @@ def make_parted(name: ListedName | Literal["reference"], tile: int, *, dense: bo
         ImportError: Its package is not installed.
     """
     if name == "reference":
-        return PartedAttention(lambda q, k, v, index: attend_gathered_lse(q, k, v, index, tile), None, compose_plain)
-    listed = make_attend_lse(name, tile)
+
+        def gathered(q_QNW: Tensor, k_NLW: Tensor, v_NLD: Tensor, index_NIJ: Tensor) -> tuple[Tensor, Tensor]:
+            return attend_gathered_lse(q_QNW, k_NLW, v_NLD, index_NIJ, tile)
+
+        return PartedAttention(gathered, None, compose_plain, copied(gathered))
+    listed, into = make_attend_lse(name, tile), make_attend_into(name, tile)
     if name == "torch":
-        return PartedAttention(listed, None, compose_plain)
+        return PartedAttention(listed, None, compose_plain, into)
     from workers.kernels.triton_compose import compose
 
-    return PartedAttention(listed, _make_flash_run() if dense and name == "flash-attn-4" else None, compose)
+    return PartedAttention(listed, _make_flash_run() if dense and name == "flash-attn-4" else None, compose, into)
 
 
 def make_rounded(ways: PartedAttention, tile: int) -> PartedAttention:
     """Composed in the same way, attended to with the rounding of 8-bit floats, by plain torch and more slowly."""
     from workers.kernels.fp8_plain import attend_coded_plain
 
-    return PartedAttention(
-        lambda q, k, v, index: attend_coded_plain(q, k, v, index, tile),
-        lambda q, k, v: attend_coded_plain(q, k, v, None, tile),
-        ways.compose,
-    )
+    def listed(q_QNW: Tensor, k_NLW: Tensor, v_NLD: Tensor, index_NIJ: Tensor) -> tuple[Tensor, Tensor]:
+        return attend_coded_plain(q_QNW, k_NLW, v_NLD, index_NIJ, tile)
+
+    def run(q_QNW: Tensor, k_NKW: Tensor, v_NKD: Tensor) -> tuple[Tensor, Tensor]:
+        return attend_coded_plain(q_QNW, k_NKW, v_NKD, None, tile)
+
+    return PartedAttention(listed, run, ways.compose, copied(listed))
 
 
 def make_coded(ways: PartedAttention) -> PartedAttention:
@@ -88,11 +96,7 @@ def make_coded(ways: PartedAttention) -> PartedAttention:
     Raises:
         ImportError: Triton is not installed.
     """
-    from workers.kernels.fp8_tiles import (  # type: ignore[import-untyped, unused-ignore]
-        attend_coded,
-        code_queries,
-        code_tiles,
-    )
+    from workers.kernels.fp8_tiles import attend_coded, code_queries, code_tiles
 
     return ways._replace(coded=CodedAttention(code_queries, code_tiles, attend_coded))
 

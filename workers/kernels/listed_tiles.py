@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ AttendTable = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(q_QNW, k_NLW, v_NLD, index_NIJ) -> out_QND. index is int32: tiles that a tile of queries sees, in any order."""
 AttendLse = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """The same with the natural log-sum-exp lse_QN in float32 (float64 for float64 inputs), perhaps not contiguous."""
+
+AttendInto = Callable[[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]], None]
+"""The same, written to out_QND, contiguous, and lse_QN, whose transpose is."""
 
 _Attend = Callable[[Tensor, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 """With lse_QN, where True asks for it."""
@@ -50,6 +53,27 @@ def make_attend_lse(name: ListedName, tile: int) -> AttendLse:
     return attend_lse
 
 
+def make_attend_into(name: ListedName, tile: int) -> AttendInto:
+    """The same way into buffers: FlashAttention-4 writes there itself, what others give is copied.
+
+    Raises:
+        ImportError: Its package is not installed.
+    """
+    return _make_flash_into(tile) if name == "flash-attn-4" else copied(make_attend_lse(name, tile))
+
+
+def copied(attend: AttendLse) -> AttendInto:
+    """That way, its results copied to where they are wanted."""
+
+    def attend_into(
+        q_QNW: Tensor, k_NLW: Tensor, v_NLD: Tensor, index_NIJ: Tensor, into: tuple[Tensor, Tensor]
+    ) -> None:
+        for buffer, values in zip(into, attend(q_QNW, k_NLW, v_NLD, index_NIJ), strict=True):
+            buffer.copy_(values)
+
+    return attend_into
+
+
 def _load(name: ListedName, tile: int) -> _Attend:
     if name == "flash-attn-4":
         return _make_flash(tile)
@@ -79,14 +103,37 @@ def attend_listed_plain_lse(
 
 
 def _make_flash(tile: int) -> _Attend:
+    run = _make_flash_run(tile)
+
+    def attend(
+        q_QNW: Tensor, k_NLW: Tensor, v_NLD: Tensor, index_NIJ: Tensor, with_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        out, lse = run(q_QNW, k_NLW, v_NLD, index_NIJ, {"return_lse": with_lse})
+        return out[0], lse[0].T if with_lse else None
+
+    return attend
+
+
+def _make_flash_into(tile: int) -> AttendInto:
+    run = _make_flash_run(tile)
+
+    def attend_into(
+        q_QNW: Tensor, k_NLW: Tensor, v_NLD: Tensor, index_NIJ: Tensor, into: tuple[Tensor, Tensor]
+    ) -> None:
+        out_QND, lse_QN = into
+        run(q_QNW, k_NLW, v_NLD, index_NIJ, {"return_lse": True, "out": out_QND[None], "lse": lse_QN.T[None]})
+
+    return attend_into
+
+
+def _make_flash_run(tile: int) -> Callable[[Tensor, Tensor, Tensor, Tensor, dict[str, Any]], Any]:
+    """With more arguments; out_BQND and lse_BNQ."""
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from flash_attn.cute.interface import _flash_attn_fwd
 
     fixed: dict[torch.Size, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def attend(
-        q_QNW: Tensor, k_NLW: Tensor, v_NLD: Tensor, index_NIJ: Tensor, with_lse: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def run(q_QNW: Tensor, k_NLW: Tensor, v_NLD: Tensor, index_NIJ: Tensor, more: dict[str, Any]) -> Any:
         if index_NIJ.shape not in fixed:
             none = index_NIJ.new_zeros((1, *index_NIJ.shape[:2]))
             fixed[index_NIJ.shape] = none, none[..., None], torch.full_like(none, index_NIJ.shape[2])
@@ -100,12 +147,11 @@ def _make_flash(tile: int) -> _Attend:
         )
         k, v = k_NLW.transpose(0, 1)[None], v_NLD.transpose(0, 1)[None]
         scale = v_NLD.shape[-1] ** -0.5
-        out, lse = _flash_attn_fwd(
-            q_QNW[None], k, v, softmax_scale=scale, num_splits=1, return_lse=with_lse, block_sparse_tensors=lists
+        return _flash_attn_fwd(
+            q_QNW[None], k, v, softmax_scale=scale, num_splits=1, block_sparse_tensors=lists, **more
         )[:2]
-        return out[0], lse[0].T if with_lse else None
 
-    return attend
+    return run
 
 
 def _is_hopper() -> bool:

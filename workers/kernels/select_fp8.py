@@ -14,7 +14,7 @@ from workers.coded_tiles import CODED_TILE
 from workers.config_tiles import Fp8Attention
 from workers.kernels.listed_parts import PartedAttention, make_coded, make_rounded
 from workers.kernels.select import Hardware, KernelNeed
-from workers.model.halo_conv import find_compiler
+from workers.nvrtc import find_compiler
 
 logger = logging.getLogger(__name__)
 

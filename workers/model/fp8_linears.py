@@ -65,38 +65,14 @@ class Product(NamedTuple):
         return value * (self.scale_Q1 * self.scale_1O) + self.bias_O.float()
 
 
-class Norm(NamedTuple):
-    """What a product is added to the residual stream by, and what comes of the norm after it.
-
-    Modulation is [6, E] of a layer and [T, 6, E] of its latent frames' timesteps, to be added up.
-    """
-
-    modulation_6E: Tensor
-    time_T6E: Tensor
-    gate: int = -1
-    """Place of the factor on the product among the six; -1: none."""
-    shift: int = -1
-    """Place of what is added after the norm, the factor (less one) right behind it; -1: weights instead."""
-    weight_E: Tensor | None = None
-    bias_E: Tensor | None = None
-
-
 class Fp8Way(NamedTuple):
     """How products and codes are computed: by the best that was measured, unless a bench asks for other."""
 
     vectors: tuple[str, ...] = ()
     """Products (fields of `LayerWeights`) that apply scales and bias themselves; for the others what follows does."""
     kernels: bool = True
-    """Codes are written by kernels of our own on a GPU; else by what the compiler makes of the plain forms."""
-
-    def norm_codes(self, x_QE: Tensor, product: Product | None, norm: Norm, eps: float) -> tuple[Tensor, Codes]:
-        """See `norm_codes_plain`."""
-        if not self.kernels:
-            return norm_codes_plain(x_QE, product, norm, eps)
-        if product is None:
-            return x_QE, Codes(*_norm_codes(x_QE, *norm, eps))
-        x_QE, code, scale = _add_norm_codes(x_QE, *product, *norm, eps)
-        return x_QE, Codes(code, scale)
+    """Codes are written by kernels of our own on a GPU, and so are norms (`add_norm.py`); else by what the compiler
+    makes of the plain forms."""
 
     def gelu_codes(self, product: Product) -> Codes:
         """See `gelu_codes_plain`."""
@@ -162,24 +138,6 @@ def weight_codes_plain(weight_OI: Tensor, scale_1O: Tensor) -> Tensor:
     return (weight_OI.float() / scale_1O.t()).to(torch.float8_e4m3fn)
 
 
-def norm_codes_plain(x_QE: Tensor, product: Product | None, norm: Norm, eps: float) -> tuple[Tensor, Codes]:
-    """Add the product to the residual stream, gated; then LayerNorm, modulate, encode: the stream, and the codes."""
-    frames = norm.time_T6E.shape[0]
-
-    def modulation(place: int) -> Tensor:
-        one_T1E = (norm.modulation_6E[place].float() + norm.time_T6E[:, place].float())[:, None]
-        return one_T1E.expand(-1, len(x_QE) // frames, -1).flatten(0, 1)
-
-    if product is not None:
-        more = product.in_float32()
-        more = more if norm.gate < 0 else more * modulation(norm.gate)
-        x_QE = (x_QE.float() + more).to(x_QE.dtype)
-    h = F.layer_norm(x_QE.float(), (x_QE.shape[-1],), None, None, eps)
-    if norm.weight_E is not None and norm.bias_E is not None:
-        return x_QE, encode_rows(h * norm.weight_E.float() + norm.bias_E.float())
-    return x_QE, encode_rows(h * (1 + modulation(norm.shift + 1)) + modulation(norm.shift))
-
-
 def gelu_codes_plain(product: Product) -> Codes:
     """GELU by tanh of a product's value, encoded."""
     return encode_rows(F.gelu(product.in_float32(), approximate="tanh"))
@@ -191,42 +149,6 @@ def row_codes_plain(h_QND: Tensor) -> Codes:
 
 
 # Operations of their own, so that compiling leaves them whole: on a GPU each is one kernel, whose arguments are these.
-
-
-@torch.library.custom_op("longtake::norm_codes", mutates_args=())
-def _norm_codes(
-    x_QE: Tensor, modulation_6E: Tensor, time_T6E: Tensor, gate: int, shift: int,
-    weight_E: Tensor | None, bias_E: Tensor | None, eps: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    norm = Norm(modulation_6E, time_T6E, gate, shift, weight_E, bias_E)
-    return _by_norm(x_QE, None, norm, eps)[1:]
-
-
-@torch.library.custom_op("longtake::add_norm_codes", mutates_args=())
-def _add_norm_codes(
-    x_QE: Tensor, sum_QE: Tensor, scale_Q1: Tensor | None, scale_1E: Tensor | None, sum_bias_E: Tensor | None,
-    modulation_6E: Tensor, time_T6E: Tensor, gate: int, shift: int, weight_E: Tensor | None, bias_E: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    norm = Norm(modulation_6E, time_T6E, gate, shift, weight_E, bias_E)
-    return _by_norm(x_QE, Product(sum_QE, scale_Q1, scale_1E, sum_bias_E), norm, eps)
-
-
-def _by_norm(x_QE: Tensor, product: Product | None, norm: Norm, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    if not has_products(x_QE.device):
-        x_QE, codes = norm_codes_plain(x_QE, product, norm, eps)
-        return x_QE, *codes
-    from workers.model import fused_codes
-
-    weights = None if norm.weight_E is None or norm.bias_E is None else (norm.weight_E, norm.bias_E)
-    return fused_codes.norm_codes(
-        x_QE,
-        product,
-        (norm.modulation_6E, norm.time_T6E),
-        weights,
-        (norm.gate, norm.shift),
-        eps,
-    )
 
 
 @torch.library.custom_op("longtake::gelu_codes", mutates_args=())
@@ -262,16 +184,6 @@ def room_for_codes(like: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Of as many rows: codes and scales, to be filled."""
     code = like.new_empty(like.shape[0], width, dtype=torch.float8_e4m3fn)
     return code, like.new_empty(like.shape[0], 1, dtype=torch.float32)
-
-
-@_norm_codes.register_fake
-def _(x_QE: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return room_for_codes(x_QE, x_QE.shape[1])
-
-
-@_add_norm_codes.register_fake
-def _(x_QE: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x_QE), *room_for_codes(x_QE, x_QE.shape[1])
 
 
 @_gelu_codes.register_fake

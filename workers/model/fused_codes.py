@@ -1,8 +1,8 @@
 """Triton kernels that write the inputs of products of 8-bit floats: codes and the scale of each row, in one pass.
 
-Each does what stands between two products: scales and bias of the one before, residual, norm or GELU, then the row's
-largest magnitude and its codes. A row stays in registers, in two pieces, as its length is seldom a power of two. The
-plain forms are in `fp8_linears.py`; imported where a tensor lies on a GPU, never earlier.
+Each does what stands between two products: scales and bias of the one before, GELU, then the row's largest magnitude
+and its codes; those behind a norm are in `fused_norms.py`. A row stays in registers, in two pieces, as its length is
+seldom a power of two. The plain forms are in `fp8_linears.py`; imported where a tensor lies on a GPU, never earlier.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from workers.model.fp8_linears import Product, room_for_codes
 
-NORM_WARPS, GELU_WARPS, ROW_WARPS, WEIGHT_WARPS = 4, 8, 4, 4
+GELU_WARPS, ROW_WARPS, WEIGHT_WARPS = 8, 4, 4
 """Of a program, which does one row."""
 
 
@@ -43,66 +43,6 @@ def _store_codes(  # type: ignore[no-untyped-def]
     tl.store(scale + row, most / 448.0)
     tl.store(code + row * E + at_a, (a * (448.0 / most)).to(code.dtype.element_ty), mask=in_a)
     tl.store(code + row * E + at_b, (b * (448.0 / most)).to(code.dtype.element_ty), mask=in_b)
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _add(  # type: ignore[no-untyped-def]
-    x, sums, row_scale, column_scale, bias, modulation, time, out, row, frame, channel, inside,
-    E: tl.constexpr, GATE: tl.constexpr, ADDS: tl.constexpr, SCALED: tl.constexpr,
-):  # fmt: skip
-    """A piece of the residual stream, the product added and written; else as it is."""
-    value = tl.load(x + row * E + channel, mask=inside, other=0.0).to(tl.float32)
-    if ADDS:
-        more = _apply_scales(sums, row_scale, column_scale, bias, row, channel, inside, E, SCALED)
-        if GATE >= 0:
-            gate = tl.load(modulation + GATE * E + channel, mask=inside, other=0.0).to(tl.float32)
-            more *= gate + tl.load(time + (frame * 6 + GATE) * E + channel, mask=inside, other=0.0).to(tl.float32)
-        rounded = (value + more).to(out.dtype.element_ty)
-        tl.store(out + row * E + channel, rounded, mask=inside)
-        value = rounded.to(tl.float32)
-    return value
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _modulate(  # type: ignore[no-untyped-def]
-    value, modulation, time, weight, weight_bias, frame, channel, inside, E: tl.constexpr, SHIFT: tl.constexpr
-):  # fmt: skip
-    """A piece of a normalised row, times and plus what its frame has, or what all have."""
-    if SHIFT >= 0:
-        at_time = time + (frame * 6 + SHIFT) * E + channel
-        shift = tl.load(modulation + SHIFT * E + channel, mask=inside, other=0.0).to(tl.float32)
-        shift += tl.load(at_time, mask=inside, other=0.0).to(tl.float32)
-        factor = 1.0 + tl.load(modulation + (SHIFT + 1) * E + channel, mask=inside, other=0.0).to(tl.float32)
-        factor += tl.load(at_time + E, mask=inside, other=0.0).to(tl.float32)
-    else:
-        shift = tl.load(weight_bias + channel, mask=inside, other=0.0).to(tl.float32)
-        factor = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
-    return value * factor + shift
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _norm_codes(  # type: ignore[no-untyped-def]
-    x, sums, row_scale, column_scale, bias, modulation, time, weight, weight_bias, out, code, scale,
-    frame_tokens, eps, E: tl.constexpr, GATE: tl.constexpr, SHIFT: tl.constexpr, ADDS: tl.constexpr,
-    SCALED: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-):  # fmt: skip
-    """One program: a token."""
-    row = tl.program_id(0).to(tl.int64)
-    frame = row // frame_tokens
-    at_a, at_b = tl.arange(0, A), A + tl.arange(0, B)
-    in_a, in_b = at_a < E, at_b < E
-    a = _add(
-        x, sums, row_scale, column_scale, bias, modulation, time, out, row, frame, at_a, in_a, E, GATE, ADDS, SCALED
-    )
-    b = _add(
-        x, sums, row_scale, column_scale, bias, modulation, time, out, row, frame, at_b, in_b, E, GATE, ADDS, SCALED
-    )
-    mean = (tl.sum(a, 0) + tl.sum(b, 0)) / E
-    a, b = tl.where(in_a, a - mean, 0.0), tl.where(in_b, b - mean, 0.0)
-    inverse = 1.0 / tl.sqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / E + eps)
-    a = _modulate(a * inverse, modulation, time, weight, weight_bias, frame, at_a, in_a, E, SHIFT)
-    b = _modulate(b * inverse, modulation, time, weight, weight_bias, frame, at_b, in_b, E, SHIFT)
-    _store_codes(code, scale, row, a, b, at_a, at_b, in_a, in_b, E)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -156,31 +96,6 @@ def _weight_codes(weight, scale, code, E: tl.constexpr, A: tl.constexpr, B: tl.c
     step = tl.load(scale + row)
     tl.store(code + row * E + at_a, (a / step).to(code.dtype.element_ty), mask=in_a)
     tl.store(code + row * E + at_b, (b / step).to(code.dtype.element_ty), mask=in_b)
-
-
-def norm_codes(
-    x_QE: Tensor,
-    product: Product | None,
-    modulation: tuple[Tensor, Tensor],
-    norm: tuple[Tensor, Tensor] | None,
-    places: tuple[int, int],
-    eps: float,
-    num_warps: int = NORM_WARPS,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`fp8_linears.norm_codes_plain`; without a product x is given back, else a new one."""
-    num_tokens, dim = x_QE.shape
-    (modulation_6E, time_T6E), (gate, shift) = modulation, places
-    assert all(x is None or x.is_contiguous() for x in (x_QE, *modulation, *(product or ())))
-    assert norm is not None or shift >= 0
-    sums, *scales = product or Product(x_QE)
-    out = x_QE if product is None else torch.empty_like(x_QE)
-    code, scale = room_for_codes(x_QE, dim)
-    _norm_codes[(num_tokens,)](
-        x_QE, sums, *(x_QE if s is None else s for s in scales), modulation_6E, time_T6E, *(norm or (x_QE, x_QE)),
-        out, code, scale, num_tokens // len(time_T6E), eps, E=dim, GATE=gate, SHIFT=shift,
-        ADDS=product is not None, SCALED=scales[0] is not None, **_pieces(dim), num_warps=num_warps,
-    )  # fmt: skip
-    return out, code, scale
 
 
 def gelu_codes(product: Product, num_warps: int = GELU_WARPS, *, approximate: bool = True) -> tuple[Tensor, Tensor]:

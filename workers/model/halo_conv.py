@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from workers.nvrtc import check, launch, load_driver, load_functions
+
 _KC = 32
 """Input channels of a step: rows of 64 bytes in shared memory."""
 FEWEST = 32
@@ -100,62 +102,10 @@ __device__ __forceinline__ void wgmma(float (&d)[{count}], unsigned long long a,
 
 
 @functools.cache
-def _driver() -> Any:
-    return ctypes.CDLL("libcuda.so.1")
-
-
-def find_compiler(packages: Path) -> Any:
-    """CUDA's runtime compiler: the one that is loaded or installed, else the one beside torch.
-
-    Args:
-        packages: Where Python's packages lie.
-    """
-    version = (torch.version.cuda or "").split(".")[0]
-    found = [f"libnvrtc.so.{version}", *map(str, sorted(packages.glob("nvidia/*/lib/libnvrtc.so.*")))]
-    for name in found:
-        try:
-            return ctypes.CDLL(name)
-        except OSError:
-            continue
-    raise RuntimeError(f"CUDA's runtime compiler was not found; tried {', '.join(found)}")
-
-
-def compile_source(source: str, library: Any, architecture: str = "sm_90a") -> bytes:
-    """Machine code, by the runtime compiler; its messages are the error."""
-    program = ctypes.c_void_p()
-    assert library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"halo_conv.cu", 0, None, None) == 0
-    options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
-    failed = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
-    size = ctypes.c_size_t()
-    if failed:
-        library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-        log = ctypes.create_string_buffer(size.value)
-        library.nvrtcGetProgramLog(program, log)
-        raise RuntimeError(log.value.decode())
-    library.nvrtcGetCUBINSize(program, ctypes.byref(size))
-    code = ctypes.create_string_buffer(size.value)
-    library.nvrtcGetCUBIN(program, code)
-    library.nvrtcDestroyProgram(ctypes.byref(program))
-    return code.raw
-
-
-@functools.cache
 def _load(channels_in: int, channels_out: int, cut: Cut, device: int) -> ctypes.c_void_p:
     """The function, on its device."""
     assert cut.shared_bytes <= _MOST_SHARED
-    code = compile_source(make_source(channels_in, channels_out, cut), find_compiler(Path(torch.__file__).parents[1]))
-    driver, module, function = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
-    with torch.cuda.device(device):
-        _check(driver.cuModuleLoadData(ctypes.byref(module), code))
-        _check(driver.cuModuleGetFunction(ctypes.byref(function), module, b"convolve"))
-        most_dynamic = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _check(driver.cuFuncSetAttribute(function, most_dynamic, cut.shared_bytes))
-    return function
-
-
-def _check(status: int) -> None:
-    if status:
-        raise RuntimeError(f"CUDA driver error {status}")
+    return load_functions(make_source(channels_in, channels_out, cut), ("convolve",), cut.shared_bytes, device)[0]
 
 
 def _describe(frames_THWC: Tensor, cut: Cut) -> ctypes.Array[Any]:
@@ -170,8 +120,8 @@ def _describe(frames_THWC: Tensor, cut: Cut) -> ctypes.Array[Any]:
     raw = ctypes.create_string_buffer(192)
     start = -ctypes.addressof(raw) % 64
     found = (ctypes.c_char * 128).from_buffer(raw, start)
-    _check(
-        _driver().cuTensorMapEncodeTiled(
+    check(
+        load_driver().cuTensorMapEncodeTiled(
             ctypes.byref(found), bfloat16, rank, ctypes.c_void_p(frames_THWC.data_ptr()),
             (ctypes.c_uint64 * rank)(*sizes), (ctypes.c_uint64 * (rank - 1))(*(2 * stride for stride in strides)),
             (ctypes.c_uint32 * rank)(*box), (ctypes.c_uint32 * rank)(*[1] * rank),
@@ -223,9 +173,6 @@ def convolve(
     ]
     numbers = (before_THWC is not None, len(fresh), num, height, width, num_tiles)
     given_values += map(ctypes.c_int, numbers)
-    arguments = (ctypes.c_void_p * len(given_values))(*map(ctypes.addressof, given_values))
     programs = min(num_tiles, torch.cuda.get_device_properties(device).multi_processor_count)
-    stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-    launch = _driver().cuLaunchKernel
-    _check(launch(function, programs, 1, 1, 384, 1, 1, cut.shared_bytes, stream, arguments, None))
+    launch(function, programs, 384, cut.shared_bytes, given_values, device)
     return out

@@ -2,7 +2,8 @@
 
 The pieces are functions of tensors alone, so each is compiled once for all layers, and a call can be captured in a CUDA
 graph. The first writes queries and keys (after RoPE) and values where attention reads them; the second goes from the
-result of attention to the end of the layer. Products may run in 8-bit floats (`fp8_linears.py`), which rounds.
+result of attention to the last product of the layer, which the next one adds to the stream as it reads it. Products may
+run in 8-bit floats (`fp8_linears.py`), which rounds.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workers.model.dit import CausalDiT, Layer, add_gated, modulate
-from workers.model.fp8_linears import Codes, Fp8Linears, Fp8Way, LinearWeights, Norm, Product, multiply, quantise
+from workers.model.add_norm import Norm, add_product, norm_codes, norm_rows
+from workers.model.dit import CausalDiT, Layer
+from workers.model.fp8_linears import Codes, Fp8Linears, Fp8Way, LinearWeights, Product, multiply, quantise
 from workers.model.prompt_attention import PromptAttention, PromptTable, attend_prompt
 from workers.model.rope import Rotation, rotate_in_parts
 
@@ -45,8 +47,19 @@ class Targets(NamedTuple):
     v_NQD: Tensor
 
 
-Enter = Callable[[LayerWeights, Tensor, Tensor, Rotation, Targets], None]
-Leave = Callable[[LayerWeights, PromptTable, Tensor, Tensor, Tensor], Tensor]
+class Stream(NamedTuple):
+    """The residual stream between two layers, and what is still to be added to it."""
+
+    x_QE: Tensor
+    product: Product | None = None
+    gate_6E: Tensor | None = None
+    """The modulation whose last place is the product's gate."""
+
+
+Enter = Callable[[LayerWeights, Stream, Tensor, Rotation, Targets], Tensor]
+Leave = Callable[[LayerWeights, PromptTable, Tensor, Tensor, Tensor], Stream]
+Settle = Callable[[Stream, Tensor], Tensor]
+_LAST_GATE = 5
 
 
 class _Ways(NamedTuple):
@@ -84,14 +97,20 @@ class StaticLayers:
         """Of a clean pass."""
         self.eps = how.eps
 
-        def enter(w: LayerWeights, x_QE: Tensor, time_T6E: Tensor, rotation: Rotation, to: Targets) -> None:
-            _enter(w, x_QE, time_T6E, rotation, to, how)
+        def enter(w: LayerWeights, stream: Stream, time_T6E: Tensor, rotation: Rotation, to: Targets) -> Tensor:
+            return _enter(w, stream, time_T6E, rotation, to, how)
 
-        def leave(w: LayerWeights, prompt: PromptTable, x_QE: Tensor, out_QND: Tensor, time_T6E: Tensor) -> Tensor:
+        def leave(w: LayerWeights, prompt: PromptTable, x_QE: Tensor, out_QND: Tensor, time_T6E: Tensor) -> Stream:
             return _leave(w, prompt, x_QE, out_QND, time_T6E, how)
 
+        def settle(stream: Stream, time_T6E: Tensor) -> Tensor:
+            return _settle(stream, time_T6E, how)
+
         self.enter: Enter = enter
+        """What a layer's second piece takes: the stream, all added."""
         self.leave: Leave = leave
+        self.settle: Settle = settle
+        """The stream behind the last layer, all added."""
 
     @property
     def has_clean_weights(self) -> bool:
@@ -102,17 +121,32 @@ class StaticLayers:
         """Fuse each piece."""
         self.enter = cast(Enter, torch.compile(self.enter, dynamic=False, fullgraph=True, backend=backend))
         self.leave = cast(Leave, torch.compile(self.leave, dynamic=False, fullgraph=True, backend=backend))
+        self.settle = cast(Settle, torch.compile(self.settle, dynamic=False, fullgraph=True, backend=backend))
 
 
-def _enter(w: LayerWeights, x_QE: Tensor, time_T6E: Tensor, rotation: Rotation, to: Targets, how: _Ways) -> None:
-    eps, way, _ = how
-    if w.qkv.scale_1O is None:
-        m = (w.modulation_6E + time_T6E)[None, :, :, None]
-        h: Tensor | Codes = modulate(x_QE[None], m[:, :, 0], m[:, :, 1], eps)[0]
-    else:
-        _, h = way.norm_codes(x_QE, None, Norm(w.modulation_6E, time_T6E, shift=0), eps)
-    product = multiply(w.qkv, h)
-    norm_rotate_into(*product, w.norm_q_E, w.norm_k_E, rotation.cos, rotation.sin, eps, *to)
+def _enter(w: LayerWeights, stream: Stream, time_T6E: Tensor, rotation: Rotation, to: Targets, how: _Ways) -> Tensor:
+    if not (how.linear.kernels and stream.x_QE.is_cuda):  # nothing is gained by one pass
+        stream = Stream(_settle(stream, time_T6E, how))
+    x_QE, product, gate_6E = stream
+    norm = Norm(w.modulation_6E, time_T6E, gate=-1 if product is None else _LAST_GATE, shift=0, gate_6E=gate_6E)
+    x_QE, h = _add_norm(w.qkv, x_QE, product, norm, how)
+    norm_rotate_into(*multiply(w.qkv, h), w.norm_q_E, w.norm_k_E, rotation.cos, rotation.sin, how.eps, *to)
+    return x_QE
+
+
+def _settle(stream: Stream, time_T6E: Tensor, how: _Ways) -> Tensor:
+    x_QE, product, gate_6E = stream
+    if product is None or gate_6E is None:
+        return x_QE
+    return add_product(x_QE, product, gate_6E, time_T6E, _LAST_GATE, kernels=how.linear.kernels)
+
+
+def _add_norm(
+    linear: LinearWeights, x_QE: Tensor, product: Product | None, norm: Norm, how: _Ways
+) -> tuple[Tensor, Tensor | Codes]:
+    """The stream with the product added, and what the linear layer takes of it."""
+    make = norm_rows if linear.scale_1O is None else norm_codes
+    return make(x_QE, product, norm, how.eps, kernels=how.linear.kernels)
 
 
 @torch.library.custom_op("longtake::norm_rotate_into", mutates_args=("q_QND", "k_NQD", "v_NQD"))
@@ -123,10 +157,10 @@ def norm_rotate_into(
 ) -> None:  # fmt: skip
     """RMSNorm over all heads and RoPE of queries and keys, and values, to where attention reads them.
 
-    The first four are a `Product`. On a GPU by a kernel of our own, whose arguments are these; see `fused.norm_rotate`.
+    The first four are a `Product`. On a GPU by a kernel of our own, whose arguments are these; see `fused_rotate`.
     """
     if qkv_QF.is_cuda:
-        from workers.model.fused import norm_rotate
+        from workers.model.fused_rotate import norm_rotate
 
         scales = None if scale_Q1 is None or scale_1F is None or bias_F is None else (scale_Q1, scale_1F, bias_F)
         norm_rotate(qkv_QF, (norm_q_E, norm_k_E), (cos, sin), eps, (q_QND, k_NQD, v_NQD), scales)
@@ -148,36 +182,19 @@ def norm_rotate_plain(
     to.v_NQD.copy_(v.unflatten(-1, heads).transpose(0, 1))
 
 
-def _leave(w: LayerWeights, prompt: PromptTable, x_QE: Tensor, out_QND: Tensor, time_T6E: Tensor, how: _Ways) -> Tensor:
+def _leave(w: LayerWeights, prompt: PromptTable, x_QE: Tensor, out_QND: Tensor, time_T6E: Tensor, how: _Ways) -> Stream:
     eps, way, attend = how
-    m = (w.modulation_6E + time_T6E)[None, :, :, None]
-    h: Tensor | Codes
-    x_QE, h = _to_cross_queries(w, x_QE, out_QND, time_T6E, how)
+    product = multiply(w.out, _as_inputs(w.out, out_QND, way))
+    norm = Norm(w.modulation_6E, time_T6E, gate=2, weight_E=w.norm3_E, bias_E=w.norm3_bias_E)
+    x_QE, h = _add_norm(w.cross_q, x_QE, product, norm, how)
     found_QND = attend(multiply(w.cross_q, h), w.norm_cross_q_E, prompt, eps)
     product = multiply(w.cross_out, _as_inputs(w.cross_out, found_QND, way))
-    if w.up.scale_1O is None:
-        x_QE = x_QE + product.value
-        moved = modulate(x_QE[None], m[:, :, 3], m[:, :, 4], eps)[0]
-        h = cast(Tensor, linear_gelu(moved, w.up.weight_OI, w.up.bias_O))
+    x_QE, h = _add_norm(w.up, x_QE, product, Norm(w.modulation_6E, time_T6E, shift=3), how)
+    if isinstance(h, Tensor):
+        h = cast(Tensor, linear_gelu(h, w.up.weight_OI, w.up.bias_O))
     else:
-        x_QE, codes = way.norm_codes(x_QE, product, Norm(w.modulation_6E, time_T6E, shift=3), eps)
-        h = way.gelu_codes(multiply(w.up, codes))
-    product = multiply(w.down, h)
-    return add_gated(x_QE[None], product.value[None], m[:, :, 5])[0]
-
-
-def _to_cross_queries(
-    w: LayerWeights, x_QE: Tensor, out_QND: Tensor, time_T6E: Tensor, how: _Ways
-) -> tuple[Tensor, Tensor | Codes]:
-    """Add what attention found; the stream, and what queries of the prompt are made of."""
-    eps, way, _ = how
-    product = multiply(w.out, _as_inputs(w.out, out_QND, way))
-    if w.cross_q.scale_1O is None:
-        gate = (w.modulation_6E[2] + time_T6E[:, 2])[None, :, None]
-        x_QE = add_gated(x_QE[None], product.value[None], gate)[0]
-        return x_QE, F.layer_norm(x_QE, (x_QE.shape[-1],), w.norm3_E, w.norm3_bias_E, eps)
-    norm = Norm(w.modulation_6E, time_T6E, gate=2, weight_E=w.norm3_E, bias_E=w.norm3_bias_E)
-    return way.norm_codes(x_QE, product, norm, eps)
+        h = way.gelu_codes(multiply(w.up, h))
+    return Stream(x_QE, multiply(w.down, h), w.modulation_6E)
 
 
 def _as_inputs(linear: LinearWeights, h_QND: Tensor, way: Fp8Way) -> Tensor | Codes:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from workers.model import halo_conv
+from workers import nvrtc
 from workers.model.wan_decode_weights import Route
 
 TRITON_FROM = (8, 0)
@@ -65,7 +65,7 @@ def _why_no_triton(compute: tuple[int, int] | None, dtype: torch.dtype) -> str:
 
 def _why_no_compiler() -> str:
     try:
-        halo_conv.find_compiler(Path(torch.__file__).parents[1])
+        nvrtc.find_compiler(Path(torch.__file__).parents[1])
     except RuntimeError as error:
         return str(error)
     return ""

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,57 +23,17 @@ from workers.metrics import Stopwatch
 from workers.model.dit import CausalDiT
 from workers.model.prompt_attention import PromptTable, hold_prompt
 from workers.model.rope import Rotation, make_rotation
-from workers.model.static_layers import StaticLayers, Targets
+from workers.model.static_layers import StaticLayers, Stream, Targets
 from workers.rollout import CleanChunk, RolloutPlan, chunk_positions
 from workers.rollouts.kept_history import KeptHistory, Keys, Looked, Mark
+from workers.rollouts.table_parts import Chooser, Table
 from workers.streams import stream_for
 
 AttendTable = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """See `workers/kernels/listed_tiles.py`."""
-
-
-class Table(Protocol):
-    """See `workers/cache/tile_table.py`."""
-
-    @property
-    def is_packed(self) -> bool: ...
-
-    @property
-    def layers(self) -> Sequence[Keys]: ...
-
-    @property
-    def num_bytes(self) -> int: ...
-
-    @property
-    def has_merged(self) -> bool: ...
-
-    def own(self, layer_index: int) -> tuple[Tensor, Tensor]: ...
-
-    def note_seen(self, layer_index: int, index_NIJ: Tensor) -> None: ...
-
-    def lay_out(self, layer_index: int, *, seen_only: bool = False) -> Keys: ...
-
-    def lay_out_sample(self, layer_index: int, slot_R: Tensor) -> Keys: ...
-
-    def remember_chunk(self, position_T3: Tensor) -> None: ...
-
-
-class Chooser(Protocol):
-    """See `workers/attention/tile_choice.py`."""
-
-    sampled_slot_R: Tensor
-
-    @property
-    def has_clean_list(self) -> bool: ...
-
-    @property
-    def has_early_list(self) -> bool: ...
-
-    def num_slots_seen(self, *, early: bool = False) -> int: ...
-
-    def new_list(self, num_heads: int, *, for_clean_pass: bool = False, early: bool = False) -> Tensor: ...
-
-    def choose(self, q_QNW: Tensor, k_NLW: Tensor, index_NIJ: Tensor, clean_NIJ: Tensor | None = None) -> None: ...
+Record = Callable[[int, Tensor, Sequence[Tensor]], Callable[[], None]]
+"""(chunk, its clean latents, tiles that its clean pass saw of each layer) -> what is called before the lists change;
+see `chunk_log.py`."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +66,10 @@ def to_host(flag: Tensor) -> Callable[[], bool]:
     return ask
 
 
+def keep_no_record(index: int, latents: Tensor, lists: Sequence[Tensor]) -> Callable[[], None]:
+    return lambda: None
+
+
 class CapturedRollout:
     """One video after another on one model.
 
@@ -133,12 +96,12 @@ class CapturedRollout:
         self.chooser, self._attend = parts
         assert isinstance(self._attend, KeptHistory) == (settings.history_at is not None)
         b = model.backbone
-        self._device, self._latent_size = model.head.modulation.device, latent_size
+        self.device, self._latent_size = model.head.modulation.device, latent_size
         self._rows, self._columns = b.token_grid(latent_size)
         num = b.chunk_latent_frames * self._rows * self._columns
 
         def empty(*shape: int, dtype: torch.dtype = model.dtype) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=self._device)
+            return torch.zeros(shape, dtype=dtype, device=self.device)
 
         self._latents = empty(1, b.chunk_latent_frames, b.in_channels, *latent_size, dtype=torch.float32)
         self._timestep = empty(1, b.chunk_latent_frames, dtype=torch.float32)
@@ -158,13 +121,20 @@ class CapturedRollout:
         """Told `calls` after each call and `sampler` after what lies between two; for measurements."""
 
     @torch.no_grad()
-    def run(self, plan: RolloutPlan, first_chunk: int = 0, stopwatch: Stopwatch | None = None) -> Iterator[CleanChunk]:
+    def run(
+        self,
+        plan: RolloutPlan,
+        first_chunk: int = 0,
+        stopwatch: Stopwatch | None = None,
+        record: Record = keep_no_record,
+    ) -> Iterator[CleanChunk]:
         """Chunks from `first_chunk` on, in order.
 
         Args:
             plan: What is rolled out.
             first_chunk: The table holds the chunks before it.
             stopwatch: Gets the stages "denoise" and "cache"; then the GPU is waited for once more in each chunk.
+            record: Told each chunk that becomes history.
         Raises:
             NonFiniteLatents: A chunk holds a NaN or an infinity; it is neither yielded nor remembered.
         """
@@ -183,10 +153,28 @@ class CapturedRollout:
                 if not is_finite():  # waits for the denoising steps, not for the clean pass
                     raise NonFiniteLatents(f"chunk {index} holds NaN or infinity after its last denoising step")
                 if index + 1 < plan.num_chunks:
+                    recorded = record(index, latents, self.clean_lists)
                     self.remember(position)
+                    recorded()  # the next chunk's tiles come into the same lists
             self._mark("sampler")
             density = min(1.0, self.slots_seen(plan.schedule.num_steps) / ((index + 1) * len(position)))
             yield CleanChunk(index, latents, self.table.num_bytes, density)
+
+    @property
+    def latents_shape(self) -> torch.Size:
+        """Of a chunk."""
+        return self._latents.shape
+
+    @property
+    def clean_lists(self) -> list[Tensor]:
+        """Of each layer: the tiles that the clean pass of the chunk in hand sees; buffers of all chunks."""
+        return [listed if fewer is None else fewer for listed, fewer in self._lists[self._is_early]]
+
+    def list_for_clean_pass(self, index_LNIJ: Tensor) -> None:
+        """The chunk in hand is not denoised: the tiles that a step would have chosen for its clean pass."""
+        for index, (listed, values) in enumerate(zip(self.clean_lists, index_LNIJ, strict=True)):
+            listed.copy_(values)
+            self.table.note_seen(index, listed)
 
     def slots_seen(self, num_steps: int) -> float:
         """By a query, empty ones included, on average over so many denoising steps of a chunk."""
@@ -255,13 +243,13 @@ class CapturedRollout:
         x = model.embed_patches(self._latents)
         if self._control is not None:
             x = x + self._control
-        x = x[0].to(model.dtype)
+        stream = Stream(x[0].to(model.dtype))
         time_BTE, time_BT6E = model.embed_time(self._timestep)
         time_T6E = time_BT6E[0]
         mark("embed")
         for index, weights in enumerate(layers.clean_weights if clean else layers.weights):
             listed, fewer = self._lists[self._is_early][index]
-            layers.enter(weights, x, time_T6E, self._rotation, self._targets[index])
+            x = layers.enter(weights, stream, time_T6E, self._rotation, self._targets[index])
             mark("queries, keys, values")
             if choose:
                 keys = self._lay_out_sample(index, mark)
@@ -278,8 +266,9 @@ class CapturedRollout:
                 keys = self._lay_out(index, mark)
                 out = self._attend(self._q_QNW, keys.k_NLW, keys.v_NLD, listed)
                 mark("attention")
-            x = layers.leave(weights, self._prompt[index], x, out, time_T6E)
+            stream = layers.leave(weights, self._prompt[index], x, out, time_T6E)
             mark("output, cross-attention, feed-forward")
+        x = layers.settle(stream, time_T6E)
         self._flow.copy_(model.read_out(x[None], time_BTE, self._latent_size))
         mark("head")
 
@@ -313,7 +302,7 @@ class CapturedRollout:
         """Fill the buffers for a chunk; its positions."""
         b = self._model.backbone
         self._is_early = self.chooser.has_early_list and not self.table.has_merged
-        position = chunk_positions(plan, b, index, self._device)
+        position = chunk_positions(plan, b, index, self.device)
         rotation = make_rotation(position, b.head_dim, b.rope_theta)
         for buffer, values in zip(self._rotation, rotation, strict=True):
             buffer.copy_(values)
@@ -322,7 +311,7 @@ class CapturedRollout:
             self._hold(prompt)
         maps = plan.control(index)
         if self._control is not None and maps is not None:
-            self._control.copy_(self._model.embed_control(maps.to(self._device)))
+            self._control.copy_(self._model.embed_control(maps.to(self.device)))
         return position
 
     def _new_lists(self, early: bool) -> list[tuple[Tensor, Tensor | None]]:
@@ -351,7 +340,7 @@ class CapturedRollout:
     def _draw(self, plan: RolloutPlan, index: int) -> list[Tensor]:
         """All noise of a chunk."""
         num = 1 if self._model.backbone.sampler == "euler" else plan.schedule.num_steps
-        return [to_device(plan.noise(index, step), self._device) for step in range(num)]
+        return [to_device(plan.noise(index, step), self.device) for step in range(num)]
 
     def _denoise(self, plan: RolloutPlan, noise: Sequence[Tensor]) -> Tensor:
         """Clean latents of one chunk, float32."""
@@ -371,7 +360,7 @@ class CapturedRollout:
     def _capture(self, choose: bool, look: bool, clean: bool) -> torch.cuda.CUDAGraph:
         # At the priority of the stream that the loop runs on: kernels of a graph keep the one they were captured at.
         priority = torch.cuda.current_stream().priority
-        stream = stream_for("before a capture", self._device, priority)
+        stream = stream_for("before a capture", self.device, priority)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # compiles, and fills the workspaces of libraries
@@ -381,7 +370,7 @@ class CapturedRollout:
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
         # Other threads go on with their own work meanwhile, such as decoding the chunk before.
-        capturing = stream_for("capture", self._device, priority) if priority else None
+        capturing = stream_for("capture", self.device, priority) if priority else None
         with torch.cuda.graph(graph, pool=pool, stream=capturing, capture_error_mode="thread_local"):
             self.compute(choose, look=look, clean=clean)
         return graph

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from workers.attention.tile_choice import TileRuns
-from workers.coded_tiles import CODED_TILE, TILE_BYTES, CodedTiles
+from workers.coded_tiles import CodedTiles, room_for_tiles
 from workers.kernels.listed_parts import CodedAttention, PartedAttention
 from workers.streams import stream_for
 
@@ -113,7 +113,7 @@ class KeptHistory:
         self._kept = [
             _Kept(
                 torch.zeros(shape, dtype=v_NLD.dtype, device=device),
-                torch.full(shape[:2], -torch.inf, dtype=exact, device=device),
+                torch.full((heads, fresh.own_tokens), -torch.inf, dtype=exact, device=device).T,
             )
             for _ in layers
         ]
@@ -124,7 +124,7 @@ class KeptHistory:
         is_coded = any(way.coded is not None for way in (self._ways, self._clean_ways))
         assert lay_out_coded is not None or not is_coded
         self._lay_out_coded = lay_out_coded
-        self._coded = _room_for_tiles(heads, fresh.num_tiles, device) if is_coded else None
+        self._coded = room_for_tiles(heads, fresh.num_tiles, device) if is_coded else None
         self._beside = stream_for("own keys beside the history", device) if k_NLW.is_cuda else None
         self.attends_at_once = True
         """To both, in calls that look; a bench that times them apart asks for one after the other."""
@@ -179,9 +179,7 @@ class KeptHistory:
         if beside is not None:
             beside.wait_stream(torch.cuda.current_stream())
         if looked is not None:
-            found = self._attend_listed(ways, q, looked)
-            for buffer, values in zip(kept, found, strict=True):
-                buffer.copy_(values)
+            self._attend_listed(ways, q, looked, kept)
             mark("attention to the history")
         with torch.cuda.stream(beside):  # None changes nothing
             out, lse = self._attend_fresh(ways, q, fresh)
@@ -195,12 +193,15 @@ class KeptHistory:
     def _ways_of(self, clean: bool) -> PartedAttention:
         return self._clean_ways if clean else self._ways
 
-    def _attend_listed(self, ways: PartedAttention, q: Tensor, looked: Looked) -> tuple[Tensor, Tensor]:
+    def _attend_listed(self, ways: PartedAttention, q: Tensor, looked: Looked, to: _Kept) -> None:
         keys = looked.keys
-        if isinstance(keys, CodedTiles):
-            assert ways.coded is not None
-            return ways.coded.attend(q, keys, looked.index_NIJ, self._fresh.own_tokens)
-        return ways.listed(q, keys.k_NLW, keys.v_NLD, looked.index_NIJ)
+        if not isinstance(keys, CodedTiles):
+            ways.listed_into(q, keys.k_NLW, keys.v_NLD, looked.index_NIJ, to)
+            return
+        assert ways.coded is not None
+        found = ways.coded.attend(q, keys, looked.index_NIJ, self._fresh.own_tokens)
+        for buffer, values in zip(to, found, strict=True):
+            buffer.copy_(values)
 
     def _attend_fresh(self, ways: PartedAttention, q: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
         f, k, v = self._fresh, keys.k_NLW, keys.v_NLD
@@ -230,8 +231,3 @@ class KeptHistory:
         else:
             k, v = k[:, start:], v[:, start:]
         return coded.attend(q_NIB, coded.code_tiles(k, v, self._coded), None, f.own_tokens)
-
-
-def _room_for_tiles(heads: int, tiles: int, device: torch.device) -> CodedTiles:
-    k, v = (torch.zeros(heads, tiles, TILE_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
-    return CodedTiles(k, v, torch.zeros(heads, tiles * CODED_TILE, dtype=torch.float32, device=device))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.plain_fp8 import round_linears
+from workers.model.add_norm import Norm, norm_codes_plain
 from workers.model.backbones import BACKBONES, find_backbone
 from workers.model.dit import CausalDiT
 from workers.model.fp8_linears import (
@@ -15,18 +16,16 @@ from workers.model.fp8_linears import (
     Fp8Linears,
     Fp8Way,
     LinearWeights,
-    Norm,
     encode_rows,
     gelu_codes_plain,
     multiply,
-    norm_codes_plain,
     quantise,
     row_codes_plain,
     weight_codes_plain,
 )
 from workers.model.prompt_attention import hold_prompt
 from workers.model.rope import grid_positions, make_rotation
-from workers.model.static_layers import StaticLayers, Targets
+from workers.model.static_layers import StaticLayers, Stream, Targets
 
 TOKENS, FRAMES, EPS = 12, 3, 1e-6
 LARGEST_ERROR = 0.04
@@ -123,9 +122,9 @@ class OneLayer:
         heads = BACKBONE.num_heads, TOKENS, BACKBONE.head_dim
         to = Targets(torch.zeros_like(self.out), torch.zeros(heads), torch.zeros(heads))
         weights = (layers.clean_weights if clean else layers.weights)[0]
-        layers.enter(weights, self.x, self.time, self.rotation, to)
-        prompt = hold_prompt(self.keys)[0]
-        return [layers.leave(weights, prompt, self.x, self.out, self.time), *to]
+        x = layers.enter(weights, Stream(self.x), self.time, self.rotation, to)
+        stream = layers.leave(weights, hold_prompt(self.keys)[0], x, self.out, self.time)
+        return [layers.settle(stream, self.time), *to]
 
 
 @pytest.mark.parametrize("fp8", ["ffn", "large", "all"])
@@ -139,6 +138,25 @@ def test_every_way_gives_the_same_and_is_near_the_layer_itself(fp8: Fp8Linears) 
     assert 1e-3 < distance(found[0] - layer.x, exact[0] - layer.x) < 3 * LARGEST_ERROR
     assert torch.equal(found[3], exact[3]) == (fp8 == "ffn"), "values come of the product for queries, keys and values"
     assert distance(found[1], exact[1]) < 2 * LARGEST_ERROR
+
+
+@pytest.mark.parametrize("fp8", ["none", "large", "all"])
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_what_a_layer_ends_with_is_added_where_the_next_begins(fp8: Fp8Linears, backend: str | None) -> None:
+    layer = OneLayer()
+    layers, prompt = StaticLayers(layer.model, fp8), hold_prompt(layer.keys)[0]
+    if backend is not None:
+        layers.compile(backend)
+    stream = layers.leave(layers.weights[0], prompt, layer.x, layer.out, layer.time)
+    assert torch.equal(stream.x_QE + 0, layers.settle(Stream(stream.x_QE), layer.time))
+    heads, found = (BACKBONE.num_heads, TOKENS, BACKBONE.head_dim), []
+    for entered in (stream, Stream(layers.settle(stream, layer.time))):
+        to = Targets(torch.zeros_like(layer.out), torch.zeros(heads), torch.zeros(heads))
+        found.append((layers.enter(layers.weights[1], entered, layer.time, layer.rotation, to), *to))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, **({} if fp8 == "none" else {"rtol": 1e-3, "atol": 1e-3}))
+    if fp8 == "none" and backend is None:
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("fp8", ["ffn", "large", "all"])

@@ -77,7 +77,7 @@ def test_a_layer_is_the_same_with_the_operation_and_with_the_plain_form(fp8: Fp8
         layers = StaticLayers(model, fp8, attend=attend)
         if backend is not None:
             layers.compile(backend)
-        return layers.leave(layers.weights[0], prompt, x, out, time)
+        return layers.settle(layers.leave(layers.weights[0], prompt, x, out, time), time)
 
     plain = run(attend_prompt_plain)
     assert torch.equal(run(attend_prompt), plain)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.wan_files import TINY, make_vae_tensors
-from workers.model import halo_conv, wan_vae
+from workers import nvrtc
+from workers.model import wan_vae
 from workers.model.wan_decode_route import RouteChoice, choose_route
 from workers.model.wan_vae import WanVae, make_wan_vae
 
@@ -15,7 +16,7 @@ HALF, WIDE = torch.bfloat16, torch.float32
 
 @pytest.fixture(autouse=True)
 def _with_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(halo_conv, "find_compiler", lambda packages: object())
+    monkeypatch.setattr(nvrtc, "find_compiler", lambda packages: object())
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_without_the_runtime_compiler_it_is_triton(monkeypatch: pytest.MonkeyPat
     def find_compiler(packages: object) -> object:
         raise RuntimeError("CUDA's runtime compiler was not found; tried libnvrtc.so.13")
 
-    monkeypatch.setattr(halo_conv, "find_compiler", find_compiler)
+    monkeypatch.setattr(nvrtc, "find_compiler", find_compiler)
     choice = choose_route((9, 0), HALF, has_triton=True)
     assert choice.route == "triton"
     assert choice.line.endswith("not halo: CUDA's runtime compiler was not found; tried libnvrtc.so.13")

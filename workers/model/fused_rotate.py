@@ -1,0 +1,176 @@
+"""Triton kernels of RMSNorm over all heads and RoPE of queries and keys, and values, to where attention reads them.
+
+Two ways, of which `ROTATE` chooses: one token whose heads lie in a row, or some tokens by heads and channels, all read
+before anything is computed. The plain form is in `static_layers.py`; imported where a tensor lies on a GPU, never
+earlier.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Launch(NamedTuple):
+    """How the work is cut."""
+
+    tokens: int = 0
+    """At once by heads and channels, a power of two: what is each token's is read once for them. 0: the other way."""
+    num_warps: int = 4
+    is_reversed: bool = False
+    """The last tokens first: what a product wrote last is nearest."""
+
+
+ROTATE = Launch()
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _norm_rotate(  # type: ignore[no-untyped-def]
+    qkv, row_scale, column_scale, bias, weight_q, weight_k, cos, sin, q, k, v,
+    stride_x, stride_qn, stride_qq, stride_kn, stride_kq, stride_vn, stride_vq, eps,
+    E: tl.constexpr, HALF: tl.constexpr, SCALED: tl.constexpr, REVERSED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: queries, keys and values of one token, all heads. Roundings are those of the plain form."""
+    token = tl.program_id(0)
+    if REVERSED:
+        token = tl.num_programs(0) - 1 - token
+    token = token.to(tl.int64)
+    channel, pair = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 2)
+    inside = channel < E
+    head, own = channel // (2 * HALF), channel % (2 * HALF)
+    at_table = token * HALF + pair % HALF
+    c = tl.load(cos + at_table, mask=pair < E // 2, other=0.0)
+    s = tl.load(sin + at_table, mask=pair < E // 2, other=0.0)
+    kind = q.dtype.element_ty
+    row = tl.load(row_scale + token) if SCALED else 1.0
+    for which in tl.static_range(2):
+        at = which * E + channel
+        x = tl.load(qkv + token * stride_x + at, mask=inside, other=0.0).to(tl.float32)
+        if SCALED:
+            x *= row * tl.load(column_scale + at, mask=inside, other=0.0)
+            x = (x + tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)).to(kind).to(tl.float32)
+        x = (x * (1.0 / tl.sqrt(tl.sum(x * x, 0) / E + eps))).to(kind).to(tl.float32)
+        weight = tl.load((weight_q if which == 0 else weight_k) + channel, mask=inside, other=0.0).to(tl.float32)
+        x = (x * weight).to(kind).to(tl.float32)
+        even, odd = tl.split(tl.reshape(x, [BLOCK // 2, 2]))
+        turned = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), [BLOCK]).to(kind)
+        if which == 0:
+            tl.store(q + token * stride_qq + head * stride_qn + own, turned, mask=inside)
+        else:
+            tl.store(k + token * stride_kq + head * stride_kn + own, turned, mask=inside)
+    at = 2 * E + channel
+    x = tl.load(qkv + token * stride_x + at, mask=inside, other=0.0)
+    if SCALED:
+        x = x.to(tl.float32) * (row * tl.load(column_scale + at, mask=inside, other=0.0))
+        x = (x + tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)).to(kind)
+    tl.store(v + token * stride_vq + head * stride_vn + own, x, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _load_heads(  # type: ignore[no-untyped-def]
+    qkv, token, at, is_token, is_channel, row, column_scale, bias, stride_x, SCALED: tl.constexpr
+):  # fmt: skip
+    """Some heads of some tokens, scales and bias applied and rounded."""
+    x = tl.load(qkv + token * stride_x + at, mask=is_token & is_channel, other=0.0)
+    if SCALED:
+        kind = x.dtype
+        x = x.to(tl.float32) * (row * tl.load(column_scale + at, mask=is_channel, other=0.0))
+        x = (x + tl.load(bias + at, mask=is_channel, other=0.0).to(tl.float32)).to(kind)
+    return x
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _squares(x):  # type: ignore[no-untyped-def]
+    """Of each token, their sum."""
+    x = x.to(tl.float32)
+    return tl.sum(tl.sum(x * x, 2), 1)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _turn(x, inverse, weight, at, is_channel, c, s):  # type: ignore[no-untyped-def]
+    """Some heads of some tokens, normalised and rotated; rounded where the plain form rounds."""
+    kind = x.dtype
+    x = (x.to(tl.float32) * inverse).to(kind).to(tl.float32)
+    x = (x * tl.load(weight + at, mask=is_channel, other=0.0).to(tl.float32)).to(kind).to(tl.float32)
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // 2, 2]))
+    return tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), x.shape).to(kind)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _norm_rotate_heads(  # type: ignore[no-untyped-def]
+    qkv, row_scale, column_scale, bias, weight_q, weight_k, cos, sin, q, k, v,
+    stride_x, stride_qn, stride_qq, stride_kn, stride_kq, stride_vn, stride_vq, num_tokens, eps,
+    HEADS: tl.constexpr, D: tl.constexpr, SCALED: tl.constexpr, REVERSED: tl.constexpr,
+    TOKENS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program: TOKENS tokens, their heads in two pieces."""
+    block = tl.program_id(0)
+    if REVERSED:
+        block = tl.num_programs(0) - 1 - block
+    token = (block * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None, None]
+    there = token < num_tokens
+    a, b = tl.arange(0, A)[None, :, None], A + tl.arange(0, B)[None, :, None]
+    channel, pair = tl.arange(0, BLOCK_D)[None, None, :], tl.arange(0, BLOCK_D // 2)[None, None, :]
+    in_a, in_b = (channel < D) & (a < HEADS), (channel < D) & (b < HEADS)
+    at_a, at_b, width = a * D + channel, b * D + channel, HEADS * D
+    row = tl.load(row_scale + token, mask=there, other=0.0) if SCALED else 1.0
+    q_a = _load_heads(qkv, token, at_a, there, in_a, row, column_scale, bias, stride_x, SCALED)
+    q_b = _load_heads(qkv, token, at_b, there, in_b, row, column_scale, bias, stride_x, SCALED)
+    k_a = _load_heads(qkv, token, width + at_a, there, in_a, row, column_scale, bias, stride_x, SCALED)
+    k_b = _load_heads(qkv, token, width + at_b, there, in_b, row, column_scale, bias, stride_x, SCALED)
+    v_a = _load_heads(qkv, token, 2 * width + at_a, there, in_a, row, column_scale, bias, stride_x, SCALED)
+    v_b = _load_heads(qkv, token, 2 * width + at_b, there, in_b, row, column_scale, bias, stride_x, SCALED)
+    at_table, in_table = token * (D // 2) + pair, there & (pair < D // 2)
+    c = tl.load(cos + at_table, mask=in_table, other=0.0)
+    s = tl.load(sin + at_table, mask=in_table, other=0.0)
+    tl.store(v + token * stride_vq + a * stride_vn + channel, v_a, mask=there & in_a)
+    tl.store(v + token * stride_vq + b * stride_vn + channel, v_b, mask=there & in_b)
+    inverse_q = (1.0 / tl.sqrt((_squares(q_a) + _squares(q_b)) / width + eps))[:, None, None]
+    inverse_k = (1.0 / tl.sqrt((_squares(k_a) + _squares(k_b)) / width + eps))[:, None, None]
+    q_a, q_b = _turn(q_a, inverse_q, weight_q, at_a, in_a, c, s), _turn(q_b, inverse_q, weight_q, at_b, in_b, c, s)
+    tl.store(q + token * stride_qq + a * stride_qn + channel, q_a, mask=there & in_a)
+    tl.store(q + token * stride_qq + b * stride_qn + channel, q_b, mask=there & in_b)
+    k_a, k_b = _turn(k_a, inverse_k, weight_k, at_a, in_a, c, s), _turn(k_b, inverse_k, weight_k, at_b, in_b, c, s)
+    tl.store(k + token * stride_kq + a * stride_kn + channel, k_a, mask=there & in_a)
+    tl.store(k + token * stride_kq + b * stride_kn + channel, k_b, mask=there & in_b)
+
+
+def norm_rotate(
+    qkv_QF: Tensor, norms: tuple[Tensor, Tensor], rotation: tuple[Tensor, Tensor], eps: float,
+    to: tuple[Tensor, Tensor, Tensor], scales: tuple[Tensor, Tensor, Tensor] | None = None,
+    launch: Launch | None = None,
+) -> None:  # fmt: skip
+    """RMSNorm over all heads and RoPE of queries and keys, and values, each to where attention reads it, in one pass.
+
+    Args:
+        qkv_QF: Products of the three, side by side.
+        norms: Weights for queries and keys, [E].
+        rotation: Cosines and sines, float32 [1, Q, 1, D / 2], contiguous.
+        eps: Of the norm.
+        to: q_QND, k_NQD, v_NQD, written; channels side by side.
+        scales: Of rows and columns of the products (float32), and the bias, where they are still to be applied.
+        launch: Another than `ROTATE`.
+    """
+    (q, k, v), (cos, sin), cut = to, rotation, launch or ROTATE
+    num_tokens, heads, head_dim = q.shape
+    assert qkv_QF.stride(1) == q.stride(2) == k.stride(2) == v.stride(2) == 1
+    assert cos.shape == (1, num_tokens, 1, head_dim // 2)
+    assert cos.is_contiguous()
+    assert sin.is_contiguous()
+    read = qkv_QF, *(scales or (qkv_QF, qkv_QF, qkv_QF)), *norms, cos, sin
+    strides = qkv_QF.stride(0), q.stride(1), q.stride(0), *k.stride()[:2], *v.stride()[:2]
+    how = {"SCALED": scales is not None, "REVERSED": cut.is_reversed, "num_warps": cut.num_warps}
+    if cut.tokens == 0:
+        dim = heads * head_dim
+        _norm_rotate[(num_tokens,)](
+            *read, q, k, v, *strides, eps, E=dim, HALF=head_dim // 2, BLOCK=triton.next_power_of_2(dim), **how
+        )
+        return
+    first = max(1, triton.next_power_of_2(heads) // 2)
+    _norm_rotate_heads[(triton.cdiv(num_tokens, cut.tokens),)](
+        *read, q, k, v, *strides, num_tokens, eps, HEADS=heads, D=head_dim, TOKENS=cut.tokens, A=first,
+        B=triton.next_power_of_2(max(1, heads - first)), BLOCK_D=triton.next_power_of_2(head_dim), **how,
+    )  # fmt: skip

@@ -1,0 +1,102 @@
+"""CUDA kernels without a toolkit: compiled when first used, by the runtime compiler that comes with torch, and launched
+through the driver on torch's current stream, also while a CUDA graph is captured."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@functools.cache
+def load_driver() -> Any:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def check(status: int) -> None:
+    """Raise unless a call of the driver succeeded."""
+    if status:
+        raise RuntimeError(f"CUDA driver error {status}")
+
+
+def find_compiler(packages: Path) -> Any:
+    """CUDA's runtime compiler: the one that is loaded or installed, else the one beside torch.
+
+    Args:
+        packages: Where Python's packages lie.
+    """
+    version = (torch.version.cuda or "").split(".")[0]
+    found = [f"libnvrtc.so.{version}", *map(str, sorted(packages.glob("nvidia/*/lib/libnvrtc.so.*")))]
+    for name in found:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise RuntimeError(f"CUDA's runtime compiler was not found; tried {', '.join(found)}")
+
+
+def compile_source(source: str, library: Any, architecture: str = "sm_90a", name: str = "kernel.cu") -> bytes:
+    """Machine code, by the runtime compiler; its messages are the error."""
+    return compile_and_tell(source, library, architecture, name)[0]
+
+
+def compile_and_tell(
+    source: str, library: Any, architecture: str, name: str, more: Sequence[str] = ()
+) -> tuple[bytes, str]:
+    """The same with what the compiler said.
+
+    Args:
+        more: Options, such as `--ptxas-options=-v`.
+    """
+    program = ctypes.c_void_p()
+    assert library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), name.encode(), 0, None, None) == 0
+    options = [option.encode() for option in (f"--gpu-architecture={architecture}", "--std=c++17", *more)]
+    failed = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+    size = ctypes.c_size_t()
+    library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    library.nvrtcGetProgramLog(program, log)
+    said = log.value.decode()
+    if failed:
+        raise RuntimeError(said)
+    library.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    code = ctypes.create_string_buffer(size.value)
+    library.nvrtcGetCUBIN(program, code)
+    library.nvrtcDestroyProgram(ctypes.byref(program))
+    return code.raw, said
+
+
+def load_functions(source: str, names: Sequence[str], shared_bytes: int, device: int) -> list[ctypes.c_void_p]:
+    """Functions of a source, on a device.
+
+    Args:
+        shared_bytes: Of dynamic shared memory, that the first may ask for.
+    """
+    code = compile_source(source, find_compiler(Path(torch.__file__).parents[1]))
+    driver, module = load_driver(), ctypes.c_void_p()
+    functions = [ctypes.c_void_p() for _ in names]
+    with torch.cuda.device(device):
+        check(driver.cuModuleLoadData(ctypes.byref(module), code))
+        for name, function in zip(names, functions, strict=True):
+            check(driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
+        most_dynamic = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        check(driver.cuFuncSetAttribute(functions[0], most_dynamic, shared_bytes))
+    return functions
+
+
+def launch(
+    function: ctypes.c_void_p, programs: int, threads: int, shared_bytes: int, given: Sequence[Any], device: int
+) -> None:
+    """On the current stream.
+
+    Args:
+        given: The arguments, as ctypes has them.
+    """
+    arguments = (ctypes.c_void_p * len(given))(*map(ctypes.addressof, given))
+    stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+    launched = load_driver().cuLaunchKernel
+    check(launched(function, programs, 1, 1, threads, 1, 1, shared_bytes, stream, arguments, None))
