@@ -67,7 +67,6 @@ def least_of_merge(s: TableSettings, storage: CodedStorage) -> dict[str, float]:
         compared = {"pair_cosine": slots * (codes + 24)}
     bytes_of = compared | {
         "move_history": kept * (4 * codes + 92),
-        "average_tiles": kept * (codes + 16),
         "average_groups": given_up * 3 * codes,
         "_weigh": given_up * (2 * codes + 56),
     }

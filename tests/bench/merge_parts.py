@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.bench.full_table import Changes, FullTable, Variants, launches, ms_of, numbers, time_rows, variant_rows
+from tests.bench.full_table import FullTable, Variants, launches, ms_of, numbers, time_rows, variant_rows
 from tests.bench.history_parts import kernel_times
 from tests.bench.least_work import BYTES_NOTE, least_of_merge, milliseconds_of
 from tests.bench.match_parts import MATCH_NOTES, match_rows, match_variant_rows
@@ -33,26 +33,8 @@ _NOTES = (
     "One merge of one layer: 224,640 slots of 12 heads in int4, keys a random walk, merged twice before. "
     f"{BYTES_NOTE} Launch settings: the whole merge, and the kernel that is launched otherwise."
 )
-APART: Changes = {(triton_collect, "AVERAGES_ON_THE_WAY"): False}
-"""Means of tiles by a kernel of their own."""
 VARIANTS: Variants = (
-    ("average_tiles: behind the move", "move_history|average_tiles", APART),
-    *launches(triton_collect, "move_history", {"num_warps": 8}, {"num_warps": 8, "TURNED": 32}, {"maxnreg": 80}),
-    *(
-        (
-            f"average_tiles: behind the move, {other}",
-            "move_history|average_tiles",
-            APART | {(triton_collect, name): other},
-        )
-        for name, other in (
-            ("_MOVED_AT_ONCE", 64),
-            ("_MOVED_AT_ONCE", 256),
-            ("move_history", {"num_warps": 8}),
-            ("average_tiles", {"M": 8, "num_warps": 1}),
-            ("average_tiles", {"M": 8, "num_warps": 2}),
-            ("average_tiles", {"M": 4, "num_warps": 1}),
-        )
-    ),
+    *launches(triton_collect, "move_history", {"maxnreg": None}, {"maxnreg": 72}, {"num_warps": 8, "maxnreg": None}),
     *numbers(triton_pairs, "KEYS_COMPARED", "_key_distances", (8, 32)),
     *numbers(triton_pairs, "_LIST_PROGRAMS", "_key_distances", (64, 128, 1024)),
     *launches(triton_pairs, "_key_distances", {"num_warps": 2}, {"num_warps": 8}, {"maxnreg": 48}),

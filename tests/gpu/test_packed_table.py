@@ -67,16 +67,12 @@ def test_packing_gives_the_codes_of_the_plain_way(storage: Storage, head_dim: in
 
 @pytest.mark.parametrize(
     ("storage", "rule", "head_dim", "otherwise"),
-    [
-        *((*sizes, {}) for sizes in MERGED),
-        (*MERGED[0], {"_SUMMED_BYTES": 1}),
-        (*MERGED[2], {"AVERAGES_ON_THE_WAY": False, "_MOVED_AT_ONCE": 32}),
-    ],
+    [*((*sizes, {}) for sizes in MERGED), (*MERGED[0], {"_SUMMED_BYTES": 1})],
 )
 def test_merging_into_codes_gives_the_bits_of_merging_in_the_workspace_and_packing(
     storage: Storage, rule: MergeRule, head_dim: int, otherwise: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also head by head, and with means of tiles by a kernel of their own."""
+    """Also head by head."""
     pytest.importorskip("triton")
     for name, value in otherwise.items():
         monkeypatch.setattr(f"workers.cache.triton_collect.{name}", value)

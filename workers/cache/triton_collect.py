@@ -43,15 +43,12 @@ from workers.cache.unrotated import TurnBack
 
 _SUMMED_BYTES = 3 * 10**8
 """Of the sums of values of all heads; beyond, some heads are collected after the others."""
-AVERAGES_ON_THE_WAY = True
-"""Whether means of tiles are made by the programs that move them: some wait for memory while others calculate."""
-_MOVED_AT_ONCE = 128
-"""Slots; as many as a tile where means are made on the way."""
 _AVERAGED_AT_ONCE = 16
 """Groups whose values become means."""
 _TURNED_AT_ONCE = 16
 """Keys of a tile that are turned back together: with 32 a program of 4 warps takes 167 registers."""
-_RECORDS_AT_ONCE = 512
+_MOVE_REGISTERS = 80
+"""Of a thread of the move: so more programs wait for memory while others calculate means."""
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -131,13 +128,6 @@ def average_groups(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _move_rows(of, to, at_of, at_to, is_key, inside, nothing, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    channel = tl.arange(0, WIDTH)[None, :]
-    x = tl.load(of + at_of[:, None] * WIDTH + channel, mask=is_key[:, None], other=nothing)
-    tl.store(to + at_to[:, None] * WIDTH + channel, x, mask=inside[:, None])
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _load_rows(x, at, there, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
     return tl.load(x + at[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], mask=there[:, None], other=0)
 
@@ -175,70 +165,12 @@ def _wait_for_readers(is_read, first, stop, MOST: tl.constexpr):  # type: ignore
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def move_history(  # type: ignore[no-untyped-def]
-    k_code, k_largest, v_code, v_largest, position, m, weight, partner, apart, log_mass, old_partner,
-    source, added, joined, root, head_of, rank, is_read, heads, history_slots, num_slots, num_keep, root_dim, no_key,
-    k, largest, mean, axis, frequency,
-    CODES: tl.constexpr, LARGEST: tl.constexpr, M: tl.constexpr, MOST: tl.constexpr, APART: tl.constexpr,
-    TILE: tl.constexpr, P: tl.constexpr, TURNED: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
-):  # fmt: skip
-    """One program: M slots of a head as they will be, in place; with a `TILE`, which is M then, also its mean.
-
-    No key goes to a later slot, so these slots are where keys of no programs but earlier ones come from: when those
-    have read, they may be written. Programs are counted as they begin, so the earlier ones run already.
-    """
-    pieces = tl.cdiv(history_slots, M)
-    nth = tl.atomic_add(is_read + heads * pieces, 1, sem="relaxed")
-    piece, head = nth // heads, (nth % heads).to(tl.int64)
-    place = piece * M + tl.arange(0, M)
-    kept, used = place < num_keep, place < num_slots
-    slot = tl.load(source + head * num_keep + place, mask=kept, other=-1)
-    is_key = slot >= 0
-    mine, held = head * num_slots, head * history_slots
-    k_rows, k_most = _load_rows(k_code, held + slot, is_key, CODES), _load_rows(k_largest, held + slot, is_key, LARGEST)
-    v_rows, v_most = _load_rows(v_code, held + slot, is_key, CODES), _load_rows(v_largest, held + slot, is_key, LARGEST)
-    place_of_key = load_places(position, (held + slot) * 3, is_key)
-    mass = tl.load(m + held + slot, mask=is_key, other=0) + tl.load(joined + mine + slot, mask=is_key, other=0)
-    _, total = total_weight(weight + held, added + mine, slot, is_key)
-    shift = num_keep - tl.load(rank + mine + num_slots - 1) - 1
-    older = partner_of_group(old_partner + mine, root + mine, head_of + mine, rank + mine, slot, is_key, shift)
-    distance = older.to(tl.float32)
-    if APART:
-        distance = _known_distance(apart + held, old_partner + mine, root + mine, head_of + mine, slot, is_key)
-    # The first key of these slots goes there, or further behind.
-    first = tl.load(rank + mine + tl.minimum(piece * M, num_slots - 1)) + shift
-    # Loads of all threads come before what others write who see the flag: barrier, release, look.
-    tl.debug_barrier()
-    tl.atomic_xchg(is_read + head * pieces + piece, 1, sem="release")
-    _wait_for_readers(is_read + head * pieces, tl.maximum(first, 0) // M, piece, MOST)
-    here = held + place
-    _store_rows(k_code, here, k_rows, kept, CODES)
-    _store_rows(k_largest, here, k_most, kept, LARGEST)
-    _store_rows(v_code, here, v_rows, kept, CODES)
-    _store_rows(v_largest, here, v_most, kept, LARGEST)
-    _store_position(position + here * 3, place_of_key, kept)
-    # Codes of free slots may stay: there is no key by their log m.
-    tl.store(m + here, mass, mask=used)
-    tl.store(weight + here, tl.where(is_key, total, 0.0), mask=used)
-    tl.store(partner + here, older, mask=used)
-    if APART:
-        tl.store(apart + here, distance, mask=used)
-    store_log_mass(log_mass + here * 2, total, is_key, used, root_dim, no_key, 2)
-    if TILE:
-        tl.debug_barrier()
-        mean_of_tile(
-            k, largest, position, m, mean, axis, frequency, held + piece * M, TILE, P, TURNED, BITS, GROUP, KIND
-        )
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def mean_of_tile(  # type: ignore[no-untyped-def]
+def _mean_of_tile(  # type: ignore[no-untyped-def]
     k, largest, position, m, mean, axis, frequency, first,
     TILE: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """Of the tile that begins with this slot of all heads."""
+    """Of the tile that begins with this slot, counted over all heads."""
     BYTES: tl.constexpr = P if BITS == 4 else 2 * P
     even_a, odd_a = tl.zeros([M, P // 2], tl.int32), tl.zeros([M, P // 2], tl.int32)
     even_b, odd_b = tl.zeros([M, P // 2], tl.int32), tl.zeros([M, P // 2], tl.int32)
@@ -257,14 +189,61 @@ def mean_of_tile(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def average_tiles(  # type: ignore[no-untyped-def]
-    k, largest, position, m, mean, axis, frequency, history_slots,
-    TILE: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
+def move_history(  # type: ignore[no-untyped-def]
+    k_code, k_largest, v_code, v_largest, position, m, weight, partner, apart, log_mass, old_partner,
+    source, added, joined, root, head_of, rank, is_read, heads, history_slots, num_slots, num_keep, root_dim, no_key,
+    k, largest, mean, axis, frequency,
+    CODES: tl.constexpr, LARGEST: tl.constexpr, MOST: tl.constexpr, APART: tl.constexpr,
+    TILE: tl.constexpr, P: tl.constexpr, TURNED: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """One program: the mean of a tile of a head."""
-    first = tl.program_id(1).to(tl.int64) * history_slots + tl.program_id(0) * TILE
-    mean_of_tile(k, largest, position, m, mean, axis, frequency, first, TILE, P, M, BITS, GROUP, KIND)
+    """One program: a tile of a head as it will be, in place, and its mean.
+
+    No key goes to a later slot, so these slots are where keys of no programs but earlier ones come from: when those
+    have read, they may be written. Programs are counted as they begin, so the earlier ones run already.
+    """
+    pieces = history_slots // TILE
+    nth = tl.atomic_add(is_read + heads * pieces, 1, sem="relaxed")
+    piece, head = nth // heads, (nth % heads).to(tl.int64)
+    place = piece * TILE + tl.arange(0, TILE)
+    kept, used = place < num_keep, place < num_slots
+    slot = tl.load(source + head * num_keep + place, mask=kept, other=-1)
+    is_key = slot >= 0
+    mine, held = head * num_slots, head * history_slots
+    k_rows, k_most = _load_rows(k_code, held + slot, is_key, CODES), _load_rows(k_largest, held + slot, is_key, LARGEST)
+    v_rows, v_most = _load_rows(v_code, held + slot, is_key, CODES), _load_rows(v_largest, held + slot, is_key, LARGEST)
+    place_of_key = load_places(position, (held + slot) * 3, is_key)
+    mass = tl.load(m + held + slot, mask=is_key, other=0) + tl.load(joined + mine + slot, mask=is_key, other=0)
+    _, total = total_weight(weight + held, added + mine, slot, is_key)
+    shift = num_keep - tl.load(rank + mine + num_slots - 1) - 1
+    older = partner_of_group(old_partner + mine, root + mine, head_of + mine, rank + mine, slot, is_key, shift)
+    distance = older.to(tl.float32)
+    if APART:
+        distance = _known_distance(apart + held, old_partner + mine, root + mine, head_of + mine, slot, is_key)
+    # The first key of these slots goes there, or further behind.
+    first = tl.load(rank + mine + tl.minimum(piece * TILE, num_slots - 1)) + shift
+    # Loads of all threads come before what others write who see the flag: barrier, release, look.
+    tl.debug_barrier()
+    tl.atomic_xchg(is_read + head * pieces + piece, 1, sem="release")
+    _wait_for_readers(is_read + head * pieces, tl.maximum(first, 0) // TILE, piece, MOST)
+    here = held + place
+    _store_rows(k_code, here, k_rows, kept, CODES)
+    _store_rows(k_largest, here, k_most, kept, LARGEST)
+    _store_rows(v_code, here, v_rows, kept, CODES)
+    _store_rows(v_largest, here, v_most, kept, LARGEST)
+    _store_position(position + here * 3, place_of_key, kept)
+    # Codes of free slots may stay: there is no key by their log m.
+    tl.store(m + here, mass, mask=used)
+    tl.store(weight + here, tl.where(is_key, total, 0.0), mask=used)
+    tl.store(partner + here, older, mask=used)
+    if APART:
+        tl.store(apart + here, distance, mask=used)
+    store_log_mass(log_mass + here * 2, total, is_key, used, root_dim, no_key, 2)
+    # Codes and records are read again, from where other threads wrote them.
+    tl.debug_barrier()
+    _mean_of_tile(
+        k, largest, position, m, mean, axis, frequency, held + piece * TILE, TILE, P, TURNED, BITS, GROUP, KIND
+    )
 
 
 def merge_into_codes(to: PackedLayer, turn_back: TurnBack, room: Room, s: TableSettings) -> None:
@@ -302,34 +281,26 @@ def _average_groups(of: StoredHistory, found: Found, summed: Tensor, first: int,
 
 
 def _move(of: StoredHistory, found: Found, turn_back: TurnBack, to: PackedLayer, s: TableSettings) -> None:
-    """Codes and records, to where they go; means of tiles, on the way or behind."""
+    """Codes and records, to where they go, and means of tiles."""
     codes = to.k_code_NCB, to.k_largest_NCG, to.v_code_NCB, to.v_largest_NCG
     apart = to.weight_NC if to.apart_NC is None else to.apart_NC
     records = to.position_NC3, to.m_NC, to.weight_NC, to.partner_NC, apart, to.mass_NC2
     assert all(x.is_contiguous() for x in (*codes, *records, to.mean_NJD))
     words = [_in_words(x) for x in codes]
     num_keep, sums, families = found.source.shape[1], found.sums, found.families
-    at_once = s.tile if AVERAGES_ON_THE_WAY else _MOVED_AT_ONCE
-    pieces = triton.cdiv(s.history_slots, at_once)
+    pieces = s.history_slots // s.tile
     # Whether each program has read, and how many have begun.
     is_read = torch.zeros(s.num_heads * pieces + 1, dtype=torch.int32, device=to.m_NC.device)
-    averaged = of.k.x, of.k.largest, to.mean_NJD, turn_back.axis_int32_D, turn_back.frequency_D
-    turned = {"P": s.head_dim // 2, **of.k.form}
     move_history[(pieces * s.num_heads,)](
         *words, *records, of.partner_NC.clone(memory_format=torch.contiguous_format),
         found.source, sums.added, sums.joined, families.root, families.head_of, found.rank, is_read,
-        s.num_heads, s.history_slots, s.history_tokens, num_keep, s.head_dim**0.5, NO_KEY, *averaged,
-        CODES=words[0].shape[2], LARGEST=words[1].shape[2], M=at_once,
-        MOST=triton.next_power_of_2(triton.cdiv(s.history_slots - num_keep, at_once) + 2),
-        APART=to.apart_NC is not None, TILE=s.tile if AVERAGES_ON_THE_WAY else 0, TURNED=min(_TURNED_AT_ONCE, s.tile),
-        **turned, num_warps=4,
+        s.num_heads, s.history_slots, s.history_tokens, num_keep, s.head_dim**0.5, NO_KEY,
+        of.k.x, of.k.largest, to.mean_NJD, turn_back.axis_int32_D, turn_back.frequency_D,
+        CODES=words[0].shape[2], LARGEST=words[1].shape[2],
+        MOST=triton.next_power_of_2(triton.cdiv(s.history_slots - num_keep, s.tile) + 2),
+        APART=to.apart_NC is not None, TILE=s.tile, P=s.head_dim // 2, TURNED=min(_TURNED_AT_ONCE, s.tile),
+        **of.k.form, num_warps=4, maxnreg=_MOVE_REGISTERS,
     )  # fmt: skip
-    if not AVERAGES_ON_THE_WAY:
-        k, largest, *rest = averaged
-        average_tiles[(s.history_slots // s.tile, s.num_heads)](
-            k, largest, to.position_NC3, to.m_NC, *rest, s.history_slots,
-            TILE=s.tile, M=min(_TURNED_AT_ONCE, s.tile), **turned, num_warps=4,
-        )  # fmt: skip
 
 
 def _in_words(x_NCB: Tensor) -> Tensor:
