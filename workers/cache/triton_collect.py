@@ -82,7 +82,7 @@ def _mean_values(  # type: ignore[no-untyped-def]
     has_rest = is_key & (count > LISTED)
     group = tl.load(number + slot, mask=has_rest, other=0)
     own_first, own_second = load_halves(
-        v, largest, slot.to(tl.int64) * BYTES, is_key, D, M, HALVES, BITS, GROUP, KIND, True
+        v, largest, slot.to(tl.int64) * BYTES, is_key, D, M, HALVES, BITS, GROUP, KIND
     )  # fmt: skip
     first, second = _load_sums(summed, group, has_rest & (group < num_groups), D, RUN, HALVES)
     most = tl.maximum(total, 1e-30)
@@ -91,7 +91,7 @@ def _mean_values(  # type: ignore[no-untyped-def]
         there = is_key & (count > which)
         of = tl.load(member + slot * LISTED + which, mask=there, other=0)
         part = (tl.load(share + of, mask=there, other=0.0) / most * VALUE_UNITS)[:, None, None]
-        a, b = load_halves(v, largest, of.to(tl.int64) * BYTES, there, D, M, HALVES, BITS, GROUP, KIND, True)
+        a, b = load_halves(v, largest, of.to(tl.int64) * BYTES, there, D, M, HALVES, BITS, GROUP, KIND)
         first += in_units(a, part)
         second += in_units(b, part)
     share_of_own = (own / most)[:, None, None]
@@ -178,7 +178,7 @@ def _mean_of_tile(  # type: ignore[no-untyped-def]
         slot = first + step * M + tl.arange(0, M)
         live = tl.load(m + slot) > 0
         a, b, c, d = unit_pairs(
-            k, largest, slot * BYTES, position, slot * 3, live, axis, frequency, P, M, BITS, GROUP, KIND, True
+            k, largest, slot * BYTES, position, slot * 3, live, axis, frequency, P, M, BITS, GROUP, KIND
         )
         # Those of slots without a key are 0.
         even_a += in_mean_units(a)

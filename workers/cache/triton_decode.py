@@ -1,6 +1,6 @@
-"""Codes of 4 bits times steps as bfloat16, two at once: three quarters of the instructions of `load_halves` else.
+"""Codes of 4 bits times steps as bfloat16, two at once: what `load_halves` does for other dtypes one by one.
 
-For kernels that are bound by what they calculate, not by what they read.
+Three quarters of the instructions; kernels that merge are bound by what they calculate, not by what they read.
 """
 
 from __future__ import annotations

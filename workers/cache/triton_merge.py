@@ -126,7 +126,7 @@ def _add_values(  # type: ignore[no-untyped-def]
         _, total = total_weight(weight + row * stride_wn, added + row * num_slots, newest, given_up)
         part = (w / tl.maximum(total, 1e-30) * VALUE_UNITS)[:, None, None]
         at_v = row * stride_vn + (start_v + slot).to(tl.int64) * stride_vl
-        first, second = load_halves(v, largest, at_v, given_up, 2 * P, M, 2, BITS, GROUP, KIND, True)
+        first, second = load_halves(v, largest, at_v, given_up, 2 * P, M, 2, BITS, GROUP, KIND)
         group = tl.load(number + row * num_slots + newest, mask=given_up, other=0)
         there = (given_up & (group < num_groups))[:, None]
         at_sum = ((local * num_groups + group) * (2 * P))[:, None] + tl.arange(0, P)[None, :]

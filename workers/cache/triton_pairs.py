@@ -101,8 +101,8 @@ def _value_distances(  # type: ignore[no-untyped-def]
     live = tl.load(m + row * stride_mn + slot, mask=inside, other=0) > 0
     at_a, at_b = (start_v + slot).to(tl.int64) * stride_vl, (start_v + other).to(tl.int64) * stride_vl
     at_v, has_other = row * stride_vn, live & (other >= 0)
-    first_a, second_a = load_halves(v, largest, at_v + at_a, live, 2 * P, M, 2, BITS, GROUP, KIND, True)
-    first_b, second_b = load_halves(v, largest, at_v + at_b, has_other, 2 * P, M, 2, BITS, GROUP, KIND, True)
+    first_a, second_a = load_halves(v, largest, at_v + at_a, live, 2 * P, M, 2, BITS, GROUP, KIND)
+    first_b, second_b = load_halves(v, largest, at_v + at_b, has_other, 2 * P, M, 2, BITS, GROUP, KIND)
     squares = tl.reshape(tl.fma(first_a, first_a, second_a * second_a), [M, P])
     tl.store(lengths + row * num_slots + slot, add_up(squares, M, P), mask=inside)
     first, second = first_a - first_b, second_a - second_b

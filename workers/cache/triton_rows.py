@@ -85,39 +85,14 @@ def coded_history(layer: PackedLayer, s: TableSettings) -> StoredHistory:
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _split_codes(code, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+def _split_codes(code):  # type: ignore[no-untyped-def]
     """Codes of 4 bits, 8 off, as float32; those of upper halves of bytes 16 times as large.
 
-    Behind 2^23 the last bit is 1, so no unit for conversions is waited for; a GPU takes four bytes of a word at once.
+    Behind 2^23 the last bit is 1, so no unit for conversions is waited for.
     """
-    if tl.bfloat16 == KIND:
-        low, high = tl.inline_asm_elementwise(
-            """
-            {
-                .reg .b32 low, high, top;
-                and.b32 low, $8, 0x0F0F0F0F;
-                and.b32 high, $8, 0xF0F0F0F0;
-                mov.b32 top, 0x4B000000;
-                prmt.b32 $0, low, top, 0x7440;
-                prmt.b32 $1, low, top, 0x7441;
-                prmt.b32 $2, low, top, 0x7442;
-                prmt.b32 $3, low, top, 0x7443;
-                prmt.b32 $4, high, top, 0x7440;
-                prmt.b32 $5, high, top, 0x7441;
-                prmt.b32 $6, high, top, 0x7442;
-                prmt.b32 $7, high, top, 0x7443;
-            }
-            """,
-            "=f,=f,=f,=f,=f,=f,=f,=f,r",
-            [code],
-            dtype=(tl.float32, tl.float32),
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        bits = code.to(tl.int32)
-        low = ((bits & 15) | 0x4B000000).to(tl.float32, bitcast=True)
-        high = ((bits & 240) | 0x4B000000).to(tl.float32, bitcast=True)
+    bits = code.to(tl.int32)
+    low = ((bits & 15) | 0x4B000000).to(tl.float32, bitcast=True)
+    high = ((bits & 240) | 0x4B000000).to(tl.float32, bitcast=True)
     return low - 8388616.0, high - 8388736.0
 
 
@@ -152,12 +127,12 @@ def _in_runs(x, M: tl.constexpr, RUN: tl.constexpr):  # type: ignore[no-untyped-
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def load_halves(  # type: ignore[no-untyped-def]
     x, largest, at, there, D: tl.constexpr, M: tl.constexpr, HALVES: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, IN_PAIRS: tl.constexpr = False,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Both halves of M rows that begin at these places of `x`, float32 [M, runs, RUN]; or twice the whole rows.
 
-    Channels of a run share a largest one. Rows that are not there are 0. `int4` is read in halves alone; `IN_PAIRS`
-    takes fewer instructions and gives the same bits.
+    Channels of a run share a largest one. Rows that are not there are 0. `int4` is read in halves alone, and as
+    bfloat16 decoded by fewer instructions that give the same bits.
     """
     HALF: tl.constexpr = D // HALVES
     RUN: tl.constexpr = GROUP if GROUP < HALF else HALF
@@ -176,7 +151,7 @@ def load_halves(  # type: ignore[no-untyped-def]
         first = tl.load(x + at_x, mask=here, other=0)
         at_largest = (at // BYTES * GROUPS)[:, None] + tl.arange(0, HALF // RUN)[None, :] * RUN // GROUP
         step = tl.load(largest + at_largest, mask=here, other=0.0).to(tl.float32) * step_of_one
-        if IN_PAIRS and BITS == 4 and tl.bfloat16 == KIND:
+        if BITS == 4 and tl.bfloat16 == KIND:
             first_step, first_rest = two_parts(step)
             second_step, second_rest = first_step, first_rest
             if GROUPS > 1:
@@ -189,7 +164,7 @@ def load_halves(  # type: ignore[no-untyped-def]
         else:
             second = first
             if BITS == 4:
-                first, second = _split_codes(first, KIND)
+                first, second = _split_codes(first)
             elif HALVES == 2:
                 second = tl.load(x + at_x + HALF, mask=here, other=0)
             first = _in_runs(first, M, RUN) * step[:, :, None]
@@ -202,10 +177,10 @@ def load_halves(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _load_pairs(  # type: ignore[no-untyped-def]
     x, largest, at, there, P: tl.constexpr, M: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, IN_PAIRS: tl.constexpr = False,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Even and odd channels of the first half of rows, then of the second, float32 [M, P / 2] each."""
-    first, second = load_halves(x, largest, at, there, 2 * P, M, 2, BITS, GROUP, KIND, IN_PAIRS)
+    first, second = load_halves(x, largest, at, there, 2 * P, M, 2, BITS, GROUP, KIND)
     even_a, odd_a = tl.split(tl.reshape(first, [M, P // 2, 2]))
     even_b, odd_b = tl.split(tl.reshape(second, [M, P // 2, 2]))
     return even_a, odd_a, even_b, odd_b
@@ -299,14 +274,14 @@ def _turn_back(even, odd, scale, places, axis, frequency, pair, KIND: tl.constex
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def unit_pairs(  # type: ignore[no-untyped-def]
     k, largest, at_k, position, at_p, there, axis, frequency, P: tl.constexpr, M: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, IN_PAIRS: tl.constexpr = False,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Keys before RoPE, of length 1: even and odd channels of the first half, then of the second, float32 [M, P / 2].
 
     Those that are not there are 0.
     """
     pair = tl.arange(0, P // 2)
-    even_a, odd_a, even_b, odd_b = _load_pairs(k, largest, at_k, there, P, M, BITS, GROUP, KIND, IN_PAIRS)
+    even_a, odd_a, even_b, odd_b = _load_pairs(k, largest, at_k, there, P, M, BITS, GROUP, KIND)
     squares = add_up(_squares(even_a, odd_a, even_b, odd_b), M, P // 2)
     scale = (1.0 / tl.sqrt(tl.maximum(squares, 1e-24)))[:, None]
     places = load_places(position, at_p, there)
@@ -348,8 +323,8 @@ def compare_pairs(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Of pairs of keys before RoPE: inner product and squared lengths, float32 [M]."""
     pair = tl.arange(0, P // 2)
-    even_a, odd_a, more_even_a, more_odd_a = _load_pairs(k, largest, at_a, there, P, M, BITS, GROUP, KIND, True)
-    even_b, odd_b, more_even_b, more_odd_b = _load_pairs(k, largest, at_b, there, P, M, BITS, GROUP, KIND, True)
+    even_a, odd_a, more_even_a, more_odd_a = _load_pairs(k, largest, at_a, there, P, M, BITS, GROUP, KIND)
+    even_b, odd_b, more_even_b, more_odd_b = _load_pairs(k, largest, at_b, there, P, M, BITS, GROUP, KIND)
     time_a, line_a, column_a = load_places(position, at_pa, there)
     time_b, line_b, column_b = load_places(position, at_pb, there)
     apart = time_a - time_b, line_a - line_b, column_a - column_b
