@@ -31,13 +31,10 @@ from workers.model.static_layers import Targets, linear_gelu, norm_rotate_plain
 
 EPS, SETS, PADDING = 1e-6, 8, 16
 """SETS: of streams and products that take turns; PADDING: channels of log m behind those of a head."""
-CUTS = [
-    (1, 1, 1), (1, 2, 1), (1, 4, 1), (4, 2, 2), (4, 4, 2), (6, 4, 2), (12, 2, 2), (12, 2, 3), (12, 4, 1), (12, 4, 2),
-    (12, 4, 3), (12, 8, 3),
-]  # fmt: skip
+CUTS = [(1, 1, 1), (1, 2, 1), (1, 4, 1), (4, 4, 2), (12, 2, 3), (12, 4, 3)]
 """Tokens of a program, warps, stages; the best is tried from behind, too."""
-ROTATIONS = [(0, 2), (0, 4), (0, 8), (1, 1), (1, 2), (1, 4), (2, 4), (2, 8), (4, 8)]
-"""Tokens at once (0: one in a row), warps."""
+ROTATIONS = [(1, 1), (1, 2), (1, 4), (2, 4), (4, 8)]
+"""Tokens of a program, warps; likewise."""
 _PRODUCT = re.compile("nvjet|gemm|cutlass|cublas|splitk", re.I)
 _NOTES = (
     "ms: of one launch, or of all kernels of the pass. differ: share of values whose bits are not those of the "

@@ -112,7 +112,7 @@ def test_a_row_of_zeros_has_codes_of_zero() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "head_dim"), [(3, 40), (12, 128)])
-@pytest.mark.parametrize("tokens", [0, 1, 4])
+@pytest.mark.parametrize("tokens", [1, 4])
 def test_scales_applied_before_norm_and_rope(dtype: torch.dtype, heads: int, head_dim: int, tokens: int) -> None:
     pytest.importorskip("triton")
     from workers.model.fused_rotate import Launch, norm_rotate

@@ -1,8 +1,7 @@
-"""Triton kernels of RMSNorm over all heads and RoPE of queries and keys, and values, to where attention reads them.
+"""The Triton kernel of RMSNorm over all heads and RoPE of queries and keys, and values, to where attention reads them.
 
-Two ways, of which `ROTATE` chooses: one token whose heads lie in a row, or some tokens by heads and channels, all read
-before anything is computed. The plain form is in `static_layers.py`; imported where a tensor lies on a GPU, never
-earlier.
+All of a token is read before anything is computed. The plain form is in `static_layers.py`; imported where a tensor
+lies on a GPU, never earlier.
 """
 
 from __future__ import annotations
@@ -17,56 +16,16 @@ from torch import Tensor
 class Launch(NamedTuple):
     """How the work is cut."""
 
-    tokens: int = 0
-    """At once by heads and channels, a power of two: what is each token's is read once for them. 0: the other way."""
-    num_warps: int = 4
+    tokens: int = 1
+    """Of a program, a power of two."""
+    num_warps: int = 2
     is_reversed: bool = False
     """The last tokens first: what a product wrote last is nearest."""
 
 
-ROTATE = Launch()
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _norm_rotate(  # type: ignore[no-untyped-def]
-    qkv, row_scale, column_scale, bias, weight_q, weight_k, cos, sin, q, k, v,
-    stride_x, stride_qn, stride_qq, stride_kn, stride_kq, stride_vn, stride_vq, eps,
-    E: tl.constexpr, HALF: tl.constexpr, SCALED: tl.constexpr, REVERSED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program: queries, keys and values of one token, all heads. Roundings are those of the plain form."""
-    token = tl.program_id(0)
-    if REVERSED:
-        token = tl.num_programs(0) - 1 - token
-    token = token.to(tl.int64)
-    channel, pair = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 2)
-    inside = channel < E
-    head, own = channel // (2 * HALF), channel % (2 * HALF)
-    at_table = token * HALF + pair % HALF
-    c = tl.load(cos + at_table, mask=pair < E // 2, other=0.0)
-    s = tl.load(sin + at_table, mask=pair < E // 2, other=0.0)
-    kind = q.dtype.element_ty
-    row = tl.load(row_scale + token) if SCALED else 1.0
-    for which in tl.static_range(2):
-        at = which * E + channel
-        x = tl.load(qkv + token * stride_x + at, mask=inside, other=0.0).to(tl.float32)
-        if SCALED:
-            x *= row * tl.load(column_scale + at, mask=inside, other=0.0)
-            x = (x + tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)).to(kind).to(tl.float32)
-        x = (x * (1.0 / tl.sqrt(tl.sum(x * x, 0) / E + eps))).to(kind).to(tl.float32)
-        weight = tl.load((weight_q if which == 0 else weight_k) + channel, mask=inside, other=0.0).to(tl.float32)
-        x = (x * weight).to(kind).to(tl.float32)
-        even, odd = tl.split(tl.reshape(x, [BLOCK // 2, 2]))
-        turned = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), [BLOCK]).to(kind)
-        if which == 0:
-            tl.store(q + token * stride_qq + head * stride_qn + own, turned, mask=inside)
-        else:
-            tl.store(k + token * stride_kq + head * stride_kn + own, turned, mask=inside)
-    at = 2 * E + channel
-    x = tl.load(qkv + token * stride_x + at, mask=inside, other=0.0)
-    if SCALED:
-        x = x.to(tl.float32) * (row * tl.load(column_scale + at, mask=inside, other=0.0))
-        x = (x + tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)).to(kind)
-    tl.store(v + token * stride_vq + head * stride_vn + own, x, mask=inside)
+_WIDE = 2048
+"""Channels beyond which a token takes eight warps: registers of two do not hold 5120 of a product of codes."""
+ROTATE = Launch(is_reversed=True)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -100,7 +59,7 @@ def _turn(x, inverse, weight, at, is_channel, c, s):  # type: ignore[no-untyped-
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _norm_rotate_heads(  # type: ignore[no-untyped-def]
+def _norm_rotate(  # type: ignore[no-untyped-def]
     qkv, row_scale, column_scale, bias, weight_q, weight_k, cos, sin, q, k, v,
     stride_x, stride_qn, stride_qq, stride_kn, stride_kq, stride_vn, stride_vq, num_tokens, eps,
     HEADS: tl.constexpr, D: tl.constexpr, SCALED: tl.constexpr, REVERSED: tl.constexpr,
@@ -162,15 +121,9 @@ def norm_rotate(
     assert sin.is_contiguous()
     read = qkv_QF, *(scales or (qkv_QF, qkv_QF, qkv_QF)), *norms, cos, sin
     strides = qkv_QF.stride(0), q.stride(1), q.stride(0), *k.stride()[:2], *v.stride()[:2]
-    how = {"SCALED": scales is not None, "REVERSED": cut.is_reversed, "num_warps": cut.num_warps}
-    if cut.tokens == 0:
-        dim = heads * head_dim
-        _norm_rotate[(num_tokens,)](
-            *read, q, k, v, *strides, eps, E=dim, HALF=head_dim // 2, BLOCK=triton.next_power_of_2(dim), **how
-        )
-        return
     first = max(1, triton.next_power_of_2(heads) // 2)
-    _norm_rotate_heads[(triton.cdiv(num_tokens, cut.tokens),)](
-        *read, q, k, v, *strides, num_tokens, eps, HEADS=heads, D=head_dim, TOKENS=cut.tokens, A=first,
-        B=triton.next_power_of_2(max(1, heads - first)), BLOCK_D=triton.next_power_of_2(head_dim), **how,
+    _norm_rotate[(triton.cdiv(num_tokens, cut.tokens),)](
+        *read, q, k, v, *strides, num_tokens, eps, HEADS=heads, D=head_dim, SCALED=scales is not None,
+        REVERSED=cut.is_reversed, TOKENS=cut.tokens, A=first, B=triton.next_power_of_2(max(1, heads - first)),
+        BLOCK_D=triton.next_power_of_2(head_dim), num_warps=cut.num_warps if heads * head_dim <= _WIDE else 8,
     )  # fmt: skip
