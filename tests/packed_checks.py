@@ -18,7 +18,7 @@ import torch
 
 from workers.attention.tile_mass import sample_places
 from workers.cache.low_bit import Storage
-from workers.cache.packed_history import PACKED, PackedLayer, Part, PlainPacking, Workspace
+from workers.cache.packed_history import PACKED, PackedLayer, PlainPacking, Workspace
 from workers.cache.packed_table import PackedTable, make_table
 from workers.cache.partners import History
 from workers.cache.shrink import Room
@@ -61,7 +61,6 @@ MERGED: tuple[tuple[Storage, MergeRule, int], ...] = (
     ("int4", "chains", 64),
 )
 """Storage, rule, channels."""
-PARTS: tuple[Part, ...] = ("keys", "values", "both")
 FLAGS = (9, 3, 4), (700, 7, 650), (31, 1, 31)
 """Tiles, tiles of queries, listed of each."""
 
@@ -90,7 +89,7 @@ def draw_table(sizes: TableSettings, dtype: torch.dtype = DTYPE, device: torch.d
     return table
 
 
-def check_unpack(storage: Storage, head_dim: int, tile: int, part: Part, *, some: bool) -> None:
+def check_unpack(storage: Storage, head_dim: int, tile: int, *, some: bool) -> None:
     """The same bits in each tile that is asked for; the others are left alone."""
     from workers.cache.table_kernels import unpack
 
@@ -102,12 +101,10 @@ def check_unpack(storage: Storage, head_dim: int, tile: int, part: Part, *, some
     found, expected = (Workspace(s, DTYPE, DEVICE) for _ in range(2))
     found.k_NLW.fill_(7.0)
     found.v_NLD.fill_(7.0)
-    unpack(layer, found, s, part, is_seen.to(torch.uint8) if some else None)
-    PlainPacking().unpack(layer, expected, s, part, None)
+    unpack(layer, found, s, is_seen.to(torch.uint8) if some else None)
+    PlainPacking().unpack(layer, expected, s, None)
     for of, a, b in (("keys", found.k_NLW, expected.k_NLW), ("values", found.v_NLD, expected.v_NLD)):
         wanted = (is_seen | (not some)).repeat_interleave(s.tile, 1)
-        if part not in (of, "both"):
-            wanted = torch.zeros_like(wanted)
         assert torch.equal(a[wanted], b[wanted]), of
         assert bool((a[~wanted] == 7.0).all()), of
 
@@ -335,8 +332,8 @@ def captured_differs(kernels: tuple[str, ...], storage: Storage = "int4") -> flo
 
 def check_bits(shapes: Sequence[tuple[Storage, int, int]] = SHAPES) -> float:
     """Unpacking, packing and merging into codes; 0, for nothing differs where nothing is raised."""
-    for (storage, head_dim, tile), part, some in product(shapes, PARTS, (False, True)):
-        check_unpack(storage, head_dim, tile, part, some=some)
+    for (storage, head_dim, tile), some in product(shapes, (False, True)):
+        check_unpack(storage, head_dim, tile, some=some)
     for storage, head_dim, tile in shapes:
         check_unpack_sample(storage, head_dim, tile)
         check_pack(storage, head_dim, tile)
@@ -391,20 +388,17 @@ def print_speed(storage: Storage, kept_chunks: int = 48, spare_chunks: int = 10)
     table = draw_table(s, torch.bfloat16)
     layer, to = table.layers[0], table.workspace
     assert isinstance(layer, PackedLayer)
-    moved = {
-        "keys": sum(x.nbytes for x in (layer.k_code_NCB, layer.k_largest_NCG, layer.mass_NC2, layer.k_NLW, to.k_NLW)),
-        "values": sum(x.nbytes for x in (layer.v_code_NCB, layer.v_largest_NCG, layer.v_NLD, to.v_NLD)),
-    }
-    moved["both"] = moved["keys"] + moved["values"]
+    of_keys = sum(x.nbytes for x in (layer.k_code_NCB, layer.k_largest_NCG, layer.mass_NC2, layer.k_NLW, to.k_NLW))
+    moved = of_keys + sum(x.nbytes for x in (layer.v_code_NCB, layer.v_largest_NCG, layer.v_NLD, to.v_NLD))
     copy = torch.empty_like(to.k_NLW)
     bandwidth = 2 * copy.nbytes / seconds(lambda: copy.copy_(to.k_NLW))
     print(f"a copy of {copy.nbytes / 1e9:.2f} GB: {bandwidth / 1e12:.2f} TB/s", flush=True)
-    for share, part in product((1.0, 0.5, 0.25), PARTS):
+    for share in (1.0, 0.5, 0.25):
         is_seen = (torch.rand(s.num_heads, s.num_slots // s.tile, device=DEVICE) < share).to(torch.uint8)
-        took = seconds(partial(unpack, layer, to, s, part, is_seen))
-        speed = share * moved[part] / took
+        took = seconds(partial(unpack, layer, to, s, is_seen))
+        speed = share * moved / took
         say = f"{took * 1e3:.3f} ms, {speed / 1e12:.2f} TB/s, {speed / bandwidth:.0%} of a copy"
-        print(f"unpack {storage} {part}, {share:.0%} of tiles: {say}", flush=True)
+        print(f"unpack {storage}, {share:.0%} of tiles: {say}", flush=True)
     coded, codes = (
         to.coded(s),
         sum(x.nbytes for x in (*(getattr(layer, name) for name in PACKED), layer.k_NLW, layer.v_NLD)),
@@ -420,12 +414,12 @@ def print_speed(storage: Storage, kept_chunks: int = 48, spare_chunks: int = 10)
         )
     slot_R = sample_places(s.num_slots, s.tile, 16, DEVICE)[0]
     took, share = seconds(partial(unpack_sample, layer, to, s, slot_R)), len(slot_R) / s.num_slots
-    speed = share * moved["keys"] / took
+    speed = share * of_keys / took
     say = f"{took * 1e3:.3f} ms, {speed / 1e12:.2f} TB/s, {speed / bandwidth:.0%} of a copy"
     print(f"unpack {storage} keys, {share:.1%} of each tile: {say}", flush=True)
     for name, num in (("a chunk", s.chunk_tokens), ("what is kept", s.kept_tokens)):
         took = seconds(partial(pack, layer, to, s, slice(0, num)))
-        speed = moved["both"] * num / s.num_slots / took
+        speed = moved * num / s.num_slots / took
         print(f"pack {storage} {name}: {took * 1e3:.3f} ms, about {speed / 1e12:.2f} TB/s", flush=True)
 
 

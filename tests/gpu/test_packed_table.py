@@ -13,7 +13,6 @@ from tests.packed_checks import (
     FLAGS,
     INTERPRETED,
     MERGED,
-    PARTS,
     SHAPES,
     SIZES,
     captured_differs,
@@ -28,7 +27,7 @@ from tests.packed_checks import (
     table_differs,
 )
 from workers.cache.low_bit import Storage
-from workers.cache.packed_history import PackedLayer, Part
+from workers.cache.packed_history import PackedLayer
 from workers.cache.table_layout import MergeRule
 
 pytestmark = [
@@ -38,13 +37,12 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(("storage", "head_dim", "tile"), SHAPES)
-@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("some", [False, True])
 def test_unpacking_gives_the_bits_of_the_plain_way_and_leaves_what_nobody_sees(
-    storage: Storage, head_dim: int, tile: int, part: Part, some: bool
+    storage: Storage, head_dim: int, tile: int, some: bool
 ) -> None:
     pytest.importorskip("triton")
-    check_unpack(storage, head_dim, tile, part, some=some)
+    check_unpack(storage, head_dim, tile, some=some)
 
 
 @pytest.mark.parametrize(("storage", "head_dim", "tile"), SHAPES)

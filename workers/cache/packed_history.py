@@ -7,7 +7,7 @@ channel of each group and the two channels of log m. What is plain torch here is
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from workers.cache.table_codes import code_dtype, code_width, decode_into, encod
 from workers.cache.table_layout import TableSettings
 from workers.coded_tiles import CODED_TILE, TILE_BYTES, CodedTiles, code_tiles_plain
 
-Part = Literal["keys", "values", "both"]
 PACKED = ("k_code_NCB", "k_largest_NCG", "v_code_NCB", "v_largest_NCG", "mass_NC2")
 _RUN_SLOTS = 16384
 """Written anew at a time by plain torch, which passes through float32."""
@@ -58,9 +57,7 @@ class Workspace:
 class Packing(Protocol):
     """The ways between the tensors of a layer and the workspace."""
 
-    def unpack(
-        self, layer: PackedLayer, to: Workspace, s: TableSettings, part: Part, is_seen_NJ: Tensor | None
-    ) -> None: ...
+    def unpack(self, layer: PackedLayer, to: Workspace, s: TableSettings, is_seen_NJ: Tensor | None) -> None: ...
 
     def unpack_sample(self, layer: PackedLayer, to: Workspace, s: TableSettings, slot_R: Tensor) -> None: ...
 
@@ -85,16 +82,13 @@ def new_codes(heads: int, s: TableSettings, dtype: torch.dtype, device: torch.de
 class PlainPacking:
     """By plain torch."""
 
-    def unpack(
-        self, layer: PackedLayer, to: Workspace, s: TableSettings, part: Part, is_seen_NJ: Tensor | None
-    ) -> None:
+    def unpack(self, layer: PackedLayer, to: Workspace, s: TableSettings, is_seen_NJ: Tensor | None) -> None:
         """Lay out a layer.
 
         Args:
             layer: Of as many heads as the workspace.
             to: Written; its channels behind those of log m are zero and stay so.
             s: Sizes.
-            part: The other may be anything afterwards.
             is_seen_NJ: uint8; tiles of 0 may be left as they are. Here all are written.
         """
         assert s.storage != "model"
@@ -105,17 +99,13 @@ class PlainPacking:
                 slice(s.history_start, s.num_slots - s.history_slots),
             ),
         )
+        for there, here in ends:
+            to.k_NLW[:, there], to.v_NLD[:, there] = layer.k_NLW[:, here], layer.v_NLD[:, here]
         history = slice(s.history_start, s.recent_start)
-        if part != "values":
-            for there, here in ends:
-                to.k_NLW[:, there] = layer.k_NLW[:, here]
-            run = to.k_NLW[:, history]
-            decode_into(layer.k_code_NCB, layer.k_largest_NCG, run[..., : s.head_dim], s.storage)
-            run[..., s.head_dim : s.head_dim + 2] = layer.mass_NC2
-        if part != "keys":
-            for there, here in ends:
-                to.v_NLD[:, there] = layer.v_NLD[:, here]
-            decode_into(layer.v_code_NCB, layer.v_largest_NCG, to.v_NLD[:, history], s.storage)
+        run = to.k_NLW[:, history]
+        decode_into(layer.k_code_NCB, layer.k_largest_NCG, run[..., : s.head_dim], s.storage)
+        run[..., s.head_dim : s.head_dim + 2] = layer.mass_NC2
+        decode_into(layer.v_code_NCB, layer.v_largest_NCG, to.v_NLD[:, history], s.storage)
 
     def unpack_sample(self, layer: PackedLayer, to: Workspace, s: TableSettings, slot_R: Tensor) -> None:
         """Lay out some keys of a layer, for what reads no others; other slots of the workspace are left as they are.
@@ -147,7 +137,7 @@ class PlainPacking:
             is_seen_NJ: uint8; tiles of 0 may be left as they are. Here all are written.
         """
         wide = Workspace(s, torch.float32, to.bias_NL.device)
-        self.unpack(layer, wide, s, "both", None)
+        self.unpack(layer, wide, s, None)
         for x, values in zip(to, code_tiles_plain(wide.k_NLW, wide.v_NLD), strict=True):
             x.copy_(values)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from workers.cache.layer_table import TENSORS, LayerTable, new_tensors
-from workers.cache.packed_history import PACKED, PackedLayer, Packing, Part, PlainPacking, Workspace, new_codes
+from workers.cache.packed_history import PACKED, PackedLayer, Packing, PlainPacking, Workspace, new_codes
 from workers.cache.table_layout import TableSettings
 from workers.cache.tile_table import TableKernels, TableWork, TileTable, load_kernels
 from workers.coded_tiles import CodedTiles
@@ -82,7 +82,7 @@ class PackedTable(TileTable):
         return float(self._is_seen_LNJ.float().mean())
 
     def lay_out(self, layer_index: int, *, seen_only: bool = False) -> LayerTable:
-        return self._lay_out(self.layers[layer_index], "both", self._is_seen_LNJ[layer_index] if seen_only else None)
+        return self._lay_out(self.layers[layer_index], self._is_seen_LNJ[layer_index] if seen_only else None)
 
     def lay_out_sample(self, layer_index: int, slot_R: Tensor) -> LayerTable:
         layer = self.layers[layer_index]
@@ -116,9 +116,9 @@ class PackedTable(TileTable):
         if layer.apart_NC is not None:
             layer.apart_NC.fill_(-1.0)
 
-    def _lay_out(self, layer: LayerTable, part: Part, is_seen_NJ: Tensor | None = None) -> LayerTable:
+    def _lay_out(self, layer: LayerTable, is_seen_NJ: Tensor | None = None) -> LayerTable:
         assert isinstance(layer, PackedLayer)
-        self._packing.unpack(layer, self.workspace, self.settings, part, is_seen_NJ)
+        self._packing.unpack(layer, self.workspace, self.settings, is_seen_NJ)
         return self._in_workspace(layer)
 
     def _in_workspace(self, layer: LayerTable) -> LayerTable:
@@ -133,7 +133,7 @@ class PackedTable(TileTable):
             self._absorb_as_codes(layer, source, self._kernels)
             return
         merges = layer.pointer == self.settings.history_tokens
-        laid_out = self._lay_out(layer, "both")
+        laid_out = self._lay_out(layer)
         self._mark("unpacking")
         super()._absorb(laid_out, source)
         changed = slice(0 if merges else layer.pointer, laid_out.pointer)
@@ -174,7 +174,7 @@ class PackedTable(TileTable):
         layer.mass_NC2[:, changed] = self.workspace.k_NLW[:, run, s.head_dim : s.head_dim + 2]
 
     def _gather(self, layer: LayerTable) -> KeyValues:
-        return super()._gather(self._lay_out(layer, "both"))
+        return super()._gather(self._lay_out(layer))
 
     def _new_layers(self, num: int) -> LayerTable:
         s, heads = self.settings, num * self.settings.num_heads

@@ -36,7 +36,7 @@ our own, on a GPU and for sizes that are powers of two."""
 
 
 class TableKernels(Packing, Protocol):
-    """See `triton_match.py`, `triton_merge.py`, `triton_collect.py` and `triton_pack.py`."""
+    """See `table_kernels.py`."""
 
     def match(self, history: History, partner_NC: Tensor, turn_back: TurnBack, new: slice, look: Look) -> None: ...
 

@@ -3,7 +3,8 @@
 Which keys merge, and all sums, are those of `triton_merge.py`, by the codes themselves: nothing is unpacked before. A
 key never changes and its value only where another one joins it; coding again what was decoded would give the same codes
 (`table_codes.py`). Codes and records move within the tensors of the layer without a buffer: what stays goes to
-an earlier slot if to another one at all, and a program writes where others have read.
+an earlier slot if to another one at all, and a program writes where others have read. It also makes the mean of its
+tile: some programs wait for memory while others calculate.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.cache.packed_history import PackedLayer, Part, Workspace
+from workers.cache.packed_history import PackedLayer, Workspace
 from workers.cache.table_codes import LEAST, LIMITS, CodedStorage, group_channels
 from workers.cache.table_layout import TableSettings
 
@@ -70,7 +70,7 @@ def _unpack_tiles(  # type: ignore[no-untyped-def]
     k_code, k_largest, v_code, v_largest, mass, end_k, end_v, k, v, is_seen,
     num_tiles, first_tile, stop_tile, history_slots, end_slots, step_of_one,
     D: tl.constexpr, EXTRA: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, HALVES: tl.constexpr,
-    TILE: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, SOME: tl.constexpr,
+    TILE: tl.constexpr, M: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of one head. The history is tiles from `first_tile` up to `stop_tile`."""
     tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -84,19 +84,15 @@ def _unpack_tiles(  # type: ignore[no-untyped-def]
         first_slot = head * history_slots + (tile - first_tile) * TILE + tl.arange(0, M)
         for step in range(TILE // M):
             at_slot, at_row = first_slot + step * M, first_row + step * M
-            if KEYS:
-                _unpack_keys(k_code, k_largest, mass, k, at_slot, at_row, step_of_one, D, EXTRA, GROUP, RUN, HALVES)
-            if VALUES:
-                _unpack_rows(v_code, v_largest, v, at_slot, at_row, D, step_of_one, D, GROUP, RUN, HALVES)
+            _unpack_keys(k_code, k_largest, mass, k, at_slot, at_row, step_of_one, D, EXTRA, GROUP, RUN, HALVES)
+            _unpack_rows(v_code, v_largest, v, at_slot, at_row, D, step_of_one, D, GROUP, RUN, HALVES)
     if is_wanted & (is_history == 0):
         slot = tl.where(tile < first_tile, tile * TILE, tile * TILE - history_slots)
         first_end = head * end_slots + slot + tl.arange(0, M)
         for step in range(TILE // M):
             at_end, at_row = first_end + step * M, first_row + step * M
-            if KEYS:
-                _copy_keys(end_k, k, at_end, at_row, D, EXTRA)
-            if VALUES:
-                tl.store(v + at_row[:, None] * D + channel, tl.load(end_v + at_end[:, None] * D + channel))
+            _copy_keys(end_k, k, at_end, at_row, D, EXTRA)
+            tl.store(v + at_row[:, None] * D + channel, tl.load(end_v + at_end[:, None] * D + channel))
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -219,7 +215,7 @@ def _flag_listed(index, is_seen, num_listed, num_tiles, J: tl.constexpr, M: tl.c
         tl.store(flag + listed, tl.full([M], 1, tl.uint8), mask=there)
 
 
-def unpack(layer: PackedLayer, to: Workspace, s: TableSettings, part: Part, is_seen_NJ: Tensor | None) -> None:
+def unpack(layer: PackedLayer, to: Workspace, s: TableSettings, is_seen_NJ: Tensor | None) -> None:
     """See `PlainPacking.unpack`; tiles whose flag is 0 are left as they are."""
     assert s.storage != "model"
     tensors = (layer.k_code_NCB, layer.k_largest_NCG, layer.v_code_NCB, layer.v_largest_NCG, layer.mass_NC2)
@@ -230,7 +226,7 @@ def unpack(layer: PackedLayer, to: Workspace, s: TableSettings, part: Part, is_s
         s.num_slots // s.tile, s.history_start // s.tile, s.recent_start // s.tile, s.history_slots,
         s.num_slots - s.history_slots, 1 / LIMITS[s.storage],
         **vector_shape(s, s.storage), TILE=s.tile, M=min(_UNPACKED_AT_ONCE, s.tile),
-        KEYS=part != "values", VALUES=part != "keys", SOME=is_seen_NJ is not None, num_warps=4,
+        SOME=is_seen_NJ is not None, num_warps=4,
     )  # fmt: skip
 
 
