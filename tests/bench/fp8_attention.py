@@ -22,18 +22,14 @@ from workers.kernels.listed_tiles import attend_listed_plain_lse
 
 HEADS, QUERIES, KEPT_TILES, SEEN = 12, 4680, 1829, (146, 49, 732)
 VARIANTS: dict[str, Cut] = {
-    "turns": Cut(),
-    "no turns": Cut(turns=False),
-    "turns, lazy": Cut(lazy=True),
-    "turns, bias first": Cut(start_bias=True),
-    "turns, bias first, lazy": Cut(start_bias=True, lazy=True),
-    "no turns, bias first, lazy": Cut(turns=False, start_bias=True, lazy=True),
-    "turns, two levels": Cut(two_levels=True),
-    "turns, two levels, bias first": Cut(two_levels=True, start_bias=True),
-    "turns, 3 stages": Cut(stages=3),
-    "turns, split": Cut(split=True),
-    "turns, bias first, lazy, split": Cut(start_bias=True, lazy=True, split=True),
-    "turns, two levels, bias first, split": Cut(two_levels=True, start_bias=True, split=True),
+    "queries held": Cut(),
+    "queries held, split": Cut(split=True),
+    "queries held, promoted at 2": Cut(promote=2),
+    "queries held, promoted at 8": Cut(promote=8),
+    "queries held, every 8th polynomial": Cut(polynomial=8),
+    "queries held, every 4th polynomial": Cut(polynomial=4),
+    "sums held": Cut(held_queries=False, stages=5),
+    "sums held, split": Cut(held_queries=False, stages=5, split=True),
 }
 LARGEST_ERROR, LARGEST_LOSS, LARGEST_LSE = 0.02, 0.08, 0.02
 """Relative, root mean square: against the same casts, and against float32; and of log-sum-exps against the casts."""
@@ -190,7 +186,7 @@ def list_checks(device: torch.device, wanted: str) -> Iterator[tuple[str, Callab
     for name, cut in VARIANTS.items():
         if wanted not in name:
             continue
-        for case in CASES if cut == Cut() or cut.split else CASES[1:-1]:
+        for case in CASES:
 
             def test(case: Case = case, cut: Cut = cut) -> dict[str, float]:
                 given = draw(case, device)
