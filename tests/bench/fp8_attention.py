@@ -17,7 +17,15 @@ from torch import Tensor
 
 from workers.kernels import fp8_tiles
 from workers.kernels.fp8_attention import Cut
-from workers.kernels.fp8_tiles import TILE, CodedTiles, attend_coded, attend_coded_plain, code_queries, code_tiles
+from workers.kernels.fp8_tiles import (
+    TILE,
+    CodedTiles,
+    attend_coded,
+    attend_coded_plain,
+    code_chunk,
+    code_queries,
+    code_tiles,
+)
 from workers.kernels.listed_tiles import attend_listed_plain_lse
 
 HEADS, QUERIES, KEPT_TILES, SEEN = 12, 4680, 1829, (146, 49, 732)
@@ -152,8 +160,19 @@ def check_coding(case: Case, device: torch.device) -> dict[str, float]:
     """Codes are those of plain torch, bit for bit."""
     q, k, v, _ = draw(case, device)
     k[..., 0], v[..., 0], q[..., 0] = 1000.0, -1000.0, 200.0  # more than fits
-    assert torch.equal(code_queries(q), fp8_tiles.code_queries_plain(q)), "queries"
-    found, expected = code_tiles(k, v), fp8_tiles.code_tiles_plain(k, v)
+    queries, expected = fp8_tiles.code_queries_plain(q), fp8_tiles.code_tiles_plain(k, v)
+    for by_cuda in (False, True):
+        fp8_tiles.CODED_BY_CUDA = by_cuda
+        assert torch.equal(code_queries(q), queries), "queries"
+        compare_tiles(code_tiles(k, v), expected)
+        both = code_chunk(q, k, v)
+        assert torch.equal(both[0], queries), "queries with keys"
+        compare_tiles(both[1], expected)
+    return {}
+
+
+def compare_tiles(found: CodedTiles, expected: CodedTiles) -> None:
+    """The same bytes, and log m but for rounding."""
     for name, a, b in zip(CodedTiles._fields, found, expected, strict=True):
         assert a.shape == b.shape, name
         if name == "bias_NL":
@@ -161,7 +180,6 @@ def check_coding(case: Case, device: torch.device) -> dict[str, float]:
             assert float((a - b).nan_to_num(0.0).abs().max()) < 1e-5, name
         else:
             assert torch.equal(a, b), f"{name}: {int((a != b).sum())} of {a.numel()} bytes differ"
-    return {}
 
 
 def check(device: torch.device, wanted: str) -> bool:
@@ -236,8 +254,11 @@ def time_all(device: torch.device, wanted: str) -> list[dict[str, Any]]:
     kept = draw(Case("kept", QUERIES, KEPT_TILES * TILE, max(SEEN), heads=HEADS), device)
     assert kept.index_NIJ is not None
     lists = {seen: kept.index_NIJ[..., :seen].sort(-1).values.contiguous() for seen in SEEN}
-    add("code queries", "triton", lambda: code_queries(kept.q_QNW))
-    add("code own tiles", "triton", lambda: code_tiles(own.k_NLW, own.v_NLD))
+    for way, by_cuda in (("triton", False), ("cuda", True)):
+        fp8_tiles.CODED_BY_CUDA = by_cuda
+        add("code queries", way, lambda: code_queries(own.q_QNW))
+        add("code own tiles", way, lambda: code_tiles(own.k_NLW, own.v_NLD))
+        add("code both", way, lambda: code_chunk(*own[:3]))
     q, own_tiles, kept_tiles = code_queries(kept.q_QNW), code_tiles(*own[1:3]), code_tiles(*kept[1:3])
     flash = _load_flash()
     if flash is not None:

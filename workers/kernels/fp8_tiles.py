@@ -31,6 +31,8 @@ NO_KEY = -(2.0**16)
 """Channels with log m that sum to less belong to no key (`mass.py` writes -2^17)."""
 _LOG2_E = math.log2(math.e)
 CUT = Cut()
+CODED_BY_CUDA = True
+"""Else by Triton."""
 
 
 class CodedTiles(NamedTuple):
@@ -59,6 +61,8 @@ def empty_tiles(heads: int, tiles: int, device: torch.device) -> CodedTiles:
 
 def code_queries(q_QNW: Tensor) -> Tensor:
     """uint8 [heads, query tiles, 16384]; rows behind the last query are zero."""
+    if is_coded_by_cuda(q_QNW):
+        return _code(q_QNW, None, None)[0]
     from workers.kernels.triton_fp8_tiles import code_rows
 
     return code_rows(q_QNW, SCALE_QK)
@@ -74,11 +78,45 @@ def code_tiles(k_NKW: Tensor, v_NKD: Tensor, out: CodedTiles | None = None) -> C
     """
     from workers.kernels.triton_fp8_tiles import code_run
 
+    if is_coded_by_cuda(v_NKD):
+        return _code(None, (k_NKW, v_NKD), out)[1]
     heads, num_keys = v_NKD.shape[:2]
     out = empty_tiles(heads, -(-num_keys // TILE), v_NKD.device) if out is None else out
     assert out.k_NTB.shape == out.v_NTB.shape == (heads, -(-num_keys // TILE), TILE_BYTES)
     code_run(k_NKW, v_NKD, out.k_NTB, out.v_NTB, out.bias_NL, (SCALE_QK, SCALE_V, NO_KEY))
     return out
+
+
+def code_chunk(q_QNW: Tensor, k_NKW: Tensor, v_NKD: Tensor, out: CodedTiles | None = None) -> tuple[Tensor, CodedTiles]:
+    """`code_queries` and `code_tiles` at once: in bfloat16, in one launch."""
+    if is_coded_by_cuda(v_NKD):
+        return _code(q_QNW, (k_NKW, v_NKD), out)
+    return code_queries(q_QNW), code_tiles(k_NKW, v_NKD, out)
+
+
+def is_coded_by_cuda(x: Tensor) -> bool:
+    """The kernel in CUDA reads bfloat16, the one in Triton 32 bits too, and runs in its interpreter."""
+    return CODED_BY_CUDA and x.is_cuda and x.dtype == torch.bfloat16
+
+
+def _code(
+    q_QNW: Tensor | None, keys: tuple[Tensor, Tensor] | None, out: CodedTiles | None
+) -> tuple[Tensor, CodedTiles]:
+    """What is not given is left empty."""
+    from workers.kernels.fp8_codes import code_all
+
+    given = q_QNW if keys is None else keys[1]
+    assert given is not None
+    queries, heads = (0, 0) if q_QNW is None else q_QNW.shape[:2]
+    coded = torch.empty(heads, -(-queries // TILE), TILE_BYTES, dtype=torch.uint8, device=given.device)
+    if keys is not None:
+        heads, num_keys = keys[1].shape[:2]
+        assert keys[0].shape[:2] == (heads, num_keys)
+        out = empty_tiles(heads, -(-num_keys // TILE), given.device) if out is None else out
+        assert out.k_NTB.shape == out.v_NTB.shape == (heads, -(-num_keys // TILE), TILE_BYTES)
+    tiles = empty_tiles(0, 0, given.device) if out is None else out
+    code_all(q_QNW, keys, (coded, *tiles), (SCALE_QK, SCALE_V, NO_KEY))
+    return coded, tiles
 
 
 def attend_coded(
