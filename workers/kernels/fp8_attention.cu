@@ -5,9 +5,8 @@
 // of 64 keys: while it turns one half's logits into p, tensor cores multiply the half before with its values and the
 // next one with queries. p is relative to a base of the row, not to its highest logit so far: the highest is looked for
 // only if some p did not fit into 8 bits, and then the base rises. Rows of ones behind the values sum p up.
-// A program takes `total / programs` entries of all lists in order: with one program for each tile of queries it has one
-// list, with fewer (one for each multiprocessor) it ends within a list, what it has of one goes to `parts`, and join()
-// adds the parts up.
+// Each program takes whole lists while there are as many as programs, so that all are at like places of memory; what is
+// left is shared evenly: what a program has of a list then goes to `parts`, and join() adds the parts up.
 //
 // Defined by whoever compiles: STAGES of tiles in shared memory; PROMOTE, tiles after which products are added to the
 // rest outside of tensor cores, which keep fewer bits of a sum; HELD_QUERIES, whether registers have the queries and
@@ -168,7 +167,8 @@ __device__ __forceinline__ void transpose(u32 (&w)[4], int q) {
 
 struct Job { int head, tile, heads, num_queries; };
 
-__device__ __forceinline__ void store(const float (&o)[64], const float (&base)[2], const float (&sum)[2], Job job, uint4* out, float* lse) {
+__device__ __forceinline__ void store(
+    const float (&o)[64], const float (&base)[2], const float (&sum)[2], Job job, uint4* out, float* lse) {
     int lane = threadIdx.x % 32, q = lane % 4;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -285,16 +285,30 @@ struct Total {
     }
 };
 
+// Entries of all lists that a program takes in its `turn`; false after the last.
+__device__ __forceinline__ bool take(int turn, int units, int length, int& begin, int& end) {
+    int programs = gridDim.x, whole = units / programs, first = whole * programs * length;
+    if (turn < whole) {
+        begin = (turn * programs + blockIdx.x) * length, end = begin + length;
+    } else {
+        int rest = units % programs * length, sharers = min(programs, rest), i = min((int)blockIdx.x, sharers);
+        begin = end = first;
+        if (i < sharers) begin += (int)((long long)rest * i / sharers), end += (int)((long long)rest * (i + 1) / sharers);
+    }
+    return turn <= whole;
+}
+
 // A warp brings the bias of tiles, in units of products and in the order of threads, and whether there is any.
 __device__ __forceinline__ void bring_bias(
-    char* slots, u32 full_k, u32 empty_k, const float* biases, const int* lists, int begin, int end, int query_tiles, int tiles, int length) {
+    Ring& at_k, char* slots, u32 full_k, u32 empty_k, const float* biases, const int* lists, int begin, int end, int query_tiles,
+    int tiles, int length) {
     int lane = threadIdx.x % 32;
-    Ring at_k;
     auto look = [&](int entry) {
         int unit = entry / length;
         u64 tile = (u64)(unit / query_tiles) * tiles + (lists ? lists[entry] : entry - unit * length);
         return ((const float4*)biases)[tile * 32 + lane];
     };
+    if (begin == end) return;
     float4 next = look(begin);
     for (int entry = begin; entry < end; entry++) {
         float4 x = next;
@@ -334,146 +348,152 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend(
         *(u32*)(base_at + (v_at - q_at) + i / 256 * V_SLOT + TILE + i % 256 * 4) = 0x38383838u;
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncthreads();
-    long long total = (long long)heads * query_tiles * length;
-    int begin = (int)(total * blockIdx.x / gridDim.x), end = (int)(total * (blockIdx.x + 1) / gridDim.x);
+    int units = heads * query_tiles, begin, end;
     Ring at_k, at_v;
     u32 parity_q = 0;
 
-    // Registers go from the four warps that bring tiles to the eight that multiply: 24 and 240 of 168 each.
+    // Registers go from the four warps that bring tiles to the eight that multiply; all have 168 before.
     if (warp >= 8) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-        if (warp == 9 && begin < end) bring_bias(bias_at, full_k, empty_k, biases, lists, begin, end, query_tiles, tiles, length);
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(HELD_QUERIES ? 40 : 24));
+        if (warp == 9) {
+            for (int turn = 0; take(turn, units, length, begin, end); turn++)
+                bring_bias(at_k, bias_at, full_k, empty_k, biases, lists, begin, end, query_tiles, tiles, length);
+        }
         if (threadIdx.x != 256) return;
-        for (int entry = begin; entry < end;) {
-            int unit = entry / length, stop = min(end, (unit + 1) * length), head = unit / query_tiles;
-            await(empty_q, parity_q ^ 1);
-            expect(full_q, TILE);
-            bring(q_at, queries + (u64)unit * TILE, TILE, full_q);
-            parity_q ^= 1;
-            int next = lists ? lists[entry] : entry - unit * length;
-            while (entry < stop) {
-                u64 tile = (u64)head * tiles + next;
-                entry++;
-                if (entry < stop) next = lists ? lists[entry] : entry - unit * length;
-                await(empty_k + at_k.slot * 8, at_k.parity ^ 1);
-                expect(full_k + at_k.slot * 8, TILE);
-                bring(k_at + at_k.slot * TILE, keys + tile * TILE, TILE, full_k + at_k.slot * 8);
-                at_k.turn();
-                await(empty_v + at_v.slot * 8, at_v.parity ^ 1);
-                expect(full_v + at_v.slot * 8, TILE);
-                bring(v_at + at_v.slot * V_SLOT, values + tile * TILE, TILE, full_v + at_v.slot * 8);
-                at_v.turn();
+        for (int turn = 0; take(turn, units, length, begin, end); turn++) {
+            for (int entry = begin; entry < end;) {
+                int unit = entry / length, stop = min(end, (unit + 1) * length), head = unit / query_tiles;
+                await(empty_q, parity_q ^ 1);
+                expect(full_q, TILE);
+                bring(q_at, queries + (u64)unit * TILE, TILE, full_q);
+                parity_q ^= 1;
+                int next = lists ? lists[entry] : entry - unit * length;
+                while (entry < stop) {
+                    u64 tile = (u64)head * tiles + next;
+                    entry++;
+                    if (entry < stop) next = lists ? lists[entry] : entry - unit * length;
+                    await(empty_k + at_k.slot * 8, at_k.parity ^ 1);
+                    expect(full_k + at_k.slot * 8, TILE);
+                    bring(k_at + at_k.slot * TILE, keys + tile * TILE, TILE, full_k + at_k.slot * 8);
+                    at_k.turn();
+                    await(empty_v + at_v.slot * 8, at_v.parity ^ 1);
+                    expect(full_v + at_v.slot * 8, TILE);
+                    bring(v_at + at_v.slot * V_SLOT, values + tile * TILE, TILE, full_v + at_v.slot * 8);
+                    at_v.turn();
+                }
             }
         }
         return;
     }
 
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(HELD_QUERIES ? 232 : 240));
     int group = warp / 4;
     u32 a[16];
     Total kept;
 #if HELD_QUERIES
     kept.at = (float4*)(bias_at + STAGES * BIAS_SLOT) + threadIdx.x;
 #endif
-    for (int entry = begin; entry < end;) {
-        int unit = entry / length, first = unit * length, stop = min(end, first + length);
-        bool is_whole = stop - entry == length, begins = entry == first;
-        float s0[32], s1[32], acc[68], base[2] = {LOWEST, LOWEST}, shrink[2] = {1.f, 1.f}, by[2] = {1.f, 1.f};
-        u32 p0[8], p1[8];
+    for (int turn = 0; take(turn, units, length, begin, end); turn++) {
+        for (int entry = begin; entry < end;) {
+            int unit = entry / length, first = unit * length, stop = min(end, first + length);
+            bool is_whole = stop - entry == length, begins = entry == first;
+            float s0[32], s1[32], acc[68], base[2] = {LOWEST, LOWEST}, shrink[2] = {1.f, 1.f}, by[2] = {1.f, 1.f};
+            u32 p0[8], p1[8];
 #pragma unroll
-        for (int i = 0; i < 68; i++) acc[i] = 0.f;
-        hold(acc);  // set before products begin, or the compiler lets none overlap
-        kept.clear();
-        await(full_q, parity_q);
-        parity_q ^= 1;
+            for (int i = 0; i < 68; i++) acc[i] = 0.f;
+            hold(acc);  // set before products begin, or the compiler lets none overlap
+            kept.clear();
+            await(full_q, parity_q);
+            parity_q ^= 1;
 #if HELD_QUERIES
-        take_queries(a, base_at);
-        __syncwarp();
-        if (lane == 0) arrive(empty_q);
+            take_queries(a, base_at);
+            __syncwarp();
+            if (lane == 0) arrive(empty_q);
 #endif
-        await(full_k + at_k.slot * 8, at_k.parity);
-        const float* bias = (const float*)(bias_at + at_k.slot * BIAS_SLOT);
-        u32 keys_at = k_at + at_k.slot * TILE, own_at = q_at + group * (TILE / 2);
-        int adds = start(s0, bias);
-        start(s1, bias + 64);
-        fence();
-        multiply_qk(s0, a, own_at, keys_at, adds);
-        commit();
-        finish<0>();
-        fence();
-        multiply_qk(s1, a, own_at, keys_at + TILE / 2, adds);
-        commit();
-        int since = 0, used_v = -1;
-#pragma unroll 1
-        for (; entry < stop; entry++) {
-            finish<2>();
-            hold(s0);
-            bool over = soften(s0, p0, base);
-            if (over) {
-                rise(s0, base, by);
-                soften(s0, p0, base);
-            }
-            finish<1>();  // behind a branch on p, or the compiler waits before it works out p
-            hold(acc);
-            if (over) lower(acc, shrink, by);
-            if (lane == 0 && used_v >= 0) arrive(empty_v + used_v * 8);
-            if (since == PROMOTE) {
-                kept.add(acc, shrink);
-                since = 0;
-            }
-            int slot = at_k.slot;
-            bool more = entry + 1 < stop;
-            // After the last tile its own keys are multiplied once more, for nothing: a way less.
-            if (more) at_k.turn(), await(full_k + at_k.slot * 8, at_k.parity);
-            bias = (const float*)(bias_at + at_k.slot * BIAS_SLOT);
-            keys_at = k_at + at_k.slot * TILE;
-            adds = start(s0, bias);
-            await(full_v + at_v.slot * 8, at_v.parity);
-            u32 values_at = v_at + at_v.slot * V_SLOT;
-            fence();
-            multiply_pv(acc, p0, values_at, since);
-            commit();
-            multiply_qk(s0, a, own_at, keys_at, adds);
-            commit();
-            finish<2>();
-            hold(s1);
-            over = soften(s1, p1, base);
-            if (over) {
-                rise(s1, base, by);
-                soften(s1, p1, base);
-            }
-            finish<1>();
-            hold(acc);
-            if (over) lower(acc, shrink, by);
-            if (lane == 0 && more) arrive(empty_k + slot * 8);
+            await(full_k + at_k.slot * 8, at_k.parity);
+            const float* bias = (const float*)(bias_at + at_k.slot * BIAS_SLOT);
+            u32 keys_at = k_at + at_k.slot * TILE, own_at = q_at + group * (TILE / 2);
+            int adds = start(s0, bias);
             start(s1, bias + 64);
             fence();
-            multiply_pv(acc, p1, values_at + 64, 1);
+            multiply_qk(s0, a, own_at, keys_at, adds);
             commit();
+            finish<0>();
+            fence();
             multiply_qk(s1, a, own_at, keys_at + TILE / 2, adds);
             commit();
-            since++;
-            used_v = at_v.slot;
-            at_v.turn();
-        }
-        finish<0>();
-        hold(s0), hold(s1), hold(acc);
-        if (lane == 0) {
-            arrive(empty_k + at_k.slot * 8), arrive(empty_v + used_v * 8);
-            if (!HELD_QUERIES) arrive(empty_q);
-        }
-        at_k.turn();
-        kept.add(acc, shrink);
-        float o[64];
-        kept.read(o);
-        if (is_whole) {
-            store(o, base, kept.sum, {unit / query_tiles, unit % query_tiles, heads, num_queries}, out, lse);
-        } else {
-            float* part = parts + (blockIdx.x * 2 + begins) * PART + threadIdx.x;
+            int since = 0, used_v = -1;
+#pragma unroll 1
+            for (; entry < stop; entry++) {
+                finish<2>();
+                hold(s0);
+                bool over = soften(s0, p0, base);
+                if (over) {
+                    rise(s0, base, by);
+                    soften(s0, p0, base);
+                }
+                finish<1>();  // behind a branch on p, or the compiler waits before it works out p
+                hold(acc);
+                if (over) lower(acc, shrink, by);
+                if (lane == 0 && used_v >= 0) arrive(empty_v + used_v * 8);
+                if (since == PROMOTE) {
+                    kept.add(acc, shrink);
+                    since = 0;
+                }
+                int slot = at_k.slot;
+                bool more = entry + 1 < stop;
+                // After the last tile its own keys are multiplied once more, for nothing: a way less.
+                if (more) at_k.turn(), await(full_k + at_k.slot * 8, at_k.parity);
+                bias = (const float*)(bias_at + at_k.slot * BIAS_SLOT);
+                keys_at = k_at + at_k.slot * TILE;
+                adds = start(s0, bias);
+                await(full_v + at_v.slot * 8, at_v.parity);
+                u32 values_at = v_at + at_v.slot * V_SLOT;
+                fence();
+                multiply_pv(acc, p0, values_at, since);
+                commit();
+                multiply_qk(s0, a, own_at, keys_at, adds);
+                commit();
+                finish<2>();
+                hold(s1);
+                over = soften(s1, p1, base);
+                if (over) {
+                    rise(s1, base, by);
+                    soften(s1, p1, base);
+                }
+                finish<1>();
+                hold(acc);
+                if (over) lower(acc, shrink, by);
+                if (lane == 0 && more) arrive(empty_k + slot * 8);
+                start(s1, bias + 64);
+                fence();
+                multiply_pv(acc, p1, values_at + 64, 1);
+                commit();
+                multiply_qk(s1, a, own_at, keys_at + TILE / 2, adds);
+                commit();
+                since++;
+                used_v = at_v.slot;
+                at_v.turn();
+            }
+            finish<0>();
+            hold(s0), hold(s1), hold(acc);
+            if (lane == 0) {
+                arrive(empty_k + at_k.slot * 8), arrive(empty_v + used_v * 8);
+                if (!HELD_QUERIES) arrive(empty_q);
+            }
+            at_k.turn();
+            kept.add(acc, shrink);
+            float o[64];
+            kept.read(o);
+            if (is_whole) {
+                store(o, base, kept.sum, {unit / query_tiles, unit % query_tiles, heads, num_queries}, out, lse);
+            } else {
+                float* part = parts + (blockIdx.x * 2 + begins) * PART + threadIdx.x;
 #pragma unroll
-            for (int i = 0; i < 64; i++) part[i * 256] = o[i];
+                for (int i = 0; i < 64; i++) part[i * 256] = o[i];
 #pragma unroll
-            for (int r = 0; r < 2; r++) part[(64 + r) * 256] = base[r], part[(66 + r) * 256] = kept.sum[r];
+                for (int r = 0; r < 2; r++) part[(64 + r) * 256] = base[r], part[(66 + r) * 256] = kept.sum[r];
+            }
         }
     }
 }
@@ -481,7 +501,9 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend(
 // Tiles of queries whose lists were shared by several of attend()'s programs, each by a program of 256 threads.
 extern "C" __global__ void __launch_bounds__(256, 2) join(
     const float* parts, uint4* out, float* lse, int heads, int query_tiles, int num_queries, int length, int programs) {
-    long long total = (long long)heads * query_tiles * length, first = (long long)blockIdx.x * length;
+    int units = heads * query_tiles, unit = units / programs * programs + blockIdx.x;
+    long long total = (long long)(units % programs) * length, first = (long long)blockIdx.x * length;
+    programs = (int)min((long long)programs, total);  // that shared
     int from = (int)(((first + 1) * programs - 1) / total), to = (int)(((first + length) * programs - 1) / total);
     if (from == to) return;
     float o[64], base[2] = {LOWEST, LOWEST}, sum[2] = {0.f, 0.f};
@@ -500,6 +522,5 @@ extern "C" __global__ void __launch_bounds__(256, 2) join(
 #pragma unroll
         for (int i = 0; i < 64; i++) o[i] = o[i] * old[i / 2 % 2] + part[i * 256] * fresh[i / 2 % 2];
     }
-    int unit = blockIdx.x;
     store(o, base, sum, {unit / query_tiles, unit % query_tiles, heads, num_queries}, out, lse);
 }

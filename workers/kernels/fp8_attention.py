@@ -27,7 +27,7 @@ class Cut(NamedTuple):
     polynomial: int = 0
     """Every so manieth exponential is a polynomial."""
     split: bool = False
-    """A program for each multiprocessor, which share all lists evenly, instead of one for each tile of queries."""
+    """A program for each multiprocessor, which share the lists evenly, instead of one for each tile of queries."""
     stages: int = 4
 
     @property
@@ -115,15 +115,22 @@ def attend_tiles(coded: Coded, num_queries: int, scales: tuple[float, float], cu
     lse = torch.empty(num_queries, heads, dtype=torch.float32, device=q.device)
     programs = units = heads * query_tiles
     if cut.split:
-        programs = min(torch.cuda.get_device_properties(device).multi_processor_count, units * length)
+        programs = torch.cuda.get_device_properties(device).multi_processor_count
     parts = torch.empty(programs * 2 * _PART_FLOATS, dtype=torch.float32, device=q.device) if cut.split else None
     results = [_at(out), _at(lse)]
     sizes = [*map(ctypes.c_int, (heads, query_tiles, num_queries))]
     given: list[Any] = [*map(_at, (q, k, v, bias, index)), *results, _at(parts), *sizes]
     given += [ctypes.c_int(tiles), ctypes.c_int(length)]
     launch(attend, programs, 384, cut.shared_bytes, given, device)
-    if cut.split:
-        launch(join, units, 256, 0, [_at(parts), *results, *sizes, *map(ctypes.c_int, (length, programs))], device)
+    if units % programs:
+        launch(
+            join,
+            units % programs,
+            256,
+            0,
+            [_at(parts), *results, *sizes, *map(ctypes.c_int, (length, programs))],
+            device,
+        )
     return out, lse
 
 

@@ -30,7 +30,7 @@ P_SCALE = 256.0
 NO_KEY = -(2.0**16)
 """Channels with log m that sum to less belong to no key (`mass.py` writes -2^17)."""
 _LOG2_E = math.log2(math.e)
-CUT = Cut()
+CUT = Cut(split=True)
 CODED_BY_CUDA = True
 """Else by Triton."""
 
