@@ -17,25 +17,22 @@ from torch import Tensor
 
 from workers.coded_tiles import CODED_TILE as TILE
 from workers.coded_tiles import CodedTiles, code_queries_plain, code_tiles_plain
+from workers.kernels import fp8_tiles
 from workers.kernels.fp8_attention import Cut
 from workers.kernels.fp8_plain import attend_coded_plain
-from workers.kernels.fp8_tiles import attend_coded, code_queries, code_tiles
+from workers.kernels.fp8_tiles import attend_coded, code_chunk, code_queries, code_tiles
 from workers.kernels.listed_tiles import attend_listed_plain_lse
 
 HEADS, QUERIES, KEPT_TILES, SEEN = 12, 4680, 1829, (146, 49, 732)
 VARIANTS: dict[str, Cut] = {
-    "turns": Cut(),
-    "no turns": Cut(turns=False),
-    "turns, lazy": Cut(lazy=True),
-    "turns, bias first": Cut(start_bias=True),
-    "turns, bias first, lazy": Cut(start_bias=True, lazy=True),
-    "no turns, bias first, lazy": Cut(turns=False, start_bias=True, lazy=True),
-    "turns, two levels": Cut(two_levels=True),
-    "turns, two levels, bias first": Cut(two_levels=True, start_bias=True),
-    "turns, 3 stages": Cut(stages=3),
-    "turns, split": Cut(split=True),
-    "turns, bias first, lazy, split": Cut(start_bias=True, lazy=True, split=True),
-    "turns, two levels, bias first, split": Cut(two_levels=True, start_bias=True, split=True),
+    "queries held": Cut(),
+    "queries held, split": Cut(split=True),
+    "queries held, promoted at 2": Cut(promote=2),
+    "queries held, promoted at 8": Cut(promote=8),
+    "queries held, every 8th polynomial": Cut(polynomial=8),
+    "queries held, every 4th polynomial": Cut(polynomial=4),
+    "sums held": Cut(held_queries=False, stages=5),
+    "sums held, split": Cut(held_queries=False, stages=5, split=True),
 }
 LARGEST_ERROR, LARGEST_LOSS, LARGEST_LSE = 0.02, 0.08, 0.02
 """Relative, root mean square: against the same casts, and against float32; and of log-sum-exps against the casts."""
@@ -158,8 +155,19 @@ def check_coding(case: Case, device: torch.device) -> dict[str, float]:
     """Codes are those of plain torch, bit for bit."""
     q, k, v, _ = draw(case, device)
     k[..., 0], v[..., 0], q[..., 0] = 1000.0, -1000.0, 200.0  # more than fits
-    assert torch.equal(code_queries(q), code_queries_plain(q)), "queries"
-    found, expected = code_tiles(k, v), code_tiles_plain(k, v)
+    queries, expected = code_queries_plain(q), code_tiles_plain(k, v)
+    for by_cuda in (False, True):
+        fp8_tiles.CODED_BY_CUDA = by_cuda
+        assert torch.equal(code_queries(q), queries), "queries"
+        compare_tiles(code_tiles(k, v), expected)
+        both = code_chunk(q, k, v)
+        assert torch.equal(both[0], queries), "queries with keys"
+        compare_tiles(both[1], expected)
+    return {}
+
+
+def compare_tiles(found: CodedTiles, expected: CodedTiles) -> None:
+    """The same bytes, and log m but for rounding."""
     for name, a, b in zip(CodedTiles._fields, found, expected, strict=True):
         assert a.shape == b.shape, name
         if name == "bias_NL":
@@ -167,7 +175,6 @@ def check_coding(case: Case, device: torch.device) -> dict[str, float]:
             assert float((a - b).nan_to_num(0.0).abs().max()) < 1e-5, name
         else:
             assert torch.equal(a, b), f"{name}: {int((a != b).sum())} of {a.numel()} bytes differ"
-    return {}
 
 
 def check(device: torch.device, wanted: str) -> bool:
@@ -192,7 +199,7 @@ def list_checks(device: torch.device, wanted: str) -> Iterator[tuple[str, Callab
     for name, cut in VARIANTS.items():
         if wanted not in name:
             continue
-        for case in CASES if cut == Cut() or cut.split else CASES[1:-1]:
+        for case in CASES:
 
             def test(case: Case = case, cut: Cut = cut) -> dict[str, float]:
                 given = draw(case, device)
@@ -242,8 +249,11 @@ def time_all(device: torch.device, wanted: str) -> list[dict[str, Any]]:
     kept = draw(Case("kept", QUERIES, KEPT_TILES * TILE, max(SEEN), heads=HEADS), device)
     assert kept.index_NIJ is not None
     lists = {seen: kept.index_NIJ[..., :seen].sort(-1).values.contiguous() for seen in SEEN}
-    add("code queries", "triton", lambda: code_queries(kept.q_QNW))
-    add("code own tiles", "triton", lambda: code_tiles(own.k_NLW, own.v_NLD))
+    for way, by_cuda in (("triton", False), ("cuda", True)):
+        fp8_tiles.CODED_BY_CUDA = by_cuda
+        add("code queries", way, lambda: code_queries(own.q_QNW))
+        add("code own tiles", way, lambda: code_tiles(own.k_NLW, own.v_NLD))
+        add("code both", way, lambda: code_chunk(*own[:3]))
     q, own_tiles, kept_tiles = code_queries(kept.q_QNW), code_tiles(*own[1:3]), code_tiles(*kept[1:3])
     flash = _load_flash()
     if flash is not None:

@@ -271,8 +271,8 @@ def _selection_seconds(rollout: CapturedRollout, device: torch.device) -> float:
     return sum(between(a, b) for (_, a), (name, b) in pairwise(marks) if name == "selection")
 
 
-_FP8 = ("fp8", "fp8-all", "fp8-attention", "fp8-all-attention")
-for _name in ("fastar-quant", "fastar-tiles", *(f"fastar-tiles-{fp8}" for fp8 in _FP8)):
+_TILES = ("fp8", "fp8-all", "fp8-attention", "fp8-all-attention", "recall", "recall-fp8")
+for _name in ("fastar-quant", "fastar-tiles", *(f"fastar-tiles-{way}" for way in _TILES)):
     row(_name)(partial(whole_row, VARIANTS[_name]))
 for _name in ("fastar-lsh", "tempcache", "fastar-fp8", "fastar-exact", "fastar-dense-regions", "fastar-20%"):
     row(_name)(partial(short_row, VARIANTS[_name]))

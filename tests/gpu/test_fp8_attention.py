@@ -66,7 +66,7 @@ def test_the_kernel_does_what_plain_torch_does(name: str, case: Case) -> None:
 @pytest.mark.parametrize("split", [False, True])
 def test_a_graph_repeats_the_same_bits(split: bool) -> None:
     given = draw(CASES[1], torch.device("cuda"))
-    cut = VARIANTS["turns"]._replace(split=split)
+    cut = VARIANTS["queries held"]._replace(split=split)
     first = run(given, cut)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

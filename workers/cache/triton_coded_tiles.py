@@ -21,8 +21,8 @@ from workers.cache.table_layout import TableSettings
 from workers.cache.triton_pack import vector_shape
 from workers.coded_tiles import CODED_TILE, LEAST_MASS, SCALE_QK, SCALE_V, CodedTiles
 
-NUM_WARPS = 4
-KEYS_AT_ONCE = 32
+NUM_WARPS = 2
+KEYS_AT_ONCE = 16
 """Rows of keys that a program holds, a power of two."""
 _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton's interpreter has no assembly."""

@@ -20,17 +20,20 @@ _PART_FLOATS = 68 * 256
 class Cut(NamedTuple):
     """How the kernel is made; see fp8_attention.cu."""
 
-    stages: int = 5
-    turns: bool = True
-    two_levels: bool = False
-    start_bias: bool = False
-    lazy: bool = False
+    promote: int = 4
+    """Tiles after which products are added to the rest outside of tensor cores."""
+    held_queries: bool = True
+    """Registers have the queries, shared memory what was added up; else the other way round."""
+    polynomial: int = 0
+    """Every so manieth exponential is a polynomial."""
     split: bool = False
-    """A program for each multiprocessor, which share all lists evenly, instead of one for each tile of queries."""
+    """A program for each multiprocessor, which share the lists evenly, instead of one for each tile of queries."""
+    stages: int = 4
 
     @property
     def shared_bytes(self) -> int:
-        return 16384 + self.stages * (2 * 16384 + 512) + 1024
+        stage = 2 * 16384 + 2 * 1024
+        return 16384 + self.stages * stage + 1024 + 65536 * self.held_queries
 
 
 class Coded(NamedTuple):
@@ -52,36 +55,36 @@ def make_source(factor: float, v_scale: float, cut: Cut) -> str:
     """
     names = {
         "STAGES": cut.stages,
-        "TURNS": int(cut.turns),
-        "TWO_LEVELS": int(cut.two_levels),
-        "START_BIAS": int(cut.start_bias),
-        "LAZY": int(cut.lazy),
+        "PROMOTE": cut.promote,
+        "HELD_QUERIES": int(cut.held_queries),
+        "POLYNOMIAL": cut.polynomial,
         "FACTOR": f"{factor!r}f",
         "V_SCALE": f"{v_scale!r}f",
     }
     defines = "\n".join(f"#define {name} {value}" for name, value in names.items())
-    products = _make_product("wgmma_qk", 1) + _make_product("wgmma_pv", 4)
+    products = _make_product("wgmma_qk", 1, 64) + _make_product("wgmma_held", 4, 64) + _make_product("wgmma_pv", 4, 136)
     return defines + products + Path(__file__).with_suffix(".cu").read_text()
 
 
-def _make_product(name: str, count: int) -> str:
-    """A product of 64 rows and 128 columns over 32 bytes.
+def _make_product(name: str, count: int, columns: int) -> str:
+    """A product of 64 rows and some columns over 32 bytes.
 
     Args:
         count: Of registers with the left side: 1, where it lies, or 4, the bytes themselves.
     """
-    totals, outputs = ", ".join(f"%{i}" for i in range(64)), ", ".join(f'"+f"(d[{i}])' for i in range(64))
+    sums = columns // 2
+    totals, outputs = ", ".join(f"%{i}" for i in range(sums)), ", ".join(f'"+f"(d[{i}])' for i in range(sums))
     if count == 1:
-        taken, left, given = "unsigned long long a", "%64", '"l"(a)'
+        taken, left, given = "unsigned long long a", f"%{sums}", '"l"(a)'
     else:
         taken = ", ".join(f"unsigned int a{i}" for i in range(4))
-        left, given = "{%64, %65, %66, %67}", ", ".join(f'"r"(a{i})' for i in range(4))
-    right = 64 + count
+        left, given = "{" + ", ".join(f"%{sums + i}" for i in range(4)) + "}", ", ".join(f'"r"(a{i})' for i in range(4))
+    right = sums + count
     return f"""
-__device__ __forceinline__ void {name}(float (&d)[64], {taken}, unsigned long long b, int adds) {{
+__device__ __forceinline__ void {name}(float (&d)[{sums}], {taken}, unsigned long long b, int adds) {{
     asm volatile(
         "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{right + 1}, 0;\\n"
-        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {{{totals}}}, {left}, %{right}, p, 1, 1;\\n}}"
+        "wgmma.mma_async.sync.aligned.m64n{columns}k32.f32.e4m3.e4m3 {{{totals}}}, {left}, %{right}, p, 1, 1;\\n}}"
         : {outputs} : {given}, "l"(b), "r"(adds));
 }}
 """
@@ -112,15 +115,22 @@ def attend_tiles(coded: Coded, num_queries: int, scales: tuple[float, float], cu
     lse = torch.empty(num_queries, heads, dtype=torch.float32, device=q.device)
     programs = units = heads * query_tiles
     if cut.split:
-        programs = min(torch.cuda.get_device_properties(device).multi_processor_count, units * length)
+        programs = torch.cuda.get_device_properties(device).multi_processor_count
     parts = torch.empty(programs * 2 * _PART_FLOATS, dtype=torch.float32, device=q.device) if cut.split else None
     results = [_at(out), _at(lse)]
     sizes = [*map(ctypes.c_int, (heads, query_tiles, num_queries))]
     given: list[Any] = [*map(_at, (q, k, v, bias, index)), *results, _at(parts), *sizes]
     given += [ctypes.c_int(tiles), ctypes.c_int(length)]
     launch(attend, programs, 384, cut.shared_bytes, given, device)
-    if cut.split:
-        launch(join, units, 256, 0, [_at(parts), *results, *sizes, *map(ctypes.c_int, (length, programs))], device)
+    if units % programs:
+        launch(
+            join,
+            units % programs,
+            256,
+            0,
+            [_at(parts), *results, *sizes, *map(ctypes.c_int, (length, programs))],
+            device,
+        )
     return out, lse
 
 

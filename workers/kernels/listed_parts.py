@@ -23,19 +23,19 @@ Compose = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(out_a_QND, lse_a_QN, out_b_QND, lse_b_QN) -> out_QND over both sets of keys, in the dtype of out_a."""
 
 
-class CodeTiles(Protocol):
-    """Keys and values that lie in one run become tiles."""
+class CodeChunk(Protocol):
+    """q_QNW -> q_NIB, and keys and values that lie in one run become tiles."""
 
-    def __call__(self, k_NKW: Tensor, v_NKD: Tensor, out: CodedTiles | None = None) -> CodedTiles: ...
+    def __call__(
+        self, q_QNW: Tensor, k_NKW: Tensor, v_NKD: Tensor, out: CodedTiles | None = None
+    ) -> tuple[Tensor, CodedTiles]: ...
 
 
 @dataclass(frozen=True)
 class CodedAttention:
     """With products of 8-bit floats, of queries and keys that are coded before; see `fp8_tiles.py`."""
 
-    code_queries: Callable[[Tensor], Tensor]
-    """q_QNW -> q_NIB."""
-    code_tiles: CodeTiles
+    code_chunk: CodeChunk
     attend: Callable[[Tensor, CodedTiles, Tensor | None, int], tuple[Tensor, Tensor]]
     """(q_NIB, tiles, index_NIJ or None, number of queries) -> out_QND, lse_QN."""
 
@@ -96,9 +96,9 @@ def make_coded(ways: PartedAttention) -> PartedAttention:
     Raises:
         ImportError: Triton is not installed.
     """
-    from workers.kernels.fp8_tiles import attend_coded, code_queries, code_tiles
+    from workers.kernels.fp8_tiles import attend_coded, code_chunk
 
-    return ways._replace(coded=CodedAttention(code_queries, code_tiles, attend_coded))
+    return ways._replace(coded=CodedAttention(code_chunk, attend_coded))
 
 
 def compose_plain(out_a_QND: Tensor, lse_a_QN: Tensor, out_b_QND: Tensor, lse_b_QN: Tensor) -> Tensor:

@@ -174,7 +174,7 @@ class KeptHistory:
             clean: A clean pass.
         """
         kept, ways = self._kept[layer_index], self._ways_of(clean)
-        q = q_QNW if ways.coded is None else ways.coded.code_queries(q_QNW)
+        q, own = (q_QNW, None) if ways.coded is None else self._code(ways.coded, q_QNW, fresh)
         beside = self._beside if looked is not None and self.attends_at_once else None
         if beside is not None:
             beside.wait_stream(torch.cuda.current_stream())
@@ -182,7 +182,7 @@ class KeptHistory:
             self._attend_listed(ways, q, looked, kept)
             mark("attention to the history")
         with torch.cuda.stream(beside):  # None changes nothing
-            out, lse = self._attend_fresh(ways, q, fresh)
+            out, lse = self._attend_fresh(ways, q, fresh if own is None else own)
         if beside is not None:
             torch.cuda.current_stream().wait_stream(beside)
         mark("attention to own keys")
@@ -203,11 +203,13 @@ class KeptHistory:
         for buffer, values in zip(to, found, strict=True):
             buffer.copy_(values)
 
-    def _attend_fresh(self, ways: PartedAttention, q: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
-        f, k, v = self._fresh, keys.k_NLW, keys.v_NLD
+    def _attend_fresh(self, ways: PartedAttention, q: Tensor, keys: Keys | CodedTiles) -> tuple[Tensor, Tensor]:
+        f = self._fresh
+        if isinstance(keys, CodedTiles):
+            assert ways.coded is not None
+            return ways.coded.attend(q, keys, None, f.own_tokens)
+        k, v = keys.k_NLW, keys.v_NLD
         start, head_dim = k.shape[1] - f.num_last * f.tile, v.shape[2]
-        if ways.coded is not None:
-            return self._attend_fresh_coded(ways.coded, q, keys, start)
         if f.num_first:
             return ways.listed(q, k, v, self._list_NIJ)
         if ways.run is None:
@@ -218,10 +220,10 @@ class KeptHistory:
         own = slice(start, start + f.own_tokens)
         return ways.run(q[..., :head_dim], k[:, own, :head_dim], v[:, own])
 
-    def _attend_fresh_coded(
-        self, coded: CodedAttention, q_NIB: Tensor, keys: Keys, start: int
-    ) -> tuple[Tensor, Tensor]:
+    def _code(self, coded: CodedAttention, q_QNW: Tensor, keys: Keys) -> tuple[Tensor, CodedTiles]:
+        """The queries, and what every call attends to itself."""
         f, k, v = self._fresh, keys.k_NLW, keys.v_NLD
+        start = k.shape[1] - f.num_last * f.tile
         if f.num_first:
             first = f.num_first * f.tile
             k, v = (torch.cat((x[:, :first], x[:, start:]), 1) for x in (k, v))
@@ -230,4 +232,4 @@ class KeptHistory:
             k, v = k[:, own, : v.shape[2]], v[:, own]
         else:
             k, v = k[:, start:], v[:, start:]
-        return coded.attend(q_NIB, coded.code_tiles(k, v, self._coded), None, f.own_tokens)
+        return coded.code_chunk(q_QNW, k, v, self._coded)

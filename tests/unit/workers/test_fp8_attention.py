@@ -170,9 +170,7 @@ class _Layer:
 
 
 PLAIN_CODED = CodedAttention(
-    code_queries_plain,
-    lambda k, v, out=None: code_tiles_plain(k, v),
-    attend_tiles_plain,
+    lambda q, k, v, out=None: (code_queries_plain(q), code_tiles_plain(k, v)), attend_tiles_plain
 )
 
 
