@@ -181,7 +181,7 @@ def test_attention_to_the_history_is_what_calls_that_take_it_spare(monkeypatch: 
         run()
         choose, look = calls[-1]
         of_history = {"flash over lists": (5.0, 1)} if look else {}
-        of_choice = {"tile_lse": (0.5, 1)} if choose else {}
+        of_choice = {"tile_sums": (0.5, 1)} if choose else {}
         return {"flash over a run": (2.0, 1), "compose_rows": (0.25, 1), "gemm": (7.0, 1)} | of_history | of_choice
 
     monkeypatch.setattr(history_parts, "kernel_times", times)
