@@ -87,9 +87,12 @@ def test_the_fast_decoder_makes_the_pixels_of_the_library(
     torch.testing.assert_close(frames, exact, atol=1e-6, rtol=0)
 
 
-def test_the_fast_decoder_is_exact_to_rounding_in_float32(vae: WanVae, latents: Tensor, exact: Tensor) -> None:
+def test_the_fast_decoder_rounds_as_the_library_in_float32(
+    vae: WanVae, latents: Tensor, at_once: Tensor, exact: Tensor
+) -> None:
     frames = WanVae(vae.module, fast=True).stream().decode(latents)
-    torch.testing.assert_close(frames, exact.float(), atol=1e-5, rtol=0)
+    assert (frames - exact).abs().max() < 3 * (at_once - exact).abs().max()
+    assert (frames - exact).std() < 1.5 * (at_once - exact).std()
 
 
 def test_the_fast_decoder_rounds_as_the_library_in_bfloat16(latents: Tensor) -> None:
