@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,18 @@ def find_compiler(packages: Path) -> Any:
         except OSError:
             continue
     raise RuntimeError(f"CUDA's runtime compiler was not found; tried {', '.join(found)}")
+
+
+def make_hopper_source(names: Mapping[str, object], products: str, own: Path) -> str:
+    """CUDA of a kernel for compute capability 9.0, behind what such kernels share (hopper.cuh).
+
+    Args:
+        names: What it leaves to be defined.
+        products: Functions that multiply.
+        own: Its file.
+    """
+    defines = "".join(f"#define {name} {value}\n" for name, value in names.items())
+    return defines + Path(__file__).with_name("hopper.cuh").read_text() + products + own.read_text()
 
 
 def compile_source(source: str, library: Any, architecture: str = "sm_90a", name: str = "kernel.cu") -> bytes:

@@ -1,5 +1,5 @@
 // Attention of 128 queries at a time to listed tiles of 128 keys for compute capability 9.0, products in 8 bits (e4m3),
-// head dimension 128. Tiles lie in memory as tensor cores read them (see fp8_tiles.py), so plain bulk copies bring them.
+// head dimension 128. Tiles lie in memory as tensor cores read them (see coded_tiles.py), so plain bulk copies bring them.
 //
 // Two groups of four warps have 64 queries each, a ninth warp brings tiles, a tenth their bias. A group works on halves
 // of 64 keys: while it turns one half's logits into p, tensor cores multiply the half before with its values and the
@@ -7,14 +7,11 @@
 // only if some p did not fit into 8 bits, and then the base rises. Rows of ones behind the values sum p up.
 // Each program takes whole lists while there are as many as programs, so that all are at like places of memory; what is
 // left is shared evenly: what a program has of a list then goes to `parts`, and join() adds the parts up.
+// Registers have the queries, shared memory what was added up.
 //
 // Defined by whoever compiles: STAGES of tiles in shared memory; PROMOTE, tiles after which products are added to the
-// rest outside of tensor cores, which keep fewer bits of a sum; HELD_QUERIES, whether registers have the queries and
-// shared memory what was added up, or the other way round; POLYNOMIAL, which exponentials multipliers work out, 0 for none;
-// FACTOR, from products to logits in base 2; V_SCALE; and the products wgmma_held(), wgmma_qk() of 64 rows by 64 and
-// wgmma_pv() by 136.
-typedef unsigned int u32;
-typedef unsigned long long u64;
+// rest outside of tensor cores, which keep fewer bits of a sum; FACTOR, from products to logits in base 2; V_SCALE; and
+// the products wgmma_qk() of 64 rows by 64 and wgmma_pv() by 136.
 
 constexpr int TILE = 16384, V_SLOT = TILE + 1024, BIAS_SLOT = 1024;  // values with rows of ones; 128 floats, a flag
 constexpr int PART = 68 * 256;                                        // a part: 64 sums, two bases, two sums of p of a thread
@@ -22,73 +19,13 @@ constexpr float TARGET = 6.f, MOST = 8.5f;  // a rising base takes the highest l
 constexpr float LOWEST = -1e30f;            // the base of a row without keys: any logit is far above
 #define NONE __int_as_float(0xFF800000)
 
-__device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ u64 now() {
-    u64 t;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
-    return t;
-}
-
-// A wait that never ends would take the GPU along: after ten seconds the kernel fails.
-__device__ __forceinline__ void await(u32 barrier, u32 parity) {
-    u64 begun = 0;
-    while (true) {
-        u32 done;
-        asm volatile(
-            "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-            : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
-        if (done) return;
-        if (begun == 0) begun = now();
-        else if (now() - begun > 10000000000ull) __trap();
-    }
-}
-
-__device__ __forceinline__ void bring(u32 to, const void* from, u32 bytes, u32 barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-        ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
-}
-
 // Rows of 128 bytes, swizzled, eight of them 1024 bytes from the next eight.
-__device__ __forceinline__ u64 describe(u32 start) {
-    return (u64)((start & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
-}
-
-__device__ __forceinline__ void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-
-template <int LEFT> __device__ __forceinline__ void finish() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
-}
-
-// The compiler does not see that products write until they are waited for.
-template <int COUNT> __device__ __forceinline__ void hold(float (&x)[COUNT]) {
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(x[i])::"memory");
-}
+__device__ __forceinline__ u64 describe(u32 start) { return describe(start, 1024, 16, 1); }
 
 __device__ __forceinline__ float exp2_of(float x) {
     float y;
     asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));  // volatile: before a wait that stands behind it
     return y;
-}
-
-// In base 2 by multipliers, to 1e-4; up to 2^9, which does not fit into 8 bits.
-__device__ __forceinline__ float exp2_by_polynomial(float x) {
-    constexpr float WHOLE = 12582912.f;  // 1.5 * 2^23: a sum's last bit is 1
-    x = fminf(fmaxf(x, -100.f), 9.f);
-    float rounded = x + WHOLE, rest = x - (rounded - WHOLE);
-    float value = fmaf(fmaf(fmaf(0.05550410866f, rest, 0.2402265070f), rest, 0.6931471806f), rest, 1.f);
-    return __int_as_float(__float_as_int(value) + (__float_as_int(rounded) << 23));
 }
 
 __device__ __forceinline__ float highest_of_row(float x) {  // over its four lanes
@@ -113,11 +50,7 @@ __device__ __forceinline__ bool soften(const float (&s)[32], u32 (&p)[8], const 
         const float* x = s + i / 4 * 16 + i / 2 % 2 * 8 + i % 2 * 2;
         float y[4];
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            float above = fmaf(x[j / 2 * 4 + j % 2], FACTOR, -base[i % 2]);
-            bool multiplies = POLYNOMIAL > 0 && (i * 4 + j) % (POLYNOMIAL > 0 ? POLYNOMIAL : 1) == 3;
-            y[j] = multiplies ? exp2_by_polynomial(above) : exp2_of(above);
-        }
+        for (int j = 0; j < 4; j++) y[j] = exp2_of(fmaf(x[j / 2 * 4 + j % 2], FACTOR, -base[i % 2]));
         p[i] = code_four(y[0], y[1], y[2], y[3]);
         over |= p[i] + 0x02020202u;  // 0x7E is the largest
     }
@@ -145,27 +78,7 @@ __device__ __forceinline__ void lower(float (&acc)[68], float (&shrink)[2], cons
     for (int r = 0; r < 2; r++) shrink[r] *= by[r];
 }
 
-__device__ __forceinline__ u32 round_pair(float low, float high) {
-    u32 pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
-
-// Four lanes hold four words each; lane q leaves with word q of every lane, in order.
-__device__ __forceinline__ void transpose(u32 (&w)[4], int q) {
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-        u32 got = __shfl_xor_sync(~0u, q & 1 ? w[i] : w[i + 1], 1);
-        if (q & 1) w[i] = got; else w[i + 1] = got;
-    }
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        u32 got = __shfl_xor_sync(~0u, q & 2 ? w[i] : w[i + 2], 2);
-        if (q & 2) w[i] = got; else w[i + 2] = got;
-    }
-}
-
-struct Job { int head, tile, heads, num_queries; };
+struct Job { int head, tile, heads, num_queries, lse_query, lse_head; };  // lse_: from one's log-sum-exp to the next one's
 
 __device__ __forceinline__ void store(
     const float (&o)[64], const float (&base)[2], const float (&sum)[2], Job job, uint4* out, float* lse) {
@@ -184,7 +97,7 @@ __device__ __forceinline__ void store(
             if (query < job.num_queries) out[row * 16 + b + q] = make_uint4(word[0], word[1], word[2], word[3]);
         }
         if (q == 0 && query < job.num_queries)
-            lse[row] = sum[r] > 0.f ? (base[r] + log2f(sum[r])) * 0.6931471805599453f : NONE;
+            lse[query * job.lse_query + job.head * job.lse_head] = sum[r] > 0.f ? (base[r] + log2f(sum[r])) * 0.6931471805599453f : NONE;
     }
 }
 
@@ -217,15 +130,10 @@ __device__ __forceinline__ int start(float (&s)[32], const float* bias) {
     return has_bias;
 }
 
-__device__ __forceinline__ void multiply_qk(float (&s)[32], [[maybe_unused]] const u32 (&a)[16], u32 q_at, u32 k_at, int adds) {
+__device__ __forceinline__ void multiply_qk(float (&s)[32], const u32 (&a)[16], u32 k_at, int adds) {
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
-#if HELD_QUERIES
-        wgmma_held(s, a[k * 4], a[k * 4 + 1], a[k * 4 + 2], a[k * 4 + 3], describe(k_at + k * 32), k ? 1 : adds);
-#else
-        wgmma_qk(s, describe(q_at + k * 32), describe(k_at + k * 32), k ? 1 : adds);
-#endif
-    }
+    for (int k = 0; k < 4; k++)
+        wgmma_qk(s, a[k * 4], a[k * 4 + 1], a[k * 4 + 2], a[k * 4 + 3], describe(k_at + k * 32), k ? 1 : adds);
 }
 
 __device__ __forceinline__ void multiply_pv(float (&acc)[68], const u32 (&p)[8], u32 v_at, int adds) {
@@ -237,35 +145,21 @@ __device__ __forceinline__ void multiply_pv(float (&acc)[68], const u32 (&p)[8],
 // What was added up outside of tensor cores: 64 sums of products and two of p a thread.
 struct Total {
     float sum[2];
-#if HELD_QUERIES
     float4* at;  // every 256th is a thread's
-#else
-    float o[64];
-#endif
 
     __device__ __forceinline__ void clear() {
         sum[0] = sum[1] = 0.f;
-#if HELD_QUERIES
 #pragma unroll
         for (int i = 0; i < 16; i++) at[i * 256] = make_float4(0.f, 0.f, 0.f, 0.f);
-#else
-#pragma unroll
-        for (int i = 0; i < 64; i++) o[i] = 0.f;
-#endif
     }
 
     __device__ __forceinline__ void add(const float (&acc)[68], float (&shrink)[2]) {
 #pragma unroll
         for (int i = 0; i < 16; i++) {
-#if HELD_QUERIES
             float4 x = at[i * 256];
             x.x = fmaf(x.x, shrink[0], acc[i * 4]), x.y = fmaf(x.y, shrink[0], acc[i * 4 + 1]);
             x.z = fmaf(x.z, shrink[1], acc[i * 4 + 2]), x.w = fmaf(x.w, shrink[1], acc[i * 4 + 3]);
             at[i * 256] = x;
-#else
-#pragma unroll
-            for (int j = 0; j < 4; j++) o[i * 4 + j] = fmaf(o[i * 4 + j], shrink[j / 2], acc[i * 4 + j]);
-#endif
         }
 #pragma unroll
         for (int r = 0; r < 2; r++) sum[r] = fmaf(sum[r], shrink[r], acc[64 + r * 2]), shrink[r] = 1.f;
@@ -274,13 +168,8 @@ struct Total {
     __device__ __forceinline__ void read(float (&to)[64]) {
 #pragma unroll
         for (int i = 0; i < 16; i++) {
-#if HELD_QUERIES
             float4 x = at[i * 256];
             to[i * 4] = x.x, to[i * 4 + 1] = x.y, to[i * 4 + 2] = x.z, to[i * 4 + 3] = x.w;
-#else
-#pragma unroll
-            for (int j = 0; j < 4; j++) to[i * 4 + j] = o[i * 4 + j];
-#endif
         }
     }
 };
@@ -328,7 +217,7 @@ __device__ __forceinline__ void bring_bias(
 
 extern "C" __global__ void __launch_bounds__(384, 1) attend(
     const char* queries, const char* keys, const char* values, const float* biases, const int* lists, uint4* out, float* lse,
-    float* parts, int heads, int query_tiles, int num_queries, int tiles, int length) {
+    float* parts, int heads, int query_tiles, int num_queries, int tiles, int length, int lse_query, int lse_head) {
     extern __shared__ __align__(1024) char room[];
     __shared__ __align__(8) u64 barriers[4 * STAGES + 2];
     char* base_at = room + (1024 - (address(room) & 1023)) % 1024;
@@ -354,7 +243,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend(
 
     // Registers go from the four warps that bring tiles to the eight that multiply; all have 168 before.
     if (warp >= 8) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(HELD_QUERIES ? 40 : 24));
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (warp == 9) {
             for (int turn = 0; take(turn, units, length, begin, end); turn++)
                 bring_bias(at_k, bias_at, full_k, empty_k, biases, lists, begin, end, query_tiles, tiles, length);
@@ -386,13 +275,10 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend(
         return;
     }
 
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(HELD_QUERIES ? 232 : 240));
-    int group = warp / 4;
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     u32 a[16];
     Total kept;
-#if HELD_QUERIES
     kept.at = (float4*)(bias_at + STAGES * BIAS_SLOT) + threadIdx.x;
-#endif
     for (int turn = 0; take(turn, units, length, begin, end); turn++) {
         for (int entry = begin; entry < end;) {
             int unit = entry / length, first = unit * length, stop = min(end, first + length);
@@ -405,22 +291,20 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend(
             kept.clear();
             await(full_q, parity_q);
             parity_q ^= 1;
-#if HELD_QUERIES
             take_queries(a, base_at);
             __syncwarp();
             if (lane == 0) arrive(empty_q);
-#endif
             await(full_k + at_k.slot * 8, at_k.parity);
             const float* bias = (const float*)(bias_at + at_k.slot * BIAS_SLOT);
-            u32 keys_at = k_at + at_k.slot * TILE, own_at = q_at + group * (TILE / 2);
+            u32 keys_at = k_at + at_k.slot * TILE;
             int adds = start(s0, bias);
             start(s1, bias + 64);
             fence();
-            multiply_qk(s0, a, own_at, keys_at, adds);
+            multiply_qk(s0, a, keys_at, adds);
             commit();
             finish<0>();
             fence();
-            multiply_qk(s1, a, own_at, keys_at + TILE / 2, adds);
+            multiply_qk(s1, a, keys_at + TILE / 2, adds);
             commit();
             int since = 0, used_v = -1;
 #pragma unroll 1
@@ -452,7 +336,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend(
                 fence();
                 multiply_pv(acc, p0, values_at, since);
                 commit();
-                multiply_qk(s0, a, own_at, keys_at, adds);
+                multiply_qk(s0, a, keys_at, adds);
                 commit();
                 finish<2>();
                 hold(s1);
@@ -469,7 +353,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend(
                 fence();
                 multiply_pv(acc, p1, values_at + 64, 1);
                 commit();
-                multiply_qk(s1, a, own_at, keys_at + TILE / 2, adds);
+                multiply_qk(s1, a, keys_at + TILE / 2, adds);
                 commit();
                 since++;
                 used_v = at_v.slot;
@@ -477,16 +361,14 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend(
             }
             finish<0>();
             hold(s0), hold(s1), hold(acc);
-            if (lane == 0) {
-                arrive(empty_k + at_k.slot * 8), arrive(empty_v + used_v * 8);
-                if (!HELD_QUERIES) arrive(empty_q);
-            }
+            if (lane == 0) arrive(empty_k + at_k.slot * 8), arrive(empty_v + used_v * 8);
             at_k.turn();
             kept.add(acc, shrink);
             float o[64];
             kept.read(o);
             if (is_whole) {
-                store(o, base, kept.sum, {unit / query_tiles, unit % query_tiles, heads, num_queries}, out, lse);
+                Job job = {unit / query_tiles, unit % query_tiles, heads, num_queries, lse_query, lse_head};
+                store(o, base, kept.sum, job, out, lse);
             } else {
                 float* part = parts + (blockIdx.x * 2 + begins) * PART + threadIdx.x;
 #pragma unroll
@@ -500,7 +382,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend(
 
 // Tiles of queries whose lists were shared by several of attend()'s programs, each by a program of 256 threads.
 extern "C" __global__ void __launch_bounds__(256, 2) join(
-    const float* parts, uint4* out, float* lse, int heads, int query_tiles, int num_queries, int length, int programs) {
+    const float* parts, uint4* out, float* lse, int heads, int query_tiles, int num_queries, int length, int programs,
+    int lse_query, int lse_head) {
     int units = heads * query_tiles, unit = units / programs * programs + blockIdx.x;
     long long total = (long long)(units % programs) * length, first = (long long)blockIdx.x * length;
     programs = (int)min((long long)programs, total);  // that shared
@@ -522,5 +405,5 @@ extern "C" __global__ void __launch_bounds__(256, 2) join(
 #pragma unroll
         for (int i = 0; i < 64; i++) o[i] = o[i] * old[i / 2 % 2] + part[i * 256] * fresh[i / 2 % 2];
     }
-    store(o, base, sum, {unit / query_tiles, unit % query_tiles, heads, num_queries}, out, lse);
+    store(o, base, sum, {unit / query_tiles, unit % query_tiles, heads, num_queries, lse_query, lse_head}, out, lse);
 }

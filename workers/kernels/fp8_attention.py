@@ -1,39 +1,27 @@
 """Launches fp8_attention.cu: attention in 8 bits over listed tiles of 128 keys, on compute capability 9.0 (see
-fp8_tiles.py, which says how queries and tiles lie)."""
+coded_tiles.py, which says how queries and tiles lie)."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from workers.nvrtc import launch, load_functions
+from workers.nvrtc import launch, load_functions, make_hopper_source
 
-_PART_FLOATS = 68 * 256
-
-
-class Cut(NamedTuple):
-    """How the kernel is made; see fp8_attention.cu."""
-
-    promote: int = 4
-    """Tiles after which products are added to the rest outside of tensor cores."""
-    held_queries: bool = True
-    """Registers have the queries, shared memory what was added up; else the other way round."""
-    polynomial: int = 0
-    """Every so manieth exponential is a polynomial."""
-    split: bool = False
-    """A program for each multiprocessor, which share the lists evenly, instead of one for each tile of queries."""
-    stages: int = 4
-
-    @property
-    def shared_bytes(self) -> int:
-        stage = 2 * 16384 + 2 * 1024
-        return 16384 + self.stages * stage + 1024 + 65536 * self.held_queries
+PROMOTE = 4
+"""Tiles after which products are added to the rest outside of tensor cores: 2 takes longer, 8 loses more."""
+STAGES = 4
+"""Tiles of keys and of values that shared memory has room for."""
+_TILE_BYTES, _PART_FLOATS = 16384, 68 * 256
+_SHARED_BYTES = _TILE_BYTES + STAGES * 2 * (_TILE_BYTES + 1024) + 1024 + 65536
+"""Queries; tiles, rows of ones behind values and bias; what it takes to begin at a multiple of 1024; sums."""
 
 
 class Coded(NamedTuple):
@@ -46,7 +34,7 @@ class Coded(NamedTuple):
     index_NIJ: Tensor | None
 
 
-def make_source(factor: float, v_scale: float, cut: Cut) -> str:
+def make_source(factor: float, v_scale: float) -> str:
     """CUDA of the kernel.
 
     Args:
@@ -54,53 +42,47 @@ def make_source(factor: float, v_scale: float, cut: Cut) -> str:
         v_scale: Of values.
     """
     names = {
-        "STAGES": cut.stages,
-        "PROMOTE": cut.promote,
-        "HELD_QUERIES": int(cut.held_queries),
-        "POLYNOMIAL": cut.polynomial,
+        "STAGES": STAGES,
+        "PROMOTE": PROMOTE,
         "FACTOR": f"{factor!r}f",
         "V_SCALE": f"{v_scale!r}f",
+        "LONGEST_WAIT_S": 10,
     }
-    defines = "\n".join(f"#define {name} {value}" for name, value in names.items())
-    products = _make_product("wgmma_qk", 1, 64) + _make_product("wgmma_held", 4, 64) + _make_product("wgmma_pv", 4, 136)
-    return defines + products + Path(__file__).with_suffix(".cu").read_text()
+    products = _make_product("wgmma_qk", 64) + _make_product("wgmma_pv", 136)
+    return make_hopper_source(names, products, Path(__file__).with_suffix(".cu"))
 
 
-def _make_product(name: str, count: int, columns: int) -> str:
-    """A product of 64 rows and some columns over 32 bytes.
-
-    Args:
-        count: Of registers with the left side: 1, where it lies, or 4, the bytes themselves.
-    """
+def _make_product(name: str, columns: int) -> str:
+    """A product of 64 rows, in four registers, and some columns over 32 bytes."""
     sums = columns // 2
     totals, outputs = ", ".join(f"%{i}" for i in range(sums)), ", ".join(f'"+f"(d[{i}])' for i in range(sums))
-    if count == 1:
-        taken, left, given = "unsigned long long a", f"%{sums}", '"l"(a)'
-    else:
-        taken = ", ".join(f"unsigned int a{i}" for i in range(4))
-        left, given = "{" + ", ".join(f"%{sums + i}" for i in range(4)) + "}", ", ".join(f'"r"(a{i})' for i in range(4))
-    right = sums + count
+    taken, given = ", ".join(f"unsigned int a{i}" for i in range(4)), ", ".join(f'"r"(a{i})' for i in range(4))
+    left, right = ", ".join(f"%{sums + i}" for i in range(4)), sums + 4
     return f"""
 __device__ __forceinline__ void {name}(float (&d)[{sums}], {taken}, unsigned long long b, int adds) {{
     asm volatile(
         "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{right + 1}, 0;\\n"
-        "wgmma.mma_async.sync.aligned.m64n{columns}k32.f32.e4m3.e4m3 {{{totals}}}, {left}, %{right}, p, 1, 1;\\n}}"
+        "wgmma.mma_async.sync.aligned.m64n{columns}k32.f32.e4m3.e4m3 {{{totals}}}, {{{left}}}, %{right}, p, 1, 1;\\n}}"
         : {outputs} : {given}, "l"(b), "r"(adds));
 }}
 """
 
 
 @functools.cache
-def _load(factor: float, v_scale: float, cut: Cut, device: int) -> list[ctypes.c_void_p]:
-    return load_functions(make_source(factor, v_scale, cut), ("attend", "join"), cut.shared_bytes, device)
+def _load(factor: float, v_scale: float, device: int) -> list[ctypes.c_void_p]:
+    return load_functions(make_source(factor, v_scale), ("attend", "join"), _SHARED_BYTES, device)
 
 
-def attend_tiles(coded: Coded, num_queries: int, scales: tuple[float, float], cut: Cut) -> tuple[Tensor, Tensor]:
+def attend_tiles(
+    coded: Coded, num_queries: int, scales: tuple[float, float], out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """out_QND in bfloat16 and the natural lse_QN in float32.
 
     Args:
+        coded: Queries and keys.
+        num_queries: Those that exist.
         scales: Of products of queries and keys, and of values.
-        cut: How to do it.
+        out: Written if given: out_QND, contiguous, and lse_QN, with any strides.
     """
     q, k, v, bias, index = coded
     heads, query_tiles = q.shape[:2]
@@ -110,32 +92,32 @@ def attend_tiles(coded: Coded, num_queries: int, scales: tuple[float, float], cu
     device = q.get_device()
     assert device == torch.cuda.current_device()
     factor = math.log2(math.e) / math.sqrt(128) / scales[0]
-    attend, join = _load(factor, scales[1], cut, device)
-    out = torch.empty(num_queries, heads, 128, dtype=torch.bfloat16, device=q.device)
-    lse = torch.empty(num_queries, heads, dtype=torch.float32, device=q.device)
-    programs = units = heads * query_tiles
-    if cut.split:
-        programs = torch.cuda.get_device_properties(device).multi_processor_count
-    parts = torch.empty(programs * 2 * _PART_FLOATS, dtype=torch.float32, device=q.device) if cut.split else None
-    results = [_at(out), _at(lse)]
-    sizes = [*map(ctypes.c_int, (heads, query_tiles, num_queries))]
-    given: list[Any] = [*map(_at, (q, k, v, bias, index)), *results, _at(parts), *sizes]
-    given += [ctypes.c_int(tiles), ctypes.c_int(length)]
-    launch(attend, programs, 384, cut.shared_bytes, given, device)
-    if units % programs:
-        launch(
-            join,
-            units % programs,
-            256,
-            0,
-            [_at(parts), *results, *sizes, *map(ctypes.c_int, (length, programs))],
-            device,
+    attend, join = _load(factor, scales[1], device)
+    if out is None:
+        out = (
+            torch.empty(num_queries, heads, 128, dtype=torch.bfloat16, device=q.device),
+            torch.empty(num_queries, heads, dtype=torch.float32, device=q.device),
         )
-    return out, lse
+    out_QND, lse_QN = out
+    _check_results(out_QND, lse_QN, (num_queries, heads))
+    programs = torch.cuda.get_device_properties(device).multi_processor_count
+    parts = torch.empty(programs * 2 * _PART_FLOATS, dtype=torch.float32, device=q.device)
+    sizes, strides = map(_as_ints, ((heads, query_tiles, num_queries), lse_QN.stride()))
+    given = [*map(_at, (q, k, v, bias, index, out_QND, lse_QN, parts)), *sizes, *_as_ints((tiles, length)), *strides]
+    launch(attend, programs, 384, _SHARED_BYTES, given, device)
+    shared = heads * query_tiles % programs
+    if shared:
+        given = [*map(_at, (parts, out_QND, lse_QN)), *sizes, *_as_ints((length, programs)), *strides]
+        launch(join, shared, 256, 0, given, device)
+    return out
 
 
 def _at(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(0 if tensor is None else tensor.data_ptr())
+
+
+def _as_ints(numbers: Iterable[int]) -> list[Any]:
+    return [ctypes.c_int(number) for number in numbers]
 
 
 def _check(coded: Coded, num_queries: int, length: int) -> None:
@@ -143,8 +125,8 @@ def _check(coded: Coded, num_queries: int, length: int) -> None:
     q, k, v, bias, index = coded
     heads, query_tiles = q.shape[:2]
     tiles = k.shape[1]
-    assert q.shape == (heads, query_tiles, 16384)
-    assert k.shape == v.shape == (heads, tiles, 16384)
+    assert q.shape == (heads, query_tiles, _TILE_BYTES)
+    assert k.shape == v.shape == (heads, tiles, _TILE_BYTES)
     assert bias.shape == (heads, tiles * 128)
     assert 128 * (query_tiles - 1) < num_queries <= 128 * query_tiles
     assert q.dtype == k.dtype == v.dtype == torch.uint8
@@ -154,3 +136,16 @@ def _check(coded: Coded, num_queries: int, length: int) -> None:
     assert heads * query_tiles * length < 2**31
     for given in coded:
         assert given is None or (given.is_cuda and given.is_contiguous() and given.data_ptr() % 16 == 0)
+
+
+def _check_results(out_QND: Tensor, lse_QN: Tensor, sizes: tuple[int, int]) -> None:
+    """Shapes, kinds and places."""
+    assert out_QND.shape == (*sizes, 128)
+    assert out_QND.is_cuda
+    assert out_QND.dtype == torch.bfloat16
+    assert out_QND.is_contiguous()
+    assert out_QND.data_ptr() % 16 == 0
+    assert lse_QN.shape == sizes
+    assert lse_QN.is_cuda
+    assert lse_QN.dtype == torch.float32
+    assert sum(stride * size for stride, size in zip(lse_QN.stride(), sizes, strict=True)) < 2**31

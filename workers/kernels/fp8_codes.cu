@@ -1,4 +1,4 @@
-// Tiles of fp8_tiles.py from queries, keys and values in bfloat16, all in one launch: a program of 256 threads makes a
+// Tiles of coded_tiles.py from queries, keys and values in bfloat16, all in one launch: a program of 256 threads makes a
 // tile of one of them. Values come first, they take longest.
 //
 // Defined by whoever compiles: SCALE_QK, SCALE_V; NO_KEY, what channels with log m of a key sum to at least; FACTOR, from

@@ -1,4 +1,4 @@
-"""Launches fp8_codes.cu: tiles of `fp8_tiles.py` from bfloat16, queries, keys and values in one launch."""
+"""Launches fp8_codes.cu: tiles of `coded_tiles.py` from bfloat16, queries, keys and values in one launch."""
 
 from __future__ import annotations
 
@@ -34,31 +34,31 @@ def _load(scale_qk: float, scale_v: float, no_key: float, device: int) -> ctypes
 
 
 def code_all(
-    q_QNW: Tensor | None,
-    keys: tuple[Tensor, Tensor] | None,
-    to: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    q_QNW: Tensor,
+    k_NKW: Tensor,
+    v_NKD: Tensor,
+    to: tuple[Tensor, Tensor, Tensor, Tensor],
     numbers: tuple[float, float, float],
 ) -> None:
     """Write the tiles of what is given.
 
     Args:
-        q_QNW: Queries; channels behind the 128th are not read.
-        keys: Keys [heads, num, W] and values [heads, num, 128]; log m in two channels behind the 128th if W > 128.
+        q_QNW: Channels behind the 128th are not read.
+        k_NKW: Log m in two channels behind the 128th if W > 128.
+        v_NKD: As many.
         to: Tiles of queries, keys and values, and the bias.
         numbers: Scales of queries and keys and of values, and what a key's channels with log m sum to at least.
     """
-    q = _Source() if q_QNW is None else _describe(q_QNW.transpose(0, 1))
-    k, v = (_Source(), _Source()) if keys is None else map(_describe, keys)
-    given = q_QNW if keys is None else keys[1]
-    assert given is not None
-    device = given.get_device()
+    heads, num_keys, width = k_NKW.shape
+    assert q_QNW.shape[1] == heads
+    assert v_NKD.shape == (heads, num_keys, 128)
+    device = q_QNW.get_device()
     assert device == torch.cuda.current_device()
     for tensor in to:
-        assert tensor is None or tensor.is_contiguous()
-    heads = given.shape[1] if keys is None else given.shape[0]
-    addresses = [ctypes.c_void_p(0 if tensor is None else tensor.data_ptr()) for tensor in to]
-    has_mass = keys is not None and keys[0].shape[2] > 128
-    arguments = [q, k, v, *addresses, ctypes.c_int(heads), ctypes.c_int(has_mass)]
+        assert tensor.is_contiguous()
+    q, k, v = map(_describe, (q_QNW.transpose(0, 1), k_NKW, v_NKD))
+    addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in to]
+    arguments = [q, k, v, *addresses, ctypes.c_int(heads), ctypes.c_int(width > 128)]
     launch(_load(*numbers, device), heads * (q.tiles + k.tiles + v.tiles), 256, 0, arguments, device)
 
 

@@ -66,7 +66,11 @@ def attend_coded_plain(
 
 
 def attend_tiles_plain(
-    q_NIB: Tensor, tiles: CodedTiles, index_NIJ: Tensor | None, num_queries: int
+    q_NIB: Tensor,
+    tiles: CodedTiles,
+    index_NIJ: Tensor | None,
+    num_queries: int,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same for what is coded already; see `fp8_tiles.attend_coded`."""
     tile = tiles.bias_NL.shape[1] // tiles.k_NTB.shape[1]
@@ -75,11 +79,16 @@ def attend_tiles_plain(
     outs, lses = [], []
     for i in range(q.shape[1]):
         seen = [(x if index_NIJ is None else _take(x, index_NIJ[:, i])).flatten(1, 2) for x in (k, v, bias)]
-        out, lse = _attend(q[:, i], *seen)
-        outs.append(out)
-        lses.append(lse)
+        out_NTD, lse_NT = _attend(q[:, i], *seen)
+        outs.append(out_NTD)
+        lses.append(lse_NT)
     out_NQD, lse_NQ = torch.cat(outs, 1)[:, :num_queries], torch.cat(lses, 1)[:, :num_queries]
-    return out_NQD.transpose(0, 1).to(torch.bfloat16).contiguous(), lse_NQ.T
+    found = out_NQD.transpose(0, 1).to(torch.bfloat16).contiguous(), lse_NQ.T
+    if out is None:
+        return found
+    for buffer, values in zip(out, found, strict=True):
+        buffer.copy_(values)
+    return out
 
 
 def _take(x_NT: Tensor, index_NJ: Tensor) -> Tensor:

@@ -31,13 +31,25 @@ class CodeChunk(Protocol):
     ) -> tuple[Tensor, CodedTiles]: ...
 
 
+class AttendCoded(Protocol):
+    """q_NIB, tiles, index_NIJ or None for all, number of queries -> out_QND and lse_QN, written if given."""
+
+    def __call__(
+        self,
+        q_NIB: Tensor,
+        tiles: CodedTiles,
+        index_NIJ: Tensor | None,
+        num_queries: int,
+        out: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
+
+
 @dataclass(frozen=True)
 class CodedAttention:
     """With products of 8-bit floats, of queries and keys that are coded before; see `fp8_tiles.py`."""
 
     code_chunk: CodeChunk
-    attend: Callable[[Tensor, CodedTiles, Tensor | None, int], tuple[Tensor, Tensor]]
-    """(q_NIB, tiles, index_NIJ or None, number of queries) -> out_QND, lse_QN."""
+    attend: AttendCoded
 
 
 class PartedAttention(NamedTuple):
@@ -91,11 +103,7 @@ def make_rounded(ways: PartedAttention, tile: int) -> PartedAttention:
 
 
 def make_coded(ways: PartedAttention) -> PartedAttention:
-    """Composed in the same way, attended to by the kernel that multiplies 8-bit floats.
-
-    Raises:
-        ImportError: Triton is not installed.
-    """
+    """Composed in the same way, attended to by the kernel that multiplies 8-bit floats."""
     from workers.kernels.fp8_tiles import attend_coded, code_chunk
 
     return ways._replace(coded=CodedAttention(code_chunk, attend_coded))

@@ -4,8 +4,6 @@
 // Defined by whoever compiles: C_IN and C_OUT channels, N channels of a tile (C_OUT is a multiple), TH x TW pixels of a
 // tile, MB blocks of 8x8 pixels for each of two groups of four warps, NA and NB slots of inputs and of weights, PLAIN (how
 // inputs lie in shared memory), and wgmma(), the product of 64 pixels, N channels and 16 inputs.
-typedef unsigned int u32;
-typedef unsigned long long u64;
 struct alignas(64) TensorMap { u64 opaque[16]; };
 
 constexpr int KC = 32;                                        // input channels of a step
@@ -14,36 +12,6 @@ constexpr int A_BYTES = HALO * KC * 2, A_SLOT = (A_BYTES + 1023) / 1024 * 1024;
 constexpr int B_TAP = N * KC * 2, B_SLOT = 3 * B_TAP;         // a row of places
 constexpr int STEPS = C_IN / KC, TILES_N = C_OUT / N, GROUP = 64;
 static_assert(TH * TW == 2 * MB * 64 && B_SLOT % 1024 == 0 && N % 32 == 0, "tile");
-
-__device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ u64 now() {
-    u64 t;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
-    return t;
-}
-
-// A wait that never ends would take the GPU along: after a minute, more than a machine is ever paused, the kernel fails.
-__device__ __forceinline__ void await(u32 barrier, u32 parity) {
-    u64 begun = 0;
-    while (true) {
-        u32 done;
-        asm volatile(
-            "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-            : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
-        if (done) return;
-        if (begun == 0) begun = now();
-        else if (now() - begun > 60000000000ull) __trap();
-    }
-}
 
 __device__ __forceinline__ void load_inputs(u32 to, const TensorMap* map, u32 barrier, int step, int column, int row, int frame) {
 #if PLAIN
@@ -55,17 +23,6 @@ __device__ __forceinline__ void load_inputs(u32 to, const TensorMap* map, u32 ba
         "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
         ::"r"(to), "l"(map), "r"(barrier), "r"(step * KC), "r"(column), "r"(row), "r"(frame) : "memory");
 #endif
-}
-
-__device__ __forceinline__ void load_weights(u32 to, const void* from, u32 barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-        ::"r"(to), "l"(from), "r"(B_SLOT), "r"(barrier) : "memory");
-}
-
-// Where a matrix of rows of 8 lies: start, bytes from 8 rows to the next 8, bytes from 8 columns to the next, swizzle.
-__device__ __forceinline__ u64 describe(u32 start, u32 rows, u32 columns, u64 swizzle) {
-    return (u64)((start & 0x3FFFF) >> 4) | (u64)(columns >> 4) << 16 | (u64)(rows >> 4) << 32 | swizzle << 62;
 }
 
 __device__ __forceinline__ u64 describe_inputs(u32 slot, int pixel, int k) {  // k: 16 channels
@@ -91,29 +48,9 @@ __device__ __forceinline__ Tile find_tile(int index, int num, int height, int wi
     return {inside / size, tile / tiles_w * TH, tile % tiles_w * TW, index % TILES_N * N};
 }
 
-__device__ __forceinline__ u32 round_pair(float low, float high) {
-    u32 pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
-
 __device__ __forceinline__ u32 add_pair(u32 a, u32 b) {
     return round_pair(__uint_as_float(a << 16) + __uint_as_float(b << 16),
                       __uint_as_float(a & 0xFFFF0000u) + __uint_as_float(b & 0xFFFF0000u));
-}
-
-// Four lanes hold four words each; lane q leaves with word q of every lane, in order.
-__device__ __forceinline__ void transpose(u32 (&w)[4], int q) {
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-        u32 got = __shfl_xor_sync(~0u, q & 1 ? w[i] : w[i + 1], 1);
-        if (q & 1) w[i] = got; else w[i + 1] = got;
-    }
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        u32 got = __shfl_xor_sync(~0u, q & 2 ? w[i] : w[i + 2], 2);
-        if (q & 2) w[i] = got; else w[i + 2] = got;
-    }
 }
 
 // Where a lane's pixel of a block lies in the result, in units of eight channels; past a picture: -1.
@@ -197,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) convolve(
                     for (int dy = 0; dy < 3; dy++) {
                         await(empty_b + sb * 8, pb ^ 1);
                         expect(full_b + sb * 8, B_SLOT);
-                        load_weights(b_slots + sb * B_SLOT, rows + dy * B_SLOT, full_b + sb * 8);
+                        bring(b_slots + sb * B_SLOT, rows + dy * B_SLOT, B_SLOT, full_b + sb * 8);
                         if (++sb == NB) sb = 0, pb ^= 1;
                     }
                 }
@@ -218,7 +155,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) convolve(
 #pragma unroll 1
                 for (int dy = 0; dy < 3; dy++) {
                     await(full_b + sb * 8, pb);
-                    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+                    fence();
 #pragma unroll
                     for (int dx = 0; dx < 3; dx++) {
 #pragma unroll
@@ -233,8 +170,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) convolve(
                         }
                     }
                     is_begun = 1;
-                    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-                    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+                    commit();
+                    finish<1>();
                     // All but the newest products are done: what they read may be overwritten.
                     if (lane == 0 && last_b >= 0) {
                         arrive(empty_b + last_b * 8);
@@ -254,12 +191,9 @@ extern "C" __global__ void __launch_bounds__(384, 1) convolve(
             for (int i = 0; i < 2 * MB; i++)
                 load_beside(other[i / 2][i % 2], beside, find_pixel(tile, group * MB + i / 2, i % 2, warp, lane, height, width));
         }
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-        // The compiler does not see that products write their totals until here.
+        finish<0>();
 #pragma unroll
-        for (int m = 0; m < MB; m++)
-#pragma unroll
-            for (int i = 0; i < N / 2; i++) asm volatile("" : "+f"(total[m][i])::"memory");
+        for (int m = 0; m < MB; m++) hold(total[m]);
         if (lane == 0) arrive(empty_b + last_b * 8), arrive(empty_a + last_a * 8);
 #pragma unroll
         for (int i = 0; i < 2 * MB; i++) {

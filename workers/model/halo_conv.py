@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from workers.nvrtc import check, launch, load_driver, load_functions
+from workers.nvrtc import check, launch, load_driver, load_functions, make_hopper_source
 
 _KC = 32
 """Input channels of a step: rows of 64 bytes in shared memory."""
@@ -96,9 +96,9 @@ __device__ __forceinline__ void wgmma(float (&d)[{count}], unsigned long long a,
         "NA": cut.slots_a,
         "NB": cut.slots_b,
         "PLAIN": int(cut.plain),
+        "LONGEST_WAIT_S": 60,  # a machine may be paused for seconds
     }
-    defines = "\n".join(f"#define {name} {value}" for name, value in names.items())
-    return defines + product + Path(__file__).with_suffix(".cu").read_text()
+    return make_hopper_source(names, product, Path(__file__).with_suffix(".cu"))
 
 
 @functools.cache

@@ -199,9 +199,7 @@ class KeptHistory:
             ways.listed_into(q, keys.k_NLW, keys.v_NLD, looked.index_NIJ, to)
             return
         assert ways.coded is not None
-        found = ways.coded.attend(q, keys, looked.index_NIJ, self._fresh.own_tokens)
-        for buffer, values in zip(to, found, strict=True):
-            buffer.copy_(values)
+        ways.coded.attend(q, keys, looked.index_NIJ, self._fresh.own_tokens, to)
 
     def _attend_fresh(self, ways: PartedAttention, q: Tensor, keys: Keys | CodedTiles) -> tuple[Tensor, Tensor]:
         f = self._fresh

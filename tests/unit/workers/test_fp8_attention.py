@@ -103,6 +103,9 @@ def test_coded_tiles_are_attended_to_as_keys_that_are_rounded_on_the_way() -> No
         found = attend_tiles_plain(code_queries_plain(q), code_tiles_plain(k, v), given, 200)
         torch.testing.assert_close(found[0].float(), expected[0], rtol=1e-2, atol=1e-3)
         torch.testing.assert_close(found[1], expected[1])
+        into = torch.empty(200, 2, 128, dtype=torch.bfloat16), torch.empty(2, 200).T
+        attend_tiles_plain(code_queries_plain(q), code_tiles_plain(k, v), given, 200, into)
+        assert all(torch.equal(a, b) for a, b in zip(into, found, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 
 from tests.bench.fp8_attention import CASES, Case, draw, error
 from workers.coded_tiles import SCALE_V, code_queries_plain, code_tiles_plain, key_of_byte, to_e4m3
+from workers.kernels.fp8_attention import make_source
 from workers.kernels.fp8_plain import attend_coded_plain
 from workers.kernels.listed_tiles import attend_listed_plain_lse
 
@@ -60,3 +61,10 @@ def test_pieces_of_a_row_lie_swizzled_and_keys_of_values_as_a_thread_has_them() 
     assert sorted(key_of_byte().tolist()) == list(range(128))
     assert bool(tiles.bias_NL[0, 150:].isneginf().all())
     assert torch.equal(tiles.bias_NL[0, :150], torch.zeros(150))
+
+
+def test_the_source_holds_both_products_behind_what_kernels_share() -> None:
+    source = make_source(0.125, SCALE_V)
+    assert "#define FACTOR 0.125f\n" in source
+    places = [source.index(part) for part in ("void bring(", "m64n64k32", "m64n136k32", "void __launch_bounds__")]
+    assert places == sorted(places)
