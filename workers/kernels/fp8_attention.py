@@ -46,7 +46,7 @@ def make_source(factor: float, v_scale: float) -> str:
         "PROMOTE": PROMOTE,
         "FACTOR": f"{factor!r}f",
         "V_SCALE": f"{v_scale!r}f",
-        "LONGEST_WAIT_S": 10,
+        "LONGEST_WAIT_S": 60,  # a machine may be paused for seconds
     }
     products = _make_product("wgmma_qk", 64) + _make_product("wgmma_pv", 136)
     return make_hopper_source(names, products, Path(__file__).with_suffix(".cu"))
