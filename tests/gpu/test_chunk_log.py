@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import torch
 
 from tests.bench.history_engine import Variant, make_engine, make_plan
 from tests.bench.rollout_rows import Settings
-from workers.cache.side_work import OnStream, Wait
+from tests.late_copies import Late
+from workers.cache.side_work import OnStream
 from workers.model.backbones import find_backbone
 from workers.rollouts.chunk_log import ChunkLog, path_of, replay_log
 from workers.snapshot import RolloutId
@@ -39,18 +39,7 @@ WAYS = {
 }
 
 
-class Slow(OnStream):
-    """Every copy is some milliseconds late: without a wait the lists would have changed by then."""
-
-    def run(self, job: Callable[[], None]) -> Wait:
-        def late() -> None:
-            torch.cuda._sleep(20_000_000)
-            job()
-
-        return super().run(late)
-
-
-@pytest.mark.parametrize("side", [OnStream, Slow])
+@pytest.mark.parametrize("side", [OnStream, Late])
 @pytest.mark.parametrize("way", list(WAYS))
 @torch.no_grad()
 def test_the_table_and_what_follows_are_the_same(way: str, side: type[OnStream], tmp_path: Path) -> None:

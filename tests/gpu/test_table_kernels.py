@@ -260,6 +260,18 @@ def test_ranks_of_long_rows(rows: int, num: int, spread: int) -> None:
         assert torch.equal(running_sum(values.to(DEVICE)).cpu(), values.cumsum(-1, dtype=torch.int32))
 
 
+def draw_queries_and_keys(num_queries: int, tiles: int, tile: int) -> tuple[Tensor, Tensor]:
+    """With channels of log m; two tiles without a key."""
+    generator = torch.Generator().manual_seed(3)
+    q = torch.randn(num_queries, HEADS, DIM + 16, generator=generator)
+    k = torch.randn(HEADS, tiles * tile, DIM + 16, generator=generator)
+    q[..., DIM:], k[..., DIM:] = 0, 0
+    q[..., DIM : DIM + 2] = 1
+    k[..., DIM] = torch.rand(HEADS, tiles * tile, generator=generator) * 4
+    k[:, tile : 3 * tile, DIM] = -1e5
+    return q.to(DEVICE), k.to(DEVICE)
+
+
 @pytest.mark.parametrize("estimate", ["exact", "quant"])
 @pytest.mark.parametrize(
     ("num_queries", "tiles", "tile", "samples"), [(100, 9, 16, 8), (40, 21, 16, 8), (300, 9, 128, 16), (50, 10, 8, 8)]
@@ -268,14 +280,7 @@ def test_kernels_choose_the_tiles_that_the_plain_way_chooses(
     estimate: Estimate, num_queries: int, tiles: int, tile: int, samples: int
 ) -> None:
     pytest.importorskip("triton")
-    generator = torch.Generator().manual_seed(3)
-    q = torch.randn(num_queries, HEADS, DIM + 16, generator=generator)
-    k = torch.randn(HEADS, tiles * tile, DIM + 16, generator=generator)
-    q[..., DIM:], k[..., DIM:] = 0, 0
-    q[..., DIM : DIM + 2] = 1
-    k[..., DIM] = torch.rand(HEADS, tiles * tile, generator=generator) * 4
-    k[:, tile : 3 * tile, DIM] = -1e5  # two tiles without a key
-    q, k = q.to(DEVICE), k.to(DEVICE)
+    q, k = draw_queries_and_keys(num_queries, tiles, tile)
     runs = TileRuns(candidates=((0, 3), (4, tiles - 1)), always=((tiles - 1, tiles),), num_tiles=tiles)
     chosen = []
     for fused in (True, False):
@@ -305,14 +310,8 @@ def test_sums_of_tiles_are_the_masses_of_the_plain_way(
     """Also where several products share keys, and a tile's logits lie in several of them or in all of a step."""
     triton_choice = pytest.importorskip("workers.attention.triton_choice", exc_type=ImportError)
     launch = triton_choice.Launch(16, keys, blocks, programs, 4, 2)
-    generator, tile, tiles, samples = torch.Generator().manual_seed(3), 32, 19, 16
-    q = torch.randn(10 * tile, HEADS, DIM + 16, generator=generator)
-    k = torch.randn(HEADS, tiles * tile, DIM + 16, generator=generator)
-    q[..., DIM:], k[..., DIM:] = 0, 0
-    q[..., DIM : DIM + 2] = 1
-    k[..., DIM] = torch.rand(HEADS, tiles * tile, generator=generator) * 4
-    k[:, tile : 3 * tile, DIM] = -1e5  # two tiles without a key
-    q, k = q.to(DEVICE), k.to(DEVICE)
+    tile, tiles, samples = 32, 19, 16
+    q, k = draw_queries_and_keys(10 * tile, tiles, tile)
     runs = TileRuns(candidates=((0, tiles),), always=(), num_tiles=tiles)
     settings = ChoiceSettings(4, samples, 4, estimate, tile=tile, fused=True)
     chooser = TileChoice(settings, runs, len(q), DIM, DEVICE)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.late_copies import Late
 from workers.cache.low_bit import Storage
 from workers.cache.packed_table import make_table
-from workers.cache.side_work import OnStream, Wait
+from workers.cache.side_work import OnStream
 from workers.cache.table_layout import MergeRule, TableSettings
 from workers.cache.table_snapshot import TableSnapshot, restore_table
 from workers.cache.tile_table import TileTable
@@ -29,17 +30,6 @@ SIZES = TableSettings(
     spare_chunks=3,
     tile=64,
 )
-
-
-class Slow(OnStream):
-    """Every job is some milliseconds late: without a wait the table would have changed by then."""
-
-    def run(self, job: Callable[[], None]) -> Wait:
-        def late() -> None:
-            torch.cuda._sleep(20_000_000)
-            job()
-
-        return super().run(late)
 
 
 def go_on(table: TileTable, first: int, stop: int) -> None:
@@ -70,7 +60,7 @@ def test_made_while_generation_goes_on_equals_one_at_rest(chunks_on: int, rule: 
     pytest.importorskip("triton")
     sizes = replace(SIZES, rule=rule, storage=storage)
     states = []
-    for side, num in ((OnStream, 0), (OnStream, chunks_on), (Slow, chunks_on)):
+    for side, num in ((OnStream, 0), (OnStream, chunks_on), (Late, chunks_on)):
         table = make_table(sizes, torch.bfloat16, torch.device("cuda"), work="kernels")
         go_on(table, 0, BEGUN_AT)
         states.append(taken(table, side(table.device), num))
