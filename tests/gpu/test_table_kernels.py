@@ -260,7 +260,7 @@ def test_ranks_of_long_rows(rows: int, num: int, spread: int) -> None:
         assert torch.equal(running_sum(values.to(DEVICE)).cpu(), values.cumsum(-1, dtype=torch.int32))
 
 
-def draw_queries_and_keys(num_queries: int, tiles: int, tile: int) -> tuple[Tensor, Tensor]:
+def draw_queries_and_keys(num_queries: int, tiles: int, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
     """With channels of log m; two tiles without a key."""
     generator = torch.Generator().manual_seed(3)
     q = torch.randn(num_queries, HEADS, DIM + 16, generator=generator)
