@@ -39,6 +39,19 @@ def find_compiler(packages: Path) -> Any:
     raise RuntimeError(f"CUDA's runtime compiler was not found; tried {', '.join(found)}")
 
 
+def lacks_compiler() -> str:
+    """Why no CUDA can be compiled here; empty where it can."""
+    try:
+        find_compiler(_packages())
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def _packages() -> Path:
+    return Path(torch.__file__).parents[1]
+
+
 def make_hopper_source(names: Mapping[str, object], products: str, own: Path) -> str:
     """CUDA of a kernel for compute capability 9.0, behind what such kernels share (hopper.cuh).
 
@@ -51,35 +64,23 @@ def make_hopper_source(names: Mapping[str, object], products: str, own: Path) ->
     return defines + Path(__file__).with_name("hopper.cuh").read_text() + products + own.read_text()
 
 
-def compile_source(source: str, library: Any, architecture: str = "sm_90a", name: str = "kernel.cu") -> bytes:
+def compile_source(source: str, library: Any, architecture: str = "sm_90a") -> bytes:
     """Machine code, by the runtime compiler; its messages are the error."""
-    return compile_and_tell(source, library, architecture, name)[0]
-
-
-def compile_and_tell(
-    source: str, library: Any, architecture: str, name: str, more: Sequence[str] = ()
-) -> tuple[bytes, str]:
-    """The same with what the compiler said.
-
-    Args:
-        more: Options, such as `--ptxas-options=-v`.
-    """
     program = ctypes.c_void_p()
-    assert library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), name.encode(), 0, None, None) == 0
-    options = [option.encode() for option in (f"--gpu-architecture={architecture}", "--std=c++17", *more)]
+    assert library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None) == 0
+    options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
     failed = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
     size = ctypes.c_size_t()
-    library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-    log = ctypes.create_string_buffer(size.value)
-    library.nvrtcGetProgramLog(program, log)
-    said = log.value.decode()
     if failed:
-        raise RuntimeError(said)
+        library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        library.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(log.value.decode())
     library.nvrtcGetCUBINSize(program, ctypes.byref(size))
     code = ctypes.create_string_buffer(size.value)
     library.nvrtcGetCUBIN(program, code)
     library.nvrtcDestroyProgram(ctypes.byref(program))
-    return code.raw, said
+    return code.raw
 
 
 def load_functions(source: str, names: Sequence[str], shared_bytes: int, device: int) -> list[ctypes.c_void_p]:
@@ -88,7 +89,7 @@ def load_functions(source: str, names: Sequence[str], shared_bytes: int, device:
     Args:
         shared_bytes: Of dynamic shared memory, that the first may ask for.
     """
-    code = compile_source(source, find_compiler(Path(torch.__file__).parents[1]))
+    code = compile_source(source, find_compiler(_packages()))
     driver, module = load_driver(), ctypes.c_void_p()
     functions = [ctypes.c_void_p() for _ in names]
     with torch.cuda.device(device):

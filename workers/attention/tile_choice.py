@@ -74,7 +74,6 @@ class TileChoice:
         self._always_A = _numbers(runs.always, device)
         self.num_chosen = min(s.num_chosen, len(self._candidate_J))
         self.num_early = min(s.num_early or s.num_chosen, len(self._candidate_J))
-        self.num_tiles = runs.num_tiles
         self.query_tiles = -(-num_queries // s.tile)
         self._query_S = sample_places(num_queries, s.tile, s.queries_per_tile, device)[0]
         self.sampled_slot_R = sample_places(runs.num_tiles * s.tile, s.tile, s.keys_per_tile, device)[0]
@@ -98,6 +97,11 @@ class TileChoice:
     def compile(self, backend: str | Callable[..., object] = "inductor") -> None:
         """Fuse what follows the products."""
         self._estimate = torch.compile(_estimate, dynamic=False, backend=backend)
+
+    @property
+    def num_tiles(self) -> int:
+        """Of the whole table."""
+        return self.runs.num_tiles
 
     @property
     def has_clean_list(self) -> bool:

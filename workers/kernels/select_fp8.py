@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from workers.coded_tiles import CODED_TILE
 from workers.config_tiles import Fp8Attention
 from workers.kernels.listed_parts import PartedAttention, make_coded, make_rounded
 from workers.kernels.select import Hardware, KernelNeed
-from workers.nvrtc import find_compiler
+from workers.nvrtc import lacks_compiler
 
 logger = logging.getLogger(__name__)
 
@@ -38,15 +37,6 @@ class Fp8Choice(NamedTuple):
 
 
 NO_FP8 = Fp8Choice()
-
-
-def lacks_compiler() -> str:
-    """Why no CUDA can be compiled here; empty where it can."""
-    try:
-        find_compiler(Path(torch.__file__).parents[1])
-    except RuntimeError as error:
-        return str(error)
-    return ""
 
 
 def choose_fp8(

@@ -6,7 +6,6 @@ It follows from what there is and never from timing, so that all cards of one ki
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -42,7 +41,7 @@ def choose_route(compute: tuple[int, int] | None, dtype: torch.dtype, *, has_tri
         has_triton: Whether it is installed.
     """
     missing = "" if has_triton else "Triton is not installed"
-    not_halo = _why_no_halo(compute, dtype) or missing or _why_no_compiler()
+    not_halo = _why_no_halo(compute, dtype) or missing or nvrtc.lacks_compiler()
     if not not_halo:
         return RouteChoice("halo", "VAE decodes by halo")
     not_triton = _why_no_triton(compute, dtype) or missing
@@ -61,14 +60,6 @@ def _why_no_triton(compute: tuple[int, int] | None, dtype: torch.dtype) -> str:
     if compute is None or compute < TRITON_FROM:
         return "it needs compute capability {}.{}, {}".format(*TRITON_FROM, _this(compute))
     return "" if dtype in (torch.bfloat16, torch.float16) else f"it is faster in 16 bits alone, not in {_name(dtype)}"
-
-
-def _why_no_compiler() -> str:
-    try:
-        nvrtc.find_compiler(Path(torch.__file__).parents[1])
-    except RuntimeError as error:
-        return str(error)
-    return ""
 
 
 def _this(compute: tuple[int, int] | None) -> str:

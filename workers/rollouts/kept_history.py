@@ -206,28 +206,28 @@ class KeptHistory:
         if isinstance(keys, CodedTiles):
             assert ways.coded is not None
             return ways.coded.attend(q, keys, None, f.own_tokens)
-        k, v = keys.k_NLW, keys.v_NLD
-        start, head_dim = k.shape[1] - f.num_last * f.tile, v.shape[2]
         if f.num_first:
-            return ways.listed(q, k, v, self._list_NIJ)
+            return ways.listed(q, keys.k_NLW, keys.v_NLD, self._list_NIJ)
+        k, v = self._last_run(keys, in_tiles=ways.run is None)
         if ways.run is None:
-            return ways.listed(q, k[:, start:], v[:, start:], self._list_NIJ)
-        if not f.is_own_alone:
-            return ways.run(q, k[:, start:], v[:, start:])
-        # Its keys alone: no empty slot, log m 0, so the channels of log m need not be read.
-        own = slice(start, start + f.own_tokens)
-        return ways.run(q[..., :head_dim], k[:, own, :head_dim], v[:, own])
+            return ways.listed(q, k, v, self._list_NIJ)
+        return ways.run(q[..., : k.shape[2]], k, v)
 
     def _code(self, coded: CodedAttention, q_QNW: Tensor, keys: Keys) -> tuple[Tensor, CodedTiles]:
         """The queries, and what every call attends to itself."""
-        f, k, v = self._fresh, keys.k_NLW, keys.v_NLD
-        start = k.shape[1] - f.num_last * f.tile
+        f = self._fresh
+        k, v = self._last_run(keys)
         if f.num_first:
             first = f.num_first * f.tile
-            k, v = (torch.cat((x[:, :first], x[:, start:]), 1) for x in (k, v))
-        elif f.is_own_alone:
-            own = slice(start, start + f.own_tokens)
-            k, v = k[:, own, : v.shape[2]], v[:, own]
-        else:
-            k, v = k[:, start:], v[:, start:]
+            k, v = torch.cat((keys.k_NLW[:, :first], k), 1), torch.cat((keys.v_NLD[:, :first], v), 1)
         return coded.code_chunk(q_QNW, k, v, self._coded)
+
+    def _last_run(self, keys: Keys, *, in_tiles: bool = False) -> tuple[Tensor, Tensor]:
+        """Keys and values that lie last and that every call sees; `in_tiles`: empty slots of the last one, too."""
+        f, k, v = self._fresh, keys.k_NLW, keys.v_NLD
+        start = k.shape[1] - f.num_last * f.tile
+        if in_tiles or not f.is_own_alone:
+            return k[:, start:], v[:, start:]
+        # Its keys alone: no empty slot, log m 0, so the channels of log m need not be read.
+        own = slice(start, start + f.own_tokens)
+        return k[:, own, : v.shape[2]], v[:, own]

@@ -40,7 +40,9 @@ class Chooser(Protocol):
     """See `workers/attention/tile_choice.py`."""
 
     sampled_slot_R: Tensor
-    num_tiles: int
+
+    @property
+    def num_tiles(self) -> int: ...
 
     @property
     def has_clean_list(self) -> bool: ...
