@@ -18,7 +18,7 @@ import torch
 
 from workers.attention.tile_mass import sample_places
 from workers.cache.low_bit import Storage
-from workers.cache.packed_history import PACKED, PackedLayer, PlainPacking, Workspace
+from workers.cache.packed_history import PackedLayer, PlainPacking, Workspace
 from workers.cache.packed_table import PackedTable, make_table
 from workers.cache.partners import History
 from workers.cache.shrink import Room
@@ -111,7 +111,10 @@ def check_unpack(storage: Storage, head_dim: int, tile: int, *, some: bool) -> N
 
 def check_unpack_coded(storage: Storage) -> None:
     """As plain torch codes what it unpacks into float32, bit by bit, in the tiles that are asked for and no others."""
-    from workers.cache.table_kernels import unpack_coded
+    if INTERPRETED:
+        from workers.cache.triton_coded_tiles import unpack_coded
+    else:
+        from workers.cache.table_kernels import unpack_coded
 
     s = replace(SIZES, storage=storage, head_dim=128, tile=128, chunk_tokens=3 * 50, frame_tokens=50)
     layer = draw_table(s).layers[0]
@@ -119,6 +122,9 @@ def check_unpack_coded(storage: Storage) -> None:
     layer.mass_NC2[:, 30:90, 0] = layer.k_NLW[:, 5:99, s.head_dim] = -1e5
     if not INTERPRETED:
         layer.v_largest_NCG[:, 40:60] = 100.0  # more than the largest float
+        for largest in (layer.k_largest_NCG, layer.v_largest_NCG):
+            largest[:, 100:120] = 2.0**-9  # below the smallest float that is normal
+            largest[:, 130:140] = 0
     tiles = s.num_slots // s.tile
     is_seen = (torch.rand(s.num_heads, tiles, generator=torch.Generator().manual_seed(1)) < 0.7).to(DEVICE)
     found, expected = (Workspace(s, torch.bfloat16, DEVICE).coded(s) for _ in range(2))
@@ -381,8 +387,7 @@ def seconds(run: Callable[[], object], times: int = 20) -> float:
 
 def print_speed(storage: Storage, kept_chunks: int = 48, spare_chunks: int = 10) -> None:
     """Of the kernels at Wan2.1-1.3B sizes, one layer; beside what copying as many bytes takes here."""
-    from workers.cache import triton_coded_tiles
-    from workers.cache.table_kernels import pack, unpack, unpack_coded, unpack_sample
+    from workers.cache.table_kernels import pack, unpack, unpack_sample
 
     s = TableSettings(1, 12, 128, 4680, 1560, kept_chunks=kept_chunks, spare_chunks=spare_chunks, storage=storage)
     table = draw_table(s, torch.bfloat16)
@@ -399,19 +404,6 @@ def print_speed(storage: Storage, kept_chunks: int = 48, spare_chunks: int = 10)
         speed = share * moved / took
         say = f"{took * 1e3:.3f} ms, {speed / 1e12:.2f} TB/s, {speed / bandwidth:.0%} of a copy"
         print(f"unpack {storage}, {share:.0%} of tiles: {say}", flush=True)
-    coded, codes = (
-        to.coded(s),
-        sum(x.nbytes for x in (*(getattr(layer, name) for name in PACKED), layer.k_NLW, layer.v_NLD)),
-    )
-    for share, rows, warps in product((1.0, 0.5, 0.25), (16, 32, 64), (2, 4, 8)):
-        triton_coded_tiles.KEYS_AT_ONCE, triton_coded_tiles.NUM_WARPS = rows, warps
-        is_seen = (torch.rand(s.num_heads, s.num_slots // s.tile, device=DEVICE) < share).to(torch.uint8)
-        took = seconds(partial(unpack_coded, layer, coded, s, is_seen))
-        speed = share * (codes + sum(x.nbytes for x in coded)) / took
-        say = f"{took * 1e3:.3f} ms, {speed / 1e12:.2f} TB/s, {speed / bandwidth:.0%} of a copy"
-        print(
-            f"unpack {storage} into 8-bit floats, {share:.0%} of tiles, {rows} rows, {warps} warps: {say}", flush=True
-        )
     slot_R = sample_places(s.num_slots, s.tile, 16, DEVICE)[0]
     took, share = seconds(partial(unpack_sample, layer, to, s, slot_R)), len(slot_R) / s.num_slots
     speed = share * of_keys / took
