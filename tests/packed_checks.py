@@ -89,9 +89,12 @@ def draw_table(sizes: TableSettings, dtype: torch.dtype = DTYPE, device: torch.d
     return table
 
 
-def check_unpack(storage: Storage, head_dim: int, tile: int, *, some: bool) -> None:
+def check_unpack(storage: Storage, head_dim: int, tile: int, *, some: bool, by_cuda: bool = False) -> None:
     """The same bits in each tile that is asked for; the others are left alone."""
-    from workers.cache.table_kernels import unpack
+    if by_cuda:
+        from workers.cache.unpack_coded import unpack_rows as unpack
+    else:
+        from workers.cache.table_kernels import unpack
 
     s = sizes_of(storage, head_dim, tile)
     layer = draw_table(s).layers[0]

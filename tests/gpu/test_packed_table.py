@@ -30,6 +30,7 @@ from workers.cache.low_bit import Storage
 from workers.cache.packed_history import PackedLayer
 from workers.cache.table_layout import MergeRule
 
+HAS_CUDA_KERNELS = not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not (torch.cuda.is_available() or INTERPRETED), reason="needs a CUDA device"),
@@ -54,9 +55,16 @@ def test_unpacking_a_sample_gives_the_bits_of_the_plain_way(storage: Storage, he
 @pytest.mark.parametrize("storage", ["int8", "int4"])
 def test_unpacking_into_8_bit_floats_gives_the_bits_of_the_plain_way(storage: Storage) -> None:
     pytest.importorskip("triton")
-    if not INTERPRETED and torch.cuda.get_device_capability() != (9, 0):
+    if not (INTERPRETED or HAS_CUDA_KERNELS):
         pytest.skip("needs compute capability 9.0")
     check_unpack_coded(storage)
+
+
+@pytest.mark.skipif(not HAS_CUDA_KERNELS, reason="needs compute capability 9.0")
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+@pytest.mark.parametrize("some", [False, True])
+def test_unpacking_by_cuda_gives_the_bits_of_the_plain_way(storage: Storage, some: bool) -> None:
+    check_unpack(storage, 128, 128, some=some, by_cuda=True)
 
 
 @pytest.mark.parametrize(("storage", "head_dim", "tile"), SHAPES)

@@ -1,12 +1,12 @@
-// Tiles of 8-bit floats (see coded_tiles.py) from a layer of a packed table. A program of THREADS threads does TILES tiles
+// Tiles of a layer of a packed table, as 8-bit floats (see coded_tiles.py) or rows of bfloat16. A program of THREADS threads does TILES tiles
 // one after another; copies in bulk bring codes of STAGES of them ahead, keys and values at once. Behind hopper.cuh.
 //
 // A code becomes a number without a conversion: as the lowest byte of 2^23 it is that much more, and what is taken off
 // is exact. Values need no turning either: a thread picks one channel of four keys out of four words.
 //
 // Defined by whoever compiles: TOGETHER, programs of a multiprocessor; STORE, how 16 bytes are written; STAGE_BYTES, of
-// a tile in shared memory; BITS of a code, GROUPS of channels with a step; STEP_K and STEP_V, from a group's largest
-// channel to its step times the scale, a power of two, so that bits are those of scaling last; SCALE_K and SCALE_V;
+// a tile in shared memory; BITS of a code, GROUPS of channels with a step; STEP, from a group's
+// largest channel to its step; STEP_K and STEP_V, times the scale, a power of two: bits are those of scaling last; SCALE_K and SCALE_V;
 // LEAST_MASS, what channels with log m of a key are above; FACTOR, from their sum to log m in base 2; EXTRA channels.
 constexpr int ROW = 16 * BITS, CHUNKS = ROW / 16, STEPS = 2 * GROUPS;
 // Of 16 keys, and where the next 16 lie in shared memory: 8 lanes that read of as many pieces meet in no bank.
@@ -22,8 +22,6 @@ struct Layer {
     int first_tile, stop_tile, end_tiles, tiles;
     __device__ bool codes(int tile) const { return tile >= first_tile && tile < stop_tile; }
 };
-
-struct Tiles { uint4 *k, *v; float* bias; };
 
 __device__ __forceinline__ u32 to_word(float a, float b, float c, float d) {
     u32 word;
@@ -166,7 +164,70 @@ __device__ __forceinline__ void cast_values(const char* rows, uint4* to) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER) unpack(Layer from, Tiles to, const unsigned char* is_seen, int units) {
+constexpr int END_ROW = 256 + 2 * EXTRA;
+
+// As attention with products of 8-bit floats reads them.
+struct Coded {
+    uint4 *k, *v;
+    float* bias;
+    __device__ __forceinline__ void take_codes(const Stage& of, int unit) const {
+        if (threadIdx.x < 128) store_bias(bias + unit * 128ll + threadIdx.x, ((const u32*)of.mass)[threadIdx.x]);
+        unpack_keys(of, k + unit * 1024ll);
+        unpack_values(of, v + unit * 1024ll);
+    }
+    __device__ __forceinline__ void take_rows(const char* of_k, const char* of_v, int unit) const {
+        if (threadIdx.x < 128)
+            store_bias(bias + unit * 128ll + threadIdx.x, *(const u32*)(of_k + threadIdx.x * END_ROW + 256));
+        cast_keys(of_k, k + unit * 1024ll);
+        cast_values(of_v, v + unit * 1024ll);
+    }
+};
+
+// Eight channels of a vector.
+__device__ __forceinline__ uint4 to_bfloat16(const char* codes, const char* steps, int channel) {
+    uint2 two = *(const uint2*)(codes + channel % ROW);
+    float step = step_of(steps, channel, STEP);
+    u32 words[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        u32 word = split(j < 2 ? two.x : two.y, channel);
+        words[j] = round_pair(number(word, j % 2 * 2) * step, number(word, j % 2 * 2 + 1) * step);
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// In rows, as they lie beside the history; log m of a key behind its channels, zeros behind that.
+struct Rows {
+    uint4 *k, *v;
+    __device__ __forceinline__ void take_codes(const Stage& of, int unit) const {
+        constexpr int WIDTH = END_ROW / 16;
+        uint4 *to_k = k + unit * 128ll * WIDTH, *to_v = v + unit * 2048ll;
+#pragma unroll 3
+        for (int at = threadIdx.x; at < 128 * WIDTH; at += THREADS) {
+            int row = at / WIDTH, piece = at % WIDTH;
+            uint4 x = make_uint4(piece == 16 ? ((const u32*)of.mass)[row] : 0, 0, 0, 0);
+            if (piece < 16) x = to_bfloat16(of.k + row * ROW, of.k_steps + row * STEPS, piece * 8);
+            STORE(to_k + at, x);
+        }
+#pragma unroll 4
+        for (int at = threadIdx.x; at < 2048; at += THREADS) {
+            int row = at / 16, ahead = row / 16, behind = row % 16;
+            const char* steps = of.v_steps + ahead * NEXT_STEPS + behind * STEPS;
+            STORE(to_v + at, to_bfloat16(of.v + ahead * NEXT + behind * ROW, steps, at % 16 * 8));
+        }
+    }
+    __device__ __forceinline__ void take_rows(const char* of_k, const char* of_v, int unit) const {
+        constexpr int ROWS = 128 * END_ROW / 16;
+        uint4 *to_k = k + unit * (long long)ROWS, *to_v = v + unit * 2048ll;
+#pragma unroll 3
+        for (int at = threadIdx.x; at < ROWS; at += THREADS) STORE(to_k + at, ((const uint4*)of_k)[at]);
+#pragma unroll 4
+        for (int at = threadIdx.x; at < 2048; at += THREADS) STORE(to_v + at, ((const uint4*)of_v)[at]);
+    }
+};
+
+template <class Room>
+__device__ __forceinline__ void unpack(const Layer& from, const Room& to, const unsigned char* is_seen, int units) {
     extern __shared__ __align__(128) char memory[];
     __shared__ u64 full[STAGES];
     Stage* stages = (Stage*)memory;
@@ -175,7 +236,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER) unpack(Layer fro
 #pragma unroll
     for (int i = 0; i < TILES; i++) {
         int unit = first + i;
-        if (unit >= units || is_seen[unit] == 0) continue;
+        if (unit >= units || is_seen && is_seen[unit] == 0) continue;
         left |= 1u << i;
         if (from.codes(unit % from.tiles)) ahead |= 1u << i;
     }
@@ -197,26 +258,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER) unpack(Layer fro
     for (int i = 0; i < STAGES; i++) bring_next(i);
     int slot = 0, parity = 0;
     for (; left; left &= left - 1) {
-        int unit = first + __ffs(left) - 1, head = unit / from.tiles, tile = unit % from.tiles;
-        uint4 *k = to.k + unit * 1024ll, *v = to.v + unit * 1024ll;
-        float* bias = to.bias + unit * 128ll + threadIdx.x;
-        if (from.codes(tile)) {
-            await(address(full + slot), parity);
-            const Stage& of = stages[slot];
-            if (threadIdx.x < 128) store_bias(bias, ((const u32*)of.mass)[threadIdx.x]);
-            unpack_keys(of, k);
-            unpack_values(of, v);
-            if (TILES > STAGES) {
-                __syncthreads();
-                bring_next(slot);
-            }
-            if (++slot == STAGES) slot = 0, parity ^= 1;
-        } else {
-            long long at = (long long)head * from.end_tiles + tile - (tile < from.first_tile ? 0 : from.stop_tile - from.first_tile);
-            const char* rows = from.end_k + at * 128 * (256 + 2 * EXTRA);
-            if (threadIdx.x < 128) store_bias(bias, *(const u32*)(rows + threadIdx.x * (256 + 2 * EXTRA) + 256));
-            cast_keys(rows, k);
-            cast_values(from.end_v + at * 128 * 256, v);
+        int unit = first + __ffs(left) - 1, tile = unit % from.tiles;
+        if (!from.codes(tile)) {
+            int before = tile < from.first_tile ? 0 : from.stop_tile - from.first_tile;
+            long long row = ((long long)(unit / from.tiles) * from.end_tiles + tile - before) * 128;
+            to.take_rows(from.end_k + row * END_ROW, from.end_v + row * 256, unit);
+            continue;
         }
+        await(address(full + slot), parity);
+        to.take_codes(stages[slot], unit);
+        if (TILES > STAGES) {
+            __syncthreads();
+            bring_next(slot);
+        }
+        if (++slot == STAGES) slot = 0, parity ^= 1;
     }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER) unpack_coded(
+    Layer from, Coded to, const unsigned char* is_seen, int units) {
+    unpack(from, to, is_seen, units);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER) unpack_rows(
+    Layer from, Rows to, const unsigned char* is_seen, int units) {
+    unpack(from, to, is_seen, units);
 }
