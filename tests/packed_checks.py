@@ -114,20 +114,16 @@ def check_unpack(storage: Storage, head_dim: int, tile: int, *, some: bool, by_c
 
 def check_unpack_coded(storage: Storage) -> None:
     """As plain torch codes what it unpacks into float32, bit by bit, in the tiles that are asked for and no others."""
-    if INTERPRETED:
-        from workers.cache.triton_coded_tiles import unpack_coded
-    else:
-        from workers.cache.table_kernels import unpack_coded
+    from workers.cache.table_kernels import unpack_coded
 
     s = replace(SIZES, storage=storage, head_dim=128, tile=128, chunk_tokens=3 * 50, frame_tokens=50)
     layer = draw_table(s).layers[0]
     assert isinstance(layer, PackedLayer)
     layer.mass_NC2[:, 30:90, 0] = layer.k_NLW[:, 5:99, s.head_dim] = -1e5
-    if not INTERPRETED:
-        layer.v_largest_NCG[:, 40:60] = 100.0  # more than the largest float
-        for largest in (layer.k_largest_NCG, layer.v_largest_NCG):
-            largest[:, 100:120] = 2.0**-9  # below the smallest float that is normal
-            largest[:, 130:140] = 0
+    layer.v_largest_NCG[:, 40:60] = 100.0  # more than the largest float
+    for largest in (layer.k_largest_NCG, layer.v_largest_NCG):
+        largest[:, 100:120] = 2.0**-9  # below the smallest float that is normal
+        largest[:, 130:140] = 0
     tiles = s.num_slots // s.tile
     is_seen = (torch.rand(s.num_heads, tiles, generator=torch.Generator().manual_seed(1)) < 0.7).to(DEVICE)
     found, expected = (Workspace(s, torch.bfloat16, DEVICE).coded(s) for _ in range(2))
@@ -138,12 +134,7 @@ def check_unpack_coded(storage: Storage) -> None:
     for name, a, b in zip(found._fields, found, expected, strict=True):
         a, b = (x.view(s.num_heads, tiles, -1) for x in (a, b))
         assert bool((a[~is_seen] == 7).all()), name
-        if INTERPRETED and name != "bias_NL":  # Triton's interpreter forgets what a rounded mantissa carries over
-            x, y = (codes[is_seen].view(torch.float8_e4m3fn).float() for codes in (a, b))
-            assert bool(((x - y).abs() <= y.abs() / 2 + 2**-9).all()), name
-            assert float((x != y).float().mean()) < 0.05, name
-        else:
-            assert torch.equal(a[is_seen], b[is_seen]), name
+        assert torch.equal(a[is_seen], b[is_seen]), name
 
 
 def check_sample(table: PackedTable, per_tile: int) -> None:
@@ -346,8 +337,9 @@ def check_bits(shapes: Sequence[tuple[Storage, int, int]] = SHAPES) -> float:
     for storage, head_dim, tile in shapes:
         check_unpack_sample(storage, head_dim, tile)
         check_pack(storage, head_dim, tile)
-    check_unpack_coded("int8")
-    check_unpack_coded("int4")
+    if not INTERPRETED:
+        check_unpack_coded("int8")
+        check_unpack_coded("int4")
     for storage, rule, head_dim in MERGED:
         check_merge(storage, rule, head_dim)
     for sizes in FLAGS:

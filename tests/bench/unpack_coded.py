@@ -20,7 +20,6 @@ from tests.bench.full_table import SIZES, changed
 from tests.packed_checks import check_unpack, check_unpack_coded, draw_table, seconds
 from workers.cache import unpack_coded
 from workers.cache.packed_history import PackedLayer
-from workers.cache.triton_coded_tiles import unpack_coded as unpack_by_triton
 from workers.cache.triton_pack import unpack
 from workers.cache.unpack_coded import Programs
 from workers.coded_tiles import TILE_BYTES
@@ -109,9 +108,7 @@ def time_all(ways: tuple[Programs, ...], *, as_rows: bool) -> None:
     layer, rows = table.layers[0], table.workspace
     assert isinstance(layer, PackedLayer)
     to = rows if as_rows else rows.coded(SIZES)
-    by_triton, by_cuda = (
-        (unpack, unpack_coded.unpack_rows) if as_rows else (unpack_by_triton, unpack_coded.unpack_coded)
-    )
+    by_cuda = unpack_coded.unpack_rows if as_rows else unpack_coded.unpack_coded
     for share in SHARES:
         is_seen = draw_flags(share)
         moved = bytes_moved(is_seen, as_rows=as_rows)
@@ -124,7 +121,8 @@ def time_all(ways: tuple[Programs, ...], *, as_rows: bool) -> None:
             took = milliseconds(partial(run, layer, to, SIZES, is_seen))
             return f"{took:.4f} ms, {at_least / took:.2f} of a copy's pace"
 
-        try_line(f"{tiles}, Triton", partial(time, by_triton))
+        if as_rows:
+            try_line(f"{tiles}, Triton", partial(time, unpack))
         for how in ways:
             with changed({(unpack_coded, "PROGRAMS"): how}):
                 try_line(f"{tiles}, {how}", partial(time, by_cuda))

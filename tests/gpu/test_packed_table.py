@@ -52,11 +52,10 @@ def test_unpacking_a_sample_gives_the_bits_of_the_plain_way(storage: Storage, he
     check_unpack_sample(storage, head_dim, tile)
 
 
+@pytest.mark.skipif(not HAS_CUDA_KERNELS, reason="needs compute capability 9.0")
 @pytest.mark.parametrize("storage", ["int8", "int4"])
 def test_unpacking_into_8_bit_floats_gives_the_bits_of_the_plain_way(storage: Storage) -> None:
     pytest.importorskip("triton")
-    if not (INTERPRETED or HAS_CUDA_KERNELS):
-        pytest.skip("needs compute capability 9.0")
     check_unpack_coded(storage)
 
 
