@@ -350,7 +350,7 @@ def main() -> None:
         for one in passes[part](sizes) if part in passes else []:
             rows += rows_of(bench, one)
     rows += as_two(sizes) if "two" in asked.parts else []
-    rows += rotations_with_codes(sizes) if "codes" in asked.parts else []
+    rows += rotations_with_codes(sizes) if "codes" in asked.parts and device.type == "cuda" else []
     rows += who_clears(sizes) if "clears" in asked.parts else []
     report(asked.name, rows, _NOTES)
 
