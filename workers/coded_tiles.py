@@ -80,14 +80,18 @@ def code_queries_plain(q_QNW: Tensor) -> Tensor:
 def code_tiles_plain(k_NKW: Tensor, v_NKD: Tensor) -> CodedTiles:
     """Keys and values that lie in one run; no key is where the last tile is not full."""
     num_keys, dim = v_NKD.shape[1:]
-    v = F.pad(to_e4m3(v_NKD, SCALE_V).view(torch.uint8), (0, 0, 0, -num_keys % CODED_TILE))
-    v_NTDK = v.unflatten(1, (-1, CODED_TILE)).mT[..., key_of_byte().to(v.device)]
     bias_NK = log2_mass(k_NKW, dim)
     return CodedTiles(
         code_rows(k_NKW[..., :dim], SCALE_QK),
-        _swizzle(v_NTDK).flatten(2),
+        code_values_plain(v_NKD),
         F.pad(bias_NK, (0, -num_keys % CODED_TILE), value=-torch.inf),
     )
+
+
+def code_values_plain(v_NKD: Tensor) -> Tensor:
+    """Of `code_tiles_plain`, the values."""
+    v = F.pad(to_e4m3(v_NKD, SCALE_V).view(torch.uint8), (0, 0, 0, -v_NKD.shape[1] % CODED_TILE))
+    return _swizzle(v.unflatten(1, (-1, CODED_TILE)).mT[..., key_of_byte().to(v.device)]).flatten(2)
 
 
 def decode_rows(x_NTB: Tensor) -> Tensor:

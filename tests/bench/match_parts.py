@@ -20,6 +20,7 @@ from workers.cache import triton_match, triton_pack
 from workers.cache.packed_history import PackedLayer
 from workers.cache.partners import History, Look, find_partners
 from workers.cache.table_codes import coded_bytes
+from workers.cache.triton_near import NearForm
 
 _TERAFLOP_PER_S = 600
 _LAYERS = 6
@@ -32,7 +33,15 @@ MATCH_NOTES = (
 VARIANTS: Variants = (
     *numbers(triton_match, "UNIT_BYTES", ".", (20_000_000, 60_000_000)),
     *numbers(triton_match, "TURNED_AT_ONCE", "_turn_back", (8, 32)),
-    *launches(triton_match, "_turn_back", {"M": 32, "num_warps": 8}, {"maxnreg": 96}, {"M": 8, "num_warps": 2}),
+    *launches(
+        triton_match,
+        "_turn_back",
+        {"M": 32, "num_warps": 8},
+        {"maxnreg": 96},
+        {"maxnreg": 80},
+        {"maxnreg": 64},
+        {"M": 8, "num_warps": 2},
+    ),
     *launches(triton_match, "_frame_before", {"num_stages": 2}, {"num_stages": 4}),
     *(
         (
@@ -55,6 +64,29 @@ VARIANTS: Variants = (
             ("_near_tiles", "NEAR_AT_ONCE", 128, 32, 8, 3),
             ("_near_tiles", "NEAR_AT_ONCE", 128, 64, 8, 1),
             ("_near_tiles", "NEAR_AT_ONCE", 128, 64, 16, 1),
+        )
+    ),
+    *(
+        (
+            f"near_tiles: {'ahead, ' * ahead}{'by thread, ' * folds}{others} others at once, {other or 'as it is'}",
+            "near_tiles",
+            {
+                (triton_match, "NEAR_FORM"): NearForm(AHEAD=ahead, FOLDS=folds),
+                (triton_match, "NEAR_AT_ONCE"): others,
+                (triton_match, "near_tiles"): other,
+            },
+        )
+        for ahead, folds, others, other in (
+            (False, False, 32, {}),
+            (True, False, 32, {}),
+            (False, True, 32, {}),
+            (True, True, 32, {}),
+            (True, True, 32, {"maxnreg": 80}),
+            (False, True, 32, {"maxnreg": 80}),
+            (True, True, 32, {"num_warps": 4}),
+            (False, True, 64, {"maxnreg": 128}),
+            (True, True, 64, {"maxnreg": 128}),
+            (True, True, 16, {"maxnreg": 64}),
         )
     ),
     *launches(triton_match, "_list_nearest", {"num_warps": 2}, {"num_warps": 8}),

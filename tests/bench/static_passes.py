@@ -243,6 +243,26 @@ def rotate_passes(sizes: Sizes) -> list[Pass]:
     ]
 
 
+def rotations_with_codes(sizes: Sizes) -> list[Row]:
+    """The rotation and what codes queries, keys and values, of a product of codes."""
+    from tests.bench.rotate_codes import Given, Rooms, rows_of_codes
+
+    bench, b = sizes.bench, sizes.bench.backbone
+    linear, scaled = sizes.linear(3 * b.dim), random_product(bench, 3 * b.dim)
+    position = grid_positions(torch.arange(bench.frames, device=bench.device), *bench.grid)
+    rotation = make_rotation(position[None], b.head_dim, b.rope_theta)
+
+    def product(index: int) -> Product:
+        return scaled._replace(sum_QO=multiply(linear, sizes.inputs[index]).value)
+
+    def ms(way: Callable[[int, Any], None]) -> float:
+        return ms_of(bench, Pass("codes", 0.0, range(SETS), product, way, way, [], None), way)  # type: ignore[arg-type]
+
+    rooms = [Rooms(bench.tokens, b.num_heads, PADDING, bench.device) for _ in range(SETS)]
+    norms = bench.draw(b.dim, seed=50), bench.draw(b.dim, seed=51)
+    return rows_of_codes(Given(rooms, product, norms, (rotation.cos, rotation.sin), EPS, ms))
+
+
 def _import(name: str, bench: Bench) -> Any:
     """A module of kernels, where there is a GPU."""
     return importlib.import_module(f"workers.model.{name}") if bench.device.type == "cuda" else None
@@ -314,7 +334,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="sizes of a test, on any device")
     parser.add_argument("--layers", action="store_true", help="whole layers instead")
-    parser.add_argument("--parts", nargs="*", default=["norms", "rotations", "two", "clears"])
+    parser.add_argument("--parts", nargs="*", default=["norms", "rotations", "codes", "two", "clears"])
     parser.add_argument("--name", default="static_passes-h200")
     asked = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -330,6 +350,7 @@ def main() -> None:
         for one in passes[part](sizes) if part in passes else []:
             rows += rows_of(bench, one)
     rows += as_two(sizes) if "two" in asked.parts else []
+    rows += rotations_with_codes(sizes) if "codes" in asked.parts and device.type == "cuda" else []
     rows += who_clears(sizes) if "clears" in asked.parts else []
     report(asked.name, rows, _NOTES)
 

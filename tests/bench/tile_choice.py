@@ -35,6 +35,11 @@ LAUNCHES = (
     *(Launch(64, 64, 5, programs, 4, stages) for programs, stages in ((264, 1), (132, 3))),
     *(Launch(64, 128, 5, programs, 8, stages) for programs, stages in ((132, 1), (132, 2), (264, 2), (132, 3))),
     *(Launch(128, 64, 3, 132, 8, stages) for stages in (2, 3)),
+    # Two programs of a multiprocessor, whose products and exponentials are not in step; the first fill its memory.
+    *(Launch(64, 64, 5, programs, 4, 2) for programs in (264, 528)),
+    *(Launch(64, 32, 5, 264, 4, stages) for stages in (2, 3)),
+    *(Launch(64, 32, 5, 528, 4, stages) for stages in (2, 3)),
+    Launch(64, 64, 3, 396, 4, 2),
 )
 """Keys at once, and the rest."""
 LAUNCHES_OF_CODES = tuple(LAUNCHES[place] for place in (3, 5, 7, 9, 10, 13))

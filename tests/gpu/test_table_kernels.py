@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from workers.attention.tile_choice import ChoiceSettings, Estimate, TileChoice, TileRuns
 from workers.cache import table_layout
 from workers.cache.layer_table import LayerTable
+from workers.cache.packed_table import PackedTable
 from workers.cache.pairs import every_other, most_common_parity
 from workers.cache.table_layout import MergeRule, TableSettings, read_log_mass
 from workers.cache.table_pairs import Distances, choose_links, heaviest, pair_loss
@@ -50,7 +52,8 @@ def append_together(table: TileTable, chunks: list[KeyValues]) -> None:
 def fill(sizes: TableSettings, num_chunks: int, work: TableWork, dtype: torch.dtype = torch.float32) -> TileTable:
     """Each chunk is the last one with noise, so that near keys exist."""
     pytest.importorskip("triton")
-    table = TileTable(sizes, dtype, DEVICE, work=work)
+    kind = TileTable if sizes.storage == "model" else PackedTable
+    table = kind(sizes, dtype, DEVICE, work=work)
     generator = torch.Generator().manual_seed(7)
     shape = (2, sizes.num_layers, 1, sizes.chunk_tokens, HEADS, DIM)
     kv = torch.randn(shape, generator=generator)
@@ -101,6 +104,22 @@ def test_members_that_are_listed_give_the_bits_of_those_that_add_themselves(
             append_together(table, [KeyValues(k.to(DEVICE), v.to(DEVICE), position.to(DEVICE))])
     for name, tensor in tables[0].state().items():
         assert torch.equal(tables[1].state()[name], tensor), name
+
+
+@pytest.mark.parametrize("storage", ["model", "int4", "int8"])
+@pytest.mark.parametrize("form", [(True, False), (True, True)])
+def test_near_keys_read_ahead_and_kept_by_thread_are_those_read_in_turn(
+    storage: Literal["model", "int4", "int8"], form: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    match = pytest.importorskip("workers.cache.triton_match", exc_type=ImportError)
+    from workers.cache.triton_near import NearForm
+
+    sizes, found = replace(SIZES, num_layers=1, storage=storage), []
+    for one in (None, NearForm(*form)):
+        monkeypatch.setattr(match, "NEAR_FORM", one)
+        found.append(fill(sizes, 6, "kernels"))
+    for name, tensor in found[0].state().items():
+        assert torch.equal(found[1].state()[name], tensor), name
 
 
 @pytest.mark.parametrize("num_kinds", [1, 3, 40])

@@ -21,6 +21,7 @@ from workers.cache.packed_history import PackedLayer
 from workers.cache.partners import History, Look
 from workers.cache.table_codes import LEAST, LIMITS
 from workers.cache.table_layout import TableSettings
+from workers.cache.triton_near import NearForm, near_tiles
 from workers.cache.triton_pack import pack_rows, pack_values, vector_shape
 from workers.cache.triton_rows import (
     MOST_AVERAGED,
@@ -39,6 +40,8 @@ OWN_AT_ONCE, OTHERS_AT_ONCE = 128, 64
 """New keys that a program compares, and keys of the latent frame before that it compares them with at a time."""
 NEAR_AT_ONCE = 32
 """Keys of near tiles, the same way; they are turned back as they are compared."""
+NEAR_FORM: NearForm | None = None
+"""Of `near_tiles`; None: `_near_tiles` instead. Which is faster `tests/bench/match_parts.py` says."""
 UNIT_BYTES = 120_000_000
 """Of keys that are turned back and lie so at a time; further heads wait."""
 
@@ -326,10 +329,12 @@ def _find_of_heads(of: _Keys, turn_back: TurnBack, new: slice, look: Look, form:
         P=pairs, M=OWN_AT_ONCE, N=OTHERS_AT_ONCE, PRECISION=precision, num_warps=8, num_stages=3,
     )  # fmt: skip
     chosen = _choose_tiles(of.mean_NJD, first_tile, stop_tile, look.num_tiles)
-    _near_tiles[(stop_tile - first_tile, heads)](
+    near, near_form = (_near_tiles, dict[str, Any]()) if NEAR_FORM is None else (near_tiles, NEAR_FORM._asdict())
+    near[(stop_tile - first_tile, heads)](
         k.x, k.largest, position, m, unit, chosen, found, best, of.partner_NC, *turn, *k.at, position.stride(0),
         m.stride(0), of.partner_NC.stride(0), first_tile, before, new.start, new.stop, chosen.shape[-1],
-        TILE=tile, P=pairs, N=min(NEAR_AT_ONCE, tile), PRECISION=precision, **k.form, num_warps=8, num_stages=1,
+        TILE=tile, P=pairs, N=min(NEAR_AT_ONCE, tile), PRECISION=precision, **k.form, **near_form,
+        num_warps=8, num_stages=1,
     )  # fmt: skip
 
 

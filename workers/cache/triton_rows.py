@@ -125,6 +125,38 @@ def _in_runs(x, M: tl.constexpr, RUN: tl.constexpr):  # type: ignore[no-untyped-
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def load_codes(x, largest, at, there, D: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of rows of `int4`: bytes, and the largest channels of the groups of either half."""
+    HALF: tl.constexpr = D // 2
+    RUN: tl.constexpr = GROUP if GROUP < HALF else HALF
+    here = there[:, None]
+    code = tl.load(x + at[:, None] + tl.arange(0, HALF)[None, :], mask=here, other=0)
+    at_largest = (at // HALF * (D // GROUP))[:, None] + tl.arange(0, HALF // RUN)[None, :] * RUN // GROUP
+    of_first = tl.load(largest + at_largest, mask=here, other=0.0)
+    of_second = of_first
+    if GROUP < D:
+        of_second = tl.load(largest + at_largest + HALF // GROUP, mask=here, other=0.0)
+    return code, of_first, of_second
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def decode_codes(  # type: ignore[no-untyped-def]
+    code, of_first, of_second, M: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr
+):  # fmt: skip
+    """Halves of M rows that `load_codes` read, rounded to bfloat16: float32 [M, runs, RUN]."""
+    HALF: tl.constexpr = D // 2
+    RUN: tl.constexpr = GROUP if GROUP < HALF else HALF
+    first_step, first_rest = two_parts(of_first.to(tl.float32) * _STEP_OF_4)
+    second_step, second_rest = first_step, first_rest
+    if GROUP < D:
+        second_step, second_rest = two_parts(of_second.to(tl.float32) * _STEP_OF_4)
+    return scaled_codes(
+        tl.reshape(code, [M, HALF // RUN, RUN]), first_step[:, :, None], first_rest[:, :, None],
+        second_step[:, :, None], second_rest[:, :, None],
+    )  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def load_halves(  # type: ignore[no-untyped-def]
     x, largest, at, there, D: tl.constexpr, M: tl.constexpr, HALVES: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
@@ -152,15 +184,7 @@ def load_halves(  # type: ignore[no-untyped-def]
         at_largest = (at // BYTES * GROUPS)[:, None] + tl.arange(0, HALF // RUN)[None, :] * RUN // GROUP
         step = tl.load(largest + at_largest, mask=here, other=0.0).to(tl.float32) * step_of_one
         if BITS == 4 and tl.bfloat16 == KIND:
-            first_step, first_rest = two_parts(step)
-            second_step, second_rest = first_step, first_rest
-            if GROUPS > 1:
-                step = tl.load(largest + at_largest + HALF // GROUP, mask=here, other=0.0).to(tl.float32) * step_of_one
-                second_step, second_rest = two_parts(step)
-            return scaled_codes(
-                tl.reshape(first, [M, HALF // RUN, RUN]), first_step[:, :, None], first_rest[:, :, None],
-                second_step[:, :, None], second_rest[:, :, None],
-            )  # fmt: skip
+            return decode_codes(*load_codes(x, largest, at, there, D, GROUP), M, D, GROUP)
         else:
             second = first
             if BITS == 4:
@@ -175,15 +199,20 @@ def load_halves(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def as_pairs(first, second, P: tl.constexpr, M: tl.constexpr):  # type: ignore[no-untyped-def]
+    even_a, odd_a = tl.split(tl.reshape(first, [M, P // 2, 2]))
+    even_b, odd_b = tl.split(tl.reshape(second, [M, P // 2, 2]))
+    return even_a, odd_a, even_b, odd_b
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _load_pairs(  # type: ignore[no-untyped-def]
     x, largest, at, there, P: tl.constexpr, M: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Even and odd channels of the first half of rows, then of the second, float32 [M, P / 2] each."""
     first, second = load_halves(x, largest, at, there, 2 * P, M, 2, BITS, GROUP, KIND)
-    even_a, odd_a = tl.split(tl.reshape(first, [M, P // 2, 2]))
-    even_b, odd_b = tl.split(tl.reshape(second, [M, P // 2, 2]))
-    return even_a, odd_a, even_b, odd_b
+    return as_pairs(first, second, P, M)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -280,11 +309,23 @@ def unit_pairs(  # type: ignore[no-untyped-def]
 
     Those that are not there are 0.
     """
-    pair = tl.arange(0, P // 2)
     even_a, odd_a, even_b, odd_b = _load_pairs(k, largest, at_k, there, P, M, BITS, GROUP, KIND)
-    squares = add_up(_squares(even_a, odd_a, even_b, odd_b), M, P // 2)
-    scale = (1.0 / tl.sqrt(tl.maximum(squares, 1e-24)))[:, None]
     places = load_places(position, at_p, there)
+    return turned_back(even_a, odd_a, even_b, odd_b, places, there, axis, frequency, P, M, KIND, False)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def turned_back(  # type: ignore[no-untyped-def]
+    even_a, odd_a, even_b, odd_b, places, there, axis, frequency, P: tl.constexpr, M: tl.constexpr,
+    KIND: tl.constexpr, NAN: tl.constexpr,
+):  # fmt: skip
+    """`unit_pairs` of what is loaded; with NAN, what is not there is no number."""
+    pair = tl.arange(0, P // 2)
+    squares = add_up(_squares(even_a, odd_a, even_b, odd_b), M, P // 2)
+    scale = 1.0 / tl.sqrt(tl.maximum(squares, 1e-24))
+    if NAN:
+        scale = tl.where(there, scale, float("nan"))
+    scale = scale[:, None]
     even_a, odd_a = _turn_back(even_a, odd_a, scale, places, axis, frequency, pair, KIND)
     even_b, odd_b = _turn_back(even_b, odd_b, scale, places, axis, frequency, P // 2 + pair, KIND)
     return even_a, odd_a, even_b, odd_b

@@ -1,4 +1,4 @@
-"""Launches fp8_codes.cu: tiles of `coded_tiles.py` from bfloat16, queries, keys and values in one launch."""
+"""Launches fp8_codes.cu: tiles of `coded_tiles.py` from bfloat16, all in one launch, or values alone."""
 
 from __future__ import annotations
 
@@ -60,6 +60,19 @@ def code_all(
     addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in to]
     arguments = [q, k, v, *addresses, ctypes.c_int(heads), ctypes.c_int(width > 128)]
     launch(_load(*numbers, device), heads * (q.tiles + k.tiles + v.tiles), 256, 0, arguments, device)
+
+
+def code_values(v_NKD: Tensor, to_NTB: Tensor, numbers: tuple[float, float, float]) -> None:
+    """Write the tiles of values alone; `numbers` as of `code_all`."""
+    heads, device, v = v_NKD.shape[0], v_NKD.get_device(), _describe(v_NKD)
+    assert v_NKD.shape[2] == 128
+    assert to_NTB.shape[:2] == (heads, v.tiles)
+    assert to_NTB.is_contiguous()
+    assert device == torch.cuda.current_device()
+    nothing = _Source(None, 0, 0, 0, 0), ctypes.c_void_p()
+    arguments = [nothing[0], nothing[0], v, nothing[1], nothing[1], ctypes.c_void_p(to_NTB.data_ptr()), nothing[1]]
+    arguments += [ctypes.c_int(heads), ctypes.c_int(0)]
+    launch(_load(*numbers, device), heads * v.tiles, 256, 0, arguments, device)
 
 
 def _describe(rows_NRW: Tensor) -> _Source:

@@ -50,6 +50,8 @@ class CodedAttention:
 
     code_chunk: CodeChunk
     attend: AttendCoded
+    code_values: Callable[[Tensor, Tensor], object]
+    """(v_NKD, v_NTB written): what is left of `code_chunk` where queries and keys were coded as they were computed."""
 
 
 class PartedAttention(NamedTuple):
@@ -104,9 +106,9 @@ def make_rounded(ways: PartedAttention, tile: int) -> PartedAttention:
 
 def make_coded(ways: PartedAttention) -> PartedAttention:
     """Composed in the same way, attended to by the kernel that multiplies 8-bit floats."""
-    from workers.kernels.fp8_tiles import attend_coded, code_chunk
+    from workers.kernels.fp8_tiles import attend_coded, code_chunk, code_values
 
-    return ways._replace(coded=CodedAttention(code_chunk, attend_coded))
+    return ways._replace(coded=CodedAttention(code_chunk, attend_coded, code_values))
 
 
 def compose_plain(out_a_QND: Tensor, lse_a_QN: Tensor, out_b_QND: Tensor, lse_b_QN: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from workers.coded_tiles import code_queries_plain
 from workers.model.add_norm import Norm, add_product, norm_codes, norm_rows
 from workers.model.dit import CausalDiT, Layer
 from workers.model.fp8_linears import Codes, Fp8Linears, Fp8Way, LinearWeights, Product, multiply, quantise
@@ -47,6 +48,16 @@ class Targets(NamedTuple):
     v_NQD: Tensor
 
 
+class CodedTargets(NamedTuple):
+    """Where it writes queries and keys as tiles of `coded_tiles.py`, too; rows behind the last are zero already."""
+
+    to: Targets
+    q_NIB: Tensor
+    k_NTB: Tensor
+    rows: bool
+    """Whether they are written to `to` as well; values always are."""
+
+
 class Stream(NamedTuple):
     """The residual stream between two layers, and what is still to be added to it."""
 
@@ -56,7 +67,7 @@ class Stream(NamedTuple):
     """The modulation whose last place is the product's gate."""
 
 
-Enter = Callable[[LayerWeights, Stream, Tensor, Rotation, Targets], Tensor]
+Enter = Callable[[LayerWeights, Stream, Tensor, Rotation, Targets | CodedTargets], Tensor]
 Leave = Callable[[LayerWeights, PromptTable, Tensor, Tensor, Tensor], Stream]
 Settle = Callable[[Stream, Tensor], Tensor]
 _LAST_GATE = 5
@@ -97,7 +108,9 @@ class StaticLayers:
         """Of a clean pass."""
         self.eps = how.eps
 
-        def enter(w: LayerWeights, stream: Stream, time_T6E: Tensor, rotation: Rotation, to: Targets) -> Tensor:
+        def enter(
+            w: LayerWeights, stream: Stream, time_T6E: Tensor, rotation: Rotation, to: Targets | CodedTargets
+        ) -> Tensor:
             return _enter(w, stream, time_T6E, rotation, to, how)
 
         def leave(w: LayerWeights, prompt: PromptTable, x_QE: Tensor, out_QND: Tensor, time_T6E: Tensor) -> Stream:
@@ -124,13 +137,16 @@ class StaticLayers:
         self.settle = cast(Settle, torch.compile(self.settle, dynamic=False, fullgraph=True, backend=backend))
 
 
-def _enter(w: LayerWeights, stream: Stream, time_T6E: Tensor, rotation: Rotation, to: Targets, how: _Ways) -> Tensor:
+def _enter(
+    w: LayerWeights, stream: Stream, time_T6E: Tensor, rotation: Rotation, to: Targets | CodedTargets, how: _Ways
+) -> Tensor:
     if not (how.linear.kernels and stream.x_QE.is_cuda):  # nothing is gained by one pass
         stream = Stream(_settle(stream, time_T6E, how))
     x_QE, product, gate_6E = stream
     norm = Norm(w.modulation_6E, time_T6E, gate=-1 if product is None else _LAST_GATE, shift=0, gate_6E=gate_6E)
     x_QE, h = _add_norm(w.qkv, x_QE, product, norm, how)
-    norm_rotate_into(*multiply(w.qkv, h), w.norm_q_E, w.norm_k_E, rotation.cos, rotation.sin, how.eps, *to)
+    targets, *codes = to if isinstance(to, CodedTargets) else (to, None, None, True)
+    norm_rotate_into(*multiply(w.qkv, h), w.norm_q_E, w.norm_k_E, rotation.cos, rotation.sin, how.eps, *targets, *codes)
     return x_QE
 
 
@@ -149,37 +165,54 @@ def _add_norm(
     return make(x_QE, product, norm, how.eps, kernels=how.linear.kernels)
 
 
-@torch.library.custom_op("longtake::norm_rotate_into", mutates_args=("q_QND", "k_NQD", "v_NQD"))
+@torch.library.custom_op("longtake::norm_rotate_into", mutates_args=("q_QND", "k_NQD", "v_NQD", "q_NIB", "k_NTB"))
 def norm_rotate_into(
     qkv_QF: Tensor, scale_Q1: Tensor | None, scale_1F: Tensor | None, bias_F: Tensor | None,
     norm_q_E: Tensor, norm_k_E: Tensor, cos: Tensor, sin: Tensor, eps: float,
-    q_QND: Tensor, k_NQD: Tensor, v_NQD: Tensor,
+    q_QND: Tensor, k_NQD: Tensor, v_NQD: Tensor, q_NIB: Tensor | None, k_NTB: Tensor | None, rows: bool,
 ) -> None:  # fmt: skip
     """RMSNorm over all heads and RoPE of queries and keys, and values, to where attention reads them.
 
-    The first four are a `Product`. On a GPU by a kernel of our own, whose arguments are these; see `fused_rotate`.
+    The first four are a `Product`, the last six what `CodedTargets` has. On a GPU by a kernel of our own, whose
+    arguments are these; see `fused_rotate`.
     """
     if qkv_QF.is_cuda:
         from workers.model.fused_rotate import norm_rotate
 
         scales = None if scale_Q1 is None or scale_1F is None or bias_F is None else (scale_Q1, scale_1F, bias_F)
-        norm_rotate(qkv_QF, (norm_q_E, norm_k_E), (cos, sin), eps, (q_QND, k_NQD, v_NQD), scales)
+        norms, to = (norm_q_E, norm_k_E), (q_QND, k_NQD, v_NQD)
+        codes = None if q_NIB is None or k_NTB is None else (q_NIB, k_NTB)
+        norm_rotate(qkv_QF, norms, (cos, sin), eps, to, scales, codes=codes, rows=rows)
         return
+    targets: Targets | CodedTargets = Targets(q_QND, k_NQD, v_NQD)
+    if q_NIB is not None and k_NTB is not None:
+        targets = CodedTargets(Targets(q_QND, k_NQD, v_NQD), q_NIB, k_NTB, rows)
     value = Product(qkv_QF, scale_Q1, scale_1F, bias_F).value
-    norm_rotate_plain(value, norm_q_E, norm_k_E, Rotation(cos, sin), eps, Targets(q_QND, k_NQD, v_NQD))
+    norm_rotate_plain(value, norm_q_E, norm_k_E, Rotation(cos, sin), eps, targets)
 
 
 def norm_rotate_plain(
-    qkv_QF: Tensor, norm_q_E: Tensor, norm_k_E: Tensor, rotation: Rotation, eps: float, to: Targets
+    qkv_QF: Tensor,
+    norm_q_E: Tensor,
+    norm_k_E: Tensor,
+    rotation: Rotation,
+    eps: float,
+    to: Targets | CodedTargets,
 ) -> None:
     """The reference."""
+    targets = to.to if isinstance(to, CodedTargets) else to
     q, k, v = qkv_QF.chunk(3, dim=-1)
     q = F.rms_norm(q, (q.shape[-1],), None, eps) * norm_q_E
     k = F.rms_norm(k, (k.shape[-1],), None, eps) * norm_k_E
-    heads = to.q_QND.shape[1:]
-    to.q_QND.copy_(rotate_in_parts(q.unflatten(-1, heads)[None], rotation)[0])
-    to.k_NQD.copy_(rotate_in_parts(k.unflatten(-1, heads)[None], rotation)[0].transpose(0, 1))
-    to.v_NQD.copy_(v.unflatten(-1, heads).transpose(0, 1))
+    heads = targets.q_QND.shape[1:]
+    q_QND, k_QND = (rotate_in_parts(x.unflatten(-1, heads)[None], rotation)[0] for x in (q, k))
+    if isinstance(to, CodedTargets):  # of what is rounded
+        to.q_NIB.copy_(code_queries_plain(q_QND.to(targets.q_QND.dtype)))
+        to.k_NTB.copy_(code_queries_plain(k_QND.to(targets.k_NQD.dtype)))
+    if not isinstance(to, CodedTargets) or to.rows:
+        targets.q_QND.copy_(q_QND)
+        targets.k_NQD.copy_(k_QND.transpose(0, 1))
+    targets.v_NQD.copy_(v.unflatten(-1, heads).transpose(0, 1))
 
 
 def _leave(w: LayerWeights, prompt: PromptTable, x_QE: Tensor, out_QND: Tensor, time_T6E: Tensor, how: _Ways) -> Stream:

@@ -23,7 +23,7 @@ from workers.metrics import Stopwatch
 from workers.model.dit import CausalDiT
 from workers.model.prompt_attention import PromptTable, hold_prompt
 from workers.model.rope import Rotation, make_rotation
-from workers.model.static_layers import StaticLayers, Stream, Targets
+from workers.model.static_layers import CodedTargets, StaticLayers, Stream, Targets
 from workers.rollout import CleanChunk, RolloutPlan, chunk_positions
 from workers.rollouts.kept_history import KeptHistory, Keys, Looked, Mark
 from workers.rollouts.table_parts import Chooser, Table
@@ -247,9 +247,10 @@ class CapturedRollout:
         time_BTE, time_BT6E = model.embed_time(self._timestep)
         time_T6E = time_BT6E[0]
         mark("embed")
+        targets = self._targets_of(rows=choose or clean or (look and not self._has_clean_calls), clean=clean)
         for index, weights in enumerate(layers.clean_weights if clean else layers.weights):
             listed, fewer = self._lists[self._is_early][index]
-            x = layers.enter(weights, stream, time_T6E, self._rotation, self._targets[index])
+            x = layers.enter(weights, stream, time_T6E, self._rotation, targets[index])
             mark("queries, keys, values")
             if choose:
                 keys = self._lay_out_sample(index, mark)
@@ -261,7 +262,8 @@ class CapturedRollout:
                 self.table.note_seen(index, listed)
             if isinstance(self._attend, KeptHistory):
                 looked = self._look(index, listed, mark, clean=clean) if look else None
-                out = self._attend.attend(index, self._q_QNW, self.table.layers[index], looked, mark, clean=clean)
+                given = index, self._q_QNW, self.table.layers[index], looked, mark
+                out = self._attend.attend(*given, clean=clean, is_coded=isinstance(targets[index], CodedTargets))
             else:
                 keys = self._lay_out(index, mark)
                 out = self._attend(self._q_QNW, keys.k_NLW, keys.v_NLD, listed)
@@ -271,6 +273,17 @@ class CapturedRollout:
         x = layers.settle(stream, time_T6E)
         self._flow.copy_(model.read_out(x[None], time_BTE, self._latent_size))
         mark("head")
+
+    def _targets_of(self, *, rows: bool, clean: bool) -> Sequence[Targets | CodedTargets]:
+        """Of each layer: where a call writes queries, keys and values, and codes where it attends to these.
+
+        Args:
+            rows: Queries and keys are read as they are, too: by a choice, or by a table that takes keys over. A step
+                whose graph may serve a clean pass as well counts as one.
+            clean: A clean pass.
+        """
+        rooms = self._attend.rooms_for_codes(clean=clean) if isinstance(self._attend, KeptHistory) else None
+        return self._targets if rooms is None else [CodedTargets(to, *rooms, rows) for to in self._targets]
 
     def _lay_out_sample(self, index: int, mark: Mark) -> Keys:
         """What the choice of tiles reads of a layer."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from workers.attention.tile_choice import TileRuns
-from workers.coded_tiles import CodedTiles, room_for_tiles
+from workers.coded_tiles import CODED_TILE, TILE_BYTES, CodedTiles, room_for_tiles
 from workers.kernels.listed_parts import CodedAttention, PartedAttention
 from workers.streams import stream_for
 
@@ -125,6 +125,11 @@ class KeptHistory:
         assert lay_out_coded is not None or not is_coded
         self._lay_out_coded = lay_out_coded
         self._coded = room_for_tiles(heads, fresh.num_tiles, device) if is_coded else None
+        self._own_q_NIB: Tensor | None = None
+        if self._coded is not None and fresh.is_own_alone:
+            # What is coded into these rooms ends with the last query and key: the rest stays as it is here.
+            self._own_q_NIB = self._coded.k_NTB.new_zeros(heads, -(-fresh.own_tokens // CODED_TILE), TILE_BYTES)
+            self._coded.bias_NL[:, fresh.own_tokens :] = -torch.inf
         self._beside = stream_for("own keys beside the history", device) if k_NLW.is_cuda else None
         self.attends_at_once = True
         """To both, in calls that look; a bench that times them apart asks for one after the other."""
@@ -148,6 +153,13 @@ class KeptHistory:
         assert self._lay_out_coded is not None
         return self._lay_out_coded(layer_index)
 
+    def rooms_for_codes(self, *, clean: bool) -> tuple[Tensor, Tensor] | None:
+        """q_NIB and k_NTB of own queries and keys, the same of all layers: where such a call attends to codes of these
+        and whoever computes them may write those, before a call of `attend` that is told so."""
+        if self._own_q_NIB is None or self._coded is None or not self.reads_coded(clean=clean):
+            return None
+        return self._own_q_NIB, self._coded.k_NTB
+
     @property
     def num_bytes(self) -> int:
         """Of what is kept."""
@@ -162,6 +174,7 @@ class KeptHistory:
         mark: Mark = lambda name: None,
         *,
         clean: bool = False,
+        is_coded: bool = False,
     ) -> Tensor:
         """out_QND of one call of one layer.
 
@@ -172,9 +185,10 @@ class KeptHistory:
             looked: None takes what the newest call that looked saw.
             mark: Told the parts.
             clean: A clean pass.
+            is_coded: Its queries and own keys lie in `rooms_for_codes`; only own values are read otherwise.
         """
         kept, ways = self._kept[layer_index], self._ways_of(clean)
-        q, own = (q_QNW, None) if ways.coded is None else self._code(ways.coded, q_QNW, fresh)
+        q, own = (q_QNW, None) if ways.coded is None else self._code(ways.coded, q_QNW, fresh, is_coded=is_coded)
         beside = self._beside if looked is not None and self.attends_at_once else None
         if beside is not None:
             beside.wait_stream(torch.cuda.current_stream())
@@ -182,6 +196,8 @@ class KeptHistory:
             self._attend_listed(ways, q, looked, kept)
             mark("attention to the history")
         with torch.cuda.stream(beside):  # None changes nothing
+            if is_coded:
+                self._code_values(ways, fresh)
             out, lse = self._attend_fresh(ways, q, fresh if own is None else own)
         if beside is not None:
             torch.cuda.current_stream().wait_stream(beside)
@@ -213,9 +229,18 @@ class KeptHistory:
             return ways.listed(q, k, v, self._list_NIJ)
         return ways.run(q[..., : k.shape[2]], k, v)
 
-    def _code(self, coded: CodedAttention, q_QNW: Tensor, keys: Keys) -> tuple[Tensor, CodedTiles]:
+    def _code_values(self, ways: PartedAttention, keys: Keys) -> None:
+        assert ways.coded is not None
+        assert self._coded is not None
+        ways.coded.code_values(self._last_run(keys)[1], self._coded.v_NTB)
+
+    def _code(self, coded: CodedAttention, q_QNW: Tensor, keys: Keys, *, is_coded: bool) -> tuple[Tensor, CodedTiles]:
         """The queries, and what every call attends to itself."""
         f = self._fresh
+        if is_coded:
+            assert self._own_q_NIB is not None
+            assert self._coded is not None
+            return self._own_q_NIB, self._coded
         k, v = self._last_run(keys)
         if f.num_first:
             first = f.num_first * f.tile

@@ -21,6 +21,7 @@ from workers.coded_tiles import (
     SCALE_V,
     code_queries_plain,
     code_tiles_plain,
+    code_values_plain,
     decode_rows,
     decode_values,
     key_of_byte,
@@ -35,7 +36,7 @@ from workers.kernels.select import Hardware, KernelNeed
 from workers.kernels.select_fp8 import Fp8Choice, choose_fp8, with_fp8
 from workers.model.dit import CausalDiT
 from workers.rollout import CleanChunk
-from workers.rollouts.captured import CapturedSettings
+from workers.rollouts.captured import CapturedRollout, CapturedSettings
 from workers.rollouts.kept_history import FreshSlots, KeptHistory, Looked
 
 ROUNDED = 0.1
@@ -173,7 +174,9 @@ class _Layer:
 
 
 PLAIN_CODED = CodedAttention(
-    lambda q, k, v, out=None: (code_queries_plain(q), code_tiles_plain(k, v)), attend_tiles_plain
+    lambda q, k, v, out=None: (code_queries_plain(q), code_tiles_plain(k, v)),
+    attend_tiles_plain,
+    lambda v, out: out.copy_(code_values_plain(v)),
 )
 
 
@@ -210,12 +213,14 @@ def wide_model() -> CausalDiT:
     return dit.eval().requires_grad_(False).to(torch.bfloat16)
 
 
-def roll(model: CausalDiT, ways: PartedAttention, clean_ways: PartedAttention, num: int = 8) -> list[CleanChunk]:
+def roll(
+    model: CausalDiT, ways: PartedAttention, clean_ways: PartedAttention, num: int = 8, clean_share: float = 0.5
+) -> list[CleanChunk]:
     sizes = size_table(
         model.backbone, SIZE, kept_chunks=2, spare_chunks=2, tile=128, candidate_tiles=2, rule="pairs", storage="int4"
     )
     settings = CapturedSettings(graphs=False, history_at=(0,))
-    shared = {"num_chosen": 3, "clean_share": 0.5, "settings": settings}
+    shared = {"num_chosen": 3, "clean_share": clean_share, "settings": settings}
     rollout = make_captured(model, sizes, SIZE, parted=ways, clean_parted=clean_ways, **shared)
     return list(rollout.run(make_plan(model, num)))
 
@@ -233,6 +238,34 @@ def test_a_rollout_over_coded_tiles_is_near_those_that_round_on_the_way(wide_mod
         for other in (b, c, d):
             assert 0 < float((a.latents_BTCHW - other.latents_BTCHW).square().mean().sqrt()) < 0.1 * spread
     assert not torch.equal(found[-1].latents_BTCHW, everywhere[-1].latents_BTCHW)
+
+
+@pytest.mark.parametrize("clean_share", [0.5, 1.0])
+@pytest.mark.parametrize("cleans_so", [False, True])
+def test_codes_written_with_queries_and_keys_are_those_of_codes_written_later(
+    wide_model: CausalDiT, clean_share: float, cleans_so: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, also where a graph of a step serves clean passes."""
+    exact = make_parted("torch", 128)
+    coded = exact._replace(coded=PLAIN_CODED)
+    ways = coded, coded if cleans_so else exact
+
+    def replay(self: CapturedRollout, choose: bool, look: bool = True, clean: bool = False) -> None:
+        self.compute(choose, look=look, clean=clean and self._has_clean_calls)
+
+    monkeypatch.setattr(CapturedRollout, "replay", replay)
+    rooms, asked = KeptHistory.rooms_for_codes, []
+
+    def ask(self: KeptHistory, *, clean: bool) -> tuple[Tensor, Tensor] | None:
+        asked.append(rooms(self, clean=clean))
+        return asked[-1]
+
+    monkeypatch.setattr(KeptHistory, "rooms_for_codes", ask)
+    found = roll(wide_model, *ways, clean_share=clean_share)
+    assert any(asked)
+    monkeypatch.setattr(KeptHistory, "rooms_for_codes", lambda self, *, clean: None)
+    for a, b in zip(found, roll(wide_model, *ways, clean_share=clean_share), strict=True):
+        assert torch.equal(a.latents_BTCHW, b.latents_BTCHW)
 
 
 def test_coded_tiles_take_the_memory_of_values(wide_model: CausalDiT) -> None:
