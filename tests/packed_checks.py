@@ -237,11 +237,11 @@ def fill(
     return table
 
 
-def check_merge(storage: Storage, rule: MergeRule, head_dim: int = SIZES.head_dim) -> None:
+def check_merge(storage: Storage, rule: MergeRule, head_dim: int = SIZES.head_dim, tile: int = SIZES.tile) -> None:
     """The same bits as merging in the workspace and packing all of it; where a layer has been full before too."""
     from workers.cache.table_kernels import merge, merge_into_codes, pack
 
-    s = replace(sizes_of(storage, head_dim, SIZES.tile), num_layers=1, rule=rule)
+    s = replace(sizes_of(storage, head_dim, tile), num_layers=1, rule=rule)
     for num_chunks in (s.kept_chunks + s.spare_chunks + 2, s.kept_chunks + 2 * s.spare_chunks + 2):
         tables = [fill(s, num_chunks, "layers", DTYPE) for _ in range(2)]
         turn_back, room = TurnBack(head_dim, s.theta, DEVICE), Room(s.kept_tokens, s.spare_tokens, rule, s.rate)
@@ -264,6 +264,21 @@ def check_merge(storage: Storage, rule: MergeRule, head_dim: int = SIZES.head_di
         for name, tensor in expected.items():
             assert torch.equal(found[name], tensor), name
         assert int(expected["0.m_NC"].max()) > 1
+
+
+def check_cuda(tile: int = 128) -> None:
+    """Kernels by CUDA write the bits of those by Triton, where there are any here; a minute."""
+    from workers.cache import row_distances, row_moves
+
+    before = row_moves.BY_CUDA, row_moves.AVERAGED_BY_CUDA, row_distances.BY_CUDA
+    try:
+        for moved, averaged in product((False, True), (False, True)):
+            row_moves.BY_CUDA, row_moves.AVERAGED_BY_CUDA = moved, averaged
+            check_merge("int4", "pairs", 128, tile)
+        row_distances.BY_CUDA = False
+        check_merge("int4", "pairs", 128, tile)
+    finally:
+        row_moves.BY_CUDA, row_moves.AVERAGED_BY_CUDA, row_distances.BY_CUDA = before
 
 
 def check_known_distances() -> None:
@@ -345,6 +360,8 @@ def check_bits(shapes: Sequence[tuple[Storage, int, int]] = SHAPES) -> float:
     for sizes in FLAGS:
         check_flags(*sizes)
     check_known_distances()
+    if not INTERPRETED:
+        check_cuda()
     return 0.0
 
 

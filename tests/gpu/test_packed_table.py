@@ -16,6 +16,7 @@ from tests.packed_checks import (
     SHAPES,
     SIZES,
     captured_differs,
+    check_cuda,
     check_flags,
     check_known_distances,
     check_merge,
@@ -84,6 +85,12 @@ def test_merging_into_codes_gives_the_bits_of_merging_in_the_workspace_and_packi
     for name, value in otherwise.items():
         monkeypatch.setattr(f"workers.cache.triton_collect.{name}", value)
     check_merge(storage, rule, head_dim)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="CUDA runs on a GPU alone")
+def test_merging_by_cuda_gives_the_bits_of_merging_in_the_workspace_and_packing() -> None:
+    pytest.importorskip("triton")
+    check_cuda()
 
 
 @pytest.mark.parametrize(("num_tiles", "query_tiles", "listed"), FLAGS)

@@ -33,6 +33,8 @@ class Distances(NamedTuple):
     """Squared."""
     lengths: Tensor
     """Squared length of its own value."""
+    num_live: Tensor | None = None
+    """Of slots with a key, int32 [N]; None where nobody has counted."""
 
 
 def find_distances(history: History, v_NCD: Tensor, partner_NC: Tensor, turn_back: TurnBack) -> Distances:

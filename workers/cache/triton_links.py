@@ -22,10 +22,10 @@ PIECE = 1024
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _price_links(  # type: ignore[no-untyped-def]
-    of_keys, of_values, all_lengths, num_live, m, partner, bits, toward, stride_on, stride_mn, stride_rn, num_slots,
+    of_keys, of_values, all_lengths, num_live, m, partner, bits, jumps, stride_on, stride_mn, stride_rn, num_slots,
     per_distance, no_link, M: tl.constexpr,
 ):  # fmt: skip
-    """Bits of what each link loses, and where it leads. Compiled to fuse nothing."""
+    """Bits of what each link loses, and where it leads, as `walk` takes it. Compiled to fuse nothing."""
     slot = tl.program_id(0) * M + tl.arange(0, M)
     row = tl.program_id(1).to(tl.int64)
     inside, at = slot < num_slots, row * num_slots + slot
@@ -43,7 +43,8 @@ def _price_links(  # type: ignore[no-untyped-def]
     loss = loss * tl.div_rn(a * b, tl.maximum(a + b, 1.0))
     is_link = is_link & (loss != float("inf"))
     tl.store(bits + at, tl.where(is_link, loss.to(tl.int32, bitcast=True) & no_link, no_link), mask=inside)
-    tl.store(toward + at, tl.where(is_link, other, slot), mask=inside)
+    leads = is_link & (other != slot)
+    tl.store(jumps + at, tl.where(leads, other * 2 + 1, slot * 2), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -78,7 +79,7 @@ def count_before(counts, row, PIECES: tl.constexpr):  # type: ignore[no-untyped-
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _take_links(  # type: ignore[no-untyped-def]
-    rank, last, nth, counts, toward, link, num_slots, no_link, PIECES: tl.constexpr, M: tl.constexpr,
+    rank, last, nth, counts, partner, link, stride_rn, num_slots, no_link, PIECES: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """Links up to the last one that is chosen; of equal ones the first slots'."""
     slot = tl.program_id(0) * M + tl.arange(0, M)
@@ -89,7 +90,8 @@ def _take_links(  # type: ignore[no-untyped-def]
     before, _ = count_before(counts, row, PIECES)
     place = before + tl.cumsum(is_equal.to(tl.int32), 0)
     is_chosen = ((value < most) | (is_equal & (place <= tl.load(nth + row)))) & (value != no_link)
-    tl.store(link + at, tl.where(is_chosen, tl.load(toward + at, mask=inside, other=0), slot), mask=inside)
+    other = tl.load(partner + row * stride_rn + slot, mask=is_chosen, other=0)
+    tl.store(link + at, tl.where(is_chosen, other, slot), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -148,21 +150,22 @@ def choose_links(found: Distances, m: Tensor, partner: Tensor, head_dim: int, nu
     """
     heads, num = m.shape
     grid, device = (triton.cdiv(num, PIECE), heads), m.device
-    bits, toward, link = (torch.empty(m.shape, dtype=torch.int32, device=device) for _ in range(3))
+    bits, jumps, link = (torch.empty(m.shape, dtype=torch.int32, device=device) for _ in range(3))
     if num_merges == 0:
         return link.copy_(torch.arange(num, dtype=torch.int32, device=device))
+    num_live = (m > 0).sum(-1) if found.num_live is None else found.num_live
     _price_links[grid](
-        found.of_keys, found.of_values, found.lengths.sum(-1), (m > 0).sum(-1), m, partner, bits, toward,
+        found.of_keys, found.of_values, found.lengths.sum(-1), num_live, m, partner, bits, jumps,
         found.of_keys.stride(0), m.stride(0), partner.stride(0), num, 1 / (2 * math.sqrt(head_dim)), NO_LINK,
         M=PIECE, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-    is_odd, num_odd, num_linked = walk(toward)
+    is_odd, num_odd, num_linked = walk(jumps)
     _rank_links[grid](bits, is_odd, num_odd, num_linked, num, EARLY, NO_LINK, M=PIECE, num_warps=4)
     last, nth = kth_smallest(bits, num_merges)
     counts = torch.empty(heads, grid[0], dtype=torch.int32, device=device)
     _count_equal[grid](bits, last, counts, num, M=PIECE, num_warps=4)
     _take_links[grid](
-        bits, last, nth, counts, toward, link, num, NO_LINK,
+        bits, last, nth, counts, partner, link, partner.stride(0), num, NO_LINK,
         PIECES=triton.next_power_of_2(grid[0]), M=PIECE, num_warps=4,
     )  # fmt: skip
     return link

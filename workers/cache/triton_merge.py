@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.cache.partners import History
+from workers.cache.row_distances import compare_keys, fits
 from workers.cache.shrink import Room
 from workers.cache.table_layout import NO_KEY
 from workers.cache.triton_families import Families, find_families
@@ -39,8 +40,9 @@ from workers.cache.unrotated import TurnBack
 _WEIGHT_UNITS = tl.constexpr(float(2**24))
 VALUE_UNITS = tl.constexpr(float(2**20))
 """As in `shrink.py`."""
-_ADDED_AT_ONCE, _WRITTEN_AT_ONCE = 16, 16
-"""Keys of a program: whose values are added; that are written again and turned back for means."""
+_ADDED_AT_ONCE, _WRITTEN_AT_ONCE, _WEIGHED_AT_ONCE = 16, 16, 256
+"""Keys of a program: whose values are added; that are written again and turned back for means; that are weighed where
+nothing is compared."""
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -67,10 +69,10 @@ def _place(  # type: ignore[no-untyped-def]
 def _weigh(  # type: ignore[no-untyped-def]
     k, largest, position, m, weight, head_of, given_up_slot, tally, share, added, joined, axis, frequency,
     stride_kn, stride_kl, start_k, stride_pn, stride_mn, stride_wn, num_slots, num_given_up, rate,
-    P: tl.constexpr, M: tl.constexpr, FALLS: tl.constexpr,
+    P: tl.constexpr, M: tl.constexpr, FALLS: tl.constexpr, KNOWN: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """Weight of each key that is given up, added to its group."""
+    """Weight of each key that is given up, added to its group; distances that are known stand in `share`."""
     listed = tl.program_id(0) * M + tl.arange(0, M)
     row = tl.program_id(1).to(tl.int64)
     given_up = listed < tl.load(tally + row)
@@ -79,7 +81,9 @@ def _weigh(  # type: ignore[no-untyped-def]
     own_m = tl.load(m + row * stride_mn + slot, mask=given_up, other=0)
     newest = tl.load(head_of + at, mask=given_up, other=0)
     w = tl.load(weight + row * stride_wn + slot, mask=given_up, other=0.0)
-    if FALLS:
+    if KNOWN:
+        w *= tl.exp(-rate * tl.load(share + at, mask=given_up, other=0.0))
+    elif FALLS:
         at_k, at_p = row * stride_kn, row * stride_pn
         at_a, at_b = (start_k + slot).to(tl.int64) * stride_kl, (start_k + newest).to(tl.int64) * stride_kl
         inner, a, b = compare_pairs(
@@ -277,11 +281,11 @@ class Found(NamedTuple):
     families: Families
 
 
-def find_sums(of: StoredHistory, turn_back: TurnBack, room: Room, known: Tensor | None = None) -> Found:
-    """What merges; nothing of the history is written but what is `known`. Arguments as of `find_families`."""
+def find_sums(of: StoredHistory, turn_back: TurnBack, room: Room, apart: Tensor | None = None) -> Found:
+    """What merges; nothing of the history is written but `apart`, the `known` of `find_families`."""
     k, _, position, m, weight, _ = of
     heads, num = m.shape
-    families = find_families(of, turn_back, room, known)
+    families = find_families(of, turn_back, room, apart)
     share = torch.empty((heads, num), dtype=torch.float32, device=m.device)
     joined, added = torch.zeros_like(families.root), torch.zeros_like(families.root, dtype=torch.int64)
     source = torch.empty((heads, room.num_keep), dtype=torch.int32, device=m.device)
@@ -293,10 +297,14 @@ def find_sums(of: StoredHistory, turn_back: TurnBack, room: Room, known: Tensor 
         m, families.head_of, families.num_survivors, rank, source, given_up, tally, m.stride(0), num, room.num_keep,
         given_up.shape[1], PIECES=triton.next_power_of_2(families.num_survivors.shape[1]), M=PIECE, num_warps=4,
     )  # fmt: skip
-    _weigh[(triton.cdiv(given_up.shape[1], KEYS_COMPARED), heads)](
+    known = room.rate > 0 and fits(k, turn_back)
+    if known:
+        compare_keys(k, turn_back, position, families.head_of, (given_up, tally), share)
+    at_once = _WEIGHED_AT_ONCE if known or not room.rate else KEYS_COMPARED
+    _weigh[(triton.cdiv(given_up.shape[1], at_once), heads)](
         k.x, k.largest, position, m, weight, families.head_of, given_up, tally, share, added, joined,
         turn_back.axis_int32_D, turn_back.frequency_D, *k.at, position.stride(0), m.stride(0), weight.stride(0),
-        num, given_up.shape[1], room.rate, P=turn_back.head_dim // 2, M=KEYS_COMPARED, FALLS=room.rate > 0,
+        num, given_up.shape[1], room.rate, P=turn_back.head_dim // 2, M=at_once, FALLS=room.rate > 0, KNOWN=known,
         **k.form, num_warps=4,
     )  # fmt: skip
     members = list_members(given_up, tally, families.head_of, room.num_listed)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.cache.row_distances import compare_keys, compare_values, fits
 from workers.cache.table_pairs import Distances
 from workers.cache.triton_rows import Rows, StoredHistory, add_up, compare_pairs, load_halves
 from workers.cache.unrotated import TurnBack
@@ -18,8 +19,11 @@ _LIST_PROGRAMS = 256
 KEYS_COMPARED = 16
 """Pairs of keys that a program of 4 warps compares at a time: one with 32 takes registers of two."""
 _VALUES_COMPARED = 32
-_JUMPS = (8, 8)
-"""Links of a jump along a chain, and jumps of a longer one, which `_walk` takes: chains are some hundred links long."""
+_JUMPS: tuple[int, ...] = ()
+"""Links of a jump along a chain, and jumps of a longer one, which `_walk` takes: chains are some hundred links long.
+With none each slot walks by itself and leaves its steps to the others."""
+_WALK_CACHE = ".cg"
+"""Steps of others are seen where all multiprocessors look; without it those that an own cache has kept."""
 _WALKED_AT_ONCE = 512
 """Slots that wait for the longest of their chains."""
 
@@ -55,13 +59,16 @@ def append(to, count, value, wanted):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _list_unknown(of_keys, m, partner, unknown, count, stride_on, stride_mn, stride_rn, num_slots, M: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Keys with a partner whose distance from it is not known."""
+def _list_unknown(  # type: ignore[no-untyped-def]
+    of_keys, m, partner, unknown, count, num_live, stride_on, stride_mn, stride_rn, num_slots, M: tl.constexpr,
+):  # fmt: skip
+    """Keys with a partner whose distance from it is not known; how many keys there are."""
     slot = tl.program_id(0) * M + tl.arange(0, M)
     row = tl.program_id(1).to(tl.int64)
     inside = slot < num_slots
-    paired = inside & (tl.load(partner + row * stride_rn + slot, mask=inside, other=-1) >= 0)
-    paired &= tl.load(m + row * stride_mn + slot, mask=inside, other=0) > 0
+    live = tl.load(m + row * stride_mn + slot, mask=inside, other=0) > 0
+    tl.atomic_add(num_live + row, tl.sum(live.to(tl.int32), 0), sem="relaxed")
+    paired = live & (tl.load(partner + row * stride_rn + slot, mask=inside, other=-1) >= 0)
     wanted = paired & (tl.load(of_keys + row * stride_on + slot, mask=inside, other=0.0) < 0)
     append(unknown + row * num_slots, count + row, slot, wanted)
 
@@ -111,25 +118,16 @@ def _value_distances(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _jump(  # type: ignore[no-untyped-def]
-    near, far, num_slots, STEPS: tl.constexpr, M: tl.constexpr, FIRST: tl.constexpr,
-):  # fmt: skip
-    """So many jumps as one: twice the slot where it leads, or where the chain ends before, and 1 if its links are odd.
-
-    The first jumps are single links: slots, of which those at the end of a chain lead to themselves.
-    """
+def _jump(near, far, num_slots, STEPS: tl.constexpr, M: tl.constexpr):  # type: ignore[no-untyped-def]
+    """So many jumps as one."""
     slot = tl.program_id(0) * M + tl.arange(0, M)
     base = tl.program_id(1).to(tl.int64) * num_slots
     inside = slot < num_slots
     here, is_odd = tl.where(inside, slot, 0), tl.zeros([M], tl.int32)
     for _ in tl.static_range(STEPS):
         jump = tl.load(near + base + here, mask=inside, other=0)
-        if FIRST:
-            is_odd ^= (jump != here).to(tl.int32)
-            here = jump
-        else:
-            is_odd ^= jump & 1
-            here = jump >> 1
+        is_odd ^= jump & 1
+        here = jump >> 1
     tl.store(far + base + slot, here * 2 + is_odd, mask=inside)
 
 
@@ -150,6 +148,32 @@ def _walk(far, is_odd, num_odd, num_linked, num_slots, M: tl.constexpr):  # type
         steps += tl.where(beyond != here, jump & 1, 0)
         here, beyond = beyond, jump >> 1
     parity = steps & 1
+    tl.store(is_odd + base + slot, parity.to(tl.int8), mask=inside)
+    tl.atomic_add(num_odd + row, tl.sum(parity, 0), sem="relaxed")
+    tl.atomic_add(num_linked + row, tl.sum(is_linked, 0), sem="relaxed")
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _walk_in_place(jumps, is_odd, num_odd, num_linked, num_slots, M: tl.constexpr, CACHE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What `_jump` and `_walk` find; each step is written at once, so that the steps of others become longer.
+
+    A jump that another program has just made longer is as right as the one before: the end and the parity are the same
+    whoever comes first, and what lies in an older cache does no harm.
+    """
+    slot = tl.program_id(0) * M + tl.arange(0, M)
+    row = tl.program_id(1)
+    base = row.to(tl.int64) * num_slots
+    inside = slot < num_slots
+    jump = tl.load(jumps + base + slot, mask=inside, other=0)
+    here, parity = tl.where(inside, jump >> 1, 0), jump & 1
+    is_linked = (inside & (here != slot)).to(tl.int32)
+    jump = tl.load(jumps + base + here, mask=inside, other=0, cache_modifier=CACHE)
+    while tl.max((jump >> 1 != here).to(tl.int32), 0) > 0:
+        goes_on = jump >> 1 != here  # Triton 3.6 takes no loop whose body never looks at `here`
+        parity ^= jump & 1
+        here = jump >> 1
+        tl.store(jumps + base + slot, here * 2 + parity, mask=goes_on)
+        jump = tl.load(jumps + base + here, mask=inside, other=0, cache_modifier=CACHE)
     tl.store(is_odd + base + slot, parity.to(tl.int8), mask=inside)
     tl.atomic_add(num_odd + row, tl.sum(parity, 0), sem="relaxed")
     tl.atomic_add(num_linked + row, tl.sum(is_linked, 0), sem="relaxed")
@@ -177,17 +201,24 @@ def _list_members(  # type: ignore[no-untyped-def]
     tl.store(number + at, first + nth - 1, mask=is_large)
 
 
-def walk(toward: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def walk(jumps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Whether each slot is an odd number of links from where its chain ends; how many of a row are, and are linked.
 
     Args:
-        toward: Slot that each is linked to, itself where its chain ends: int32, contiguous [N, C], C below 2^30.
+        jumps: Written: twice the slot that each is linked to and 1, or twice its own where its chain ends: int32,
+            contiguous [N, C], C below 2^30.
     """
-    (heads, num), near = toward.shape, toward
-    is_odd, counts = torch.empty(toward.shape, dtype=torch.int8, device=toward.device), toward.new_zeros((2, heads))
+    heads, num = jumps.shape
+    is_odd, counts = torch.empty(jumps.shape, dtype=torch.int8, device=jumps.device), jumps.new_zeros((2, heads))
+    if not _JUMPS:
+        _walk_in_place[(triton.cdiv(num, _WALKED_AT_ONCE), heads)](
+            jumps, is_odd, counts[0], counts[1], num, M=_WALKED_AT_ONCE, CACHE=_WALK_CACHE, num_warps=4
+        )
+        return is_odd, counts[0], counts[1]
+    near = jumps
     for steps in _JUMPS:
-        far = torch.empty_like(toward)
-        _jump[(triton.cdiv(num, 1024), heads)](near, far, num, STEPS=steps, M=1024, FIRST=near is toward, num_warps=4)
+        far = torch.empty_like(near)
+        _jump[(triton.cdiv(num, 1024), heads)](near, far, num, STEPS=steps, M=1024, num_warps=4)
         near = far
     _walk[(triton.cdiv(num, _WALKED_AT_ONCE), heads)](
         near, is_odd, counts[0], counts[1], num, M=_WALKED_AT_ONCE, num_warps=4
@@ -257,10 +288,25 @@ def find_distances(of: StoredHistory, turn_back: TurnBack, known: Tensor | None 
     (heads, num), pairs = m.shape, turn_back.head_dim // 2
     if known is None:
         known = torch.full(m.shape, -1.0, device=m.device)
-    unknown, count = torch.empty_like(m, memory_format=torch.contiguous_format), m.new_zeros(heads)
+    unknown, counts = torch.empty_like(m, memory_format=torch.contiguous_format), m.new_zeros((2, heads))
+    count, num_live = counts
     _list_unknown[(triton.cdiv(num, 1024), heads)](
-        known, m, partner, unknown, count, known.stride(0), m.stride(0), partner.stride(0), num, M=1024, num_warps=4
+        known,
+        m,
+        partner,
+        unknown,
+        count,
+        num_live,
+        known.stride(0),
+        m.stride(0),
+        partner.stride(0),
+        num,
+        M=1024,
+        num_warps=4,
     )
+    if fits(k, turn_back):
+        compare_keys(k, turn_back, position, partner, (unknown, count), known)
+        return Distances(known, *compare_values(v, turn_back, m, partner), num_live)
     _key_distances[(min(_LIST_PROGRAMS, triton.cdiv(num, KEYS_COMPARED)), heads)](
         k.x, k.largest, position, partner, known, unknown, count, turn_back.axis_int32_D, turn_back.frequency_D,
         *k.at, position.stride(0), partner.stride(0), known.stride(0), num,
@@ -271,4 +317,4 @@ def find_distances(of: StoredHistory, turn_back: TurnBack, known: Tensor | None 
         v.x, v.largest, m, partner, of_values, lengths, *v.at, m.stride(0), partner.stride(0), num,
         P=pairs, M=_VALUES_COMPARED, **v.form, num_warps=4,
     )  # fmt: skip
-    return Distances(known, of_values, lengths)
+    return Distances(known, of_values, lengths, num_live)

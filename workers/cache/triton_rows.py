@@ -340,13 +340,10 @@ def in_mean_units(x):  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def store_mean(mean, even_a, odd_a, even_b, odd_b, P: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Of a tile, from sums of whole numbers [M, P / 2]; `mean` points at its first channel."""
-    at = mean + 2 * tl.arange(0, P // 2)
-    kind = mean.dtype.element_ty
-    of_one = 1.0 / (_MEAN_UNITS * TILE)
-    tl.store(at, (tl.sum(even_a, 0).to(tl.float32) * of_one).to(kind))
-    tl.store(at + 1, (tl.sum(odd_a, 0).to(tl.float32) * of_one).to(kind))
-    tl.store(at + P, (tl.sum(even_b, 0).to(tl.float32) * of_one).to(kind))
-    tl.store(at + P + 1, (tl.sum(odd_b, 0).to(tl.float32) * of_one).to(kind))
+    # Joined first: each sum over threads waits for all of them.
+    sums = tl.sum(tl.join(tl.join(even_a, even_b), tl.join(odd_a, odd_b)), 0)
+    sums = tl.reshape(tl.permute(sums, (1, 0, 2)), [2 * P])
+    tl.store(mean + tl.arange(0, 2 * P), (sums.to(tl.float32) * (1.0 / (_MEAN_UNITS * TILE))).to(mean.dtype.element_ty))
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]

@@ -34,6 +34,9 @@ class TurnBack:
         """Of each pair of channels: 0 turns by time, 1 by row, 2 by column."""
         self.axis_int32_D = self.axis_D.int()
         self.frequency_D = torch.cat(frequency).float().to(device)
+        numbers = zip(torch.cat(axis).tolist(), torch.cat(frequency).float().tolist(), strict=True)
+        self.turns: tuple[tuple[int, float], ...] = tuple(numbers)
+        """The same as numbers, for the text of a kernel."""
         self._unit: Callable[..., Tensor] = unit_turned_back
         self._products: Callable[..., tuple[Tensor, Tensor, Tensor]] = pair_products
 

@@ -1,0 +1,201 @@
+// What `_value_distances` and `_key_distances` of triton_pairs.py find of rows of 128 channels as codes of 4 bits, in
+// groups of 32, to the bit. A thread takes a row, or LANES take a value: nothing but sums is exchanged, and what a channel
+// turns by stands in the instruction. Such kernels are bound by how many instructions they take.
+//
+// Defined by whoever compiles: LANES, 1, 2 or 4; STEP_OF_ONE, what a largest channel of 1 makes a step; of each pair of
+// channels AXIS and FREQUENCY, 64 numbers each.
+typedef unsigned int u32;
+#define WORDS (16 / LANES)
+#define THREADS 256
+#define KEY_THREADS 128
+
+__device__ __forceinline__ u32 fma_both(u32 a, u32 b, u32 c) {
+    u32 to;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(to) : "r"(a), "r"(b), "r"(c));
+    return to;
+}
+
+// The nearest bfloat16, twice.
+__device__ __forceinline__ u32 round_twice(float x) {
+    u32 to;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %1;" : "=r"(to) : "f"(x));
+    return to;
+}
+
+// A step as the nearest bfloat16 and that of the rest, each twice.
+struct Step { u32 near, rest; };
+
+__device__ __forceinline__ Step split_step(u32 largest) {
+    float step = __fmul_rn(__uint_as_float(largest << 16), STEP_OF_ONE);
+    u32 near = round_twice(step);
+    return {near, round_twice(__fsub_rn(step, __uint_as_float(near << 16)))};
+}
+
+// Codes in the lowest 4 bits of both halves, 8 off, times a step: as `scaled_codes` of triton_decode.py.
+__device__ __forceinline__ u32 scale_both(u32 code, Step step) {
+    u32 whole;
+    asm("lop3.b32 %0, %1, 0x000F000F, 0x43004300, 0xEA;" : "=r"(whole) : "r"(code));
+    whole = fma_both(whole, 0x3F803F80u, 0xC308C308u);
+    return fma_both(whole, step.near, fma_both(whole, step.rest, 0x80008000u));
+}
+
+// Channels of 4 bytes: those in low bits, then those in high ones.
+__device__ __forceinline__ void decode_word(float (&to)[8], u32 word, Step low, Step high) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        u32 both = scale_both(word >> (i % 2 * 8 + i / 2 * 4), i < 2 ? low : high);
+        to[i / 2 * 4 + i % 2] = __uint_as_float(both << 16);
+        to[i / 2 * 4 + i % 2 + 2] = __uint_as_float(both & 0xFFFF0000u);
+    }
+}
+
+// Part of a row: codes, and the largest channels of all four groups.
+template <int NUM> struct Part { u32 word[NUM]; u32 largest[2]; };
+
+template <int NUM> __device__ __forceinline__ Part<NUM> load_part(const uint4* code, const uint2* largest, long long row, int lane, bool there) {
+    Part<NUM> part;
+    uint2 both = there ? largest[row] : make_uint2(0, 0);
+    part.largest[0] = both.x, part.largest[1] = both.y;
+#pragma unroll
+    for (int i = 0; i < NUM / 4; i++) {
+        uint4 four = there ? code[row * 4 + lane * (NUM / 4) + i] : make_uint4(0, 0, 0, 0);
+        part.word[4 * i] = four.x, part.word[4 * i + 1] = four.y;
+        part.word[4 * i + 2] = four.z, part.word[4 * i + 3] = four.w;
+    }
+    return part;
+}
+
+// Steps of 8 words, those of low bits and those of high ones.
+template <int NUM> __device__ __forceinline__ void steps_of(Step (&to)[2], const Part<NUM>& part, int eighth) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) to[i] = split_step(eighth ? part.largest[i] >> 16 : part.largest[i] & 0xFFFFu);
+}
+
+// Neighbours first.
+template <int NUM> __device__ __forceinline__ float add_up(const float* x) {
+    if constexpr (NUM == 1) return x[0];
+    else return __fadd_rn(add_up<NUM / 2>(x), add_up<NUM / 2>(x + NUM / 2));
+}
+
+// On through the lanes of a row.
+__device__ __forceinline__ float add_lanes(float x) {
+#pragma unroll
+    for (int apart = 1; apart < LANES; apart *= 2) x = __fadd_rn(x, __shfl_xor_sync(0xFFFFFFFFu, x, apart));
+    return x;
+}
+
+__device__ __forceinline__ float square_both(float a, float b) { return __fmaf_rn(a, a, __fmul_rn(b, b)); }
+
+// A block takes slots of one head; rows of codes lie head by head, code_slots each.
+extern "C" __global__ void __launch_bounds__(THREADS) value_distances(
+    const uint4* __restrict__ code, const uint2* __restrict__ largest, const int* __restrict__ m,
+    const int* __restrict__ partner, float* __restrict__ of_values, float* __restrict__ lengths, long long code_slots,
+    long long stride_m, long long stride_partner, int num_slots) {
+    const int blocks = (num_slots * LANES + THREADS - 1) / THREADS, lane = threadIdx.x % LANES;
+    const long long head = blockIdx.x / blocks;
+    const int slot = (blockIdx.x % blocks) * (THREADS / LANES) + threadIdx.x / LANES;
+    const bool inside = slot < num_slots;
+    const int other = inside ? partner[head * stride_partner + slot] : -1;
+    const bool live = inside && m[head * stride_m + slot] > 0;
+    const Part<WORDS> own = load_part<WORDS>(code, largest, head * code_slots + slot, lane, live);
+    const Part<WORDS> theirs = load_part<WORDS>(code, largest, head * code_slots + other, lane, live && other >= 0);
+    float length[WORDS], apart[WORDS];
+    Step a[2], b[2];
+#pragma unroll
+    for (int i = 0; i < WORDS; i++) {
+        if (i % 8 == 0) {
+            const int eighth = (lane * WORDS + i) / 8;
+            steps_of(a, own, eighth), steps_of(b, theirs, eighth);
+        }
+        float x[8], y[8], own_square[4], square[4];
+        decode_word(x, own.word[i], a[0], a[1]);
+        decode_word(y, theirs.word[i], b[0], b[1]);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            own_square[j] = square_both(x[j], x[4 + j]);
+            square[j] = square_both(__fsub_rn(x[j], y[j]), __fsub_rn(x[4 + j], y[4 + j]));
+        }
+        length[i] = add_up<4>(own_square), apart[i] = add_up<4>(square);
+    }
+    const float of_length = add_lanes(add_up<WORDS>(length)), of_apart = add_lanes(add_up<WORDS>(apart));
+    if (inside && lane == 0) {
+        lengths[head * num_slots + slot] = of_length;
+        of_values[head * num_slots + slot] = of_apart;
+    }
+}
+
+struct Turn { int axis; float frequency; };
+
+// Of a pair of channels; found when this is compiled.
+template <int PAIR> __device__ constexpr Turn turn_of() {
+    constexpr int axis[64] = {AXIS};
+    constexpr float frequency[64] = {FREQUENCY};
+    return {axis[PAIR], frequency[PAIR]};
+}
+
+// As `sin_cos_by_unit` of triton_rows.py.
+__device__ __forceinline__ void sin_cos(float angle, float& sin, float& cos) {
+    float turns = __fsub_rn(__fmaf_rn(angle, 0.15915494309189535f, 12582912.0f), 12582912.0f);
+    float r = __fmaf_rn(turns, -1.9353071795864769e-3f, __fmaf_rn(turns, -6.28125f, angle));
+    asm("sin.approx.f32 %0, %1;" : "=f"(sin) : "f"(r));
+    asm("cos.approx.f32 %0, %1;" : "=f"(cos) : "f"(r));
+}
+
+struct Products { float inner, a, b; };
+
+__device__ __forceinline__ Products add_both(Products x, Products y) {
+    return {__fadd_rn(x.inner, y.inner), __fadd_rn(x.a, y.a), __fadd_rn(x.b, y.b)};
+}
+
+// Of one pair of channels; a and b are even and odd channel.
+template <int PAIR> __device__ __forceinline__ Products compare_pair(const float* a, const float* b, const float (&apart)[3]) {
+    float sin, cos;
+    constexpr Turn turn = turn_of<PAIR>();
+    sin_cos(__fmul_rn(apart[turn.axis], turn.frequency), sin, cos);
+    float along = __fmaf_rn(a[0], b[0], __fmul_rn(a[1], b[1]));
+    float across = __fmaf_rn(a[1], b[0], -__fmul_rn(a[0], b[1]));
+    return {__fmaf_rn(along, cos, __fmul_rn(across, sin)), square_both(a[0], a[1]), square_both(b[0], b[1])};
+}
+
+// Of NUM words from FIRST on, neighbours first; steps are those of these words.
+template <int FIRST, int NUM>
+__device__ __forceinline__ Products compare_words(
+    const Part<16>& own, const Part<16>& theirs, const Step (&a)[2], const Step (&b)[2], const float (&apart)[3]) {
+    if constexpr (NUM == 1) {
+        float x[8], y[8];
+        decode_word(x, own.word[FIRST], a[0], a[1]);
+        decode_word(y, theirs.word[FIRST], b[0], b[1]);
+        Products first = add_both(compare_pair<2 * FIRST>(x, y, apart), compare_pair<32 + 2 * FIRST>(x + 4, y + 4, apart));
+        Products second = add_both(
+            compare_pair<2 * FIRST + 1>(x + 2, y + 2, apart), compare_pair<32 + 2 * FIRST + 1>(x + 6, y + 6, apart));
+        return add_both(first, second);
+    } else {
+        return add_both(compare_words<FIRST, NUM / 2>(own, theirs, a, b, apart),
+                        compare_words<FIRST + NUM / 2, NUM / 2>(own, theirs, a, b, apart));
+    }
+}
+
+// Of listed keys from the one that `other` names, before RoPE, written at their slots; blocks of a head share its list.
+extern "C" __global__ void __launch_bounds__(KEY_THREADS, KEY_BLOCKS) key_distances(
+    const uint4* __restrict__ code, const uint2* __restrict__ largest, const float* __restrict__ position,
+    const int* __restrict__ other, const int* __restrict__ listed, const int* __restrict__ count, float* __restrict__ to,
+    long long code_slots, long long stride_other, long long stride_listed, long long stride_to, int heads) {
+    const long long head = blockIdx.x % heads;
+    const int num = count[head], step = gridDim.x / heads * KEY_THREADS;
+    for (int at = blockIdx.x / heads * KEY_THREADS + threadIdx.x; at < num; at += step) {
+        const int slot = listed[head * stride_listed + at];
+        const long long row_a = head * code_slots + slot;
+        const Part<16> own = load_part<16>(code, largest, row_a, 0, true);
+        const long long row_b = head * code_slots + other[head * stride_other + slot];
+        const Part<16> theirs = load_part<16>(code, largest, row_b, 0, true);
+        float apart[3];
+#pragma unroll
+        for (int i = 0; i < 3; i++) apart[i] = __fsub_rn(position[row_a * 3 + i], position[row_b * 3 + i]);
+        Step a[2], b[2];
+        steps_of(a, own, 0), steps_of(b, theirs, 0);
+        Products first = compare_words<0, 8>(own, theirs, a, b, apart);
+        steps_of(a, own, 1), steps_of(b, theirs, 1);
+        first = add_both(first, compare_words<8, 8>(own, theirs, a, b, apart));
+        to[head * stride_to + slot] = fmaxf(__fsub_rn(__fadd_rn(first.a, first.b), 2.0f * first.inner), 0.0f);
+    }
+}
