@@ -2,8 +2,9 @@
 
 A number times a fixed scale is cast to e4m3, saturating: keys after RMSNorm and values are far from its ends, and a
 fixed scale needs no pass over them. A tile is 128 keys of 128 channels. A row of 128 bytes lies in eight pieces of 16,
-piece c of row r at place c ^ (r % 8), so that a whole tile is copied into shared memory as it lies. What is plain torch
-here is the reference of kernels that code.
+piece c of row r at place c ^ (r % 8), so that a whole tile is copied into shared memory as it lies. Log m of a key is
+four more channels, so that products add it to the logits: each codes what those before left. What is plain torch here
+is the reference of kernels that code.
 """
 
 from __future__ import annotations
@@ -25,8 +26,13 @@ LARGEST = 448.0
 """Of e4m3."""
 LEAST_MASS = -5e4
 """A key with less in its channels of log m does not exist (`cache/table_layout.py` has -1e5 there)."""
+MASS_SCALES = (448.0, 1.0, 1.0, 1.0)
+"""What the codes of log m are multiplied by: their sum has 16 bits, and that of a key that does not exist is -2e5."""
 PIECE, PIECES = 16, 8
+MASS_BYTES = CODED_TILE * PIECE
 _GROUP = 32
+_LEAST = 0xFE
+"""The code of -448."""
 
 
 class CodedTiles(NamedTuple):
@@ -36,14 +42,20 @@ class CodedTiles(NamedTuple):
     """uint8 [heads, tiles, 16384]: rows are keys."""
     v_NTB: Tensor
     """uint8 [heads, tiles, 16384]: rows are channels, their bytes keys in the order of `key_of_byte`."""
-    bias_NL: Tensor
-    """float32 [heads, slots]: log2 of m; -inf where there is no key."""
+    mass_NTB: Tensor
+    """uint8 [heads, tiles, 2048]: of each key four codes of log m, as large as products are, and 12 zeros."""
 
 
-def room_for_tiles(heads: int, tiles: int, device: torch.device) -> CodedTiles:
-    """To be written."""
-    k, v = (torch.zeros(heads, tiles, TILE_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
-    return CodedTiles(k, v, torch.zeros(heads, tiles * CODED_TILE, dtype=torch.float32, device=device))
+def room_for_tiles(
+    heads: int, tiles: int, device: torch.device, rooms: tuple[Tensor, Tensor] | None = None
+) -> CodedTiles:
+    """To be written; `rooms` of keys and values if those are there already."""
+
+    def make(size: int) -> Tensor:
+        return torch.zeros(heads, tiles, size, dtype=torch.uint8, device=device)
+
+    k, v = rooms or (make(TILE_BYTES), make(TILE_BYTES))
+    return CodedTiles(k, v, make(MASS_BYTES))
 
 
 def key_of_byte() -> Tensor:
@@ -59,11 +71,41 @@ def to_e4m3(x: Tensor, scale: float) -> Tensor:
 
 
 def log2_mass(k_NLW: Tensor, head_dim: int) -> Tensor:
-    """`CodedTiles.bias_NL` of keys as they lie in a table; zero for keys without channels of log m."""
+    """log2 of m of keys as they lie in a table, -inf where there is none; zero without channels of log m."""
+    value = _read_mass(k_NLW, head_dim)
+    return torch.where(value <= LEAST_MASS, -torch.inf, value * (math.log2(math.e) / math.sqrt(head_dim)))
+
+
+def _read_mass(k_NLW: Tensor, head_dim: int) -> Tensor:
+    """Log m as a query without any scale adds it, float32."""
     if k_NLW.shape[-1] == head_dim:
         return torch.zeros(k_NLW.shape[:-1], dtype=torch.float32, device=k_NLW.device)
-    value = k_NLW[..., head_dim : head_dim + 2].float().sum(-1)
-    return torch.where(value <= LEAST_MASS, -torch.inf, value * (math.log2(math.e) / math.sqrt(head_dim)))
+    value: Tensor = k_NLW[..., head_dim : head_dim + 2].float().sum(-1)
+    return value
+
+
+def code_masses(value_NL: Tensor) -> Tensor:
+    """`CodedTiles.mass_NTB` of what `_read_mass` reads; in the last tile no key is behind them."""
+    left = F.pad(value_NL, (0, -value_NL.shape[1] % CODED_TILE), value=-1e30) * SCALE_QK**2
+    codes = torch.zeros(*left.shape, PIECE, dtype=torch.uint8, device=left.device)
+    for i, scale in enumerate(MASS_SCALES):
+        code = to_e4m3(left, 1 / scale)
+        left = left - code.float() * scale
+        codes[..., i] = code.view(torch.uint8)
+    return codes.unflatten(1, (-1, CODED_TILE)).flatten(2)
+
+
+def decode_masses(mass_NTB: Tensor, head_dim: int) -> Tensor:
+    """`log2_mass` again: float32 [N, T, keys]."""
+    codes = mass_NTB.unflatten(2, (-1, PIECE)).view(torch.float8_e4m3fn)[..., : len(MASS_SCALES)].float()
+    products = (codes * torch.tensor(MASS_SCALES, device=codes.device)).sum(-1)
+    log2 = products * (math.log2(math.e) / (math.sqrt(head_dim) * SCALE_QK**2))
+    return torch.where(codes[..., 0] == -LARGEST, -torch.inf, log2)
+
+
+def erase_keys(tiles: CodedTiles, first: int) -> None:
+    """From the `first` of every head on there is no key any more."""
+    tiles.mass_NTB.unflatten(2, (-1, PIECE)).flatten(1, 2)[:, first:, : len(MASS_SCALES)] = _LEAST
 
 
 def code_rows(x_NLD: Tensor, scale: float) -> Tensor:
@@ -79,13 +121,9 @@ def code_queries_plain(q_QNW: Tensor) -> Tensor:
 
 def code_tiles_plain(k_NKW: Tensor, v_NKD: Tensor) -> CodedTiles:
     """Keys and values that lie in one run; no key is where the last tile is not full."""
-    num_keys, dim = v_NKD.shape[1:]
-    bias_NK = log2_mass(k_NKW, dim)
-    return CodedTiles(
-        code_rows(k_NKW[..., :dim], SCALE_QK),
-        code_values_plain(v_NKD),
-        F.pad(bias_NK, (0, -num_keys % CODED_TILE), value=-torch.inf),
-    )
+    dim = v_NKD.shape[2]
+    masses = code_masses(_read_mass(k_NKW, dim))
+    return CodedTiles(code_rows(k_NKW[..., :dim], SCALE_QK), code_values_plain(v_NKD), masses)
 
 
 def code_values_plain(v_NKD: Tensor) -> Tensor:

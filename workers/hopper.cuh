@@ -1,5 +1,5 @@
 // What kernels for compute capability 9.0 share: barriers and copies in bulk, products of tensor cores and how their
-// matrices lie, results on their way to memory. Stands before a kernel's own source (see nvrtc.py).
+// matrices lie, results on their way to memory, 8-bit floats. Stands before a kernel's own source (see nvrtc.py).
 //
 // Defined by whoever compiles: LONGEST_WAIT_S, after which a wait fails.
 typedef unsigned int u32;
@@ -77,4 +77,26 @@ __device__ __forceinline__ void transpose(u32 (&w)[4], int q) {
         u32 got = __shfl_xor_sync(~0u, q & 2 ? w[i] : w[i + 2], 2);
         if (q & 2) w[i] = got; else w[i + 2] = got;
     }
+}
+
+__device__ __forceinline__ u32 code_four(float a, float b, float c, float d) {
+    u32 word;
+    asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+        "mov.b32 %0, {low, high};\n}" : "=r"(word) : "f"(a), "f"(b), "f"(c), "f"(d));
+    return word;
+}
+
+// Four codes of log m, which products multiply by 448, 1, 1 and 1; see coded_tiles.py.
+__device__ __forceinline__ u32 code_mass(float left) {
+    u32 word = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        u32 code = code_four(left * (i ? 1.f : 1.f / 448.f), 0.f, 0.f, 0.f);
+        float number;
+        asm("{\n.reg .b16 code, low, high;\n.reg .b32 two;\nmov.b32 {code, high}, %1;\ncvt.rn.f16x2.e4m3x2 two, code;\n"
+            "mov.b32 {low, high}, two;\ncvt.f32.f16 %0, low;\n}" : "=f"(number) : "r"(code));
+        left -= number * (i ? 1.f : 448.f);
+        word |= code << i * 8;
+    }
+    return word;
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 from workers.cache.layer_table import LayerTable
 from workers.cache.table_codes import code_dtype, code_width, decode_into, encode, group_channels
 from workers.cache.table_layout import TableSettings
-from workers.coded_tiles import CODED_TILE, TILE_BYTES, CodedTiles, code_tiles_plain
+from workers.coded_tiles import CODED_TILE, TILE_BYTES, CodedTiles, code_tiles_plain, room_for_tiles
 
 PACKED = ("k_code_NCB", "k_largest_NCG", "v_code_NCB", "v_largest_NCG", "mass_NC2")
 _RUN_SLOTS = 16384
@@ -51,7 +51,7 @@ class Workspace:
         values = self.v_NLD.view(torch.uint8).view(-1)
         assert self.v_NLD.dtype.itemsize == 2
         k_NTB, v_NTB = (part.view(shape) for part in values.chunk(2))
-        return CodedTiles(k_NTB, v_NTB, torch.zeros(shape[0], s.num_slots, device=values.device))
+        return room_for_tiles(*shape[:2], values.device, (k_NTB, v_NTB))
 
 
 class Packing(Protocol):
@@ -136,7 +136,7 @@ class PlainPacking:
             s: Sizes.
             is_seen_NJ: uint8; tiles of 0 may be left as they are. Here all are written.
         """
-        wide = Workspace(s, torch.float32, to.bias_NL.device)
+        wide = Workspace(s, torch.float32, to.k_NTB.device)
         self.unpack(layer, wide, s, None)
         for x, values in zip(to, code_tiles_plain(wide.k_NLW, wide.v_NLD), strict=True):
             x.copy_(values)

@@ -7,7 +7,7 @@
 // Defined by whoever compiles: TOGETHER, programs of a multiprocessor; STORE, how 16 bytes are written; STAGE_BYTES, of
 // a tile in shared memory; BITS of a code, GROUPS of channels with a step; STEP, from a group's
 // largest channel to its step; STEP_K and STEP_V, times the scale, a power of two: bits are those of scaling last; SCALE_K and SCALE_V;
-// LEAST_MASS, what channels with log m of a key are above; FACTOR, from their sum to log m in base 2; EXTRA channels.
+// SCALE_MASS; EXTRA channels.
 constexpr int ROW = 16 * BITS, CHUNKS = ROW / 16, STEPS = 2 * GROUPS;
 // Of 16 keys, and where the next 16 lie in shared memory: 8 lanes that read of as many pieces meet in no bank.
 constexpr int PIECE = 16 * ROW, PIECE_STEPS = 16 * STEPS, NEXT = PIECE + 16, NEXT_STEPS = PIECE_STEPS + 16;
@@ -22,15 +22,6 @@ struct Layer {
     int first_tile, stop_tile, end_tiles, tiles;
     __device__ bool codes(int tile) const { return tile >= first_tile && tile < stop_tile; }
 };
-
-__device__ __forceinline__ u32 to_word(float a, float b, float c, float d) {
-    u32 word;
-    asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-        "mov.b32 %0, {low, high};\n}"
-        : "=r"(word)
-        : "f"(a), "f"(b), "f"(c), "f"(d));
-    return word;
-}
 
 __device__ __forceinline__ u32 split(u32 codes, int channel) {
     return BITS == 4 ? codes >> channel / 64 * 4 & 0x0F0F0F0Fu : codes ^ 0x80808080u;
@@ -47,9 +38,8 @@ __device__ __forceinline__ float step_of(const char* steps, int channel, float s
 __device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xFFFF0000u); }
 
-__device__ __forceinline__ void store_bias(float* bias, u32 mass) {
-    float value = low(mass) + high(mass);
-    *bias = value <= LEAST_MASS ? __int_as_float(0xFF800000) : value * FACTOR;
+__device__ __forceinline__ void store_mass(uint4* to, u32 mass) {
+    *to = make_uint4(code_mass((low(mass) + high(mass)) * SCALE_MASS), 0, 0, 0);
 }
 
 // By 8 lanes.
@@ -76,7 +66,7 @@ __device__ __forceinline__ void unpack_keys(const Stage& of, uint4* to) {
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             u32 word = split(words[j], channel);
-            words[j] = to_word(number(word, 0) * step, number(word, 1) * step, number(word, 2) * step, number(word, 3) * step);
+            words[j] = code_four(number(word, 0) * step, number(word, 1) * step, number(word, 2) * step, number(word, 3) * step);
         }
         STORE(to + at, make_uint4(words[0], words[1], words[2], words[3]));
     }
@@ -112,7 +102,7 @@ __device__ __forceinline__ void unpack_values(const Stage& of, uint4* to) {
             }
 #pragma unroll
             for (int j = 0; j < 4; j++)
-                turned[j][word] = to_word(
+                turned[j][word] = code_four(
                     number(four[0], j) * step[0], number(four[1], j) * step[1], number(four[2], j) * step[2],
                     number(four[3], j) * step[3]);
         }
@@ -131,7 +121,7 @@ __device__ __forceinline__ void cast_keys(const char* rows, uint4* to) {
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             u32 one = x[j * 2], two = x[j * 2 + 1];
-            words[j] = to_word(low(one) * SCALE_K, high(one) * SCALE_K, low(two) * SCALE_K, high(two) * SCALE_K);
+            words[j] = code_four(low(one) * SCALE_K, high(one) * SCALE_K, low(two) * SCALE_K, high(two) * SCALE_K);
         }
         STORE(to + at, make_uint4(words[0], words[1], words[2], words[3]));
     }
@@ -157,7 +147,7 @@ __device__ __forceinline__ void cast_values(const char* rows, uint4* to) {
                     u32 pair = j < 2 ? x[byte].x : x[byte].y;
                     four[byte] = (j % 2 ? high(pair) : low(pair)) * SCALE_V;
                 }
-                turned[j][word] = to_word(four[0], four[1], four[2], four[3]);
+                turned[j][word] = code_four(four[0], four[1], four[2], four[3]);
             }
         }
         store_values(to, channel, piece, turned);
@@ -168,16 +158,15 @@ constexpr int END_ROW = 256 + 2 * EXTRA;
 
 // As attention with products of 8-bit floats reads them.
 struct Coded {
-    uint4 *k, *v;
-    float* bias;
+    uint4 *k, *v, *mass;
     __device__ __forceinline__ void take_codes(const Stage& of, int unit) const {
-        if (threadIdx.x < 128) store_bias(bias + unit * 128ll + threadIdx.x, ((const u32*)of.mass)[threadIdx.x]);
+        if (threadIdx.x < 128) store_mass(mass + unit * 128ll + threadIdx.x, ((const u32*)of.mass)[threadIdx.x]);
         unpack_keys(of, k + unit * 1024ll);
         unpack_values(of, v + unit * 1024ll);
     }
     __device__ __forceinline__ void take_rows(const char* of_k, const char* of_v, int unit) const {
         if (threadIdx.x < 128)
-            store_bias(bias + unit * 128ll + threadIdx.x, *(const u32*)(of_k + threadIdx.x * END_ROW + 256));
+            store_mass(mass + unit * 128ll + threadIdx.x, *(const u32*)(of_k + threadIdx.x * END_ROW + 256));
         cast_keys(of_k, k + unit * 1024ll);
         cast_values(of_v, v + unit * 1024ll);
     }

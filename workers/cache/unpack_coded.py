@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from workers.cache.packed_history import PackedLayer, Workspace
 from workers.cache.table_codes import LIMITS, CodedStorage, group_channels
 from workers.cache.table_layout import EXTRA_CHANNELS, TableSettings
-from workers.coded_tiles import CODED_TILE, LEAST_MASS, SCALE_QK, SCALE_V, CodedTiles
+from workers.coded_tiles import CODED_TILE, SCALE_QK, SCALE_V, CodedTiles
 from workers.nvrtc import launch, load_functions, make_hopper_source
 
 
@@ -49,7 +48,7 @@ class _Layer(ctypes.Structure):
 
 
 class _Coded(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("k", "v", "bias"))
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("k", "v", "mass"))
 
 
 class _Rows(ctypes.Structure):
@@ -65,8 +64,7 @@ def make_source(storage: CodedStorage, how: Programs) -> str:
         "STEP_V": step * SCALE_V,
         "SCALE_K": SCALE_QK,
         "SCALE_V": SCALE_V,
-        "LEAST_MASS": LEAST_MASS,
-        "FACTOR": math.log2(math.e) / math.sqrt(CODED_TILE),
+        "SCALE_MASS": SCALE_QK**2,
     }
     names: dict[str, object] = {
         "BITS": {"int8": 8, "int4": 4}[storage],

@@ -1,22 +1,26 @@
 // Attention of 128 queries at a time to listed tiles of 128 keys for compute capability 9.0, products in 8 bits (e4m3),
 // head dimension 128. Tiles lie in memory as tensor cores read them (see coded_tiles.py), so plain bulk copies bring them.
 //
-// Two groups of four warps have 64 queries each, a ninth warp brings tiles, a tenth their bias. A group works on halves
-// of 64 keys: while it turns one half's logits into p, tensor cores multiply the half before with its values and the
-// next one with queries. p is relative to a base of the row, not to its highest logit so far: the highest is looked for
-// only if some p did not fit into 8 bits, and then the base rises. Rows of ones behind the values sum p up.
+// Two groups of four warps have 64 queries each, a ninth warp brings tiles. The groups take turns: while one turns logits
+// into p, tensor cores multiply the other's queries with its next keys and its p with values. Warps that begin a product
+// out of registers are held until it has read these, so no group does both at once. p is relative to a base of the row,
+// not to its highest logit so far: that of the first tile is looked for, and another only if some p did not fit into 8
+// bits; then the base rises. Log m of keys is a product too: of four codes with the same numbers for all queries. Rows of
+// ones behind the values sum p up.
 // Each program takes whole lists while there are as many as programs, so that all are at like places of memory; what is
 // left is shared evenly: what a program has of a list then goes to `parts`, and join() adds the parts up.
 // Registers have the queries, shared memory what was added up.
 //
 // Defined by whoever compiles: STAGES of tiles in shared memory; PROMOTE, tiles after which products are added to the
-// rest outside of tensor cores, which keep fewer bits of a sum; FACTOR, from products to logits in base 2; V_SCALE; and
-// the products wgmma_qk() of 64 rows by 64 and wgmma_pv() by 136.
+// rest outside of tensor cores, which keep fewer bits of a sum; FACTOR, from products to logits in base 2; V_SCALE; MASSES,
+// what codes of log m are multiplied by, as four codes; and the products wgmma_qk() of 64 rows by 128, wgmma_pv() by 136.
 
-constexpr int TILE = 16384, V_SLOT = TILE + 1024, BIAS_SLOT = 1024;  // values with rows of ones; 128 floats, a flag
-constexpr int PART = 68 * 256;                                        // a part: 64 sums, two bases, two sums of p of a thread
-constexpr float TARGET = 6.f, MOST = 8.5f;  // a rising base takes the highest logit to TARGET; e4m3 ends at 2^8.8
-constexpr float LOWEST = -1e30f;            // the base of a row without keys: any logit is far above
+constexpr int TILE = 16384, MASS = 2048, V_SLOT = TILE + 1024;  // log m of keys; values with rows of ones
+constexpr int K_SLOT = TILE + MASS;
+constexpr int PART = 68 * 256;  // a part: 64 sums, two bases, two sums of p of a thread
+constexpr float TARGET = 6.f, MOST = 362.f;  // a rising base takes the highest p to 2^TARGET; e4m3 ends at 448
+constexpr float LOWEST = -60.f;  // of bases: float32 has p from 2^-66 to 2^127 of logits, and those of absent keys are 0
+constexpr int WORDS = 16, EARLY = 12;  // of p of a thread; whose p are worked out while those before are multiplied
 #define NONE __int_as_float(0xFF800000)
 
 // Rows of 128 bytes, swizzled, eight of them 1024 bytes from the next eight.
@@ -34,40 +38,47 @@ __device__ __forceinline__ float highest_of_row(float x) {  // over its four lan
     return x;
 }
 
-__device__ __forceinline__ u32 code_four(float a, float b, float c, float d) {
-    u32 word;
-    asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-        "mov.b32 %0, {low, high};\n}" : "=r"(word) : "f"(a), "f"(b), "f"(c), "f"(d));
-    return word;
+// Keys of a tile of values lie so that a thread's own columns are what a product takes from it: columns 8i + 2q and the
+// next of rows g and g + 8. Word i of p is of row i % 2.
+__device__ __forceinline__ int first_of(int word) { return word / 4 * 16 + word / 2 % 2 * 8 + word % 2 * 2; }
+
+// Logits of a word become p relative to the base, in place.
+__device__ __forceinline__ void soften(float (&s)[64], int word, const float (&base)[2]) {
+    float* x = s + first_of(word);
+#pragma unroll
+    for (int j = 0; j < 4; j++) x[j / 2 * 4 + j % 2] = exp2_of(fmaf(x[j / 2 * 4 + j % 2], FACTOR, -base[word % 2]));
 }
 
-// p of 64 keys relative to the base; true if some did not fit. Keys of a tile of values lie so that a thread's own
-// columns are what a product takes from it: columns 8i + 2q and the next of rows g and g + 8.
-__device__ __forceinline__ bool soften(const float (&s)[32], u32 (&p)[8], const float (&base)[2]) {
-    u32 over = 0;
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        const float* x = s + i / 4 * 16 + i / 2 % 2 * 8 + i % 2 * 2;
-        float y[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++) y[j] = exp2_of(fmaf(x[j / 2 * 4 + j % 2], FACTOR, -base[i % 2]));
-        p[i] = code_four(y[0], y[1], y[2], y[3]);
-        over |= p[i] + 0x02020202u;  // 0x7E is the largest
-    }
-    return __any_sync(~0u, over & 0x80808080u);
+__device__ __forceinline__ u32 to_word(const float (&s)[64], int word) {
+    const float* x = s + first_of(word);
+    return code_four(x[0], x[1], x[4], x[5]);
 }
+
+__device__ __forceinline__ u32 flag_largest(u32 word) { return word + 0x02020202u; }  // 0x7E is the largest
 
 // Rows whose p do not fit get a higher base; `by` is what comes off all that was added up before.
-__device__ __forceinline__ void rise(const float (&s)[32], float (&base)[2], float (&by)[2]) {
+__device__ __forceinline__ void rise(float (&s)[64], float (&base)[2], float (&by)[2]) {
+    float high[2] = {0.f, 0.f};
+#pragma unroll
+    for (int i = 0; i < 64; i++) high[i / 2 % 2] = fmaxf(high[i / 2 % 2], s[i]);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float most = highest_of_row(high[r]), up = most > MOST ? ceilf(log2f(fminf(most, 1e38f))) - TARGET : 0.f;
+        by[r] = exp2_of(-up);
+        base[r] += up;
+    }
+#pragma unroll
+    for (int i = 0; i < 64; i++) s[i] *= by[i / 2 % 2];
+}
+
+// Bases by the logits of a first tile.
+__device__ __forceinline__ void find_base(const float (&s)[64], float (&base)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float high = NONE;
 #pragma unroll
-        for (int b = 0; b < 8; b++) high = fmaxf(high, fmaxf(s[b * 4 + r * 2], s[b * 4 + r * 2 + 1]));
-        high = highest_of_row(high) * FACTOR;
-        float next = high > base[r] + MOST ? ceilf(high) - TARGET : base[r];
-        by[r] = exp2_of(base[r] - next);
-        base[r] = next;
+        for (int b = 0; b < 16; b++) high = fmaxf(high, fmaxf(s[b * 4 + r * 2], s[b * 4 + r * 2 + 1]));
+        base[r] = fmaxf(ceilf(highest_of_row(high) * FACTOR) - TARGET, LOWEST);
     }
 }
 
@@ -108,39 +119,41 @@ struct Ring {
 };
 
 // Queries of a thread as a product takes them from registers.
-__device__ __forceinline__ void take_queries(u32 (&a)[16], const char* queries) {
+__device__ __forceinline__ void take_queries(u32 (&a)[20], const char* queries) {
     int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     queries += (threadIdx.x / 32 * 16 + g) * 128 + q * 4;
 #pragma unroll
     for (int i = 0; i < 16; i++) a[i] = *(const u32*)(queries + i % 2 * 1024 + ((i / 4 * 2 + i / 2 % 2) ^ g) * 16);
 }
 
-// Products of a group's queries and 64 keys begin, from the keys' bias where there is any; `bias` has it in a thread's order.
-__device__ __forceinline__ int start(float (&s)[32], const float* bias) {
-    int has_bias = *(const int*)(bias + 128);
-    bias += threadIdx.x % 4 * 4;
-    if (has_bias) {
+// Queries, and behind them the same numbers for log m, times keys; there a row is 16 bytes, read twice and once times 0.
+__device__ __forceinline__ void multiply_qk(float (&s)[64], const u32 (&a)[20], u32 k_at) {
+    u64 keys = describe(k_at);
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            float4 x = *(const float4*)(bias + i * 16);
-            s[i * 8] = s[i * 8 + 2] = x.x, s[i * 8 + 1] = s[i * 8 + 3] = x.y;
-            s[i * 8 + 4] = s[i * 8 + 6] = x.z, s[i * 8 + 5] = s[i * 8 + 7] = x.w;
-        }
-    }
-    return has_bias;
+    for (int k = 0; k < 5; k++)
+        wgmma_qk(s, a[k * 4], a[k * 4 + 1], a[k * 4 + 2], a[k * 4 + 3], k < 4 ? keys + k * 2 : describe(k_at + TILE, 128, 0, 0), k > 0);
+    commit();
 }
 
-__device__ __forceinline__ void multiply_qk(float (&s)[32], const u32 (&a)[16], u32 k_at, int adds) {
+__device__ __forceinline__ void multiply_pv(float (&acc)[68], const u32 (&p)[WORDS], u32 v_at, int adds) {
+    u64 values = describe(v_at);
 #pragma unroll
     for (int k = 0; k < 4; k++)
-        wgmma_qk(s, a[k * 4], a[k * 4 + 1], a[k * 4 + 2], a[k * 4 + 3], describe(k_at + k * 32), k ? 1 : adds);
+        wgmma_pv(acc, p[k * 4], p[k * 4 + 1], p[k * 4 + 2], p[k * 4 + 3], values + k * 2, k ? 1 : adds);
+    commit();
 }
 
-__device__ __forceinline__ void multiply_pv(float (&acc)[68], const u32 (&p)[8], u32 v_at, int adds) {
+// Products still read p: registers that are read later are not used for anything else. Never stored.
+__device__ __forceinline__ void keep(const u32 (&p)[WORDS], u32 room, int never) {
 #pragma unroll
-    for (int k = 0; k < 2; k++)
-        wgmma_pv(acc, p[k * 4], p[k * 4 + 1], p[k * 4 + 2], p[k * 4 + 3], describe(v_at + k * 32), k ? 1 : adds);
+    for (int i = 0; i < WORDS; i += 4)
+        asm volatile("{\n.reg .pred q;\nsetp.ne.b32 q, %5, 0;\n@q st.shared.v4.b32 [%4], {%0, %1, %2, %3};\n}"
+            ::"r"(p[i]), "r"(p[i + 1]), "r"(p[i + 2]), "r"(p[i + 3]), "r"(room), "r"(never) : "memory");
 }
+
+// Of the two groups one at a time begins products; group 0 has the first turn.
+__device__ __forceinline__ void await_turn(int group) { asm volatile("bar.sync %0, 256;" ::"r"(1 + group) : "memory"); }
+__device__ __forceinline__ void end_turn(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(2 - group) : "memory"); }
 
 // What was added up outside of tensor cores: 64 sums of products and two of p a thread.
 struct Total {
@@ -187,48 +200,19 @@ __device__ __forceinline__ bool take(int turn, int units, int length, int& begin
     return turn <= whole;
 }
 
-// A warp brings the bias of tiles, in units of products and in the order of threads, and whether there is any.
-__device__ __forceinline__ void bring_bias(
-    Ring& at_k, char* slots, u32 full_k, u32 empty_k, const float* biases, const int* lists, int begin, int end, int query_tiles,
-    int tiles, int length) {
-    int lane = threadIdx.x % 32;
-    auto look = [&](int entry) {
-        int unit = entry / length;
-        u64 tile = (u64)(unit / query_tiles) * tiles + (lists ? lists[entry] : entry - unit * length);
-        return ((const float4*)biases)[tile * 32 + lane];
-    };
-    if (begin == end) return;
-    float4 next = look(begin);
-    for (int entry = begin; entry < end; entry++) {
-        float4 x = next;
-        if (entry + 1 < end) next = look(entry + 1);
-        await(empty_k + at_k.slot * 8, at_k.parity ^ 1);
-        float* slot = (float*)(slots + at_k.slot * BIAS_SLOT);
-        bool any = __any_sync(~0u, x.x != 0.f || x.y != 0.f || x.z != 0.f || x.w != 0.f);
-        // Lane 2b + h has columns 8b + 4h and so on: what lanes 2h and 2h + 1 of a row take of b.
-        float* to = slot + lane / 4 * 16 + lane % 2 * 8 + lane / 2 % 2 * 2;
-        *(float2*)to = make_float2(x.x * (1.f / FACTOR), x.y * (1.f / FACTOR));
-        *(float2*)(to + 4) = make_float2(x.z * (1.f / FACTOR), x.w * (1.f / FACTOR));
-        if (lane < 2) *(int*)(slot + 128 + lane * 64) = any;
-        arrive(full_k + at_k.slot * 8);
-        at_k.turn();
-    }
-}
-
 extern "C" __global__ void __launch_bounds__(384, 1) attend(
-    const char* queries, const char* keys, const char* values, const float* biases, const int* lists, uint4* out, float* lse,
+    const char* queries, const char* keys, const char* values, const char* masses, const int* lists, uint4* out, float* lse,
     float* parts, int heads, int query_tiles, int num_queries, int tiles, int length, int lse_query, int lse_head) {
     extern __shared__ __align__(1024) char room[];
     __shared__ __align__(8) u64 barriers[4 * STAGES + 2];
     char* base_at = room + (1024 - (address(room) & 1023)) % 1024;
-    char* bias_at = base_at + TILE + STAGES * (TILE + V_SLOT);
-    u32 q_at = address(base_at), k_at = q_at + TILE, v_at = k_at + STAGES * TILE;
+    u32 q_at = address(base_at), k_at = q_at + TILE, v_at = k_at + STAGES * K_SLOT;
     u32 full_k = address(barriers), full_v = full_k + STAGES * 8, empty_k = full_v + STAGES * 8, empty_v = empty_k + STAGES * 8;
     u32 full_q = empty_v + STAGES * 8, empty_q = full_q + 8;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
         for (int i = 0; i < 4 * STAGES + 2; i++) {
-            u32 count = i < STAGES ? 33 : i < 2 * STAGES || i == 4 * STAGES ? 1 : 8;  // tile and lanes of bias; a lane a warp
+            u32 count = i < 2 * STAGES || i == 4 * STAGES ? 1 : 8;  // who brings; a lane a warp
             asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(full_k + i * 8), "r"(count) : "memory");
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -244,10 +228,6 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend(
     // Registers go from the four warps that bring tiles to the eight that multiply; all have 168 before.
     if (warp >= 8) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (warp == 9) {
-            for (int turn = 0; take(turn, units, length, begin, end); turn++)
-                bring_bias(at_k, bias_at, full_k, empty_k, biases, lists, begin, end, query_tiles, tiles, length);
-        }
         if (threadIdx.x != 256) return;
         for (int turn = 0; take(turn, units, length, begin, end); turn++) {
             for (int entry = begin; entry < end;) {
@@ -262,8 +242,9 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend(
                     entry++;
                     if (entry < stop) next = lists ? lists[entry] : entry - unit * length;
                     await(empty_k + at_k.slot * 8, at_k.parity ^ 1);
-                    expect(full_k + at_k.slot * 8, TILE);
-                    bring(k_at + at_k.slot * TILE, keys + tile * TILE, TILE, full_k + at_k.slot * 8);
+                    expect(full_k + at_k.slot * 8, K_SLOT);
+                    bring(k_at + at_k.slot * K_SLOT, keys + tile * TILE, TILE, full_k + at_k.slot * 8);
+                    bring(k_at + at_k.slot * K_SLOT + TILE, masses + tile * MASS, MASS, full_k + at_k.slot * 8);
                     at_k.turn();
                     await(empty_v + at_v.slot * 8, at_v.parity ^ 1);
                     expect(full_v + at_v.slot * 8, TILE);
@@ -276,18 +257,27 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend(
     }
 
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    u32 a[16];
+    u32 a[20];
+    int group = warp / 4;
+    if (group == 1) end_turn(group);
     Total kept;
-    kept.at = (float4*)(bias_at + STAGES * BIAS_SLOT) + threadIdx.x;
+    kept.at = (float4*)(base_at + TILE + STAGES * (K_SLOT + V_SLOT)) + threadIdx.x;
+#pragma unroll
+    for (int i = 16; i < 20; i++)  // volatile: in four registers of their own
+        asm volatile("mov.b32 %0, %1;" : "=r"(a[i]) : "r"(i < 18 && lane % 4 == 0 ? MASSES : 0));
     for (int turn = 0; take(turn, units, length, begin, end); turn++) {
         for (int entry = begin; entry < end;) {
             int unit = entry / length, first = unit * length, stop = min(end, first + length);
             bool is_whole = stop - entry == length, begins = entry == first;
-            float s0[32], s1[32], acc[68], base[2] = {LOWEST, LOWEST}, shrink[2] = {1.f, 1.f}, by[2] = {1.f, 1.f};
-            u32 p0[8], p1[8];
+            float s[64], acc[68], base[2] = {LOWEST, LOWEST}, shrink[2] = {1.f, 1.f}, by[2] = {1.f, 1.f};
+            u32 p[WORDS];
 #pragma unroll
             for (int i = 0; i < 68; i++) acc[i] = 0.f;
-            hold(acc);  // set before products begin, or the compiler lets none overlap
+#pragma unroll
+            for (int i = 0; i < 64; i++) s[i] = 0.f;
+#pragma unroll
+            for (int i = 0; i < WORDS; i++) p[i] = 0;
+            hold(acc), hold(s);  // set before products begin, or the compiler lets none overlap
             kept.clear();
             await(full_q, parity_q);
             parity_q ^= 1;
@@ -295,74 +285,61 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend(
             __syncwarp();
             if (lane == 0) arrive(empty_q);
             await(full_k + at_k.slot * 8, at_k.parity);
-            const float* bias = (const float*)(bias_at + at_k.slot * BIAS_SLOT);
-            u32 keys_at = k_at + at_k.slot * TILE;
-            int adds = start(s0, bias);
-            start(s1, bias + 64);
             fence();
-            multiply_qk(s0, a, keys_at, adds);
-            commit();
+            multiply_qk(s, a, k_at + at_k.slot * K_SLOT);
             finish<0>();
-            fence();
-            multiply_qk(s1, a, keys_at + TILE / 2, adds);
-            commit();
+            hold(s);
+            find_base(s, base);
             int since = 0, used_v = -1;
 #pragma unroll 1
             for (; entry < stop; entry++) {
-                finish<2>();
-                hold(s0);
-                bool over = soften(s0, p0, base);
-                if (over) {
-                    rise(s0, base, by);
-                    soften(s0, p0, base);
-                }
-                finish<1>();  // behind a branch on p, or the compiler waits before it works out p
+                finish<1>();
+                hold(s);
+                if (lane == 0) arrive(empty_k + at_k.slot * 8);
+#pragma unroll
+                for (int i = 0; i < EARLY; i++) soften(s, i, base);
+                finish<0>();
                 hold(acc);
-                if (over) lower(acc, shrink, by);
+                keep(p, full_k, heads >> 31);
                 if (lane == 0 && used_v >= 0) arrive(empty_v + used_v * 8);
+                u32 over = 0;
+                int done = 0;
+#pragma unroll
+                for (int i = EARLY; i < WORDS; i++) {
+                    soften(s, i, base);
+#pragma unroll
+                    for (; done < (i - EARLY + 1) * 3; done++) p[done] = to_word(s, done), over |= flag_largest(p[done]);
+                }
+#pragma unroll
+                for (; done < WORDS; done++) p[done] = to_word(s, done), over |= flag_largest(p[done]);
+                if (__any_sync(~0u, over & 0x80808080u)) {
+                    rise(s, base, by);
+#pragma unroll
+                    for (int i = 0; i < WORDS; i++) p[i] = to_word(s, i);
+                    lower(acc, shrink, by);
+                }
+                at_k.turn();
+                await_turn(group);
+                if (entry + 1 < stop) {
+                    await(full_k + at_k.slot * 8, at_k.parity);
+                    fence();
+                    multiply_qk(s, a, k_at + at_k.slot * K_SLOT);
+                }
                 if (since == PROMOTE) {
                     kept.add(acc, shrink);
                     since = 0;
                 }
-                int slot = at_k.slot;
-                bool more = entry + 1 < stop;
-                // After the last tile its own keys are multiplied once more, for nothing: a way less.
-                if (more) at_k.turn(), await(full_k + at_k.slot * 8, at_k.parity);
-                bias = (const float*)(bias_at + at_k.slot * BIAS_SLOT);
-                keys_at = k_at + at_k.slot * TILE;
-                adds = start(s0, bias);
                 await(full_v + at_v.slot * 8, at_v.parity);
-                u32 values_at = v_at + at_v.slot * V_SLOT;
                 fence();
-                multiply_pv(acc, p0, values_at, since);
-                commit();
-                multiply_qk(s0, a, keys_at, adds);
-                commit();
-                finish<2>();
-                hold(s1);
-                over = soften(s1, p1, base);
-                if (over) {
-                    rise(s1, base, by);
-                    soften(s1, p1, base);
-                }
-                finish<1>();
-                hold(acc);
-                if (over) lower(acc, shrink, by);
-                if (lane == 0 && more) arrive(empty_k + slot * 8);
-                start(s1, bias + 64);
-                fence();
-                multiply_pv(acc, p1, values_at + 64, 1);
-                commit();
-                multiply_qk(s1, a, keys_at + TILE / 2, adds);
-                commit();
+                multiply_pv(acc, p, v_at + at_v.slot * V_SLOT, since);
+                end_turn(group);
                 since++;
                 used_v = at_v.slot;
                 at_v.turn();
             }
             finish<0>();
-            hold(s0), hold(s1), hold(acc);
-            if (lane == 0) arrive(empty_k + at_k.slot * 8), arrive(empty_v + used_v * 8);
-            at_k.turn();
+            hold(s), hold(acc);
+            if (lane == 0) arrive(empty_v + used_v * 8);
             kept.add(acc, shrink);
             float o[64];
             kept.read(o);

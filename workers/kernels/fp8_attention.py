@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from workers.coded_tiles import MASS_BYTES, MASS_SCALES
 from workers.nvrtc import launch, load_functions, make_hopper_source
 
 PROMOTE = 4
@@ -20,8 +21,8 @@ PROMOTE = 4
 STAGES = 4
 """Tiles of keys and of values that shared memory has room for."""
 _TILE_BYTES, _PART_FLOATS = 16384, 68 * 256
-_SHARED_BYTES = _TILE_BYTES + STAGES * 2 * (_TILE_BYTES + 1024) + 1024 + 65536
-"""Queries; tiles, rows of ones behind values and bias; what it takes to begin at a multiple of 1024; sums."""
+_SHARED_BYTES = _TILE_BYTES + STAGES * (2 * _TILE_BYTES + MASS_BYTES + 1024) + 1024 + 65536
+"""Queries; tiles, log m of keys and rows of ones behind values; what it takes to begin at a multiple of 1024; sums."""
 
 
 class Coded(NamedTuple):
@@ -30,7 +31,7 @@ class Coded(NamedTuple):
     q_NIB: Tensor
     k_NTB: Tensor
     v_NTB: Tensor
-    bias_NL: Tensor
+    mass_NTB: Tensor
     index_NIJ: Tensor | None
 
 
@@ -41,14 +42,17 @@ def make_source(factor: float, v_scale: float) -> str:
         factor: From products to logits in base 2.
         v_scale: Of values.
     """
+    codes = torch.tensor(MASS_SCALES).to(torch.float8_e4m3fn).view(torch.uint8).tolist()
+    masses = int.from_bytes(bytes(codes), "little")
     names = {
         "STAGES": STAGES,
         "PROMOTE": PROMOTE,
         "FACTOR": f"{factor!r}f",
         "V_SCALE": f"{v_scale!r}f",
+        "MASSES": f"0x{masses:08X}u",
         "LONGEST_WAIT_S": 60,  # a machine may be paused for seconds
     }
-    products = _make_product("wgmma_qk", 64) + _make_product("wgmma_pv", 136)
+    products = _make_product("wgmma_qk", 128) + _make_product("wgmma_pv", 136)
     return make_hopper_source(names, products, Path(__file__).with_suffix(".cu"))
 
 
@@ -84,7 +88,7 @@ def attend_tiles(
         scales: Of products of queries and keys, and of values.
         out: Written if given: out_QND, contiguous, and lse_QN, with any strides.
     """
-    q, k, v, bias, index = coded
+    q, k, v, mass, index = coded
     heads, query_tiles = q.shape[:2]
     tiles = k.shape[1]
     length = tiles if index is None else index.shape[2]
@@ -103,7 +107,7 @@ def attend_tiles(
     programs = torch.cuda.get_device_properties(device).multi_processor_count
     parts = torch.empty(programs * 2 * _PART_FLOATS, dtype=torch.float32, device=q.device)
     sizes, strides = map(_as_ints, ((heads, query_tiles, num_queries), lse_QN.stride()))
-    given = [*map(_at, (q, k, v, bias, index, out_QND, lse_QN, parts)), *sizes, *_as_ints((tiles, length)), *strides]
+    given = [*map(_at, (q, k, v, mass, index, out_QND, lse_QN, parts)), *sizes, *_as_ints((tiles, length)), *strides]
     launch(attend, programs, 384, _SHARED_BYTES, given, device)
     shared = heads * query_tiles % programs
     if shared:
@@ -122,15 +126,14 @@ def _as_ints(numbers: Iterable[int]) -> list[Any]:
 
 def _check(coded: Coded, num_queries: int, length: int) -> None:
     """Shapes, kinds and places."""
-    q, k, v, bias, index = coded
+    q, k, v, mass, index = coded
     heads, query_tiles = q.shape[:2]
     tiles = k.shape[1]
     assert q.shape == (heads, query_tiles, _TILE_BYTES)
     assert k.shape == v.shape == (heads, tiles, _TILE_BYTES)
-    assert bias.shape == (heads, tiles * 128)
+    assert mass.shape == (heads, tiles, MASS_BYTES)
     assert 128 * (query_tiles - 1) < num_queries <= 128 * query_tiles
-    assert q.dtype == k.dtype == v.dtype == torch.uint8
-    assert bias.dtype == torch.float32
+    assert q.dtype == k.dtype == v.dtype == mass.dtype == torch.uint8
     assert index is None or (index.shape == (heads, query_tiles, length) and index.dtype == torch.int32)
     assert length > 0
     assert heads * query_tiles * length < 2**31

@@ -1,21 +1,15 @@
 // Tiles of coded_tiles.py from queries, keys and values in bfloat16, all in one launch: a program of 256 threads makes a
-// tile of one of them. Values come first, they take longest.
+// tile of one of them. Values come first, they take longest. Behind hopper.cuh.
 //
-// Defined by whoever compiles: SCALE_QK, SCALE_V; NO_KEY, what channels with log m of a key sum to at least; FACTOR, from
-// that sum to log m in base 2.
-typedef unsigned int u32;
+// Defined by whoever compiles: SCALE_QK, SCALE_V.
 
 // Rows of a head.
 struct Source { const char* at; long long row_bytes, head_bytes; int rows, tiles; };
 
 __device__ __forceinline__ u32 code_four(u32 low, u32 high, float scale) {
-    u32 word;
-    asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-        "mov.b32 %0, {low, high};\n}"
-        : "=r"(word)
-        : "f"(__uint_as_float(low << 16) * scale), "f"(__uint_as_float(low & 0xFFFF0000u) * scale),
-          "f"(__uint_as_float(high << 16) * scale), "f"(__uint_as_float(high & 0xFFFF0000u) * scale));
-    return word;
+    return code_four(
+        __uint_as_float(low << 16) * scale, __uint_as_float(low & 0xFFFF0000u) * scale,
+        __uint_as_float(high << 16) * scale, __uint_as_float(high & 0xFFFF0000u) * scale);
 }
 
 // Pieces of 16 channels, every 256th of the tile's 1024 that a thread has.
@@ -62,7 +56,7 @@ __device__ __forceinline__ float read_mass(const char* row) {
 }
 
 extern "C" __global__ void __launch_bounds__(256) code(
-    Source q, Source k, Source v, uint4* to_q, uint4* to_k, uint4* to_v, float* bias, int heads, int has_mass) {
+    Source q, Source k, Source v, uint4* to_q, uint4* to_k, uint4* to_v, uint4* masses, int heads, int has_mass) {
     __shared__ uint4 rows[1024], lines[1024];
     int unit = blockIdx.x, kind = 0;
     if (unit >= heads * v.tiles) unit -= heads * v.tiles, kind = 1;
@@ -90,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(256) code(
     }
     if (kind == 1 && threadIdx.x < 128) {
         bool exists = first + (int)threadIdx.x < from.rows;
-        float mass = exists && has_mass ? read_mass(at + threadIdx.x * from.row_bytes) : 0.f;
-        bias[unit * 128 + threadIdx.x] = exists && mass >= NO_KEY ? mass * FACTOR : __int_as_float(0xFF800000);
+        float mass = !exists ? -1e30f : has_mass ? read_mass(at + threadIdx.x * from.row_bytes) : 0.f;
+        masses[unit * 128 + threadIdx.x] = make_uint4(code_mass(mass * (SCALE_QK * SCALE_QK)), 0, 0, 0);
     }
 }

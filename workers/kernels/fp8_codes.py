@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from workers.nvrtc import launch, load_functions
+from workers.nvrtc import launch, load_functions, make_hopper_source
 
 
 class _Source(ctypes.Structure):
@@ -26,11 +25,9 @@ class _Source(ctypes.Structure):
 
 
 @functools.cache
-def _load(scale_qk: float, scale_v: float, no_key: float, device: int) -> ctypes.c_void_p:
-    names = {"SCALE_QK": scale_qk, "SCALE_V": scale_v, "NO_KEY": no_key, "FACTOR": math.log2(math.e) / math.sqrt(128)}
-    defines = "".join(f"#define {name} ({value!r}f)\n" for name, value in names.items())
-    source = defines + Path(__file__).with_suffix(".cu").read_text()
-    return load_functions(source, ("code",), 0, device)[0]
+def _load(scale_qk: float, scale_v: float, device: int) -> ctypes.c_void_p:
+    names = {"SCALE_QK": f"({scale_qk!r}f)", "SCALE_V": f"({scale_v!r}f)", "LONGEST_WAIT_S": 60}
+    return load_functions(make_hopper_source(names, "", Path(__file__).with_suffix(".cu")), ("code",), 0, device)[0]
 
 
 def code_all(
@@ -38,7 +35,7 @@ def code_all(
     k_NKW: Tensor,
     v_NKD: Tensor,
     to: tuple[Tensor, Tensor, Tensor, Tensor],
-    numbers: tuple[float, float, float],
+    scales: tuple[float, float],
 ) -> None:
     """Write the tiles of what is given.
 
@@ -46,8 +43,8 @@ def code_all(
         q_QNW: Channels behind the 128th are not read.
         k_NKW: Log m in two channels behind the 128th if W > 128.
         v_NKD: As many.
-        to: Tiles of queries, keys and values, and the bias.
-        numbers: Scales of queries and keys and of values, and what a key's channels with log m sum to at least.
+        to: Tiles of queries, keys and values, and log m of keys.
+        scales: Of queries and keys, and of values.
     """
     heads, num_keys, width = k_NKW.shape
     assert q_QNW.shape[1] == heads
@@ -59,11 +56,11 @@ def code_all(
     q, k, v = map(_describe, (q_QNW.transpose(0, 1), k_NKW, v_NKD))
     addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in to]
     arguments = [q, k, v, *addresses, ctypes.c_int(heads), ctypes.c_int(width > 128)]
-    launch(_load(*numbers, device), heads * (q.tiles + k.tiles + v.tiles), 256, 0, arguments, device)
+    launch(_load(*scales, device), heads * (q.tiles + k.tiles + v.tiles), 256, 0, arguments, device)
 
 
-def code_values(v_NKD: Tensor, to_NTB: Tensor, numbers: tuple[float, float, float]) -> None:
-    """Write the tiles of values alone; `numbers` as of `code_all`."""
+def code_values(v_NKD: Tensor, to_NTB: Tensor, scales: tuple[float, float]) -> None:
+    """Write the tiles of values alone; `scales` as of `code_all`."""
     heads, device, v = v_NKD.shape[0], v_NKD.get_device(), _describe(v_NKD)
     assert v_NKD.shape[2] == 128
     assert to_NTB.shape[:2] == (heads, v.tiles)
@@ -72,7 +69,7 @@ def code_values(v_NKD: Tensor, to_NTB: Tensor, numbers: tuple[float, float, floa
     nothing = _Source(None, 0, 0, 0, 0), ctypes.c_void_p()
     arguments = [nothing[0], nothing[0], v, nothing[1], nothing[1], ctypes.c_void_p(to_NTB.data_ptr()), nothing[1]]
     arguments += [ctypes.c_int(heads), ctypes.c_int(0)]
-    launch(_load(*numbers, device), heads * v.tiles, 256, 0, arguments, device)
+    launch(_load(*scales, device), heads * v.tiles, 256, 0, arguments, device)
 
 
 def _describe(rows_NRW: Tensor) -> _Source:

@@ -12,7 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.coded_tiles import SCALE_QK, SCALE_V, CodedTiles, decode_rows, decode_values, log2_mass, to_e4m3
+from workers.coded_tiles import (
+    SCALE_QK,
+    SCALE_V,
+    CodedTiles,
+    decode_masses,
+    decode_rows,
+    decode_values,
+    log2_mass,
+    to_e4m3,
+)
 
 SHARE_SCALE = 256.0
 """Of the shares of a softmax, the largest of which is one."""
@@ -73,9 +82,8 @@ def attend_tiles_plain(
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same for what is coded already; see `fp8_tiles.attend_coded`."""
-    tile = tiles.bias_NL.shape[1] // tiles.k_NTB.shape[1]
     q, k, v = decode_rows(q_NIB), decode_rows(tiles.k_NTB), decode_values(tiles.v_NTB)
-    bias = tiles.bias_NL.unflatten(1, (-1, tile))
+    bias = decode_masses(tiles.mass_NTB, k.shape[-1])
     outs, lses = [], []
     for i in range(q.shape[1]):
         seen = [(x if index_NIJ is None else _take(x, index_NIJ[:, i])).flatten(1, 2) for x in (k, v, bias)]

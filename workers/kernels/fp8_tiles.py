@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from workers.coded_tiles import CODED_TILE as TILE
-from workers.coded_tiles import LEAST_MASS, SCALE_QK, SCALE_V, TILE_BYTES, CodedTiles, room_for_tiles
+from workers.coded_tiles import SCALE_QK, SCALE_V, TILE_BYTES, CodedTiles, room_for_tiles
 from workers.kernels.fp8_attention import Coded, attend_tiles
 from workers.kernels.fp8_codes import code_all
 from workers.kernels.fp8_codes import code_values as launch_values
@@ -31,13 +31,13 @@ def code_chunk(q_QNW: Tensor, k_NKW: Tensor, v_NKD: Tensor, out: CodedTiles | No
     q_NIB = torch.empty(heads, -(-queries // TILE), TILE_BYTES, dtype=torch.uint8, device=q_QNW.device)
     out = room_for_tiles(heads, tiles, q_QNW.device) if out is None else out
     assert out.k_NTB.shape == out.v_NTB.shape == (heads, tiles, TILE_BYTES)
-    code_all(q_QNW, k_NKW, v_NKD, (q_NIB, *out), (SCALE_QK, SCALE_V, LEAST_MASS))
+    code_all(q_QNW, k_NKW, v_NKD, (q_NIB, *out), (SCALE_QK, SCALE_V))
     return q_NIB, out
 
 
 def code_values(v_NKD: Tensor, out_NTB: Tensor) -> None:
     """Values alone, as `code_chunk` writes them: where queries and keys were coded as they were computed."""
-    launch_values(v_NKD, out_NTB, (SCALE_QK, SCALE_V, LEAST_MASS))
+    launch_values(v_NKD, out_NTB, (SCALE_QK, SCALE_V))
 
 
 def attend_coded(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from workers.attention.tile_choice import TileRuns
-from workers.coded_tiles import CODED_TILE, TILE_BYTES, CodedTiles, room_for_tiles
+from workers.coded_tiles import CODED_TILE, TILE_BYTES, CodedTiles, erase_keys, room_for_tiles
 from workers.kernels.listed_parts import CodedAttention, PartedAttention
 from workers.streams import stream_for
 
@@ -129,7 +129,7 @@ class KeptHistory:
         if self._coded is not None and fresh.is_own_alone:
             # What is coded into these rooms ends with the last query and key: the rest stays as it is here.
             self._own_q_NIB = self._coded.k_NTB.new_zeros(heads, -(-fresh.own_tokens // CODED_TILE), TILE_BYTES)
-            self._coded.bias_NL[:, fresh.own_tokens :] = -torch.inf
+            erase_keys(self._coded, fresh.own_tokens)
         self._beside = stream_for("own keys beside the history", device) if k_NLW.is_cuda else None
         self.attends_at_once = True
         """To both, in calls that look; a bench that times them apart asks for one after the other."""

@@ -22,6 +22,7 @@ from workers.coded_tiles import (
     code_queries_plain,
     code_tiles_plain,
     code_values_plain,
+    decode_masses,
     decode_rows,
     decode_values,
     key_of_byte,
@@ -91,8 +92,9 @@ def test_tiles_lie_as_the_kernel_reads_them() -> None:
         assert tiles.k_NTB[1, 1, place] == codes_k[1, 128 + row, 16 * piece + byte]
         assert tiles.v_NTB[1, 0, place] == codes_v[1, order[16 * piece + byte], row]
     assert not tiles.k_NTB[:, 1, 72 * 128 :].any()
-    assert bool((tiles.bias_NL[:, :200] == 0).all())
-    assert bool(tiles.bias_NL[:, 200:].isneginf().all())
+    log2 = decode_masses(tiles.mass_NTB, 128).flatten(1)
+    assert bool((log2[:, :200] == 0).all())
+    assert bool(log2[:, 200:].isneginf().all())
     assert torch.equal(decode_rows(tiles.k_NTB).flatten(1, 2)[:, :200], to_e4m3(k, SCALE_QK).float())
     assert torch.equal(decode_values(tiles.v_NTB).flatten(1, 2)[:, :200], to_e4m3(v, SCALE_V).float())
 
@@ -102,7 +104,7 @@ def test_coded_tiles_are_attended_to_as_keys_that_are_rounded_on_the_way() -> No
     for given in (index, None):
         expected = attend_coded_plain(q, k, v, given, 128)
         found = attend_tiles_plain(code_queries_plain(q), code_tiles_plain(k, v), given, 200)
-        torch.testing.assert_close(found[0].float(), expected[0], rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(found[0].float(), expected[0], rtol=1e-2, atol=4e-3)  # a share may round otherwise
         torch.testing.assert_close(found[1], expected[1])
         into = torch.empty(200, 2, 128, dtype=torch.bfloat16), torch.empty(2, 200).T
         attend_tiles_plain(code_queries_plain(q), code_tiles_plain(k, v), given, 200, into)

@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from tests.bench.fp8_attention import CASES, Case, draw, error
-from workers.coded_tiles import SCALE_V, code_queries_plain, code_tiles_plain, key_of_byte, to_e4m3
+from workers.coded_tiles import (
+    SCALE_V,
+    code_masses,
+    code_queries_plain,
+    code_tiles_plain,
+    decode_masses,
+    erase_keys,
+    key_of_byte,
+    log2_mass,
+    to_e4m3,
+)
 from workers.kernels.fp8_attention import make_source
 from workers.kernels.fp8_plain import attend_coded_plain
 from workers.kernels.listed_tiles import attend_listed_plain_lse
@@ -59,12 +69,34 @@ def test_pieces_of_a_row_lie_swizzled_and_keys_of_values_as_a_thread_has_them() 
     at = channel * 128 + (byte // 16 ^ channel % 8) * 16 + byte % 16
     assert tiles.v_NTB[0, 0, at].view(torch.float8_e4m3fn) == to_e4m3(v[0, 32 + 31, channel], 8.0)
     assert sorted(key_of_byte().tolist()) == list(range(128))
-    assert bool(tiles.bias_NL[0, 150:].isneginf().all())
-    assert torch.equal(tiles.bias_NL[0, :150], torch.zeros(150))
+    log2 = decode_masses(tiles.mass_NTB, 128).flatten(1)
+    assert bool(log2[0, 150:].isneginf().all())
+    assert torch.equal(log2[0, :150], torch.zeros(150))
+
+
+def test_codes_of_log_m_have_sixteen_bits() -> None:
+    m = torch.tensor([1.0, 2.0, 3.0, 7.0, 100.0, 12345.0])
+    k = torch.zeros(1, 7, 130)
+    k[0, :6, 128] = (m.log() * 128**0.5).bfloat16().float()
+    k[0, :6, 129] = m.log() * 128**0.5 - k[0, :6, 128]
+    k[0, 6, 128] = -1e5
+    exact = log2_mass(k, 128)[0]
+    found = decode_masses(code_masses(k[..., 128:].sum(-1)), 128)[0, 0]
+    torch.testing.assert_close(found[:6], exact[:6], rtol=2**-15, atol=1e-6)
+    assert bool(found[6:].isneginf().all())
+
+
+def test_erased_keys_are_no_keys() -> None:
+    k, v = torch.randn(2, 1, 250, 128)
+    tiles = code_tiles_plain(k, v)
+    erase_keys(tiles, 130)
+    log2 = decode_masses(tiles.mass_NTB, 128).flatten(1)
+    assert bool(log2[:, 130:].isneginf().all())
+    assert bool((log2[:, :130] == 0).all())
 
 
 def test_the_source_holds_both_products_behind_what_kernels_share() -> None:
     source = make_source(0.125, SCALE_V)
     assert "#define FACTOR 0.125f\n" in source
-    places = [source.index(part) for part in ("void bring(", "m64n64k32", "m64n136k32", "void __launch_bounds__")]
+    places = [source.index(part) for part in ("void bring(", "m64n128k32", "m64n136k32", "void __launch_bounds__")]
     assert places == sorted(places)
