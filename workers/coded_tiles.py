@@ -80,8 +80,7 @@ def _read_mass(k_NLW: Tensor, head_dim: int) -> Tensor:
     """Log m as a query without any scale adds it, float32."""
     if k_NLW.shape[-1] == head_dim:
         return torch.zeros(k_NLW.shape[:-1], dtype=torch.float32, device=k_NLW.device)
-    value: Tensor = k_NLW[..., head_dim : head_dim + 2].float().sum(-1)
-    return value
+    return k_NLW[..., head_dim : head_dim + 2].float().sum(-1)
 
 
 def code_masses(value_NL: Tensor) -> Tensor:
@@ -92,7 +91,8 @@ def code_masses(value_NL: Tensor) -> Tensor:
         code = to_e4m3(left, 1 / scale)
         left = left - code.float() * scale
         codes[..., i] = code.view(torch.uint8)
-    return codes.unflatten(1, (-1, CODED_TILE)).flatten(2)
+    tiles: Tensor = codes.unflatten(1, (-1, CODED_TILE)).flatten(2)
+    return tiles
 
 
 def decode_masses(mass_NTB: Tensor, head_dim: int) -> Tensor:
