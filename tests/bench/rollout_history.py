@@ -36,7 +36,14 @@ from tests.bench.history_engine import (
 )
 from tests.bench.history_log import log_row
 from tests.bench.history_once import ONCE, choose_parted
-from tests.bench.history_parts import ChunkClock, feed_forward_rows, parts_of_chunk, top_kernels, whole_chunk_ms
+from tests.bench.history_parts import (
+    ChunkClock,
+    feed_forward_rows,
+    parts_of_chunk,
+    top_kernels,
+    upkeep_share,
+    whole_chunk_ms,
+)
 from tests.bench.history_snapshot import snapshot_row
 from tests.bench.least_work import BYTES_NOTE
 from tests.bench.record import report
@@ -217,7 +224,8 @@ def make_row(variant: Variant, settings: Settings) -> RowResult:
         notes.append(f"measured over {num_chunks} chunks; seconds_3000_frames goes on at their last pace")
     say(f"{variant.name}: {json.dumps({'chunk_ms': [round(s * 1e3, 1) for s in seconds[-10:]]})}")
     with_vae = attempt("pictures", lambda: fps_with_pictures(engine, settings)) if variant.with_pictures else None
-    share = parts_of_chunk(engine, settings)[1]
+    parts, share = parts_of_chunk(engine, settings)
+    notes.append(f"compression {upkeep_share(parts):.1%} without reading codes")
     return RowResult(
         variant.name,
         fps_300_400=fps(300, 400),
@@ -257,7 +265,8 @@ def where_time_goes(variant: Variant, settings: Settings) -> list[dict[str, Any]
     rows.append({"part": "a chunk, captured", "ms_per_chunk": round(chunk_ms, 3), "share": chunk_ms / parts_ms})
     say(
         f"{variant.name}: {chunk_ms:.1f} ms a chunk = {settings.chunk_frames / chunk_ms * 1e3:.1f} FPS; parts "
-        f"{parts_ms:.1f} ms; compression {share:.1%}; peak {peak_gb(settings.device):.2f} GB"
+        f"{parts_ms:.1f} ms; compression {share:.1%}, {upkeep_share(rows):.1%} without reading codes; "
+        f"peak {peak_gb(settings.device):.2f} GB"
     )
     if settings.device.type == "cuda":
         rows += attempt("kernels", lambda: top_kernels(engine)) or []
