@@ -20,7 +20,7 @@ constexpr int K_SLOT = TILE + MASS;
 constexpr int PART = 68 * 256;  // a part: 64 sums, two bases, two sums of p of a thread
 constexpr float TARGET = 6.f, MOST = 362.f;  // a rising base takes the highest p to 2^TARGET; e4m3 ends at 448
 constexpr float LOWEST = -60.f;  // of bases: float32 has p from 2^-66 to 2^127 of logits, and those of absent keys are 0
-constexpr int WORDS = 16, EARLY = 12;  // of p of a thread; whose p are worked out while those before are multiplied
+constexpr int WORDS = 16, EARLY = 10;  // of p of a thread; whose p are worked out while those before are multiplied
 #define NONE __int_as_float(0xFF800000)
 
 // Rows of 128 bytes, swizzled, eight of them 1024 bytes from the next eight.
@@ -319,15 +319,15 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend(
                     lower(acc, shrink, by);
                 }
                 at_k.turn();
+                if (since == PROMOTE) {
+                    kept.add(acc, shrink);
+                    since = 0;
+                }
                 await_turn(group);
                 if (entry + 1 < stop) {
                     await(full_k + at_k.slot * 8, at_k.parity);
                     fence();
                     multiply_qk(s, a, k_at + at_k.slot * K_SLOT);
-                }
-                if (since == PROMOTE) {
-                    kept.add(acc, shrink);
-                    since = 0;
                 }
                 await(full_v + at_v.slot * 8, at_v.parity);
                 fence();
