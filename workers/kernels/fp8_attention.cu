@@ -103,12 +103,14 @@ __device__ __forceinline__ void store(
         for (int b = 0; b < 16; b += 4) {
             u32 word[4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) word[i] = round_pair(o[(b + i) * 4 + r * 2] * scale, o[(b + i) * 4 + r * 2 + 1] * scale);
+            for (int i = 0; i < 4; i++)
+                word[i] = round_pair(o[(b + i) * 4 + r * 2] * scale, o[(b + i) * 4 + r * 2 + 1] * scale);
             transpose(word, q);
             if (query < job.num_queries) out[row * 16 + b + q] = make_uint4(word[0], word[1], word[2], word[3]);
         }
         if (q == 0 && query < job.num_queries)
-            lse[query * job.lse_query + job.head * job.lse_head] = sum[r] > 0.f ? (base[r] + log2f(sum[r])) * 0.6931471805599453f : NONE;
+            lse[query * job.lse_query + job.head * job.lse_head] =
+                sum[r] > 0.f ? (base[r] + log2f(sum[r])) * 0.6931471805599453f : NONE;
     }
 }
 
@@ -131,7 +133,9 @@ __device__ __forceinline__ void multiply_qk(float (&s)[64], const u32 (&a)[20], 
     u64 keys = describe(k_at);
 #pragma unroll
     for (int k = 0; k < 5; k++)
-        wgmma_qk(s, a[k * 4], a[k * 4 + 1], a[k * 4 + 2], a[k * 4 + 3], k < 4 ? keys + k * 2 : describe(k_at + TILE, 128, 0, 0), k > 0);
+        wgmma_qk(
+            s, a[k * 4], a[k * 4 + 1], a[k * 4 + 2], a[k * 4 + 3],
+            k < 4 ? keys + k * 2 : describe(k_at + TILE, 128, 0, 0), k > 0);
     commit();
 }
 
