@@ -1,12 +1,10 @@
 """Kernels of a packed table against plain torch: what `tests/gpu` asserts, and what runs where there is no pytest.
 
-`python -m tests.packed_checks` on a machine with a GPU; `TRITON_INTERPRET=1` runs it on a CPU. `--speed` says how near
-the kernels come to what memory can move, at Wan2.1-1.3B sizes.
+`python -m tests.packed_checks` on a machine with a GPU; `TRITON_INTERPRET=1` runs it on a CPU.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import traceback
 from collections.abc import Callable, Sequence
@@ -89,12 +87,9 @@ def draw_table(sizes: TableSettings, dtype: torch.dtype = DTYPE, device: torch.d
     return table
 
 
-def check_unpack(storage: Storage, head_dim: int, tile: int, *, some: bool, by_cuda: bool = False) -> None:
+def check_unpack(storage: Storage, head_dim: int, tile: int, *, some: bool) -> None:
     """The same bits in each tile that is asked for; the others are left alone."""
-    if by_cuda:
-        from workers.cache.unpack_coded import unpack_rows as unpack
-    else:
-        from workers.cache.table_kernels import unpack
+    from workers.cache.table_kernels import unpack
 
     s = sizes_of(storage, head_dim, tile)
     layer = draw_table(s).layers[0]
@@ -266,21 +261,6 @@ def check_merge(storage: Storage, rule: MergeRule, head_dim: int = SIZES.head_di
         assert int(expected["0.m_NC"].max()) > 1
 
 
-def check_cuda(tile: int = 128) -> None:
-    """Kernels by CUDA write the bits of those by Triton, where there are any here; a minute."""
-    from workers.cache import row_distances, row_moves
-
-    before = row_moves.BY_CUDA, row_moves.AVERAGED_BY_CUDA, row_distances.BY_CUDA
-    try:
-        for moved, averaged in product((False, True), (False, True)):
-            row_moves.BY_CUDA, row_moves.AVERAGED_BY_CUDA = moved, averaged
-            check_merge("int4", "pairs", 128, tile)
-        row_distances.BY_CUDA = False
-        check_merge("int4", "pairs", 128, tile)
-    finally:
-        row_moves.BY_CUDA, row_moves.AVERAGED_BY_CUDA, row_distances.BY_CUDA = before
-
-
 def check_known_distances() -> None:
     """What a table by kernels knows of the distances of keys after some merges is what is found anew, bit by bit."""
     from workers.cache.triton_pairs import find_distances
@@ -360,8 +340,6 @@ def check_bits(shapes: Sequence[tuple[Storage, int, int]] = SHAPES) -> float:
     for sizes in FLAGS:
         check_flags(*sizes)
     check_known_distances()
-    if not INTERPRETED:
-        check_cuda()
     return 0.0
 
 
@@ -385,53 +363,5 @@ def run_all() -> bool:
     return is_good
 
 
-def seconds(run: Callable[[], object], times: int = 20) -> float:
-    """Of one run, by CUDA events."""
-    run()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(times):
-        run()
-    end.record()
-    torch.cuda.synchronize()
-    return float(begin.elapsed_time(end)) / times / 1e3
-
-
-def print_speed(storage: Storage, kept_chunks: int = 48, spare_chunks: int = 10) -> None:
-    """Of the kernels at Wan2.1-1.3B sizes, one layer; beside what copying as many bytes takes here."""
-    from workers.cache.table_kernels import pack, unpack, unpack_sample
-
-    s = TableSettings(1, 12, 128, 4680, 1560, kept_chunks=kept_chunks, spare_chunks=spare_chunks, storage=storage)
-    table = draw_table(s, torch.bfloat16)
-    layer, to = table.layers[0], table.workspace
-    assert isinstance(layer, PackedLayer)
-    of_keys = sum(x.nbytes for x in (layer.k_code_NCB, layer.k_largest_NCG, layer.mass_NC2, layer.k_NLW, to.k_NLW))
-    moved = of_keys + sum(x.nbytes for x in (layer.v_code_NCB, layer.v_largest_NCG, layer.v_NLD, to.v_NLD))
-    copy = torch.empty_like(to.k_NLW)
-    bandwidth = 2 * copy.nbytes / seconds(lambda: copy.copy_(to.k_NLW))
-    print(f"a copy of {copy.nbytes / 1e9:.2f} GB: {bandwidth / 1e12:.2f} TB/s", flush=True)
-    for share in (1.0, 0.5, 0.25):
-        is_seen = (torch.rand(s.num_heads, s.num_slots // s.tile, device=DEVICE) < share).to(torch.uint8)
-        took = seconds(partial(unpack, layer, to, s, is_seen))
-        speed = share * moved / took
-        say = f"{took * 1e3:.3f} ms, {speed / 1e12:.2f} TB/s, {speed / bandwidth:.0%} of a copy"
-        print(f"unpack {storage}, {share:.0%} of tiles: {say}", flush=True)
-    slot_R = sample_places(s.num_slots, s.tile, 16, DEVICE)[0]
-    took, share = seconds(partial(unpack_sample, layer, to, s, slot_R)), len(slot_R) / s.num_slots
-    speed = share * of_keys / took
-    say = f"{took * 1e3:.3f} ms, {speed / 1e12:.2f} TB/s, {speed / bandwidth:.0%} of a copy"
-    print(f"unpack {storage} keys, {share:.1%} of each tile: {say}", flush=True)
-    for name, num in (("a chunk", s.chunk_tokens), ("what is kept", s.kept_tokens)):
-        took = seconds(partial(pack, layer, to, s, slice(0, num)))
-        speed = moved * num / s.num_slots / took
-        print(f"pack {storage} {name}: {took * 1e3:.3f} ms, about {speed / 1e12:.2f} TB/s", flush=True)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--speed", action="store_true")
-    if parser.parse_args().speed:
-        print_speed("int8")
-        print_speed("int4")
-    elif not run_all():
-        raise SystemExit(1)
+if __name__ == "__main__" and not run_all():
+    raise SystemExit(1)

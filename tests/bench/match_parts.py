@@ -20,7 +20,6 @@ from workers.cache import triton_match, triton_pack
 from workers.cache.packed_history import PackedLayer
 from workers.cache.partners import History, Look, find_partners
 from workers.cache.table_codes import coded_bytes
-from workers.cache.triton_near import NearForm
 
 _TERAFLOP_PER_S = 600
 _LAYERS = 6
@@ -45,49 +44,15 @@ VARIANTS: Variants = (
     *launches(triton_match, "_frame_before", {"num_stages": 2}, {"num_stages": 4}),
     *(
         (
-            f"{kernel}: {own} keys and {others} others at once, {warps} warps, {stages} stages",
-            kernel,
+            f"_frame_before: {own} keys and {others} others at once, {warps} warps, {stages} stages",
+            "_frame_before",
             {
                 (triton_match, "OWN_AT_ONCE"): own,
-                (triton_match, at): others,
-                (triton_match, kernel): {"num_warps": warps, "num_stages": stages},
+                (triton_match, "OTHERS_AT_ONCE"): others,
+                (triton_match, "_frame_before"): {"num_warps": warps, "num_stages": stages},
             },
         )
-        for kernel, at, own, others, warps, stages in (
-            ("_frame_before", "OTHERS_AT_ONCE", 64, 64, 4, 3),
-            ("_frame_before", "OTHERS_AT_ONCE", 64, 64, 4, 2),
-            ("_frame_before", "OTHERS_AT_ONCE", 128, 128, 8, 2),
-            ("_frame_before", "OTHERS_AT_ONCE", 256, 64, 16, 3),
-            ("_near_tiles", "NEAR_AT_ONCE", 128, 16, 8, 1),
-            ("_near_tiles", "NEAR_AT_ONCE", 128, 16, 8, 3),
-            ("_near_tiles", "NEAR_AT_ONCE", 128, 32, 8, 2),
-            ("_near_tiles", "NEAR_AT_ONCE", 128, 32, 8, 3),
-            ("_near_tiles", "NEAR_AT_ONCE", 128, 64, 8, 1),
-            ("_near_tiles", "NEAR_AT_ONCE", 128, 64, 16, 1),
-        )
-    ),
-    *(
-        (
-            f"near_tiles: {'ahead, ' * ahead}{'by thread, ' * folds}{others} others at once, {other or 'as it is'}",
-            "near_tiles",
-            {
-                (triton_match, "NEAR_FORM"): NearForm(AHEAD=ahead, FOLDS=folds),
-                (triton_match, "NEAR_AT_ONCE"): others,
-                (triton_match, "near_tiles"): other,
-            },
-        )
-        for ahead, folds, others, other in (
-            (False, False, 32, {}),
-            (True, False, 32, {}),
-            (False, True, 32, {}),
-            (True, True, 32, {}),
-            (True, True, 32, {"maxnreg": 80}),
-            (False, True, 32, {"maxnreg": 80}),
-            (True, True, 32, {"num_warps": 4}),
-            (False, True, 64, {"maxnreg": 128}),
-            (True, True, 64, {"maxnreg": 128}),
-            (True, True, 16, {"maxnreg": 64}),
-        )
+        for own, others, warps, stages in ((64, 64, 4, 3), (64, 64, 4, 2), (128, 128, 8, 2), (256, 64, 16, 3))
     ),
     *launches(triton_match, "_list_nearest", {"num_warps": 2}, {"num_warps": 8}),
     *numbers(triton_pack, "_PACKED_AT_ONCE", "pack_slots", (8, 32)),
@@ -161,12 +126,12 @@ def _least_ms(full: FullTable) -> dict[str, float]:
     by_bytes = {
         "_turn_back": s.chunk_tokens * (key + codes + record + unit) + s.frame_tokens * (codes + 16 + unit),
         "_list_nearest": tiles * s.history_slots // s.tile * size,
-        "_near_tiles": listed * (codes + 16) + s.chunk_tokens * unit,
+        "near_tiles": listed * (codes + 16) + s.chunk_tokens * unit,
         "pack_slots": s.chunk_tokens * (unit + codes),
     }
     by_operations = {
         "_frame_before": s.chunk_tokens * s.frame_tokens * 2 * s.head_dim,
-        "_near_tiles": tiles * s.tile * listed // tiles * 2 * s.head_dim,
+        "near_tiles": tiles * s.tile * listed // tiles * 2 * s.head_dim,
     }
     least = {name: milliseconds_of(s.num_heads * moved / 1e9) for name, moved in by_bytes.items()}
     done = {name: s.num_heads * num / _TERAFLOP_PER_S / 1e9 for name, num in by_operations.items()}

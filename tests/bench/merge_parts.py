@@ -24,15 +24,7 @@ from tests.bench.least_work import BYTES_NOTE, least_of_merge, milliseconds_of
 from tests.bench.match_parts import MATCH_NOTES, match_rows, match_variant_rows
 from tests.bench.record import RESULTS, report
 from tests.packed_checks import check_merge
-from workers.cache import (
-    row_distances,
-    row_moves,
-    triton_collect,
-    triton_links,
-    triton_merge,
-    triton_pairs,
-    triton_ranks,
-)
+from workers.cache import triton_collect, triton_links, triton_merge, triton_pairs, triton_ranks
 from workers.cache.table_pairs import choose_links, heaviest, pair_loss
 from workers.cache.triton_pairs import find_distances
 from workers.cache.triton_rows import coded_history
@@ -43,49 +35,18 @@ _NOTES = (
 )
 
 
-def _rows_by_cuda(blocks: int) -> Changes:
-    return {(row_moves, "BY_CUDA"): True, (row_moves, "BLOCKS"): blocks}
+def _fits_none(*_: object) -> bool:
+    return False
 
 
-_MOVES, _WALKS = "move_history|move_rows", "_jump|_walk"
-_KEYS, _VALUES = "key_distances|_weigh", "value_distances"
-_BEFORE: Changes = {
-    (row_distances, "BY_CUDA"): False,
-    (row_moves, "BY_CUDA"): False,
-    (row_moves, "AVERAGED_BY_CUDA"): False,
-    (triton_pairs, "_JUMPS"): (8, 8),
-}
+_BY_TRITON: Changes = {(module, "fits"): _fits_none for module in (triton_pairs, triton_merge, triton_collect)}
 VARIANTS: Variants = (
-    ("merge: by Triton alone, with jumps", "", _BEFORE),
-    ("merge: distances by Triton", f"{_VALUES}|{_KEYS}", {(row_distances, "BY_CUDA"): False}),
-    ("merge: means by Triton", "average_", {(row_moves, "AVERAGED_BY_CUDA"): False}),
-    ("merge: jumps (8, 8)", _WALKS, {(triton_pairs, "_JUMPS"): (8, 8)}),
-    ("merge: a walk in an own cache", _WALKS, {(triton_pairs, "_WALK_CACHE"): ""}),
-    *((f"merge: a walk of {num}", _WALKS, {(triton_pairs, "_WALKED_AT_ONCE"): num}) for num in (128, 256, 1024)),
-    *((f"merge: {num} threads a value", _VALUES, {(row_distances, "LANES"): num}) for num in (2, 4)),
-    *((f"merge: {num} blocks of keys", _KEYS, {(row_distances, "KEY_BLOCKS"): num}) for num in (4, 6)),
-    *((f"merge: {num} programs of keys", _KEYS, {(row_distances, "KEY_PROGRAMS"): num}) for num in (256, 2048)),
-    *((f"merge: {num} weighed at once", _KEYS, {(triton_merge, "_WEIGHED_AT_ONCE"): num}) for num in (64, 1024)),
+    ("merge: by Triton alone", "key_distances|value_distances|_weigh|average_", _BY_TRITON),
+    *((f"merge: {num} weighed at once", "_weigh", {(triton_merge, "_WEIGHED_AT_ONCE"): num}) for num in (64, 1024)),
     *launches(triton_collect, "move_history", {"maxnreg": None}, {"maxnreg": 72}, {"num_warps": 8, "maxnreg": None}),
-    *numbers(triton_pairs, "KEYS_COMPARED", "_key_distances", (8, 32)),
-    *numbers(triton_pairs, "_LIST_PROGRAMS", "_key_distances", (64, 128, 1024)),
-    *launches(triton_pairs, "_key_distances", {"num_warps": 2}, {"num_warps": 8}, {"maxnreg": 48}),
-    *numbers(triton_pairs, "_VALUES_COMPARED", "_value_distances", (16, 64)),
-    *launches(triton_pairs, "_value_distances", {"num_warps": 2}, {"num_warps": 8}, {"maxnreg": 32}),
-    *numbers(
-        triton_pairs,
-        "_JUMPS",
-        _WALKS,
-        ((8,), (4, 4), (4, 4, 4), (2, 2, 2, 2), (2, 2, 2, 2, 2, 2), (4, 2, 2, 2, 2)),
-    ),
-    *numbers(triton_merge, "KEYS_COMPARED", "_weigh", (8, 32)),
     *launches(triton_merge, "_weigh", {"num_warps": 2}),
-    *numbers(triton_collect, "_AVERAGED_AT_ONCE", "average_groups", (8, 32)),
-    *launches(triton_collect, "average_groups", {"num_warps": 2}, {"maxnreg": 56}),
     *numbers(triton_ranks, "_AT_ONCE", "_count_digits", (2048, 8192)),
     *numbers(triton_ranks, "_FEW", "_count_digits", (0, 32)),
-    # A wait that never ends would take with it what comes behind.
-    *((f"merge: rows by CUDA, {num} blocks", _MOVES, _rows_by_cuda(num)) for num in (3, 4, 5)),
 )
 
 

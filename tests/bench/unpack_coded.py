@@ -1,5 +1,5 @@
-"""`python -m tests.bench.unpack_coded` on a GPU: unpacking tiles of a packed layer into 8-bit floats and into
-rows of bfloat16, at the sizes of Wan2.1-1.3B, beside Triton and a copy that moves as many bytes.
+"""`python -m tests.bench.unpack_coded` on a GPU: unpacking tiles of a packed layer into 8-bit floats, at the sizes of
+Wan2.1-1.3B, beside a copy that moves as many bytes.
 
 First bits against plain torch, each way of cutting the work; then its time where all tiles, 40% or 15% of them are
 seen. Prints a line each; a minute, with `--quick` fewer ways.
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from tests.bench.full_table import SIZES, changed
-from tests.packed_checks import check_unpack, check_unpack_coded, draw_table, seconds
+from tests.bench.packed_speed import seconds
+from tests.packed_checks import check_unpack_coded, draw_table
 from workers.cache import unpack_coded
 from workers.cache.packed_history import PackedLayer
-from workers.cache.triton_pack import unpack
 from workers.cache.unpack_coded import Programs
 from workers.coded_tiles import TILE_BYTES
 
@@ -36,7 +36,6 @@ WAYS = (
     Programs(256, 2, 2, 5),
     Programs(256, 4, 3, 4),
     *(Programs(128, tiles, stages, together) for tiles, stages in ((1, 1), (2, 2), (4, 2)) for together in (8, 10)),
-    *(Programs(256, tiles, stages, 4, True) for tiles, stages in ((1, 1), (2, 2), (4, 2))),
 )
 
 
@@ -68,13 +67,13 @@ def draw_flags(share: float) -> Tensor:
     return is_seen.to(torch.uint8)
 
 
-def bytes_moved(is_seen_NJ: Tensor, *, as_rows: bool) -> int:
+def bytes_moved(is_seen_NJ: Tensor) -> int:
     """Read and written, of the tiles that are seen."""
     s = SIZES
     history = int(is_seen_NJ[:, s.history_start // s.tile : s.recent_start // s.tile].sum())
     ends = int(is_seen_NJ.sum()) - history
     codes, rows = 2 * (TILE_BYTES // 2 + s.tile * 8) + s.tile * 4, s.tile * (s.width + s.head_dim) * 2
-    return history * codes + ends * rows + (history + ends) * (rows if as_rows else 2 * TILE_BYTES + s.tile * 4)
+    return history * codes + ends * rows + (history + ends) * (2 * TILE_BYTES + s.tile * 16)
 
 
 def copy_ms(num_bytes: int) -> float:
@@ -96,36 +95,29 @@ def try_line(name: str, run: Callable[[], str]) -> bool:
 
 def check(how: Programs) -> str:
     with changed({(unpack_coded, "PROGRAMS"): how}):
-        for storage in ("int4", "int8"):
-            check_unpack_coded(storage)
-            for some in (True, False):
-                check_unpack(storage, 128, 128, some=some, by_cuda=True)
+        check_unpack_coded("int4")
+        check_unpack_coded("int8")
     return "good: the bits of plain torch"
 
 
-def time_all(ways: tuple[Programs, ...], *, as_rows: bool) -> None:
+def time_all(ways: tuple[Programs, ...]) -> None:
     table = draw_table(SIZES, torch.bfloat16)
-    layer, rows = table.layers[0], table.workspace
+    layer, to = table.layers[0], table.workspace.coded(SIZES)
     assert isinstance(layer, PackedLayer)
-    to = rows if as_rows else rows.coded(SIZES)
-    by_cuda = unpack_coded.unpack_rows if as_rows else unpack_coded.unpack_coded
     for share in SHARES:
         is_seen = draw_flags(share)
-        moved = bytes_moved(is_seen, as_rows=as_rows)
+        moved = bytes_moved(is_seen)
         at_least = copy_ms(moved)
-        kind, num_tiles = "rows" if as_rows else "coded", SIZES.own_start // SIZES.tile
-        tiles = f"{kind}, {share:.0%} of {SIZES.num_heads} x {num_tiles} tiles"
+        tiles = f"{share:.0%} of {SIZES.num_heads} x {SIZES.own_start // SIZES.tile} tiles"
         print(f"{tiles}: a copy of {moved / 1e9:.3f} GB read and written: {at_least:.4f} ms", flush=True)
 
-        def time(run: Callable[..., None], is_seen: Tensor = is_seen, at_least: float = at_least) -> str:
-            took = milliseconds(partial(run, layer, to, SIZES, is_seen))
+        def time(is_seen: Tensor = is_seen, at_least: float = at_least) -> str:
+            took = milliseconds(partial(unpack_coded.unpack_coded, layer, to, SIZES, is_seen))
             return f"{took:.4f} ms, {at_least / took:.2f} of a copy's pace"
 
-        if as_rows:
-            try_line(f"{tiles}, Triton", partial(time, unpack))
         for how in ways:
             with changed({(unpack_coded, "PROGRAMS"): how}):
-                try_line(f"{tiles}, {how}", partial(time, by_cuda))
+                try_line(f"{tiles}, {how}", time)
 
 
 def main() -> None:
@@ -133,8 +125,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the way that is kept alone")
     ways = (KEPT,) if parser.parse_args().quick else WAYS
     good = tuple(how for how in ways if try_line(str(how), partial(check, how)))
-    for as_rows in (False, True):
-        time_all(good, as_rows=as_rows)
+    time_all(good)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from tests.packed_checks import (
     SHAPES,
     SIZES,
     captured_differs,
-    check_cuda,
     check_flags,
     check_known_distances,
     check_merge,
@@ -60,13 +59,6 @@ def test_unpacking_into_8_bit_floats_gives_the_bits_of_the_plain_way(storage: St
     check_unpack_coded(storage)
 
 
-@pytest.mark.skipif(not HAS_CUDA_KERNELS, reason="needs compute capability 9.0")
-@pytest.mark.parametrize("storage", ["int8", "int4"])
-@pytest.mark.parametrize("some", [False, True])
-def test_unpacking_by_cuda_gives_the_bits_of_the_plain_way(storage: Storage, some: bool) -> None:
-    check_unpack(storage, 128, 128, some=some, by_cuda=True)
-
-
 @pytest.mark.parametrize(("storage", "head_dim", "tile"), SHAPES)
 def test_packing_gives_the_codes_of_the_plain_way(storage: Storage, head_dim: int, tile: int) -> None:
     pytest.importorskip("triton")
@@ -80,17 +72,11 @@ def test_packing_gives_the_codes_of_the_plain_way(storage: Storage, head_dim: in
 def test_merging_into_codes_gives_the_bits_of_merging_in_the_workspace_and_packing(
     storage: Storage, rule: MergeRule, head_dim: int, otherwise: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also head by head."""
+    """Also head by head; on a GPU that is for them, kernels by CUDA against those by Triton."""
     pytest.importorskip("triton")
     for name, value in otherwise.items():
         monkeypatch.setattr(f"workers.cache.triton_collect.{name}", value)
     check_merge(storage, rule, head_dim)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="CUDA runs on a GPU alone")
-def test_merging_by_cuda_gives_the_bits_of_merging_in_the_workspace_and_packing() -> None:
-    pytest.importorskip("triton")
-    check_cuda()
 
 
 @pytest.mark.parametrize(("num_tiles", "query_tiles", "listed"), FLAGS)

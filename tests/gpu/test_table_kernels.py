@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import replace
-from typing import Literal
 
 import pytest
 import torch
@@ -106,22 +105,6 @@ def test_members_that_are_listed_give_the_bits_of_those_that_add_themselves(
         assert torch.equal(tables[1].state()[name], tensor), name
 
 
-@pytest.mark.parametrize("storage", ["model", "int4", "int8"])
-@pytest.mark.parametrize("form", [(True, False), (True, True)])
-def test_near_keys_read_ahead_and_kept_by_thread_are_those_read_in_turn(
-    storage: Literal["model", "int4", "int8"], form: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    match = pytest.importorskip("workers.cache.triton_match", exc_type=ImportError)
-    from workers.cache.triton_near import NearForm
-
-    sizes, found = replace(SIZES, num_layers=1, storage=storage), []
-    for one in (None, NearForm(*form)):
-        monkeypatch.setattr(match, "NEAR_FORM", one)
-        found.append(fill(sizes, 6, "kernels"))
-    for name, tensor in found[0].state().items():
-        assert torch.equal(found[1].state()[name], tensor), name
-
-
 @pytest.mark.parametrize("num_kinds", [1, 3, 40])
 def test_lists_hold_who_is_given_up_and_the_rest_is_left(num_kinds: int) -> None:
     pairs = pytest.importorskip("workers.cache.triton_pairs", exc_type=ImportError)
@@ -146,15 +129,13 @@ def test_lists_hold_who_is_given_up_and_the_rest_is_left(num_kinds: int) -> None
             assert sorted(found.number[row, large].tolist()) == list(range(len(large)))
 
 
-@pytest.mark.parametrize("jumps", [(), (3,), (8, 8), (4, 4, 4)])
-def test_walking_along_chains_finds_every_other_link(jumps: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_walking_along_chains_finds_every_other_link() -> None:
     pairs = pytest.importorskip("workers.cache.triton_pairs", exc_type=ImportError)
     generator = torch.Generator().manual_seed(0)
     num = 2100
     older = (torch.rand(3, num, generator=generator) * torch.arange(num)).int()
     toward = torch.where(torch.rand(3, num, generator=generator) < 0.9, older, torch.arange(num, dtype=torch.int32))
     toward[2] = (torch.arange(num) - 1).clamp(min=0)  # one long chain
-    monkeypatch.setattr(pairs, "_JUMPS", jumps)
     is_linked = toward != torch.arange(num)
     is_odd, num_odd, num_linked = (x.cpu() for x in pairs.walk((toward * 2 + is_linked).to(DEVICE)))
     assert torch.equal(num_odd, is_odd.sum(-1))
@@ -204,6 +185,14 @@ def test_kernels_choose_the_links_that_the_plain_way_chooses(num: int, num_merge
     survives = (m > 0) & (head_of == torch.arange(num))
     pieces = torch.nn.functional.pad(survives, (0, -num % links.PIECE)).unflatten(1, (-1, links.PIECE))
     assert torch.equal(counts, pieces.sum(-1, dtype=torch.int32))
+
+
+def test_near_tiles_of_several_steps_are_compared_as_the_plain_way_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    match = pytest.importorskip("workers.cache.triton_match", exc_type=ImportError)
+    monkeypatch.setattr(match, "NEAR_AT_ONCE", 16)
+    sizes = replace(SIZES, num_layers=1, tile=32)
+    found, expected = (fill(sizes, 6, work) for work in ("kernels", "groups"))
+    assert_same_layer(found.layers[0], expected.layers[0], sizes)
 
 
 @pytest.mark.parametrize("num_chunks", [3, 5, 7])

@@ -1,13 +1,14 @@
 // What `_value_distances` and `_key_distances` of triton_pairs.py find of rows of 128 channels as codes of 4 bits, in
-// groups of 32, to the bit. A thread takes a row, or LANES take a value: nothing but sums is exchanged, and what a channel
-// turns by stands in the instruction. Such kernels are bound by how many instructions they take.
+// groups of 32, to the bit. A thread takes a row: nothing is exchanged, and what a channel turns by stands in the
+// instruction. Such kernels are bound by how many instructions they take.
 //
-// Defined by whoever compiles: LANES, 1, 2 or 4; STEP_OF_ONE, what a largest channel of 1 makes a step; of each pair of
-// channels AXIS and FREQUENCY, 64 numbers each.
+// Defined by whoever compiles: STEP_OF_ONE, what a largest channel of 1 makes a step; of each pair of channels AXIS and
+// FREQUENCY, 64 numbers each.
 typedef unsigned int u32;
-#define WORDS (16 / LANES)
+#define WORDS 16
 #define THREADS 256
 #define KEY_THREADS 128
+#define KEY_BLOCKS 5  // of a multiprocessor: fewer have more registers
 
 __device__ __forceinline__ u32 fma_both(u32 a, u32 b, u32 c) {
     u32 to;
@@ -49,39 +50,31 @@ __device__ __forceinline__ void decode_word(float (&to)[8], u32 word, Step low, 
     }
 }
 
-// Part of a row: codes, and the largest channels of all four groups.
-template <int NUM> struct Part { u32 word[NUM]; u32 largest[2]; };
+// Codes and largest channels.
+struct Row { u32 word[WORDS], largest[2]; };
 
-template <int NUM> __device__ __forceinline__ Part<NUM> load_part(const uint4* code, const uint2* largest, long long row, int lane, bool there) {
-    Part<NUM> part;
+__device__ __forceinline__ Row load_row(const uint4* code, const uint2* largest, long long row, bool there) {
+    Row to;
     uint2 both = there ? largest[row] : make_uint2(0, 0);
-    part.largest[0] = both.x, part.largest[1] = both.y;
+    to.largest[0] = both.x, to.largest[1] = both.y;
 #pragma unroll
-    for (int i = 0; i < NUM / 4; i++) {
-        uint4 four = there ? code[row * 4 + lane * (NUM / 4) + i] : make_uint4(0, 0, 0, 0);
-        part.word[4 * i] = four.x, part.word[4 * i + 1] = four.y;
-        part.word[4 * i + 2] = four.z, part.word[4 * i + 3] = four.w;
+    for (int i = 0; i < WORDS / 4; i++) {
+        uint4 four = there ? code[row * 4 + i] : make_uint4(0, 0, 0, 0);
+        to.word[4 * i] = four.x, to.word[4 * i + 1] = four.y, to.word[4 * i + 2] = four.z, to.word[4 * i + 3] = four.w;
     }
-    return part;
+    return to;
 }
 
-// Steps of 8 words, those of low bits and those of high ones.
-template <int NUM> __device__ __forceinline__ void steps_of(Step (&to)[2], const Part<NUM>& part, int eighth) {
+// Steps of the first or second 8 words: those of low bits and those of high ones.
+__device__ __forceinline__ void steps_of(Step (&to)[2], const Row& row, int half) {
 #pragma unroll
-    for (int i = 0; i < 2; i++) to[i] = split_step(eighth ? part.largest[i] >> 16 : part.largest[i] & 0xFFFFu);
+    for (int i = 0; i < 2; i++) to[i] = split_step(half ? row.largest[i] >> 16 : row.largest[i] & 0xFFFFu);
 }
 
 // Neighbours first.
 template <int NUM> __device__ __forceinline__ float add_up(const float* x) {
     if constexpr (NUM == 1) return x[0];
     else return __fadd_rn(add_up<NUM / 2>(x), add_up<NUM / 2>(x + NUM / 2));
-}
-
-// On through the lanes of a row.
-__device__ __forceinline__ float add_lanes(float x) {
-#pragma unroll
-    for (int apart = 1; apart < LANES; apart *= 2) x = __fadd_rn(x, __shfl_xor_sync(0xFFFFFFFFu, x, apart));
-    return x;
 }
 
 __device__ __forceinline__ float square_both(float a, float b) { return __fmaf_rn(a, a, __fmul_rn(b, b)); }
@@ -91,22 +84,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) value_distances(
     const uint4* __restrict__ code, const uint2* __restrict__ largest, const int* __restrict__ m,
     const int* __restrict__ partner, float* __restrict__ of_values, float* __restrict__ lengths, long long code_slots,
     long long stride_m, long long stride_partner, int num_slots) {
-    const int blocks = (num_slots * LANES + THREADS - 1) / THREADS, lane = threadIdx.x % LANES;
+    const int blocks = (num_slots + THREADS - 1) / THREADS;
     const long long head = blockIdx.x / blocks;
-    const int slot = (blockIdx.x % blocks) * (THREADS / LANES) + threadIdx.x / LANES;
+    const int slot = (blockIdx.x % blocks) * THREADS + threadIdx.x;
     const bool inside = slot < num_slots;
     const int other = inside ? partner[head * stride_partner + slot] : -1;
     const bool live = inside && m[head * stride_m + slot] > 0;
-    const Part<WORDS> own = load_part<WORDS>(code, largest, head * code_slots + slot, lane, live);
-    const Part<WORDS> theirs = load_part<WORDS>(code, largest, head * code_slots + other, lane, live && other >= 0);
+    const Row own = load_row(code, largest, head * code_slots + slot, live);
+    const Row theirs = load_row(code, largest, head * code_slots + other, live && other >= 0);
     float length[WORDS], apart[WORDS];
     Step a[2], b[2];
 #pragma unroll
     for (int i = 0; i < WORDS; i++) {
-        if (i % 8 == 0) {
-            const int eighth = (lane * WORDS + i) / 8;
-            steps_of(a, own, eighth), steps_of(b, theirs, eighth);
-        }
+        if (i % 8 == 0) steps_of(a, own, i / 8), steps_of(b, theirs, i / 8);
         float x[8], y[8], own_square[4], square[4];
         decode_word(x, own.word[i], a[0], a[1]);
         decode_word(y, theirs.word[i], b[0], b[1]);
@@ -117,10 +107,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) value_distances(
         }
         length[i] = add_up<4>(own_square), apart[i] = add_up<4>(square);
     }
-    const float of_length = add_lanes(add_up<WORDS>(length)), of_apart = add_lanes(add_up<WORDS>(apart));
-    if (inside && lane == 0) {
-        lengths[head * num_slots + slot] = of_length;
-        of_values[head * num_slots + slot] = of_apart;
+    if (inside) {
+        lengths[head * num_slots + slot] = add_up<WORDS>(length);
+        of_values[head * num_slots + slot] = add_up<WORDS>(apart);
     }
 }
 
@@ -148,7 +137,8 @@ __device__ __forceinline__ Products add_both(Products x, Products y) {
 }
 
 // Of one pair of channels; a and b are even and odd channel.
-template <int PAIR> __device__ __forceinline__ Products compare_pair(const float* a, const float* b, const float (&apart)[3]) {
+template <int PAIR>
+__device__ __forceinline__ Products compare_pair(const float* a, const float* b, const float (&apart)[3]) {
     float sin, cos;
     constexpr Turn turn = turn_of<PAIR>();
     sin_cos(__fmul_rn(apart[turn.axis], turn.frequency), sin, cos);
@@ -160,12 +150,13 @@ template <int PAIR> __device__ __forceinline__ Products compare_pair(const float
 // Of NUM words from FIRST on, neighbours first; steps are those of these words.
 template <int FIRST, int NUM>
 __device__ __forceinline__ Products compare_words(
-    const Part<16>& own, const Part<16>& theirs, const Step (&a)[2], const Step (&b)[2], const float (&apart)[3]) {
+    const Row& own, const Row& theirs, const Step (&a)[2], const Step (&b)[2], const float (&apart)[3]) {
     if constexpr (NUM == 1) {
         float x[8], y[8];
         decode_word(x, own.word[FIRST], a[0], a[1]);
         decode_word(y, theirs.word[FIRST], b[0], b[1]);
-        Products first = add_both(compare_pair<2 * FIRST>(x, y, apart), compare_pair<32 + 2 * FIRST>(x + 4, y + 4, apart));
+        Products first = add_both(
+            compare_pair<2 * FIRST>(x, y, apart), compare_pair<32 + 2 * FIRST>(x + 4, y + 4, apart));
         Products second = add_both(
             compare_pair<2 * FIRST + 1>(x + 2, y + 2, apart), compare_pair<32 + 2 * FIRST + 1>(x + 6, y + 6, apart));
         return add_both(first, second);
@@ -178,16 +169,17 @@ __device__ __forceinline__ Products compare_words(
 // Of listed keys from the one that `other` names, before RoPE, written at their slots; blocks of a head share its list.
 extern "C" __global__ void __launch_bounds__(KEY_THREADS, KEY_BLOCKS) key_distances(
     const uint4* __restrict__ code, const uint2* __restrict__ largest, const float* __restrict__ position,
-    const int* __restrict__ other, const int* __restrict__ listed, const int* __restrict__ count, float* __restrict__ to,
-    long long code_slots, long long stride_other, long long stride_listed, long long stride_to, int heads) {
+    const int* __restrict__ other, const int* __restrict__ listed, const int* __restrict__ count,
+    float* __restrict__ to, long long code_slots, long long stride_other, long long stride_listed, long long stride_to,
+    int heads) {
     const long long head = blockIdx.x % heads;
     const int num = count[head], step = gridDim.x / heads * KEY_THREADS;
     for (int at = blockIdx.x / heads * KEY_THREADS + threadIdx.x; at < num; at += step) {
         const int slot = listed[head * stride_listed + at];
         const long long row_a = head * code_slots + slot;
-        const Part<16> own = load_part<16>(code, largest, row_a, 0, true);
+        const Row own = load_row(code, largest, row_a, true);
         const long long row_b = head * code_slots + other[head * stride_other + slot];
-        const Part<16> theirs = load_part<16>(code, largest, row_b, 0, true);
+        const Row theirs = load_row(code, largest, row_b, true);
         float apart[3];
 #pragma unroll
         for (int i = 0; i < 3; i++) apart[i] = __fsub_rn(position[row_a * 3 + i], position[row_b * 3 + i]);

@@ -1,10 +1,14 @@
-"""Launches row_distances.cu: how far keys and values in codes of 4 bits are from others, where `fits` says it can."""
+"""Launches row_distances.cu: how far keys and values in codes of 4 bits are from others, to the bit as by Triton.
+
+A merge takes this and average_rows.py where `fits` says so: for heads of 128 channels that are read as bfloat16 from
+codes of 4 bits in groups of 32, on a GPU of compute capability 9. For any other storage, dtype, size or GPU there are
+the kernels of triton_pairs.py, triton_merge.py and triton_collect.py.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,39 +19,25 @@ from workers.cache.triton_rows import Rows
 from workers.cache.unrotated import TurnBack
 from workers.nvrtc import lacks_compiler, launch, load_functions
 
-BY_CUDA = True
-"""Else by Triton, everywhere."""
-LANES = 1
-"""Threads of a value: more of them decode the same steps and add up between them."""
-KEY_BLOCKS = 5
-"""Of a multiprocessor, of keys: fewer have more registers."""
-KEY_PROGRAMS = 512
+_KEY_PROGRAMS = 512
 """Of a head at most, for lists whose length only the device knows."""
 _THREADS, _KEY_THREADS = 256, 128
 
 
-def make_source(turns: tuple[tuple[int, float], ...], names: Mapping[str, int]) -> str:
-    """CUDA of the kernels.
-
-    Args:
-        turns: Of a TurnBack.
-        names: What else is defined.
-    """
+def make_source(turns: tuple[tuple[int, float], ...]) -> str:
+    """CUDA of the kernels, for the turns of a TurnBack."""
     defined = {
-        "LANES": LANES,
-        "KEY_BLOCKS": KEY_BLOCKS,
         "STEP_OF_ONE": f"({1 / LIMITS['int4']!r}f)",
         "AXIS": ", ".join(str(axis) for axis, _ in turns),
         "FREQUENCY": ", ".join(f"{frequency.hex()}f" for _, frequency in turns),
     }
-    defines = "".join(f"#define {name} {value}\n" for name, value in (defined | dict(names)).items())
+    defines = "".join(f"#define {name} {value}\n" for name, value in defined.items())
     return defines + Path(__file__).with_suffix(".cu").read_text()
 
 
 @functools.cache
-def _load(lanes: int, key_blocks: int, turns: tuple[tuple[int, float], ...], device: int) -> list[ctypes.c_void_p]:
-    source = make_source(turns, {"LANES": lanes, "KEY_BLOCKS": key_blocks})
-    return load_functions(source, ("value_distances", "key_distances"), 0, device)
+def _load(turns: tuple[tuple[int, float], ...], device: int) -> list[ctypes.c_void_p]:
+    return load_functions(make_source(turns), ("value_distances", "key_distances"), 0, device)
 
 
 @functools.cache
@@ -58,7 +48,7 @@ def _can_run(device: torch.device) -> bool:
 def fits(rows: Rows, turn_back: TurnBack) -> bool:
     """Whether the kernels are for such rows, which are read as bfloat16, and for this GPU."""
     form = rows.form["BITS"], rows.form["GROUP"], rows.form["KIND"].name
-    return BY_CUDA and turn_back.head_dim == 128 and form == (4, 32, "bf16") and _can_run(rows.x.device)
+    return turn_back.head_dim == 128 and form == (4, 32, "bf16") and _can_run(rows.x.device)
 
 
 def compare_values(v: Rows, turn_back: TurnBack, m_NC: Tensor, partner_NC: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,8 +62,8 @@ def compare_values(v: Rows, turn_back: TurnBack, m_NC: Tensor, partner_NC: Tenso
         *map(ctypes.c_longlong, strides),
         ctypes.c_int(num),
     ]
-    blocks = -(-num * LANES // _THREADS)
-    launch(_load(LANES, KEY_BLOCKS, turn_back.turns, device)[0], heads * blocks, _THREADS, 0, arguments, device)
+    blocks = -(-num // _THREADS)
+    launch(_load(turn_back.turns, device)[0], heads * blocks, _THREADS, 0, arguments, device)
     return of_values, lengths
 
 
@@ -101,5 +91,5 @@ def compare_keys(
         *map(ctypes.c_longlong, strides),
         ctypes.c_int(heads),
     ]
-    blocks = min(KEY_PROGRAMS, -(-most // _KEY_THREADS))
-    launch(_load(LANES, KEY_BLOCKS, turn_back.turns, device)[1], heads * blocks, _KEY_THREADS, 0, arguments, device)
+    blocks = min(_KEY_PROGRAMS, -(-most // _KEY_THREADS))
+    launch(_load(turn_back.turns, device)[1], heads * blocks, _KEY_THREADS, 0, arguments, device)

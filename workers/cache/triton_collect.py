@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.cache.average_rows import average_rows
 from workers.cache.packed_history import PackedLayer
-from workers.cache.row_moves import average_rows, can_average, can_move, move_rows
+from workers.cache.row_distances import fits
 from workers.cache.shrink import Room
 from workers.cache.table_codes import LEAST, LIMITS
 from workers.cache.table_layout import NO_KEY, TableSettings
@@ -195,11 +196,11 @@ def move_history(  # type: ignore[no-untyped-def]
     k_code, k_largest, v_code, v_largest, position, m, weight, partner, apart, log_mass, old_partner,
     source, added, joined, root, head_of, rank, is_read, heads, history_slots, num_slots, num_keep, root_dim, no_key,
     k, largest, mean, axis, frequency,
-    CODES: tl.constexpr, LARGEST: tl.constexpr, MOST: tl.constexpr, APART: tl.constexpr, ROWS: tl.constexpr,
+    CODES: tl.constexpr, LARGEST: tl.constexpr, MOST: tl.constexpr, APART: tl.constexpr,
     TILE: tl.constexpr, P: tl.constexpr, TURNED: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile of a head as it will be, in place, and its mean; or records alone.
+    """One program: a tile of a head as it will be, in place, and its mean.
 
     No key goes to a later slot, so these slots are where keys of no programs but earlier ones come from: when those
     have read, they may be written. Programs are counted as they begin, so the earlier ones run already.
@@ -212,11 +213,10 @@ def move_history(  # type: ignore[no-untyped-def]
     slot = tl.load(source + head * num_keep + place, mask=kept, other=-1)
     is_key = slot >= 0
     mine, held = head * num_slots, head * history_slots
-    if ROWS:
-        k_rows = _load_rows(k_code, held + slot, is_key, CODES)
-        k_most = _load_rows(k_largest, held + slot, is_key, LARGEST)
-        v_rows = _load_rows(v_code, held + slot, is_key, CODES)
-        v_most = _load_rows(v_largest, held + slot, is_key, LARGEST)
+    k_rows = _load_rows(k_code, held + slot, is_key, CODES)
+    k_most = _load_rows(k_largest, held + slot, is_key, LARGEST)
+    v_rows = _load_rows(v_code, held + slot, is_key, CODES)
+    v_most = _load_rows(v_largest, held + slot, is_key, LARGEST)
     place_of_key = load_places(position, (held + slot) * 3, is_key)
     mass = tl.load(m + held + slot, mask=is_key, other=0) + tl.load(joined + mine + slot, mask=is_key, other=0)
     _, total = total_weight(weight + held, added + mine, slot, is_key)
@@ -232,11 +232,10 @@ def move_history(  # type: ignore[no-untyped-def]
     tl.atomic_xchg(is_read + head * pieces + piece, 1, sem="release")
     _wait_for_readers(is_read + head * pieces, tl.maximum(first, 0) // TILE, piece, MOST)
     here = held + place
-    if ROWS:
-        _store_rows(k_code, here, k_rows, kept, CODES)
-        _store_rows(k_largest, here, k_most, kept, LARGEST)
-        _store_rows(v_code, here, v_rows, kept, CODES)
-        _store_rows(v_largest, here, v_most, kept, LARGEST)
+    _store_rows(k_code, here, k_rows, kept, CODES)
+    _store_rows(k_largest, here, k_most, kept, LARGEST)
+    _store_rows(v_code, here, v_rows, kept, CODES)
+    _store_rows(v_largest, here, v_most, kept, LARGEST)
     _store_position(position + here * 3, place_of_key, kept)
     # Codes of free slots may stay: there is no key by their log m.
     tl.store(m + here, mass, mask=used)
@@ -245,12 +244,11 @@ def move_history(  # type: ignore[no-untyped-def]
     if APART:
         tl.store(apart + here, distance, mask=used)
     store_log_mass(log_mass + here * 2, total, is_key, used, root_dim, no_key, 2)
-    if ROWS:
-        # Codes and records are read again, from where other threads wrote them.
-        tl.debug_barrier()
-        _mean_of_tile(
-            k, largest, position, m, mean, axis, frequency, held + piece * TILE, TILE, P, TURNED, BITS, GROUP, KIND
-        )
+    # Codes and records are read again, from where other threads wrote them.
+    tl.debug_barrier()
+    _mean_of_tile(
+        k, largest, position, m, mean, axis, frequency, held + piece * TILE, TILE, P, TURNED, BITS, GROUP, KIND
+    )
 
 
 def merge_into_codes(to: PackedLayer, turn_back: TurnBack, room: Room, s: TableSettings) -> None:
@@ -270,7 +268,7 @@ def merge_into_codes(to: PackedLayer, turn_back: TurnBack, room: Room, s: TableS
     for first in range(0, s.num_heads, at_once):
         some = summed[: s.num_heads - first]
         add_rest(of, found, some, first)
-        if can_average(of.v, turn_back):
+        if fits(of.v, turn_back):
             sums = found.sums
             average_rows(of, turn_back, sums.members, sums.share, sums.added, some, first)
         else:
@@ -299,9 +297,7 @@ def _move(of: StoredHistory, found: Found, turn_back: TurnBack, to: PackedLayer,
     assert all(x.is_contiguous() for x in (*codes, *records, to.mean_NJD))
     words = [_in_words(x) for x in codes]
     num_keep, sums, families = found.source.shape[1], found.sums, found.families
-    pieces, rows_moved = s.history_slots // s.tile, can_move(of.k, turn_back, s.tile)
-    if rows_moved:
-        move_rows(to, turn_back, found.source, found.rank)
+    pieces = s.history_slots // s.tile
     # Whether each program has read, and how many have begun.
     is_read = torch.zeros(s.num_heads * pieces + 1, dtype=torch.int32, device=to.m_NC.device)
     move_history[(pieces * s.num_heads,)](
@@ -311,7 +307,7 @@ def _move(of: StoredHistory, found: Found, turn_back: TurnBack, to: PackedLayer,
         of.k.x, of.k.largest, to.mean_NJD, turn_back.axis_int32_D, turn_back.frequency_D,
         CODES=words[0].shape[2], LARGEST=words[1].shape[2],
         MOST=triton.next_power_of_2(triton.cdiv(s.history_slots - num_keep, s.tile) + 2),
-        APART=to.apart_NC is not None, ROWS=not rows_moved, TILE=s.tile, P=s.head_dim // 2,
+        APART=to.apart_NC is not None, TILE=s.tile, P=s.head_dim // 2,
         TURNED=min(_TURNED_AT_ONCE, s.tile), **of.k.form, num_warps=4, maxnreg=_MOVE_REGISTERS,
     )  # fmt: skip
 

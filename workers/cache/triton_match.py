@@ -21,7 +21,7 @@ from workers.cache.packed_history import PackedLayer
 from workers.cache.partners import History, Look
 from workers.cache.table_codes import LEAST, LIMITS
 from workers.cache.table_layout import TableSettings
-from workers.cache.triton_near import NearForm, near_tiles
+from workers.cache.triton_near import keep_higher, near_tiles
 from workers.cache.triton_pack import pack_rows, pack_values, vector_shape
 from workers.cache.triton_rows import (
     MOST_AVERAGED,
@@ -38,10 +38,10 @@ TURNED_AT_ONCE = 16
 """Keys that a program turns back at a time."""
 OWN_AT_ONCE, OTHERS_AT_ONCE = 128, 64
 """New keys that a program compares, and keys of the latent frame before that it compares them with at a time."""
-NEAR_AT_ONCE = 32
+NEAR_AT_ONCE = 64
 """Keys of near tiles, the same way; they are turned back as they are compared."""
-NEAR_FORM: NearForm | None = None
-"""Of `near_tiles`; None: `_near_tiles` instead. Which is faster `tests/bench/match_parts.py` says."""
+_NEAR_REGISTERS = 128
+"""Of a thread that compares with those: so two programs of 8 warps share a multiprocessor."""
 UNIT_BYTES = 120_000_000
 """Of keys that are turned back and lie so at a time; further heads wait."""
 
@@ -131,11 +131,7 @@ def _turn_back(  # type: ignore[no-untyped-def]
 def _keep_best(highest, place, keys, others, first, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
     """The higher cosine at each place, and the first key of those that it was found among; NaN is never higher."""
     cosine = tl.dot(keys, tl.trans(others), input_precision=PRECISION)
-    place = tl.where(cosine > highest, first, place)
-    if PRECISION == "ieee":  # the interpreter's maximum would be NaN
-        return tl.where(cosine > highest, cosine, highest), place
-    else:
-        return tl.maximum(highest, cosine), place
+    return keep_higher(highest, place, cosine, first, PRECISION)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -190,48 +186,6 @@ def _list_nearest(score, chosen, stride_sn, num_tiles, num, M: tl.constexpr):  #
         tl.store(chosen + row * num + place, nearest)
         value = tl.where(tile == nearest, float("-inf"), value)
         tile = tl.where(tile == nearest, M, tile)
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _side_by_side(a, b, M: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Rows [M, N] of `a`, then of `b`: [M, 2 * N]."""
-    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), [M, 2 * N])
-
-
-@triton.jit(do_not_specialize=["first_tile", "before", "start", "stop"])  # type: ignore[untyped-decorator, unused-ignore]
-def _near_tiles(  # type: ignore[no-untyped-def]
-    k, largest, position, m, unit, chosen, found, best, partner, axis, frequency,
-    stride_kn, stride_kl, start_k, stride_pn, stride_mn, stride_rn, first_tile, before, start, stop, num_chosen,
-    TILE: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
-):  # fmt: skip
-    """One program: the new keys of a tile against the older keys of its near tiles; then the better of both finds."""
-    tile = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
-    own = (first_tile + tile) * TILE + tl.arange(0, TILE)
-    is_new = (own >= start) & (own < stop)
-    channel = tl.arange(0, 2 * P)[None, :]
-    at_unit = (row * (stop - before) + own - before)[:, None] * (2 * P) + channel
-    keys = tl.load(unit + at_unit, mask=is_new[:, None], other=0.0)
-    highest = tl.full([TILE, N], float("-inf"), tl.float32)
-    place = tl.zeros([TILE, N], tl.int32)
-    chosen += (row * tl.num_programs(0) + tile) * num_chosen
-    for listed in range(0, num_chosen * TILE, N):
-        first = tl.load(chosen + listed // TILE) * TILE + listed % TILE
-        slot = first + tl.arange(0, N)
-        live = (tl.load(m + row * stride_mn + slot) > 0) & (slot < start)
-        at_k = row * stride_kn + (start_k + slot).to(tl.int64) * stride_kl
-        at_p = row * stride_pn + slot * 3
-        a, b, c, d = unit_pairs(k, largest, at_k, position, at_p, live, axis, frequency, P, N, BITS, GROUP, KIND)
-        others = _side_by_side(_side_by_side(a, c, N, P // 2), _side_by_side(b, d, N, P // 2), N, P)
-        others = tl.where(live[:, None], others, float("nan")).to(keys.dtype)
-        highest, place = _keep_best(highest, place, keys, others, first, PRECISION)
-    key, most = _best_of_places(highest, place, N)
-    at = row * (stop - start) + own - start
-    before_best = tl.load(best + at, mask=is_new, other=float("-inf"))
-    key = tl.where(most > before_best, key, tl.load(found + at, mask=is_new, other=0))
-    nobody = tl.maximum(most, before_best) == float("-inf")
-    tl.store(partner + row * stride_rn + own, tl.where(nobody, -1, key), mask=is_new)
 
 
 class _Keys(NamedTuple):
@@ -329,12 +283,11 @@ def _find_of_heads(of: _Keys, turn_back: TurnBack, new: slice, look: Look, form:
         P=pairs, M=OWN_AT_ONCE, N=OTHERS_AT_ONCE, PRECISION=precision, num_warps=8, num_stages=3,
     )  # fmt: skip
     chosen = _choose_tiles(of.mean_NJD, first_tile, stop_tile, look.num_tiles)
-    near, near_form = (_near_tiles, dict[str, Any]()) if NEAR_FORM is None else (near_tiles, NEAR_FORM._asdict())
-    near[(stop_tile - first_tile, heads)](
+    near_tiles[(stop_tile - first_tile, heads)](
         k.x, k.largest, position, m, unit, chosen, found, best, of.partner_NC, *turn, *k.at, position.stride(0),
         m.stride(0), of.partner_NC.stride(0), first_tile, before, new.start, new.stop, chosen.shape[-1],
-        TILE=tile, P=pairs, N=min(NEAR_AT_ONCE, tile), PRECISION=precision, **k.form, **near_form,
-        num_warps=8, num_stages=1,
+        TILE=tile, P=pairs, N=min(NEAR_AT_ONCE, tile), PRECISION=precision, **k.form,
+        num_warps=8, num_stages=1, maxnreg=_NEAR_REGISTERS,
     )  # fmt: skip
 
 

@@ -7,21 +7,10 @@ number. A thread has the cosines of every fourth pair of keys; it keeps their be
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
 from workers.cache.triton_rows import as_pairs, decode_codes, load_codes, load_halves, load_places, turned_back
-
-
-class NearForm(NamedTuple):
-    """Constants of the kernel, which write the same."""
-
-    AHEAD: bool
-    """Keys of the next step are read before those of this one are turned back."""
-    FOLDS: bool
-    """A thread keeps the best of all its keys, not of each place."""
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -31,7 +20,7 @@ def side_by_side(a, b, M: tl.constexpr, N: tl.constexpr):  # type: ignore[no-unt
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _keep_higher(highest, place, cosine, first, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+def keep_higher(highest, place, cosine, first, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
     """The higher one at each place, and where it was found; NaN is never higher."""
     is_higher = cosine > highest
     place = tl.where(is_higher, first, place)
@@ -47,23 +36,12 @@ def _fold(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Of [M, 4, N], pairs of columns of which every fourth is a thread's: the first of the highest, in their order."""
     if N == 1:
-        return _keep_higher(highest, place, tl.reshape(cosine, [M, 4]), first, PRECISION)
+        return keep_higher(highest, place, tl.reshape(cosine, [M, 4]), first, PRECISION)
     else:
         halves = tl.permute(tl.reshape(cosine, [M, 4, 2, N // 2]), (0, 1, 3, 2))
         low, high = tl.split(halves)
         highest, place = _fold(highest, place, low, first, M, N // 2, PRECISION)
         return _fold(highest, place, high, first + (1 if N == 2 else 2 * N), M, N // 2, PRECISION)
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _keep_best(  # type: ignore[no-untyped-def]
-    highest, place, cosine, first, M: tl.constexpr, N: tl.constexpr, FOLDS: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    if FOLDS:
-        of_thread = tl.permute(tl.reshape(cosine, [M, N // 8, 4, 2]), (0, 2, 1, 3))
-        return _fold(highest, place, tl.reshape(of_thread, [M, 4, N // 4]), first, M, N // 4, PRECISION)
-    else:
-        return _keep_higher(highest, place, cosine, first, PRECISION)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -103,7 +81,7 @@ def near_tiles(  # type: ignore[no-untyped-def]
     k, largest, position, m, unit, chosen, found, best, partner, axis, frequency,
     stride_kn, stride_kl, start_k, stride_pn, stride_mn, stride_rn, first_tile, before, start, stop, num_chosen,
     TILE: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, AHEAD: tl.constexpr, FOLDS: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """One program: the new keys of a tile against the older keys of its near tiles; then the better of both finds."""
     tile = tl.program_id(0)
@@ -126,28 +104,20 @@ def near_tiles(  # type: ignore[no-untyped-def]
     )
     at_unit = (row * (stop - before) + own - before)[:, None] * (2 * P) + tl.arange(0, 2 * P)[None, :]
     keys = tl.load(unit + at_unit, mask=is_new[:, None], other=0.0)
-    COLUMNS: tl.constexpr = 4 if FOLDS else N
-    highest = tl.full([TILE, COLUMNS], float("-inf"), tl.float32)
-    place = tl.zeros([TILE, COLUMNS], tl.int32)
+    highest = tl.full([TILE, 4], float("-inf"), tl.float32)
+    place = tl.zeros([TILE, 4], tl.int32)
     for listed in range(0, num_chosen * TILE, N):
-        if AHEAD:
-            coming = _load(
-                k, largest, position, m, following, start, base_k, start_k, stride_kl, P, N, BITS, GROUP, KIND
-            )
-        elif listed > 0:
-            live, time, line, column, a, b, c = _load(
-                k, largest, position, m, first, start, base_k, start_k, stride_kl, P, N, BITS, GROUP, KIND
-            )
+        coming = _load(k, largest, position, m, following, start, base_k, start_k, stride_kl, P, N, BITS, GROUP, KIND)
         beyond = tl.minimum(listed + 2 * N, last)
         beyond = tl.load(chosen + beyond // TILE) * TILE + beyond % TILE
         others = _others(live, time, line, column, a, b, c, axis, frequency, P, N, BITS, GROUP, KIND).to(keys.dtype)
         cosine = tl.dot(keys, tl.trans(others), input_precision=PRECISION)
-        highest, place = _keep_best(highest, place, cosine, first, TILE, N, FOLDS, PRECISION)
+        of_thread = tl.reshape(tl.permute(tl.reshape(cosine, [TILE, N // 8, 4, 2]), (0, 2, 1, 3)), [TILE, 4, N // 4])
+        highest, place = _fold(highest, place, of_thread, first, TILE, N // 4, PRECISION)
         first, following = following, beyond
-        if AHEAD:
-            live, time, line, column, a, b, c = coming
+        live, time, line, column, a, b, c = coming
     most = tl.max(highest, 1)
-    place += tl.arange(0, COLUMNS)[None, :] * (2 if FOLDS else 1)
+    place += tl.arange(0, 4)[None, :] * 2
     key = tl.min(tl.where(highest == most[:, None], place, 2147483647), 1)
     at = row * (stop - start) + own - start
     before_best = tl.load(best + at, mask=is_new, other=float("-inf"))

@@ -19,11 +19,6 @@ _LIST_PROGRAMS = 256
 KEYS_COMPARED = 16
 """Pairs of keys that a program of 4 warps compares at a time: one with 32 takes registers of two."""
 _VALUES_COMPARED = 32
-_JUMPS: tuple[int, ...] = ()
-"""Links of a jump along a chain, and jumps of a longer one, which `_walk` takes: chains are some hundred links long.
-With none each slot walks by itself and leaves its steps to the others."""
-_WALK_CACHE = ".cg"
-"""Steps of others are seen where all multiprocessors look; without it those that an own cache has kept."""
 _WALKED_AT_ONCE = 512
 """Slots that wait for the longest of their chains."""
 
@@ -118,47 +113,12 @@ def _value_distances(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _jump(near, far, num_slots, STEPS: tl.constexpr, M: tl.constexpr):  # type: ignore[no-untyped-def]
-    """So many jumps as one."""
-    slot = tl.program_id(0) * M + tl.arange(0, M)
-    base = tl.program_id(1).to(tl.int64) * num_slots
-    inside = slot < num_slots
-    here, is_odd = tl.where(inside, slot, 0), tl.zeros([M], tl.int32)
-    for _ in tl.static_range(STEPS):
-        jump = tl.load(near + base + here, mask=inside, other=0)
-        is_odd ^= jump & 1
-        here = jump >> 1
-    tl.store(far + base + slot, here * 2 + is_odd, mask=inside)
+def _walk_in_place(jumps, is_odd, num_odd, num_linked, num_slots, M: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Whether the end of the chain of each slot is an odd number of links away; how many are, and how many linked.
 
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _walk(far, is_odd, num_odd, num_linked, num_slots, M: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Whether the end of the chain of each slot is an odd number of links away; how many are, and how many linked."""
-    slot = tl.program_id(0) * M + tl.arange(0, M)
-    row = tl.program_id(1)
-    base = row.to(tl.int64) * num_slots
-    inside = slot < num_slots
-    here = tl.where(inside, slot, 0)
-    first_jump = tl.load(far + base + here, mask=inside, other=0)
-    beyond, steps = first_jump >> 1, first_jump & 1
-    is_linked = (beyond != here).to(tl.int32)
-    while tl.max((beyond != here).to(tl.int32), 0) > 0:
-        # At its end a chain jumps to itself, by no link; but Triton 3.6 takes no loop whose body never looks at `here`.
-        jump = tl.load(far + base + beyond, mask=inside, other=0)
-        steps += tl.where(beyond != here, jump & 1, 0)
-        here, beyond = beyond, jump >> 1
-    parity = steps & 1
-    tl.store(is_odd + base + slot, parity.to(tl.int8), mask=inside)
-    tl.atomic_add(num_odd + row, tl.sum(parity, 0), sem="relaxed")
-    tl.atomic_add(num_linked + row, tl.sum(is_linked, 0), sem="relaxed")
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _walk_in_place(jumps, is_odd, num_odd, num_linked, num_slots, M: tl.constexpr, CACHE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What `_jump` and `_walk` find; each step is written at once, so that the steps of others become longer.
-
-    A jump that another program has just made longer is as right as the one before: the end and the parity are the same
-    whoever comes first, and what lies in an older cache does no harm.
+    Each step is written at once, so that the steps of others become longer. A jump that another program has just made
+    longer is as right as the one before: end and parity are the same whoever comes first. So a multiprocessor may look
+    where its own cache has kept an older jump, which is faster than to ask for the newest.
     """
     slot = tl.program_id(0) * M + tl.arange(0, M)
     row = tl.program_id(1)
@@ -167,13 +127,13 @@ def _walk_in_place(jumps, is_odd, num_odd, num_linked, num_slots, M: tl.constexp
     jump = tl.load(jumps + base + slot, mask=inside, other=0)
     here, parity = tl.where(inside, jump >> 1, 0), jump & 1
     is_linked = (inside & (here != slot)).to(tl.int32)
-    jump = tl.load(jumps + base + here, mask=inside, other=0, cache_modifier=CACHE)
+    jump = tl.load(jumps + base + here, mask=inside, other=0)
     while tl.max((jump >> 1 != here).to(tl.int32), 0) > 0:
         goes_on = jump >> 1 != here  # Triton 3.6 takes no loop whose body never looks at `here`
         parity ^= jump & 1
         here = jump >> 1
         tl.store(jumps + base + slot, here * 2 + parity, mask=goes_on)
-        jump = tl.load(jumps + base + here, mask=inside, other=0, cache_modifier=CACHE)
+        jump = tl.load(jumps + base + here, mask=inside, other=0)
     tl.store(is_odd + base + slot, parity.to(tl.int8), mask=inside)
     tl.atomic_add(num_odd + row, tl.sum(parity, 0), sem="relaxed")
     tl.atomic_add(num_linked + row, tl.sum(is_linked, 0), sem="relaxed")
@@ -210,18 +170,8 @@ def walk(jumps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     heads, num = jumps.shape
     is_odd, counts = torch.empty(jumps.shape, dtype=torch.int8, device=jumps.device), jumps.new_zeros((2, heads))
-    if not _JUMPS:
-        _walk_in_place[(triton.cdiv(num, _WALKED_AT_ONCE), heads)](
-            jumps, is_odd, counts[0], counts[1], num, M=_WALKED_AT_ONCE, CACHE=_WALK_CACHE, num_warps=4
-        )
-        return is_odd, counts[0], counts[1]
-    near = jumps
-    for steps in _JUMPS:
-        far = torch.empty_like(near)
-        _jump[(triton.cdiv(num, 1024), heads)](near, far, num, STEPS=steps, M=1024, num_warps=4)
-        near = far
-    _walk[(triton.cdiv(num, _WALKED_AT_ONCE), heads)](
-        near, is_odd, counts[0], counts[1], num, M=_WALKED_AT_ONCE, num_warps=4
+    _walk_in_place[(triton.cdiv(num, _WALKED_AT_ONCE), heads)](
+        jumps, is_odd, counts[0], counts[1], num, M=_WALKED_AT_ONCE, num_warps=4
     )
     return is_odd, counts[0], counts[1]
 

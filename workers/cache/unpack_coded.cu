@@ -1,13 +1,13 @@
-// Tiles of a layer of a packed table, as 8-bit floats (see coded_tiles.py) or rows of bfloat16. A program of THREADS threads does TILES tiles
-// one after another; copies in bulk bring codes of STAGES of them ahead, keys and values at once. Behind hopper.cuh.
+// Tiles of 8-bit floats (see coded_tiles.py) from a layer of a packed table. A program of THREADS threads does TILES
+// tiles one after another; copies in bulk bring codes of STAGES of them ahead, keys and values at once. Behind
+// hopper.cuh.
 //
 // A code becomes a number without a conversion: as the lowest byte of 2^23 it is that much more, and what is taken off
 // is exact. Values need no turning either: a thread picks one channel of four keys out of four words.
 //
-// Defined by whoever compiles: TOGETHER, programs of a multiprocessor; STORE, how 16 bytes are written; STAGE_BYTES, of
-// a tile in shared memory; BITS of a code, GROUPS of channels with a step; STEP, from a group's
-// largest channel to its step; STEP_K and STEP_V, times the scale, a power of two: bits are those of scaling last; SCALE_K and SCALE_V;
-// SCALE_MASS; EXTRA channels.
+// Defined by whoever compiles: TOGETHER, programs of a multiprocessor; STAGE_BYTES, of a tile in shared memory; BITS of
+// a code, GROUPS of channels with a step; STEP_K and STEP_V, from a group's largest channel to its step times the
+// scale, a power of two, so that bits are those of scaling last; SCALE_K and SCALE_V; SCALE_MASS; EXTRA channels.
 constexpr int ROW = 16 * BITS, CHUNKS = ROW / 16, STEPS = 2 * GROUPS;
 // Of 16 keys, and where the next 16 lie in shared memory: 8 lanes that read of as many pieces meet in no bank.
 constexpr int PIECE = 16 * ROW, PIECE_STEPS = 16 * STEPS, NEXT = PIECE + 16, NEXT_STEPS = PIECE_STEPS + 16;
@@ -66,9 +66,10 @@ __device__ __forceinline__ void unpack_keys(const Stage& of, uint4* to) {
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             u32 word = split(words[j], channel);
-            words[j] = code_four(number(word, 0) * step, number(word, 1) * step, number(word, 2) * step, number(word, 3) * step);
+            words[j] = code_four(
+                number(word, 0) * step, number(word, 1) * step, number(word, 2) * step, number(word, 3) * step);
         }
-        STORE(to + at, make_uint4(words[0], words[1], words[2], words[3]));
+        to[at] = make_uint4(words[0], words[1], words[2], words[3]);
     }
 }
 
@@ -76,7 +77,7 @@ __device__ __forceinline__ void unpack_keys(const Stage& of, uint4* to) {
 __device__ __forceinline__ void store_values(uint4* to, int channel, int piece, const u32 (&turned)[4][4]) {
 #pragma unroll
     for (int j = 0; j < 4; j++, channel++)
-        STORE(to + channel * 8 + (piece ^ channel & 7), make_uint4(turned[j][0], turned[j][1], turned[j][2], turned[j][3]));
+        to[channel * 8 + (piece ^ channel & 7)] = make_uint4(turned[j][0], turned[j][1], turned[j][2], turned[j][3]);
 }
 
 // The four keys of a word, in its order.
@@ -123,7 +124,7 @@ __device__ __forceinline__ void cast_keys(const char* rows, uint4* to) {
             u32 one = x[j * 2], two = x[j * 2 + 1];
             words[j] = code_four(low(one) * SCALE_K, high(one) * SCALE_K, low(two) * SCALE_K, high(two) * SCALE_K);
         }
-        STORE(to + at, make_uint4(words[0], words[1], words[2], words[3]));
+        to[at] = make_uint4(words[0], words[1], words[2], words[3]);
     }
 }
 
@@ -156,7 +157,6 @@ __device__ __forceinline__ void cast_values(const char* rows, uint4* to) {
 
 constexpr int END_ROW = 256 + 2 * EXTRA;
 
-// As attention with products of 8-bit floats reads them.
 struct Coded {
     uint4 *k, *v, *mass;
     __device__ __forceinline__ void take_codes(const Stage& of, int unit) const {
@@ -172,51 +172,8 @@ struct Coded {
     }
 };
 
-// Eight channels of a vector.
-__device__ __forceinline__ uint4 to_bfloat16(const char* codes, const char* steps, int channel) {
-    uint2 two = *(const uint2*)(codes + channel % ROW);
-    float step = step_of(steps, channel, STEP);
-    u32 words[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        u32 word = split(j < 2 ? two.x : two.y, channel);
-        words[j] = round_pair(number(word, j % 2 * 2) * step, number(word, j % 2 * 2 + 1) * step);
-    }
-    return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
-// In rows, as they lie beside the history; log m of a key behind its channels, zeros behind that.
-struct Rows {
-    uint4 *k, *v;
-    __device__ __forceinline__ void take_codes(const Stage& of, int unit) const {
-        constexpr int WIDTH = END_ROW / 16;
-        uint4 *to_k = k + unit * 128ll * WIDTH, *to_v = v + unit * 2048ll;
-#pragma unroll 3
-        for (int at = threadIdx.x; at < 128 * WIDTH; at += THREADS) {
-            int row = at / WIDTH, piece = at % WIDTH;
-            uint4 x = make_uint4(piece == 16 ? ((const u32*)of.mass)[row] : 0, 0, 0, 0);
-            if (piece < 16) x = to_bfloat16(of.k + row * ROW, of.k_steps + row * STEPS, piece * 8);
-            STORE(to_k + at, x);
-        }
-#pragma unroll 4
-        for (int at = threadIdx.x; at < 2048; at += THREADS) {
-            int row = at / 16, ahead = row / 16, behind = row % 16;
-            const char* steps = of.v_steps + ahead * NEXT_STEPS + behind * STEPS;
-            STORE(to_v + at, to_bfloat16(of.v + ahead * NEXT + behind * ROW, steps, at % 16 * 8));
-        }
-    }
-    __device__ __forceinline__ void take_rows(const char* of_k, const char* of_v, int unit) const {
-        constexpr int ROWS = 128 * END_ROW / 16;
-        uint4 *to_k = k + unit * (long long)ROWS, *to_v = v + unit * 2048ll;
-#pragma unroll 3
-        for (int at = threadIdx.x; at < ROWS; at += THREADS) STORE(to_k + at, ((const uint4*)of_k)[at]);
-#pragma unroll 4
-        for (int at = threadIdx.x; at < 2048; at += THREADS) STORE(to_v + at, ((const uint4*)of_v)[at]);
-    }
-};
-
-template <class Room>
-__device__ __forceinline__ void unpack(const Layer& from, const Room& to, const unsigned char* is_seen, int units) {
+extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER) unpack_coded(
+    Layer from, Coded to, const unsigned char* is_seen, int units) {
     extern __shared__ __align__(128) char memory[];
     __shared__ u64 full[STAGES];
     Stage* stages = (Stage*)memory;
@@ -225,7 +182,7 @@ __device__ __forceinline__ void unpack(const Layer& from, const Room& to, const 
 #pragma unroll
     for (int i = 0; i < TILES; i++) {
         int unit = first + i;
-        if (unit >= units || is_seen && is_seen[unit] == 0) continue;
+        if (unit >= units || is_seen[unit] == 0) continue;
         left |= 1u << i;
         if (from.codes(unit % from.tiles)) ahead |= 1u << i;
     }
@@ -262,14 +219,4 @@ __device__ __forceinline__ void unpack(const Layer& from, const Room& to, const 
         }
         if (++slot == STAGES) slot = 0, parity ^= 1;
     }
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER) unpack_coded(
-    Layer from, Coded to, const unsigned char* is_seen, int units) {
-    unpack(from, to, is_seen, units);
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER) unpack_rows(
-    Layer from, Rows to, const unsigned char* is_seen, int units) {
-    unpack(from, to, is_seen, units);
 }

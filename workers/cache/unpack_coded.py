@@ -1,5 +1,4 @@
-"""Launches unpack_coded.cu: tiles of a packed table as 8-bit floats, as attention with products of such reads them, or
-as rows of bfloat16.
+"""Launches unpack_coded.cu: tiles of a packed table as 8-bit floats, as attention with products of such reads them.
 
 What `packed_history.PlainPacking` does, bit by bit. Tiles that nobody sees are skipped.
 """
@@ -14,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from workers.cache.packed_history import PackedLayer, Workspace
+from workers.cache.packed_history import PackedLayer
 from workers.cache.table_codes import LIMITS, CodedStorage, group_channels
 from workers.cache.table_layout import EXTRA_CHANNELS, TableSettings
 from workers.coded_tiles import CODED_TILE, SCALE_QK, SCALE_V, CodedTiles
@@ -31,8 +30,6 @@ class Programs(NamedTuple):
     """Tiles whose codes a program has in shared memory, at most `tiles`."""
     together: int = 4
     """Programs of a multiprocessor that registers are shared among."""
-    stream: bool = False
-    """Whether what is written leaves the L2 cache first."""
 
 
 PROGRAMS = Programs()
@@ -51,15 +48,10 @@ class _Coded(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("k", "v", "mass"))
 
 
-class _Rows(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("k", "v"))
-
-
 def make_source(storage: CodedStorage, how: Programs) -> str:
     """CUDA of the kernel."""
     step = torch.tensor(1 / LIMITS[storage]).item()  # in float32, as plain torch has it
     numbers = {
-        "STEP": step,
         "STEP_K": step * SCALE_QK,
         "STEP_V": step * SCALE_V,
         "SCALE_K": SCALE_QK,
@@ -75,7 +67,6 @@ def make_source(storage: CodedStorage, how: Programs) -> str:
         "STAGES": how.stages,
         "TOGETHER": how.together,
         "STAGE_BYTES": stage_bytes(storage),
-        "STORE(to, x)": "__stcs(to, x)" if how.stream else "(*(to) = (x))",
         "LONGEST_WAIT_S": 60,  # a machine may be paused for seconds
     }
     names |= {name: f"({value!r}f)" for name, value in numbers.items()}
@@ -89,36 +80,30 @@ def stage_bytes(storage: CodedStorage) -> int:
 
 
 @functools.cache
-def _load(name: str, storage: CodedStorage, how: Programs, device: int) -> ctypes.c_void_p:
-    return load_functions(make_source(storage, how), (name,), how.stages * stage_bytes(storage), device)[0]
+def _load(storage: CodedStorage, how: Programs, device: int) -> ctypes.c_void_p:
+    return load_functions(make_source(storage, how), ("unpack_coded",), how.stages * stage_bytes(storage), device)[0]
 
 
 def unpack_coded(layer: PackedLayer, to: CodedTiles, s: TableSettings, is_seen_NJ: Tensor) -> None:
     """See `PlainPacking.unpack_coded`; tiles whose flag is 0 are left as they are."""
-    assert all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in to)
-    _unpack("unpack_coded", layer, _Coded(*(x.data_ptr() for x in to)), s, is_seen_NJ)
-
-
-def unpack_rows(layer: PackedLayer, to: Workspace, s: TableSettings, is_seen_NJ: Tensor | None) -> None:
-    """See `PlainPacking.unpack`, in bfloat16; tiles whose flag is 0 are left as they are."""
-    rows = to.k_NLW, to.v_NLD
-    assert all(x.dtype == torch.bfloat16 and x.is_contiguous() and x.data_ptr() % 16 == 0 for x in rows)
-    _unpack("unpack_rows", layer, _Rows(*(x.data_ptr() for x in rows)), s, is_seen_NJ)
-
-
-def _unpack(name: str, layer: PackedLayer, to: ctypes.Structure, s: TableSettings, is_seen_NJ: Tensor | None) -> None:
     assert s.storage != "model"
     assert s.head_dim == s.tile == CODED_TILE
     tensors = (layer.k_code_NCB, layer.k_largest_NCG, layer.v_code_NCB, layer.v_largest_NCG, layer.mass_NC2)
     given = *tensors, layer.k_NLW, layer.v_NLD
     assert layer.mass_NC2.dtype == layer.k_NLW.dtype == layer.v_NLD.dtype == torch.bfloat16
-    assert all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in given)
-    assert is_seen_NJ is None or (is_seen_NJ.dtype == torch.uint8 and is_seen_NJ.is_contiguous())
+    assert all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (*given, *to))
+    assert is_seen_NJ.dtype == torch.uint8
+    assert is_seen_NJ.is_contiguous()
     device, how = layer.k_NLW.get_device(), PROGRAMS
     assert device == torch.cuda.current_device()
     tiles, first, stop = (slots // CODED_TILE for slots in (s.num_slots, s.history_start, s.recent_start))
     of = _Layer(*(x.data_ptr() for x in given), first, stop, tiles - (stop - first), tiles)
-    flags, units = None if is_seen_NJ is None else is_seen_NJ.data_ptr(), s.num_heads * tiles
-    arguments = [of, to, ctypes.c_void_p(flags), ctypes.c_int(units)]
+    units = s.num_heads * tiles
+    arguments = [
+        of,
+        _Coded(*(x.data_ptr() for x in to)),
+        ctypes.c_void_p(is_seen_NJ.data_ptr()),
+        ctypes.c_int(units),
+    ]
     shared = how.stages * stage_bytes(s.storage)
-    launch(_load(name, s.storage, how, device), -(-units // how.tiles), how.threads, shared, arguments, device)
+    launch(_load(s.storage, how, device), -(-units // how.tiles), how.threads, shared, arguments, device)
