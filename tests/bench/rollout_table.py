@@ -171,6 +171,9 @@ class ReplayedTable:
     def lay_out(self, layer_index: int, *, seen_only: bool = False) -> ReplayedLayer:
         return self.layers[layer_index]
 
+    def key_codes(self, layer_index: int) -> None:
+        """Nothing lies as codes."""
+
     def lay_out_sample(self, layer_index: int, slot_R: Tensor) -> ReplayedLayer:
         return self.layers[layer_index]
 

@@ -85,6 +85,8 @@ WORKERS_RANK = {
     "metrics": 4,
     "packed_keys": 4,
     "coded_tiles": 4,
+    "key_codes": 4,
+    "triton_decode": 4,
     "nvrtc": 4,
     "rows": 5,
     "streams": 5,

@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 
 from workers.attention.tile_mass import sample_places
+from workers.key_codes import KeyCodes
 
+CODES_ON = (9, 0)
+"""Compute capability on which codes are read as they are: where it is known to be faster, and to give the same bits."""
 Estimate = Literal["exact", "quant", "lsh"]
 
 
@@ -126,19 +129,31 @@ class TileChoice:
         index[..., num:] = self._always_A
         return index
 
-    def choose(self, q_QNW: Tensor, k_NLW: Tensor, index_NIJ: Tensor, clean_NIJ: Tensor | None = None) -> None:
+    def takes_codes(self, keys: KeyCodes | None) -> bool:
+        """Whether `choose` reads such keys as they are; else those of `sampled_slot_R` are to be unpacked for it."""
+        if keys is None or not self._is_fused or self.settings.estimate != "exact" or not keys.end_NLW.is_cuda:
+            return False
+        form = keys.code_NCB.dtype, keys.end_NLW.dtype, self._head_dim
+        is_form = form == (torch.uint8, torch.bfloat16, 128)
+        return is_form and torch.cuda.get_device_capability(keys.end_NLW.device) == CODES_ON
+
+    def choose(
+        self, q_QNW: Tensor, keys: Tensor | KeyCodes, index_NIJ: Tensor, clean_NIJ: Tensor | None = None
+    ) -> None:
         """Write the chosen tiles into a list.
 
         Args:
             q_QNW: Queries after RoPE, ones in the channels of log m.
-            k_NLW: Keys of the layer, those of the chunk in hand included; those of `sampled_slot_R` are read.
+            keys: Of the layer, those of the chunk in hand included, of which those of `sampled_slot_R` are read: k_NLW,
+                or codes where `takes_codes` says so.
             index_NIJ: From `new_list`.
             clean_NIJ: From `new_list` for a clean pass: the heaviest of them.
         """
         if self._is_fused:
-            self._choose_by_kernels(q_QNW, k_NLW, index_NIJ, clean_NIJ)
+            self._choose_by_kernels(q_QNW, keys, index_NIJ, clean_NIJ)
             return
-        mass_NIJ = self.mass(q_QNW, k_NLW).index_select(2, self._candidate_J)
+        assert isinstance(keys, Tensor), "no codes without kernels"
+        mass_NIJ = self.mass(q_QNW, keys).index_select(2, self._candidate_J)
         num = self._num_to_fill(index_NIJ)
         chosen = mass_NIJ.topk(num, dim=-1, sorted=clean_NIJ is not None).indices
         index_NIJ[..., :num] = self._candidate_J[chosen]
@@ -149,20 +164,20 @@ class TileChoice:
     def _num_to_fill(self, index_NIJ: Tensor) -> int:
         return index_NIJ.shape[-1] - len(self._always_A)
 
-    def _choose_by_kernels(self, q_QNW: Tensor, k_NLW: Tensor, index_NIJ: Tensor, clean_NIJ: Tensor | None) -> None:
+    def _choose_by_kernels(
+        self, q_QNW: Tensor, keys: Tensor | KeyCodes, index_NIJ: Tensor, clean_NIJ: Tensor | None
+    ) -> None:
         from workers.attention.triton_choice import tile_sums, write_heaviest
+        from workers.attention.triton_coded_choice import coded_tile_sums
 
-        shape = (k_NLW.shape[0], len(self._query_S), len(self._is_candidate_J))
-        sum_NSJ = torch.empty(shape, dtype=torch.float32, device=k_NLW.device)
+        shape = (q_QNW.shape[1], len(self._query_S), len(self._is_candidate_J))
+        sum_NSJ = torch.empty(shape, dtype=torch.float32, device=q_QNW.device)
         s = self.settings
-        tile_sums(
-            q_QNW,
-            k_NLW,
-            self._query_S,
-            sum_NSJ,
-            (self._head_dim, s.tile, s.keys_per_tile),
-            quant=s.estimate == "quant",
-        )
+        sizes = self._head_dim, s.tile, s.keys_per_tile
+        if isinstance(keys, KeyCodes):
+            coded_tile_sums(q_QNW, keys, self._query_S, sum_NSJ, sizes)
+        else:
+            tile_sums(q_QNW, keys, self._query_S, sum_NSJ, sizes, quant=s.estimate == "quant")
         write_heaviest(sum_NSJ, self._is_candidate_J, len(self._always_A), index_NIJ, clean_NIJ)
 
     def mass(self, q_QNW: Tensor, k_NLW: Tensor) -> Tensor:

@@ -22,11 +22,11 @@ Fewer than 2 to the 15 of them have a finite sum, too."""
 _LEAST = tl.constexpr(1e-37)
 """A row that has less in all has no mass: reciprocals are finite."""
 _MOST_BITS = tl.constexpr((1 << 30) - 1)
-_LOG2_E = 1.4426950408889634
+LOG2_E = 1.4426950408889634
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _load_queries(q, query_place, own, num_queries, stride_ql, D: tl.constexpr, QUANT: tl.constexpr):  # type: ignore[no-untyped-def]
+def load_queries(q, query_place, own, num_queries, stride_ql, D: tl.constexpr, QUANT: tl.constexpr):  # type: ignore[no-untyped-def]
     """Of one head: some queries, and what they are to be multiplied by."""
     inside = own < num_queries
     at_q = tl.load(query_place + own, mask=inside, other=0) * stride_ql
@@ -39,7 +39,7 @@ def _load_queries(q, query_place, own, num_queries, stride_ql, D: tl.constexpr, 
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _keys_of_columns(T: tl.constexpr, S: tl.constexpr):  # type: ignore[no-untyped-def]
+def keys_of_columns(T: tl.constexpr, S: tl.constexpr):  # type: ignore[no-untyped-def]
     """Tile of a step, and stretch of that tile, whose key stands in each column of a product.
 
     Four threads have a row, each two neighbouring columns of every eight: tile t of four lies in columns 2t and 2t + 1
@@ -54,8 +54,8 @@ def _keys_of_columns(T: tl.constexpr, S: tl.constexpr):  # type: ignore[no-untyp
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _sums_of_tiles(weight, M: tl.constexpr, T: tl.constexpr, S: tl.constexpr):  # type: ignore[no-untyped-def]
-    """[M, T] of columns as `_keys_of_columns` has them."""
+def sums_of_tiles(weight, M: tl.constexpr, T: tl.constexpr, S: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[M, T] of columns as `keys_of_columns` has them."""
     PAIR: tl.constexpr = min(2, S)
     QUAD: tl.constexpr = min(4, T)
     of_tile = tl.reshape(weight, [M, T // QUAD, S // PAIR, QUAD, PAIR])
@@ -76,24 +76,24 @@ def _tile_sums(  # type: ignore[no-untyped-def]
     blocks = ()
     for block in tl.static_range(BLOCKS):
         own = first_own + block * M
-        own_queries = _load_queries(q + head * stride_qn, query_place, own, num_queries, stride_ql, D, QUANT)
+        own_queries = load_queries(q + head * stride_qn, query_place, own, num_queries, stride_ql, D, QUANT)
         blocks += (own_queries,)  # type: ignore[assignment, unused-ignore]
-    of_step, stretch = _keys_of_columns(T, S)
+    of_step, stretch = keys_of_columns(T, S)
     first = tl.program_id(2) * tiles_at_once
     stop = tl.minimum(first + tiles_at_once, num_tiles)
     keys_of_head, stride_j = k + head * stride_kn, tl.full([], TILE, tl.int64) * stride_kl
     channel, part = tl.arange(0, D)[None, :], D + tl.arange(0, 2)[None, :]
-    at = _places(first, of_step, stretch, T, S, TILE)[:, None] * stride_kl
+    at = places(first, of_step, stretch, 0, T, S, TILE)[:, None] * stride_kl
     there = (first + of_step < num_tiles)[:, None]
     log_m = tl.load(keys_of_head + first * stride_j + at + part, mask=there, other=0.0)
     for start in range(first, stop, T):
         here, there = keys_of_head + start * stride_j, (start + of_step < num_tiles)[:, None]
-        at = _places(start, of_step, stretch, T, S, TILE)[:, None] * stride_kl
+        at = places(start, of_step, stretch, 0, T, S, TILE)[:, None] * stride_kl
         keys = tl.load(here + at + channel, mask=there, other=0.0)
         mass = tl.sum(log_m.to(tl.float32), 1) * scale
         # Of the next step: the product does not fetch these ahead by itself.
         here, there = here + T * stride_j, (start + T + of_step < stop)[:, None]
-        at = _places(start + T, of_step, stretch, T, S, TILE)[:, None] * stride_kl
+        at = places(start + T, of_step, stretch, 0, T, S, TILE)[:, None] * stride_kl
         log_m = tl.load(here + at + part, mask=there, other=0.0)
         step_k = scale
         if QUANT:
@@ -109,7 +109,7 @@ def _tile_sums(  # type: ignore[no-untyped-def]
                 logit = product * step_q[:, None] * step_k[None, :] + mass[None, :]
             else:
                 logit = product * step_k + mass[None, :]
-            totals += (_sums_of_tiles(tl.exp2(logit), M, T, S),)  # type: ignore[assignment, unused-ignore]
+            totals += (sums_of_tiles(tl.exp2(logit), M, T, S),)  # type: ignore[assignment, unused-ignore]
         # Threads wait for each other before each of these: not between the products.
         tile = start + tl.arange(0, T)
         for block in tl.static_range(BLOCKS):
@@ -119,9 +119,12 @@ def _tile_sums(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _places(start, of_step, stretch, T: tl.constexpr, S: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Which keys of T tiles are looked at, from the first one's on; see `tile_mass.sample_places`."""
-    turn = of_step
+def places(start, of_step, stretch, before, T: tl.constexpr, S: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which keys of T tiles are looked at, from the first one's on; see `tile_mass.sample_places`.
+
+    `start` counts from the tile that has so many `before` it.
+    """
+    turn = of_step + before
     if T % 8 != 0:  # else the same in each step, which begins at a multiple of T
         turn += start
     return of_step * TILE + stretch * (TILE // S) + (stretch * 5 + turn * 3) % 8 * (TILE // S) // 8
@@ -230,7 +233,7 @@ def tile_sums(
     part = at_once * triton.cdiv(num_tiles, at_once * max(1, launch.programs // (columns[0] * columns[1])))
     _tile_sums[(*columns, triton.cdiv(num_tiles, part))](
         q_QNW, k_NLW, query_place_S, sum_NSJ, *q_QNW.stride()[:2], *k_NLW.stride()[:2],
-        num_queries, num_tiles, _LOG2_E * head_dim**-0.5, part, M=rows, BLOCKS=blocks, T=at_once, S=samples, TILE=tile,
+        num_queries, num_tiles, LOG2_E * head_dim**-0.5, part, M=rows, BLOCKS=blocks, T=at_once, S=samples, TILE=tile,
         D=head_dim, QUANT=quant, PRECISION="ieee" if q_QNW.dtype.itemsize == 4 else "tf32", num_warps=launch.warps,
         num_stages=launch.stages,
     )  # fmt: skip

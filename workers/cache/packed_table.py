@@ -22,6 +22,7 @@ from workers.cache.table_layout import TableSettings
 from workers.cache.tile_table import TableKernels, TableWork, TileTable, load_kernels
 from workers.coded_tiles import CodedTiles
 from workers.contracts import KeyValues
+from workers.key_codes import KeyCodes
 from workers.search.nearest_rows import NearestRows, nearest_rows
 
 
@@ -89,6 +90,12 @@ class PackedTable(TileTable):
         assert isinstance(layer, PackedLayer)
         self._packing.unpack_sample(layer, self.workspace, self.settings, slot_R)
         return self._in_workspace(layer)
+
+    def key_codes(self, layer_index: int) -> KeyCodes:
+        layer = self.layers[layer_index]
+        assert isinstance(layer, PackedLayer)
+        codes = layer.k_code_NCB, layer.k_largest_NCG, layer.mass_NC2
+        return KeyCodes(*codes, layer.k_NLW, self.settings.history_start)
 
     def lay_out_coded(self, layer_index: int) -> CodedTiles:
         """The tiles of a layer that were noted, in 8-bit floats, until anything else is laid out."""

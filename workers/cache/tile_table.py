@@ -25,6 +25,7 @@ from workers.cache.shrink import Fuse, Room, Survivors, shrink
 from workers.cache.table_layout import MEMBERS_LISTED, TableSettings, read_log_mass, write_log_mass
 from workers.cache.unrotated import TurnBack, take_rows
 from workers.contracts import KeyValues
+from workers.key_codes import KeyCodes
 from workers.model.rope import make_rotation, rotate
 from workers.rows import as_words
 from workers.search.nearest_rows import NearestRows, nearest_rows
@@ -61,7 +62,6 @@ class TileTable:
         device: Where they lie.
         nearest: Finds the nearest of some keys; kernels do it themselves.
         work: How `remember_chunk` works; "groups", and a line in the log, where kernels cannot do the sizes.
-
     Raises:
         ImportError: Kernels are asked for, and Triton is not installed.
     """
@@ -89,7 +89,8 @@ class TileTable:
         self._look = Look(settings.frame_tokens, settings.candidate_tiles, settings.tile, nearest)
         self._fuse = Fuse()
         self._work = work
-        self._groups = [range(first, settings.num_layers, settings.spare_chunks) for first in self._first_layers]
+        firsts = range(min(settings.spare_chunks, settings.num_layers))  # become full one after another
+        self._groups = [range(first, settings.num_layers, settings.spare_chunks) for first in firsts]
         self._together = [self._new_layers(len(group)) for group in self._groups]
         self.layers = [self._layer(index) for index in range(settings.num_layers)]
         for index, layer in enumerate(self.layers):
@@ -131,6 +132,10 @@ class TileTable:
     def lay_out_sample(self, layer_index: int, slot_R: Tensor) -> LayerTable:
         """A layer of which some keys alone are read: those of these slots, tile by tile, equally many of each."""
         return self.layers[layer_index]
+
+    def key_codes(self, layer_index: int) -> KeyCodes | None:
+        """Keys of a layer where they lie, if those of its history lie as codes."""
+        return None
 
     def remember(self, layer_index: int, position_T3: Tensor) -> None:
         """The chunk in hand is clean: it becomes the newest of the past."""
@@ -233,11 +238,6 @@ class TileTable:
         for index, layer in enumerate(self.layers):
             self.before_change(index, True)
             self._reset(layer, index)
-
-    @property
-    def _first_layers(self) -> range:
-        """Of the groups: layers whose history is full at the same time."""
-        return range(min(self.settings.spare_chunks, self.settings.num_layers))
 
     def _new_layers(self, num: int) -> LayerTable:
         """Layers side by side."""

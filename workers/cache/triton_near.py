@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from workers.cache.triton_rows import as_pairs, decode_codes, load_codes, load_halves, load_places, turned_back
+from workers.cache.triton_rows import as_pairs, load_halves, load_places, turned_back
+from workers.triton_decode import decode_codes, load_codes
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]

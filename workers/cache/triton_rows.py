@@ -18,7 +18,7 @@ from workers.cache.packed_history import PackedLayer
 from workers.cache.partners import History
 from workers.cache.table_codes import LIMITS, CodedStorage, group_channels
 from workers.cache.table_layout import TableSettings
-from workers.cache.triton_decode import scaled_codes, two_parts
+from workers.triton_decode import STEP_OF_4, decode_codes, load_codes
 
 _MEAN_UNITS = tl.constexpr(float(2**22))
 MOST_AVERAGED = 256
@@ -26,7 +26,8 @@ MOST_AVERAGED = 256
 _MAGIC = tl.constexpr(12582912.0)
 _MAGIC_BITS = tl.constexpr(0x4B400000)
 """1.5 * 2^23: behind it the last bit of a float32 is 1, so the bits of a sum with it count whole numbers."""
-_STEP_OF_4, _STEP_OF_8 = tl.constexpr(1 / LIMITS["int4"]), tl.constexpr(1 / LIMITS["int8"])
+_STEP_OF_8 = tl.constexpr(1 / LIMITS["int8"])
+assert STEP_OF_4.value == 1 / LIMITS["int4"]
 _KINDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -125,38 +126,6 @@ def _in_runs(x, M: tl.constexpr, RUN: tl.constexpr):  # type: ignore[no-untyped-
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def load_codes(x, largest, at, there, D: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of rows of `int4`: bytes, and the largest channels of the groups of either half."""
-    HALF: tl.constexpr = D // 2
-    RUN: tl.constexpr = GROUP if GROUP < HALF else HALF
-    here = there[:, None]
-    code = tl.load(x + at[:, None] + tl.arange(0, HALF)[None, :], mask=here, other=0)
-    at_largest = (at // HALF * (D // GROUP))[:, None] + tl.arange(0, HALF // RUN)[None, :] * RUN // GROUP
-    of_first = tl.load(largest + at_largest, mask=here, other=0.0)
-    of_second = of_first
-    if GROUP < D:
-        of_second = tl.load(largest + at_largest + HALF // GROUP, mask=here, other=0.0)
-    return code, of_first, of_second
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def decode_codes(  # type: ignore[no-untyped-def]
-    code, of_first, of_second, M: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr
-):  # fmt: skip
-    """Halves of M rows that `load_codes` read, rounded to bfloat16: float32 [M, runs, RUN]."""
-    HALF: tl.constexpr = D // 2
-    RUN: tl.constexpr = GROUP if GROUP < HALF else HALF
-    first_step, first_rest = two_parts(of_first.to(tl.float32) * _STEP_OF_4)
-    second_step, second_rest = first_step, first_rest
-    if GROUP < D:
-        second_step, second_rest = two_parts(of_second.to(tl.float32) * _STEP_OF_4)
-    return scaled_codes(
-        tl.reshape(code, [M, HALF // RUN, RUN]), first_step[:, :, None], first_rest[:, :, None],
-        second_step[:, :, None], second_rest[:, :, None],
-    )  # fmt: skip
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def load_halves(  # type: ignore[no-untyped-def]
     x, largest, at, there, D: tl.constexpr, M: tl.constexpr, HALVES: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
@@ -178,7 +147,7 @@ def load_halves(  # type: ignore[no-untyped-def]
     else:
         GROUPS: tl.constexpr = D // GROUP
         BYTES: tl.constexpr = D // 2 if BITS == 4 else D
-        step_of_one = _STEP_OF_4 if BITS == 4 else _STEP_OF_8
+        step_of_one = STEP_OF_4 if BITS == 4 else _STEP_OF_8
         of_second = 0.0625 if BITS == 4 else 1.0
         first = tl.load(x + at_x, mask=here, other=0)
         at_largest = (at // BYTES * GROUPS)[:, None] + tl.arange(0, HALF // RUN)[None, :] * RUN // GROUP

@@ -19,6 +19,7 @@ from torch import Tensor
 from workers.contracts import PromptKeys
 from workers.denoise import step_euler, step_renoise, to_device
 from workers.errors import NonFiniteLatents
+from workers.key_codes import KeyCodes
 from workers.metrics import Stopwatch
 from workers.model.dit import CausalDiT
 from workers.model.prompt_attention import PromptTable, hold_prompt
@@ -112,6 +113,7 @@ class CapturedRollout:
         self._q_QNW = empty(num, b.num_heads, table.layers[0].k_NLW.shape[-1])
         self._q_QNW[..., b.head_dim : b.head_dim + 2] = 1.0
         self._targets = [Targets(self._q_QNW[..., : b.head_dim], *table.own(index)) for index in range(b.num_layers)]
+        self._takes_codes = self.chooser.takes_codes(table.key_codes(0))
         self._is_early = self.chooser.has_early_list
         self._lists = {early: self._new_lists(early) for early in {False, self._is_early}}
         self._prompt: list[PromptTable] = []
@@ -253,8 +255,7 @@ class CapturedRollout:
             x = layers.enter(weights, stream, time_T6E, self._rotation, targets[index])
             mark("queries, keys, values")
             if choose:
-                keys = self._lay_out_sample(index, mark)
-                self.chooser.choose(self._q_QNW, keys.k_NLW, listed, fewer)
+                self.chooser.choose(self._q_QNW, self._sampled_keys(index, mark), listed, fewer)
                 self.table.note_seen(index, listed)
                 mark("selection")
             elif clean and fewer is not None:
@@ -285,12 +286,15 @@ class CapturedRollout:
         rooms = self._attend.rooms_for_codes(clean=clean) if isinstance(self._attend, KeptHistory) else None
         return self._targets if rooms is None else [CodedTargets(to, *rooms, rows) for to in self._targets]
 
-    def _lay_out_sample(self, index: int, mark: Mark) -> Keys:
+    def _sampled_keys(self, index: int, mark: Mark) -> Tensor | KeyCodes:
         """What the choice of tiles reads of a layer."""
+        codes = self.table.key_codes(index) if self._takes_codes else None
+        if codes is not None:
+            return codes
         keys = self.table.lay_out_sample(index, self.chooser.sampled_slot_R)
         if self.table.is_packed:
             mark("unpacking")
-        return keys
+        return keys.k_NLW
 
     def _lay_out(self, index: int, mark: Mark) -> Keys:
         """What attention reads of a layer."""

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from workers.key_codes import KeyCodes
 from workers.rollouts.kept_history import Keys
 
 
@@ -33,6 +34,8 @@ class Table(Protocol):
 
     def lay_out_sample(self, layer_index: int, slot_R: Tensor) -> Keys: ...
 
+    def key_codes(self, layer_index: int) -> KeyCodes | None: ...
+
     def remember_chunk(self, position_T3: Tensor) -> None: ...
 
 
@@ -54,4 +57,8 @@ class Chooser(Protocol):
 
     def new_list(self, num_heads: int, *, for_clean_pass: bool = False, early: bool = False) -> Tensor: ...
 
-    def choose(self, q_QNW: Tensor, k_NLW: Tensor, index_NIJ: Tensor, clean_NIJ: Tensor | None = None) -> None: ...
+    def takes_codes(self, keys: KeyCodes | None) -> bool: ...
+
+    def choose(
+        self, q_QNW: Tensor, keys: Tensor | KeyCodes, index_NIJ: Tensor, clean_NIJ: Tensor | None = None
+    ) -> None: ...

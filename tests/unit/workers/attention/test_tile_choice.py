@@ -1,7 +1,8 @@
 """Choosing tiles in fixed shapes: what is estimated, what is always seen, and that the best tiles are found."""
 
 import math
-from typing import get_args
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from workers.attention.tile_choice import ChoiceSettings, Estimate, TileChoice, TileRuns
 from workers.kernels.listed_tiles import attend_listed_plain, make_attend
+from workers.key_codes import KeyCodes
 
 HEADS, DIM, TILE, QUERIES, TILES = 2, 16, 8, 20, 9
 CPU = torch.device("cpu")
@@ -107,3 +109,38 @@ def test_listed_attention_sees_the_listed_tiles_alone() -> None:
             logit = q[start : start + TILE, head] @ k[head, keys].mT / math.sqrt(DIM)
             expected = logit.softmax(-1) @ v[head, keys]
             torch.testing.assert_close(found[start : start + TILE, head], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "otherwise",
+    [
+        {},
+        {"bits": torch.int8},
+        {"dtype": torch.float32},
+        {"is_cuda": False},
+        {"compute": (10, 0)},
+        {"head_dim": 64},
+        {"estimate": "quant"},
+        {"fused": False},
+    ],
+)
+def test_codes_are_read_where_they_are_known_to_give_the_same_bits(
+    otherwise: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nowhere else: one thing that differs, and keys are unpacked."""
+    of: dict[str, Any] = {
+        "bits": torch.uint8,
+        "dtype": torch.bfloat16,
+        "is_cuda": True,
+        "compute": (9, 0),
+        "head_dim": 128,
+        "estimate": "exact",
+        "fused": True,
+    } | otherwise
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: of["compute"])
+    settings = ChoiceSettings(2, keys_per_tile=TILE, tile=TILE, estimate=of["estimate"], fused=of["fused"])
+    chooser = TileChoice(settings, RUNS, QUERIES, of["head_dim"], CPU)
+    code, end = SimpleNamespace(dtype=of["bits"]), SimpleNamespace(dtype=of["dtype"], is_cuda=of["is_cuda"], device=CPU)
+    keys: Any = KeyCodes(code, end, end, end, 0)  # type: ignore[arg-type]
+    assert chooser.takes_codes(keys) == (not otherwise)
+    assert not chooser.takes_codes(None)

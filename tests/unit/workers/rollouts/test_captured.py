@@ -8,16 +8,18 @@ import torch
 from tests.tables import make_captured
 from workers.assemble_tiles import size_table
 from workers.attention.dense import DenseAttention
-from workers.attention.tile_choice import Estimate
+from workers.attention.tile_choice import Estimate, TileChoice
 from workers.cache.dense import DenseCache
 from workers.cache.layer_table import LayerTable
 from workers.cache.low_bit import Storage
 from workers.cache.packed_table import PackedTable
+from workers.cache.table_codes import CodedStorage, decode_into
 from workers.cache.tile_table import TileTable
 from workers.contracts import KVCache
 from workers.denoise import draw_noise, make_schedule
 from workers.errors import NonFiniteLatents
 from workers.kernels.sdpa import SdpaKernel
+from workers.key_codes import KeyCodes
 from workers.metrics import Stopwatch
 from workers.model.attend import RolloutAttention
 from workers.model.backbones import find_backbone
@@ -149,6 +151,44 @@ def test_what_nobody_sees_of_a_packed_table_may_be_anything(
     assert rollout.table.num_unseen > 0
     for whole, *others in zip(*found, strict=True):
         assert all(torch.equal(a, b) for other in others for a, b in zip(whole, other, strict=True))
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+def test_a_choice_that_takes_codes_gets_them_and_nothing_is_unpacked_for_it(
+    model: CausalDiT, storage: CodedStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of its layer's keys can be told from them: the lists and latents of a choice among unpacked ones."""
+
+    class OfCodes(TileChoice):
+        def takes_codes(self, keys: KeyCodes | None) -> bool:
+            return keys is not None
+
+        def choose(
+            self,
+            q_QNW: torch.Tensor,
+            keys: torch.Tensor | KeyCodes,
+            index_NIJ: torch.Tensor,
+            clean_NIJ: torch.Tensor | None = None,
+        ) -> None:
+            assert isinstance(keys, KeyCodes)
+            end, start = keys.end_NLW, keys.history_start
+            history = end.new_zeros(len(end), keys.code_NCB.shape[1], end.shape[2])
+            decode_into(keys.code_NCB, keys.largest_NCG, history[..., : BACKBONE.head_dim], storage)
+            history[..., BACKBONE.head_dim : BACKBONE.head_dim + 2] = keys.mass_NC2
+            whole = torch.cat((end[:, :start], history, end[:, start:]), 1)
+            super().choose(q_QNW, whole, index_NIJ, clean_NIJ)
+
+    plan = make_plan(model, 9)
+    sizes = size_table(BACKBONE, SIZE, kept_chunks=2, spare_chunks=2, tile=8, rule="pairs", storage=storage)
+    found = []
+    for kind in (TileChoice, OfCodes):
+        monkeypatch.setattr("tests.tables.TileChoice", kind)
+        rollout = make_captured(model, sizes, SIZE, num_chosen=2, keys_per_tile=2)
+        lists = [index for index, _ in rollout._lists[False]]
+        found.append([(chunk.latents_BTCHW, torch.stack(lists)) for chunk in rollout.run(plan)])
+        monkeypatch.setattr(PackedTable, "lay_out_sample", None)
+    for by_keys, by_codes in zip(*found, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(by_keys, by_codes, strict=True))
 
 
 @pytest.mark.parametrize("storage", ["int8", "int4"])

@@ -1,12 +1,15 @@
-"""Codes of 4 bits times steps as bfloat16, two at once: what `load_halves` does for other dtypes one by one.
+"""Codes of 4 bits times steps as bfloat16, two at once: what `cache/triton_rows.py` does for other dtypes one by one.
 
-Three quarters of the instructions; kernels that merge are bound by what they calculate, not by what they read.
+Three quarters of the instructions; kernels that merge or choose are bound by what they calculate, not what they read.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+STEP_OF_4 = tl.constexpr(1 / 7)
+"""Of a code, where the largest channel is 1: the largest code of 4 bits is 7."""
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -88,3 +91,35 @@ def scaled_codes(code, first, first_rest, second, second_rest):  # type: ignore[
         is_pure=True,
         pack=4,
     )
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def load_codes(x, largest, at, there, D: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of rows of `int4`: bytes, and the largest channels of the groups of either half."""
+    HALF: tl.constexpr = D // 2
+    RUN: tl.constexpr = GROUP if GROUP < HALF else HALF
+    here = there[:, None]
+    code = tl.load(x + at[:, None] + tl.arange(0, HALF)[None, :], mask=here, other=0)
+    at_largest = (at // HALF * (D // GROUP))[:, None] + tl.arange(0, HALF // RUN)[None, :] * RUN // GROUP
+    of_first = tl.load(largest + at_largest, mask=here, other=0.0)
+    of_second = of_first
+    if GROUP < D:
+        of_second = tl.load(largest + at_largest + HALF // GROUP, mask=here, other=0.0)
+    return code, of_first, of_second
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def decode_codes(  # type: ignore[no-untyped-def]
+    code, of_first, of_second, M: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr
+):  # fmt: skip
+    """Halves of M rows that `load_codes` read, rounded to bfloat16: float32 [M, runs, RUN]."""
+    HALF: tl.constexpr = D // 2
+    RUN: tl.constexpr = GROUP if GROUP < HALF else HALF
+    first_step, first_rest = two_parts(of_first.to(tl.float32) * STEP_OF_4)
+    second_step, second_rest = first_step, first_rest
+    if GROUP < D:
+        second_step, second_rest = two_parts(of_second.to(tl.float32) * STEP_OF_4)
+    return scaled_codes(
+        tl.reshape(code, [M, HALF // RUN, RUN]), first_step[:, :, None], first_rest[:, :, None],
+        second_step[:, :, None], second_rest[:, :, None],
+    )  # fmt: skip

@@ -1,0 +1,100 @@
+"""Tiles chosen by keys as codes, against unpacking these first; `TRITON_INTERPRET=1` runs the sums on a CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.packed_checks import DEVICE, DTYPE, INTERPRETED, SIZES, draw_table, fill, sizes_of
+from workers.assemble_tiles import tile_runs
+from workers.attention.tile_choice import CODES_ON, ChoiceSettings, TileChoice
+from workers.attention.tile_mass import sample_places
+
+triton = pytest.importorskip("triton")
+tl = triton.language
+HAS_GPU = not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability() == CODES_ON
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not (HAS_GPU or INTERPRETED), reason="needs compute capability 9.0"),
+]
+
+
+@triton.jit
+def two_parts(step: Any) -> Any:
+    return step, step * 0.0
+
+
+@triton.jit
+def scaled_codes(code: Any, first: Any, first_rest: Any, second: Any, second_rest: Any) -> Any:
+    low, high = (code & 15).to(tl.float32) - 8.0, (code >> 4).to(tl.float32) - 8.0
+    return low * (first + first_rest), high * (second + second_rest)
+
+
+@pytest.fixture(autouse=True)
+def _decode_without_assembly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which Triton's interpreter does not know: there codes times steps are left as float32."""
+    if INTERPRETED:
+        monkeypatch.setattr("workers.triton_decode.two_parts", two_parts)
+        monkeypatch.setattr("workers.triton_decode.scaled_codes", scaled_codes)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "tile", "per_tile", "launch"),
+    [
+        (64, 16, 8, (16, 32, 2, 6, 4, 1)),
+        (64, 32, 4, (16, 64, 1, 2, 4, 1)),
+        (32, 16, 16, (16, 32, 1, 99, 4, 1)),
+        (128, 16, 16, None),
+        (128, 128, 16, None),
+    ],
+)
+def test_sums_of_codes_are_those_of_unpacked_keys(
+    head_dim: int, tile: int, per_tile: int, launch: tuple[int, ...] | None
+) -> None:
+    """By the launch in use the same bits; by others also where a step has fewer than eight tiles."""
+    from workers.attention.triton_choice import Launch, tile_sums
+    from workers.attention.triton_coded_choice import HOPPER, coded_tile_sums
+
+    s, num_queries = sizes_of("int4", head_dim, tile), 5 * tile + 3
+    table = draw_table(s)
+    place_S = sample_places(num_queries, tile, 16, DEVICE)[0]
+    q_QNW = torch.randn(num_queries, s.num_heads, s.width, generator=torch.Generator().manual_seed(3)).to(DEVICE, DTYPE)
+    found, expected = (torch.full((s.num_heads, len(place_S), s.num_slots // tile), 7.0, device=DEVICE) for _ in "ab")
+    sizes, slot_R = (head_dim, tile, per_tile), sample_places(s.num_slots, tile, per_tile, DEVICE)[0]
+    tile_sums(q_QNW, table.lay_out_sample(0, slot_R).k_NLW, place_S, expected, sizes, quant=False)
+    of = HOPPER if launch is None else Launch(*launch)
+    coded_tile_sums(q_QNW, table.key_codes(0), place_S, found, sizes, of)
+    if INTERPRETED or launch is not None:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+    else:
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="codes are chosen by where there is such a GPU")
+def test_codes_choose_the_tiles_that_unpacked_keys_choose() -> None:
+    """Of a table that has merged, and in a graph."""
+    s = replace(SIZES, storage="int4", head_dim=128, tile=128, chunk_tokens=3 * 250, frame_tokens=250)
+    table = fill(s, s.kept_chunks + s.spare_chunks + 5, "kernels", DTYPE)
+    assert table.has_merged
+    runs, settings = tile_runs(s), ChoiceSettings(3, fused=True, clean_share=0.5)
+    chooser = TileChoice(settings, runs, s.chunk_tokens, s.head_dim, DEVICE)
+    q_QNW = torch.randn(s.chunk_tokens, s.num_heads, s.width, device=DEVICE).bfloat16()
+    q_QNW[..., s.head_dim :] = 0
+    q_QNW[..., s.head_dim : s.head_dim + 2] = 1
+    for index in range(s.num_layers):
+        codes = table.key_codes(index)
+        assert chooser.takes_codes(codes)
+        unpacked = table.lay_out_sample(index, chooser.sampled_slot_R).k_NLW
+        expected, found, replayed = (
+            [chooser.new_list(s.num_heads, for_clean_pass=clean) for clean in (False, True)] for _ in range(3)
+        )
+        chooser.choose(q_QNW, unpacked, *expected)
+        chooser.choose(q_QNW, codes, *found)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            chooser.choose(q_QNW, codes, *replayed)
+        graph.replay()
+        assert all(torch.equal(a, b) for lists in (found, replayed) for a, b in zip(expected, lists, strict=True))
