@@ -137,8 +137,11 @@ def _least_selection(engine: Engine, rows: int) -> Work:
     """Sampled keys and queries; the mass of each tile for each such query is written, and read for each list."""
     s, v, key = engine.sizes, engine.variant, engine.sizes.width * engine.table.dtype.itemsize
     tiles, lists = s.num_slots // s.tile, 1 + engine.chooser.has_clean_list
-    keys, queries = tiles * v.keys_per_tile, _query_tiles(s) * v.queries_per_tile
-    moved, done = keys * key + queries * (key + tiles * 4 * (1 + lists)), keys * queries * s.head_dim * 2
+    keys, queries, of_key = tiles * v.keys_per_tile, _query_tiles(s) * v.queries_per_tile, key
+    if isinstance(engine.table, PackedTable) and engine.chooser.takes_codes(engine.table.key_codes(0)):
+        assert s.storage != "model"
+        of_key = coded_bytes(s.head_dim, s.storage) + 4
+    moved, done = keys * of_key + queries * (key + tiles * 4 * (1 + lists)), keys * queries * s.head_dim * 2
     choices = len(engine.choose_at) * rows
     return choices * moved / 1e9, choices * done / 1e12
 
@@ -154,9 +157,9 @@ def _least_packing(engine: Engine) -> dict[str, Work]:
     # Plain torch lays out a chunk that is taken over and the latent frame before; kernels read them where they lie.
     brought = s.chunk_tokens * 2 * (key + value) + s.frame_tokens * of_key
     sampled = len(engine.choose_at) * engine.variant.keys_per_tile / s.tile
-    looks = sampled * of_key
+    looks = 0.0 if engine.chooser.takes_codes(table.key_codes(0)) else sampled * of_key
     for tables, clean in zip(_tables_laid_out(engine, table), (False, True), strict=True):
-        in_8_bits = 2 * coded + 2 * size + 2 * s.head_dim + 4  # a bias for each key beside
+        in_8_bits = 2 * coded + 2 * size + 2 * s.head_dim + 16  # log m of each key beside
         looks += tables * (in_8_bits if engine.rollout.reads_coded(clean=clean) else of_key + of_value)
     packed = s.chunk_tokens * 2 * (coded + value + size)  # what merges is written as codes at once
     return {
