@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -167,6 +168,19 @@ def choose_fp8_of(variant: Variant, settings: Settings, kernels: Compiled) -> Fp
     tile = 128 if settings.frame_tokens >= 128 else 16
     why_no_kernels = "" if variant.kernels and "packing" in kernels else "history packed by plain torch"
     return choose_fp8(variant.fp8_attention, Hardware.of(settings.device), need, tile, why_no_kernels)
+
+
+def read_changes(texts: Sequence[str]) -> dict[str, Any]:
+    """Fields of a variant; values as JSON where they are, lists as tuples."""
+    changes: dict[str, Any] = {}
+    for text in texts:
+        field, value = text.split("=", 1)
+        try:
+            read = json.loads(value)
+        except json.JSONDecodeError:
+            read = value
+        changes[field] = tuple(read) if isinstance(read, list) else read
+    return changes
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ from tests.bench.history_engine import (
     choose_fp8_of,
     make_engine,
     make_plan,
+    read_changes,
     warm_up,
 )
 from tests.bench.history_log import log_row
@@ -346,19 +347,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no part is begun after so many")
     parser.add_argument("--name", default="rollout-history", help="of the result file")
     return parser.parse_args(arguments)
-
-
-def read_changes(texts: Sequence[str]) -> dict[str, Any]:
-    """Fields of a variant; values as JSON where they are, lists as tuples."""
-    changes: dict[str, Any] = {}
-    for text in texts:
-        field, value = text.split("=", 1)
-        try:
-            read = json.loads(value)
-        except json.JSONDecodeError:
-            read = value
-        changes[field] = tuple(read) if isinstance(read, list) else read
-    return changes
 
 
 def main(arguments: Sequence[str]) -> None:
