@@ -110,8 +110,13 @@ def erase_keys(tiles: CodedTiles, first: int) -> None:
 
 def code_rows(x_NLD: Tensor, scale: float) -> Tensor:
     """Rows of 128 channels as tiles, uint8 [N, T, 16384]; rows that are missing in the last tile are zero."""
+    return _swizzle(_code_tiles(x_NLD, scale)).flatten(2)
+
+
+def _code_tiles(x_NLD: Tensor, scale: float) -> Tensor:
+    """Rows as they are in each tile, uint8 [N, T, rows, D]."""
     rows = F.pad(to_e4m3(x_NLD, scale).view(torch.uint8), (0, 0, 0, -x_NLD.shape[1] % CODED_TILE))
-    return _swizzle(rows.unflatten(1, (-1, CODED_TILE))).flatten(2)
+    return rows.unflatten(1, (-1, CODED_TILE))  # type: ignore[no-any-return]
 
 
 def code_queries_plain(q_QNW: Tensor) -> Tensor:
@@ -128,8 +133,7 @@ def code_tiles_plain(k_NKW: Tensor, v_NKD: Tensor) -> CodedTiles:
 
 def code_values_plain(v_NKD: Tensor) -> Tensor:
     """Of `code_tiles_plain`, the values."""
-    v = F.pad(to_e4m3(v_NKD, SCALE_V).view(torch.uint8), (0, 0, 0, -v_NKD.shape[1] % CODED_TILE))
-    return _swizzle(v.unflatten(1, (-1, CODED_TILE)).mT[..., key_of_byte().to(v.device)]).flatten(2)
+    return _swizzle(_code_tiles(v_NKD, SCALE_V).mT[..., key_of_byte().to(v_NKD.device)]).flatten(2)
 
 
 def decode_rows(x_NTB: Tensor) -> Tensor:

@@ -86,6 +86,13 @@ __device__ __forceinline__ u32 code_four(float a, float b, float c, float d) {
     return word;
 }
 
+__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }  // of two bfloat16
+__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xFFFF0000u); }
+
+__device__ __forceinline__ u32 code_four(u32 first, u32 second, float scale) {
+    return code_four(low(first) * scale, high(first) * scale, low(second) * scale, high(second) * scale);
+}
+
 // Four codes of log m, which products multiply by 448, 1, 1 and 1; see coded_tiles.py.
 __device__ __forceinline__ u32 code_mass(float left) {
     u32 word = 0;

@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+_LONGEST_WAIT_S = 60
+"""After which a wait inside a kernel fails: a machine may be paused for seconds."""
 
 
 @functools.cache
@@ -60,8 +64,13 @@ def make_hopper_source(names: Mapping[str, object], products: str, own: Path) ->
         products: Functions that multiply.
         own: Its file.
     """
-    defines = "".join(f"#define {name} {value}\n" for name, value in names.items())
-    return defines + Path(__file__).with_name("hopper.cuh").read_text() + products + own.read_text()
+    shared = Path(__file__).with_name("hopper.cuh").read_text()
+    return define({"LONGEST_WAIT_S": _LONGEST_WAIT_S, **names}) + shared + products + own.read_text()
+
+
+def define(names: Mapping[str, object]) -> str:
+    """What stands ahead of a source that leaves these to whoever compiles it."""
+    return "".join(f"#define {name} {value}\n" for name, value in names.items())
 
 
 def compile_source(source: str, library: Any, architecture: str = "sm_90a") -> bytes:
@@ -99,6 +108,11 @@ def load_functions(source: str, names: Sequence[str], shared_bytes: int, device:
         most_dynamic = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         check(driver.cuFuncSetAttribute(functions[0], most_dynamic, shared_bytes))
     return functions
+
+
+def address_of(tensor: Tensor | None) -> ctypes.c_void_p:
+    """As an argument of a kernel; 0 where there is none."""
+    return ctypes.c_void_p(0 if tensor is None else tensor.data_ptr())
 
 
 def launch(

@@ -8,7 +8,6 @@ seen. Prints a line each; a minute, with `--quick` fewer ways.
 from __future__ import annotations
 
 import argparse
-import statistics
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from tests.bench.fp8_attention import milliseconds
 from tests.bench.full_table import SIZES, changed
 from tests.bench.packed_speed import seconds
 from tests.packed_checks import check_unpack_coded, draw_table
@@ -37,25 +37,6 @@ WAYS = (
     Programs(256, 4, 3, 4),
     *(Programs(128, tiles, stages, together) for tiles, stages in ((1, 1), (2, 2), (4, 2)) for together in (8, 10)),
 )
-
-
-def milliseconds(run: Callable[[], object], times: int = 10) -> float:
-    """Of one run, the median of replays of a graph of several, so that nothing waits for Python."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(times):
-            run()
-    took: list[float] = []
-    for _ in range(7):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        took.append(begin.elapsed_time(end) / times)
-    return statistics.median(took)
 
 
 def draw_flags(share: float) -> Tensor:
@@ -112,7 +93,8 @@ def time_all(ways: tuple[Programs, ...]) -> None:
         print(f"{tiles}: a copy of {moved / 1e9:.3f} GB read and written: {at_least:.4f} ms", flush=True)
 
         def time(is_seen: Tensor = is_seen, at_least: float = at_least) -> str:
-            took = milliseconds(partial(unpack_coded.unpack_coded, layer, to, SIZES, is_seen))
+            run = partial(unpack_coded.unpack_coded, layer, to, SIZES, is_seen)
+            took = milliseconds(run, repeats=7, calls=10)
             return f"{took:.4f} ms, {at_least / took:.2f} of a copy's pace"
 
         for how in ways:

@@ -1,7 +1,7 @@
 // What `average_groups` of triton_collect.py does with values of 128 channels as codes of 4 bits, to the bit: a thread
-// makes two groups of 32 channels of a value, those whose codes share bytes. It stands behind row_distances.cu.
+// makes two groups of 32 channels of a value, those whose codes share bytes. Behind codes_of_4.cuh.
 //
-// Defined by whoever compiles, beside what that asks for: LISTED, members of a list.
+// Defined by whoever compiles, beside what that asks for: LISTED, members of a list; THREADS of a block.
 struct Average {
     uint4* code;
     unsigned short* largest;
@@ -12,7 +12,6 @@ struct Average {
     const int *groups, *num_group;
     int first_head, heads, history_slots, num_slots, num_sums, num_most;
 };
-#define AVERAGE_THREADS 128
 
 // As Triton divides where it is not asked for more.
 __device__ __forceinline__ float divide(float a, float b) {
@@ -52,9 +51,9 @@ __device__ __forceinline__ u32 code_group(u32 (&code)[32], const float (&x)[32])
     return bits >> 16;
 }
 
-extern "C" __global__ void __launch_bounds__(AVERAGE_THREADS, 4) average_rows(const Average a) {
+extern "C" __global__ void __launch_bounds__(THREADS, 4) average_rows(const Average a) {
     const int local = blockIdx.x % a.heads, half = threadIdx.x % 2;
-    const int listed = (blockIdx.x / a.heads * AVERAGE_THREADS + threadIdx.x) / 2;
+    const int listed = (blockIdx.x / a.heads * THREADS + threadIdx.x) / 2;
     const long long head = a.first_head + local;
     if (listed >= a.num_group[head]) return;
     const long long slot = a.groups[head * a.num_most + listed];

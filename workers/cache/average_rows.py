@@ -11,7 +11,6 @@ from torch import Tensor
 from workers.cache.row_distances import make_source
 from workers.cache.triton_pairs import Members
 from workers.cache.triton_rows import StoredHistory
-from workers.cache.unrotated import TurnBack
 from workers.nvrtc import launch, load_functions
 
 _THREADS = 128
@@ -29,19 +28,16 @@ class _Average(ctypes.Structure):
 
 
 @functools.cache
-def _load(listed: int, turns: tuple[tuple[int, float], ...], device: int) -> ctypes.c_void_p:
-    source = f"#define LISTED {listed}\n" + make_source(turns) + Path(__file__).with_suffix(".cu").read_text()
+def _load(listed: int, device: int) -> ctypes.c_void_p:
+    source = make_source({"LISTED": listed, "THREADS": _THREADS}, Path(__file__).with_suffix(".cu"))
     return load_functions(source, ("average_rows",), 0, device)[0]
 
 
-def average_rows(
-    of: StoredHistory, turn_back: TurnBack, members: Members, share: Tensor, added: Tensor, summed: Tensor, first: int
-) -> None:
+def average_rows(of: StoredHistory, members: Members, share: Tensor, added: Tensor, summed: Tensor, first: int) -> None:
     """Values of groups that somebody joins, as codes, in place.
 
     Args:
         of: As it is stored.
-        turn_back: RoPE of the model, which does not matter here.
         members: Who joins.
         share, added: Of `find_sums`.
         summed: Of those that are not listed, int32 [heads, groups, 128].
@@ -55,4 +51,4 @@ def average_rows(
     sizes = first, heads, v.x.shape[1], added.shape[1], num_sums, most
     given = _Average(*(x.data_ptr() for x in tensors), *sizes)
     blocks = heads * -(-most * 2 // _THREADS)
-    launch(_load(listed, turn_back.turns, device), blocks, _THREADS, 0, [given], device)
+    launch(_load(listed, device), blocks, _THREADS, 0, [given], device)

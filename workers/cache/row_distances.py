@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,27 +18,35 @@ from torch import Tensor
 from workers.cache.table_codes import LIMITS
 from workers.cache.triton_rows import Rows
 from workers.cache.unrotated import TurnBack
-from workers.nvrtc import lacks_compiler, launch, load_functions
+from workers.nvrtc import address_of, define, lacks_compiler, launch, load_functions
 
 _KEY_PROGRAMS = 512
 """Of a head at most, for lists whose length only the device knows."""
 _THREADS, _KEY_THREADS = 256, 128
 
 
-def make_source(turns: tuple[tuple[int, float], ...]) -> str:
-    """CUDA of the kernels, for the turns of a TurnBack."""
-    defined = {
-        "STEP_OF_ONE": f"({1 / LIMITS['int4']!r}f)",
-        "AXIS": ", ".join(str(axis) for axis, _ in turns),
-        "FREQUENCY": ", ".join(f"{frequency.hex()}f" for _, frequency in turns),
-    }
-    defines = "".join(f"#define {name} {value}\n" for name, value in defined.items())
-    return defines + Path(__file__).with_suffix(".cu").read_text()
+def make_source(names: Mapping[str, object], own: Path) -> str:
+    """CUDA of kernels of rows in 4 bits, behind what such kernels share (codes_of_4.cuh).
+
+    Args:
+        names: What it leaves to be defined.
+        own: Its file.
+    """
+    defines = define({"STEP_OF_ONE": f"({1 / LIMITS['int4']!r}f)", **names})
+    return defines + Path(__file__).with_name("codes_of_4.cuh").read_text() + own.read_text()
 
 
 @functools.cache
 def _load(turns: tuple[tuple[int, float], ...], device: int) -> list[ctypes.c_void_p]:
-    return load_functions(make_source(turns), ("value_distances", "key_distances"), 0, device)
+    """Kernels for the turns of a TurnBack."""
+    names = {
+        "AXIS": ", ".join(str(axis) for axis, _ in turns),
+        "FREQUENCY": ", ".join(f"{frequency.hex()}f" for _, frequency in turns),
+        "THREADS": _THREADS,
+        "KEY_THREADS": _KEY_THREADS,
+    }
+    source = make_source(names, Path(__file__).with_suffix(".cu"))
+    return load_functions(source, ("value_distances", "key_distances"), 0, device)
 
 
 @functools.cache
@@ -55,13 +64,9 @@ def compare_values(v: Rows, turn_back: TurnBack, m_NC: Tensor, partner_NC: Tenso
     """Squared distances from the partners, and squared lengths; float32 [N, C], of slots without a key 0."""
     (heads, num), device = m_NC.shape, m_NC.get_device()
     of_values, lengths = (torch.empty(m_NC.shape, dtype=torch.float32, device=m_NC.device) for _ in range(2))
-    addresses = (v.x, v.largest, m_NC, partner_NC, of_values, lengths)
+    tensors = v.x, v.largest, m_NC, partner_NC, of_values, lengths
     strides = v.x.shape[1], m_NC.stride(0), partner_NC.stride(0)
-    arguments = [
-        *(ctypes.c_void_p(x.data_ptr()) for x in addresses),
-        *map(ctypes.c_longlong, strides),
-        ctypes.c_int(num),
-    ]
+    arguments = [*map(address_of, tensors), *map(ctypes.c_longlong, strides), ctypes.c_int(num)]
     blocks = -(-num // _THREADS)
     launch(_load(turn_back.turns, device)[0], heads * blocks, _THREADS, 0, arguments, device)
     return of_values, lengths
@@ -84,12 +89,8 @@ def compare_keys(
     (heads, most), device = slots.shape, slots.get_device()
     code_slots = k.x.shape[1]
     assert position_NC3.stride() == (code_slots * 3, 3, 1)
-    addresses = (k.x, k.largest, position_NC3, other_NC, slots, count, to_NC)
+    tensors = k.x, k.largest, position_NC3, other_NC, slots, count, to_NC
     strides = code_slots, other_NC.stride(0), slots.stride(0), to_NC.stride(0)
-    arguments = [
-        *(ctypes.c_void_p(x.data_ptr()) for x in addresses),
-        *map(ctypes.c_longlong, strides),
-        ctypes.c_int(heads),
-    ]
+    arguments = [*map(address_of, tensors), *map(ctypes.c_longlong, strides), ctypes.c_int(heads)]
     blocks = min(_KEY_PROGRAMS, -(-most // _KEY_THREADS))
     launch(_load(turn_back.turns, device)[1], heads * blocks, _KEY_THREADS, 0, arguments, device)

@@ -62,6 +62,7 @@ class TileTable:
         device: Where they lie.
         nearest: Finds the nearest of some keys; kernels do it themselves.
         work: How `remember_chunk` works; "groups", and a line in the log, where kernels cannot do the sizes.
+
     Raises:
         ImportError: Kernels are asked for, and Triton is not installed.
     """
@@ -87,8 +88,7 @@ class TileTable:
         self.settings, self.dtype, self.device = settings, dtype, device
         self._turn_back = TurnBack(settings.head_dim, settings.theta, device)
         self._look = Look(settings.frame_tokens, settings.candidate_tiles, settings.tile, nearest)
-        self._fuse = Fuse()
-        self._work = work
+        self._fuse, self._work = Fuse(), work
         firsts = range(min(settings.spare_chunks, settings.num_layers))  # become full one after another
         self._groups = [range(first, settings.num_layers, settings.spare_chunks) for first in firsts]
         self._together = [self._new_layers(len(group)) for group in self._groups]

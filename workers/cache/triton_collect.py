@@ -213,10 +213,8 @@ def move_history(  # type: ignore[no-untyped-def]
     slot = tl.load(source + head * num_keep + place, mask=kept, other=-1)
     is_key = slot >= 0
     mine, held = head * num_slots, head * history_slots
-    k_rows = _load_rows(k_code, held + slot, is_key, CODES)
-    k_most = _load_rows(k_largest, held + slot, is_key, LARGEST)
-    v_rows = _load_rows(v_code, held + slot, is_key, CODES)
-    v_most = _load_rows(v_largest, held + slot, is_key, LARGEST)
+    k_rows, k_most = _load_rows(k_code, held + slot, is_key, CODES), _load_rows(k_largest, held + slot, is_key, LARGEST)
+    v_rows, v_most = _load_rows(v_code, held + slot, is_key, CODES), _load_rows(v_largest, held + slot, is_key, LARGEST)
     place_of_key = load_places(position, (held + slot) * 3, is_key)
     mass = tl.load(m + held + slot, mask=is_key, other=0) + tl.load(joined + mine + slot, mask=is_key, other=0)
     _, total = total_weight(weight + held, added + mine, slot, is_key)
@@ -270,7 +268,7 @@ def merge_into_codes(to: PackedLayer, turn_back: TurnBack, room: Room, s: TableS
         add_rest(of, found, some, first)
         if fits(of.v, turn_back):
             sums = found.sums
-            average_rows(of, turn_back, sums.members, sums.share, sums.added, some, first)
+            average_rows(of, sums.members, sums.share, sums.added, some, first)
         else:
             _average_groups(of, found, some, first, room, s)
     _move(of, found, turn_back, to, s)
@@ -307,8 +305,8 @@ def _move(of: StoredHistory, found: Found, turn_back: TurnBack, to: PackedLayer,
         of.k.x, of.k.largest, to.mean_NJD, turn_back.axis_int32_D, turn_back.frequency_D,
         CODES=words[0].shape[2], LARGEST=words[1].shape[2],
         MOST=triton.next_power_of_2(triton.cdiv(s.history_slots - num_keep, s.tile) + 2),
-        APART=to.apart_NC is not None, TILE=s.tile, P=s.head_dim // 2,
-        TURNED=min(_TURNED_AT_ONCE, s.tile), **of.k.form, num_warps=4, maxnreg=_MOVE_REGISTERS,
+        APART=to.apart_NC is not None, TILE=s.tile, P=s.head_dim // 2, TURNED=min(_TURNED_AT_ONCE, s.tile),
+        **of.k.form, num_warps=4, maxnreg=_MOVE_REGISTERS,
     )  # fmt: skip
 
 

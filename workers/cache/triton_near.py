@@ -15,7 +15,7 @@ from workers.triton_decode import decode_codes, load_codes
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def side_by_side(a, b, M: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
+def _side_by_side(a, b, M: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
     """Rows [M, N] of `a`, then of `b`: [M, 2 * N]."""
     return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), [M, 2 * N])
 
@@ -74,7 +74,7 @@ def _others(  # type: ignore[no-untyped-def]
     even_a, odd_a, even_b, odd_b = as_pairs(a, b, P, N)
     places = time, line, column
     a, b, c, d = turned_back(even_a, odd_a, even_b, odd_b, places, live, axis, frequency, P, N, KIND, True)
-    return side_by_side(side_by_side(a, c, N, P // 2), side_by_side(b, d, N, P // 2), N, P)
+    return _side_by_side(_side_by_side(a, c, N, P // 2), _side_by_side(b, d, N, P // 2), N, P)
 
 
 @triton.jit(do_not_specialize=["first_tile", "before", "start", "stop"])  # type: ignore[untyped-decorator, unused-ignore]

@@ -241,19 +241,9 @@ def find_distances(of: StoredHistory, turn_back: TurnBack, known: Tensor | None 
     unknown, counts = torch.empty_like(m, memory_format=torch.contiguous_format), m.new_zeros((2, heads))
     count, num_live = counts
     _list_unknown[(triton.cdiv(num, 1024), heads)](
-        known,
-        m,
-        partner,
-        unknown,
-        count,
-        num_live,
-        known.stride(0),
-        m.stride(0),
-        partner.stride(0),
-        num,
-        M=1024,
-        num_warps=4,
-    )
+        known, m, partner, unknown, count, num_live, known.stride(0), m.stride(0), partner.stride(0), num,
+        M=1024, num_warps=4,
+    )  # fmt: skip
     if fits(k, turn_back):
         compare_keys(k, turn_back, position, partner, (unknown, count), known)
         return Distances(known, *compare_values(v, turn_back, m, partner), num_live)

@@ -35,9 +35,6 @@ __device__ __forceinline__ float step_of(const char* steps, int channel, float s
     return __uint_as_float((u32)((const unsigned short*)steps)[channel / (128 / GROUPS)] << 16) * step;
 }
 
-__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xFFFF0000u); }
-
 __device__ __forceinline__ void store_mass(uint4* to, u32 mass) {
     *to = make_uint4(code_mass((low(mass) + high(mass)) * SCALE_MASS), 0, 0, 0);
 }
@@ -120,10 +117,7 @@ __device__ __forceinline__ void cast_keys(const char* rows, uint4* to) {
         uint4 a = from[0], b = from[1];
         u32 x[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}, words[4];
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            u32 one = x[j * 2], two = x[j * 2 + 1];
-            words[j] = code_four(low(one) * SCALE_K, high(one) * SCALE_K, low(two) * SCALE_K, high(two) * SCALE_K);
-        }
+        for (int j = 0; j < 4; j++) words[j] = code_four(x[j * 2], x[j * 2 + 1], SCALE_K);
         to[at] = make_uint4(words[0], words[1], words[2], words[3]);
     }
 }

@@ -17,7 +17,7 @@ from workers.cache.packed_history import PackedLayer
 from workers.cache.table_codes import LIMITS, CodedStorage, group_channels
 from workers.cache.table_layout import EXTRA_CHANNELS, TableSettings
 from workers.coded_tiles import CODED_TILE, SCALE_QK, SCALE_V, CodedTiles
-from workers.nvrtc import launch, load_functions, make_hopper_source
+from workers.nvrtc import address_of, launch, load_functions, make_hopper_source
 
 
 class Programs(NamedTuple):
@@ -67,7 +67,6 @@ def make_source(storage: CodedStorage, how: Programs) -> str:
         "STAGES": how.stages,
         "TOGETHER": how.together,
         "STAGE_BYTES": stage_bytes(storage),
-        "LONGEST_WAIT_S": 60,  # a machine may be paused for seconds
     }
     names |= {name: f"({value!r}f)" for name, value in numbers.items()}
     return make_hopper_source(names, "", Path(__file__).with_suffix(".cu"))
@@ -99,11 +98,6 @@ def unpack_coded(layer: PackedLayer, to: CodedTiles, s: TableSettings, is_seen_N
     tiles, first, stop = (slots // CODED_TILE for slots in (s.num_slots, s.history_start, s.recent_start))
     of = _Layer(*(x.data_ptr() for x in given), first, stop, tiles - (stop - first), tiles)
     units = s.num_heads * tiles
-    arguments = [
-        of,
-        _Coded(*(x.data_ptr() for x in to)),
-        ctypes.c_void_p(is_seen_NJ.data_ptr()),
-        ctypes.c_int(units),
-    ]
+    arguments = [of, _Coded(*(x.data_ptr() for x in to)), address_of(is_seen_NJ), ctypes.c_int(units)]
     shared = how.stages * stage_bytes(s.storage)
     launch(_load(s.storage, how, device), -(-units // how.tiles), how.threads, shared, arguments, device)

@@ -273,7 +273,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend(
         for (int entry = begin; entry < end;) {
             int unit = entry / length, first = unit * length, stop = min(end, first + length);
             bool is_whole = stop - entry == length, begins = entry == first;
-            float s[64], acc[68], base[2] = {LOWEST, LOWEST}, shrink[2] = {1.f, 1.f}, by[2] = {1.f, 1.f};
+            float s[64], acc[68], base[2], shrink[2] = {1.f, 1.f};
             u32 p[WORDS];
 #pragma unroll
             for (int i = 0; i < 68; i++) acc[i] = 0.f;
@@ -317,6 +317,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend(
 #pragma unroll
                 for (; done < WORDS; done++) p[done] = to_word(s, done), over |= flag_largest(p[done]);
                 if (__any_sync(~0u, over & 0x80808080u)) {
+                    float by[2];
                     rise(s, base, by);
 #pragma unroll
                     for (int i = 0; i < WORDS; i++) p[i] = to_word(s, i);

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from workers.coded_tiles import MASS_BYTES, MASS_SCALES
-from workers.nvrtc import launch, load_functions, make_hopper_source
+from workers.nvrtc import address_of, launch, load_functions, make_hopper_source
 
 PROMOTE = 4
 """Tiles after which products are added to the rest outside of tensor cores: 2 takes longer, 8 loses more."""
@@ -50,7 +50,6 @@ def make_source(factor: float, v_scale: float) -> str:
         "FACTOR": f"{factor!r}f",
         "V_SCALE": f"{v_scale!r}f",
         "MASSES": f"0x{masses:08X}u",
-        "LONGEST_WAIT_S": 60,  # a machine may be paused for seconds
     }
     products = _make_product("wgmma_qk", 128) + _make_product("wgmma_pv", 136)
     return make_hopper_source(names, products, Path(__file__).with_suffix(".cu"))
@@ -107,17 +106,14 @@ def attend_tiles(
     programs = torch.cuda.get_device_properties(device).multi_processor_count
     parts = torch.empty(programs * 2 * _PART_FLOATS, dtype=torch.float32, device=q.device)
     sizes, strides = map(_as_ints, ((heads, query_tiles, num_queries), lse_QN.stride()))
-    given = [*map(_at, (q, k, v, mass, index, out_QND, lse_QN, parts)), *sizes, *_as_ints((tiles, length)), *strides]
+    tensors = map(address_of, (q, k, v, mass, index, out_QND, lse_QN, parts))
+    given = [*tensors, *sizes, *_as_ints((tiles, length)), *strides]
     launch(attend, programs, 384, _SHARED_BYTES, given, device)
     shared = heads * query_tiles % programs
     if shared:
-        given = [*map(_at, (parts, out_QND, lse_QN)), *sizes, *_as_ints((length, programs)), *strides]
+        given = [*map(address_of, (parts, out_QND, lse_QN)), *sizes, *_as_ints((length, programs)), *strides]
         launch(join, shared, 256, 0, given, device)
     return out
-
-
-def _at(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(0 if tensor is None else tensor.data_ptr())
 
 
 def _as_ints(numbers: Iterable[int]) -> list[Any]:

@@ -6,12 +6,6 @@
 // Rows of a head.
 struct Source { const char* at; long long row_bytes, head_bytes; int rows, tiles; };
 
-__device__ __forceinline__ u32 code_four(u32 low, u32 high, float scale) {
-    return code_four(
-        __uint_as_float(low << 16) * scale, __uint_as_float(low & 0xFFFF0000u) * scale,
-        __uint_as_float(high << 16) * scale, __uint_as_float(high & 0xFFFF0000u) * scale);
-}
-
 // Pieces of 16 channels, every 256th of the tile's 1024 that a thread has.
 __device__ __forceinline__ void code_pieces(uint4 (&piece)[4], const Source& from, const char* rows, int first, float scale) {
     uint4 x[4][2];
@@ -52,7 +46,7 @@ __device__ __forceinline__ void turn(const u32* rows, uint4* lines) {
 
 __device__ __forceinline__ float read_mass(const char* row) {
     u32 two = *(const u32*)(row + 256);
-    return __uint_as_float(two << 16) + __uint_as_float(two & 0xFFFF0000u);
+    return low(two) + high(two);
 }
 
 extern "C" __global__ void __launch_bounds__(256) code(

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from workers.nvrtc import launch, load_functions, make_hopper_source
+from workers.nvrtc import address_of, launch, load_functions, make_hopper_source
 
 
 class _Source(ctypes.Structure):
@@ -26,7 +26,7 @@ class _Source(ctypes.Structure):
 
 @functools.cache
 def _load(scale_qk: float, scale_v: float, device: int) -> ctypes.c_void_p:
-    names = {"SCALE_QK": f"({scale_qk!r}f)", "SCALE_V": f"({scale_v!r}f)", "LONGEST_WAIT_S": 60}
+    names = {"SCALE_QK": f"({scale_qk!r}f)", "SCALE_V": f"({scale_v!r}f)"}
     return load_functions(make_hopper_source(names, "", Path(__file__).with_suffix(".cu")), ("code",), 0, device)[0]
 
 
@@ -54,8 +54,7 @@ def code_all(
     for tensor in to:
         assert tensor.is_contiguous()
     q, k, v = map(_describe, (q_QNW.transpose(0, 1), k_NKW, v_NKD))
-    addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in to]
-    arguments = [q, k, v, *addresses, ctypes.c_int(heads), ctypes.c_int(width > 128)]
+    arguments = [q, k, v, *map(address_of, to), ctypes.c_int(heads), ctypes.c_int(width > 128)]
     launch(_load(*scales, device), heads * (q.tiles + k.tiles + v.tiles), 256, 0, arguments, device)
 
 
@@ -66,9 +65,8 @@ def code_values(v_NKD: Tensor, to_NTB: Tensor, scales: tuple[float, float]) -> N
     assert to_NTB.shape[:2] == (heads, v.tiles)
     assert to_NTB.is_contiguous()
     assert device == torch.cuda.current_device()
-    nothing = _Source(None, 0, 0, 0, 0), ctypes.c_void_p()
-    arguments = [nothing[0], nothing[0], v, nothing[1], nothing[1], ctypes.c_void_p(to_NTB.data_ptr()), nothing[1]]
-    arguments += [ctypes.c_int(heads), ctypes.c_int(0)]
+    nothing, to = _Source(None, 0, 0, 0, 0), map(address_of, (None, None, to_NTB, None))
+    arguments = [nothing, nothing, v, *to, ctypes.c_int(heads), ctypes.c_int(0)]
     launch(_load(*scales, device), heads * v.tiles, 256, 0, arguments, device)
 
 

@@ -96,7 +96,6 @@ __device__ __forceinline__ void wgmma(float (&d)[{count}], unsigned long long a,
         "NA": cut.slots_a,
         "NB": cut.slots_b,
         "PLAIN": int(cut.plain),
-        "LONGEST_WAIT_S": 60,  # a machine may be paused for seconds
     }
     return make_hopper_source(names, product, Path(__file__).with_suffix(".cu"))
 
