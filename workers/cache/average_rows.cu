@@ -1,8 +1,7 @@
 // What `average_groups` of triton_collect.py does with values of 128 channels as codes of 4 bits, to the bit: a thread
 // makes two groups of 32 channels of a value, those whose codes share bytes. Behind codes_of_4.cuh.
 //
-// Defined by whoever compiles, beside what that asks for: LISTED, members of a list; THREADS of a block;
-// LANES as average_rows.py says.
+// Defined by whoever compiles, beside what that asks for: LISTED, members of a list; THREADS of a block.
 struct Average {
     uint4* code;
     unsigned short* largest;
@@ -21,7 +20,6 @@ __device__ __forceinline__ float divide(float a, float b) {
     return to;
 }
 
-#if LANES == 1
 // Half a row: its codes, and their steps.
 struct Half { u32 word[8]; Step step[2]; };
 
@@ -109,129 +107,3 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) average_rows(const Aver
     uint4* to = a.code + (held + slot) * 4 + half * 2;
     to[0] = make_uint4(word[0], word[1], word[2], word[3]), to[1] = make_uint4(word[4], word[5], word[6], word[7]);
 }
-#else
-// Of a row WORDS words, from word `first` on: their codes, and steps of low and of high ones.
-template <int WORDS> struct Piece { u32 word[WORDS]; u32 low, high; };
-
-template <int WORDS>
-__device__ __forceinline__ void load_piece(
-    Piece<WORDS>& to, const uint4* code, const unsigned short* largest, long long row, int first) {
-    const u32* from = (const u32*)(code + row * 4) + first;
-    if constexpr (WORDS == 2) {
-        const uint2 both = *(const uint2*)from;
-        to.word[0] = both.x, to.word[1] = both.y;
-    } else {
-#pragma unroll
-        for (int i = 0; i < WORDS / 4; i++) {
-            const uint4 four = ((const uint4*)from)[i];
-            to.word[4 * i] = four.x, to.word[4 * i + 1] = four.y;
-            to.word[4 * i + 2] = four.z, to.word[4 * i + 3] = four.w;
-        }
-    }
-    to.low = largest[row * 4 + first / 8], to.high = largest[row * 4 + first / 8 + 2];
-}
-
-// Some channels of a group as codes, and its largest channel as bfloat16; the others are those of OF_GROUP lanes that
-// follow one another.
-template <int NUM, int OF_GROUP> __device__ __forceinline__ u32 code_part(u32 (&code)[NUM], const float (&x)[NUM]) {
-    float most = 0;
-#pragma unroll
-    for (int i = 0; i < NUM; i++) most = fmaxf(most, fabsf(x[i]));
-#pragma unroll
-    for (int apart = OF_GROUP / 2; apart > 0; apart /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, apart));
-    u32 bits = __float_as_uint(most);
-    bits = (bits + 0x7FFFu + (bits >> 16 & 1)) & 0xFFFF0000u;
-    if (!(__uint_as_float(bits) >= 1e-30f)) bits = 0;
-    const float per_step = __fdiv_rn(7.0f, fmaxf(__uint_as_float(bits), 1e-30f));
-#pragma unroll
-    for (int i = 0; i < NUM; i++) {
-        const int near = __float2int_rd(__fadd_rn(__fmul_rn(x[i], per_step), 0.5f));
-        code[i] = (u32)(min(max(near, -7), 7) + 8);
-    }
-    return bits >> 16;
-}
-
-// `average_rows` by 16 / WORDS lanes a value; all members that are listed are read before one is added.
-template <int WORDS> __device__ __forceinline__ void average_pieces(const Average& a) {
-    constexpr int MOST = LISTED ? LISTED : 1;
-    const int local = blockIdx.x % a.heads, first = threadIdx.x % LANES * WORDS;
-    const int listed = (blockIdx.x / a.heads * THREADS + threadIdx.x) / LANES;
-    const long long head = a.first_head + local;
-    const int num = a.num_group[head];
-    if (listed - (int)threadIdx.x % 32 / LANES >= num) return;
-    const bool there = listed < num;
-    const long long slot = a.groups[head * a.num_most + min(listed, num - 1)];
-    const long long mine = head * a.num_slots, held = head * a.history_slots;
-    Piece<WORDS> self, theirs[MOST];
-    load_piece(self, a.code, a.largest, held + slot, first);
-    const int count = a.tally[mine + slot];
-    const float own = a.weight[held + slot];
-    const float total = __fadd_rn(own, divide(__ll2float_rn(a.added[mine + slot]), 16777216.0f));
-    float share[MOST];
-#pragma unroll
-    for (int which = 0; which < LISTED; which++) {
-        if (which >= count) continue;
-        const long long of = a.member[(mine + slot) * LISTED + which];
-        share[which] = a.share[mine + of];
-        load_piece(theirs[which], a.code, a.largest, held + of, first);
-    }
-    const float most = fmaxf(total, 1e-30f), share_of_own = divide(own, most);
-    int sum[2][4 * WORDS] = {};
-    const int group = count > LISTED ? a.number[mine + slot] : a.num_sums;
-    if (group < a.num_sums) {
-        const int* from = a.summed + ((long long)local * a.num_sums + group) * 128 + first * 4;
-#pragma unroll
-        for (int i = 0; i < 2 * WORDS; i++) {
-            const int4 four = *(const int4*)(from + i / WORDS * 64 + i % WORDS * 4);
-            int* to = sum[i / WORDS] + i % WORDS * 4;
-            to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
-        }
-    }
-#pragma unroll
-    for (int which = 0; which < LISTED; which++) {
-        if (which >= count) continue;
-        const float part = __fmul_rn(divide(share[which], most), 1048576.0f);
-        const Step low = split_step(theirs[which].low), high = split_step(theirs[which].high);
-#pragma unroll
-        for (int i = 0; i < WORDS; i++) {
-            float x[8];
-            decode_word(x, theirs[which].word[i], low, high);
-#pragma unroll
-            for (int j = 0; j < 8; j++) sum[j / 4][4 * i + j % 4] += __float2int_rd(__fmaf_rn(x[j], part, 0.5f));
-        }
-    }
-    float mean[2][4 * WORDS];
-    const Step low_step = split_step(self.low), high_step = split_step(self.high);
-#pragma unroll
-    for (int i = 0; i < WORDS; i++) {
-        float x[8];
-        decode_word(x, self.word[i], low_step, high_step);
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            const float others = divide((float)sum[j / 4][4 * i + j % 4], 1048576.0f);
-            mean[j / 4][4 * i + j % 4] = __uint_as_float(round_twice(__fmaf_rn(x[j], share_of_own, others)) << 16);
-        }
-    }
-    u32 low[4 * WORDS], high[4 * WORDS], word[WORDS];
-    const u32 low_most = code_part<4 * WORDS, 8 / WORDS>(low, mean[0]);
-    const u32 high_most = code_part<4 * WORDS, 8 / WORDS>(high, mean[1]);
-    if (!there) return;
-    if (first % 8 == 0) {
-        unsigned short* to = a.largest + (held + slot) * 4 + first / 8;
-        to[0] = low_most, to[2] = high_most;
-    }
-#pragma unroll
-    for (int i = 0; i < WORDS; i++) {
-        word[i] = 0;
-#pragma unroll
-        for (int j = 0; j < 4; j++) word[i] |= (low[4 * i + j] | high[4 * i + j] << 4) << 8 * j;
-    }
-    u32* to = (u32*)(a.code + (held + slot) * 4) + first;
-#pragma unroll
-    for (int i = 0; i < WORDS / 2; i++) ((uint2*)to)[i] = make_uint2(word[2 * i], word[2 * i + 1]);
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS, LANES == 2 ? 4 : LANES == 4 ? 6 : 8) average_rows(const Average a) {
-    average_pieces<16 / LANES>(a);
-}
-#endif

@@ -1,6 +1,4 @@
-"""Launches row_distances.cu and key_distances.cu: how far keys and values in codes of 4 bits are from others.
-
-To the bit as by Triton; of keys and values that are finite.
+"""Launches row_distances.cu: how far keys and values in codes of 4 bits are from others, to the bit as by Triton.
 
 A merge takes this and average_rows.py where `fits` says so: for heads of 128 channels that are read as bfloat16 from
 codes of 4 bits in groups of 32, on a GPU of compute capability 9. For any other storage, dtype, size or GPU there are
@@ -11,10 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,29 +22,7 @@ from workers.nvrtc import address_of, define, lacks_compiler, launch, load_funct
 
 _KEY_PROGRAMS = 512
 """Of a head at most, for lists whose length only the device knows."""
-_VALUES, _KEYS = 2, 2
-"""Which kernels: 0 without tensor cores, 1 with them, 2 with rows of values read by 4 lanes each, or with sines and
-cosines from a table."""
-_THREADS, _KEY_THREADS = (256, 128, 128), 128
-"""Of a block; of values by kernel."""
-_BLOCKS = 5
-"""Of values that a multiprocessor takes at once: fewer have more registers."""
-_UNROLLED = 1
-"""Halves of a row of values whose code stands there one after the other."""
-_FARTHEST = 1023
-"""Differences of positions that are in the table of sines and cosines, either way."""
-
-
-class _Loaded(NamedTuple):
-    values: ctypes.c_void_p
-    keys: ctypes.c_void_p
-    turns: Tensor | None
-    """Sines and cosines of whole numbers, where kernels read them: of 32 pairs for each axis and difference."""
-
-
-def _bits(x: float) -> int:
-    """Of the nearest bfloat16, twice."""
-    return int(torch.tensor(x).bfloat16().view(torch.int16)) % (1 << 16) * 0x10001
+_THREADS, _KEY_THREADS = 256, 128
 
 
 def make_source(names: Mapping[str, object], own: Path) -> str:
@@ -58,38 +32,21 @@ def make_source(names: Mapping[str, object], own: Path) -> str:
         names: What it leaves to be defined.
         own: Its file.
     """
-    step = 1 / LIMITS["int4"]
-    near = _bits(step)
-    rest = _bits(step - struct.unpack("f", struct.pack("I", near & 0xFFFF0000))[0])
-    defines = define({"STEP_OF_ONE": f"({step!r}f)", "NEAR_OF_ONE": f"{near}u", "REST_OF_ONE": f"{rest}u", **names})
+    defines = define({"STEP_OF_ONE": f"({1 / LIMITS['int4']!r}f)", **names})
     return defines + Path(__file__).with_name("codes_of_4.cuh").read_text() + own.read_text()
 
 
 @functools.cache
-def _load(turns: tuple[tuple[int, float], ...], values: int, keys: int, device: int) -> _Loaded:
+def _load(turns: tuple[tuple[int, float], ...], device: int) -> list[ctypes.c_void_p]:
     """Kernels for the turns of a TurnBack."""
     names = {
         "AXIS": ", ".join(str(axis) for axis, _ in turns),
         "FREQUENCY": ", ".join(f"{frequency.hex()}f" for _, frequency in turns),
-        "THREADS": _THREADS[values],
+        "THREADS": _THREADS,
         "KEY_THREADS": _KEY_THREADS,
-        "BLOCKS": _BLOCKS,
-        "UNROLLED": _UNROLLED,
-        "FARTHEST": _FARTHEST,
-        "VALUES_BY": values,
-        "KEYS_BY": keys,
     }
-    own = Path(__file__).with_suffix(".cu")
-    source = make_source(names, own) + own.with_name("key_distances.cu").read_text()
-    of = ["value_distances", "key_distances", *(["fill_turns"] if keys == 2 else [])]
-    of_values, of_keys, *fill = load_functions(source, of, 0, device)
-    if not fill:
-        return _Loaded(of_values, of_keys, None)
-    differences = 2 * _FARTHEST + 1
-    table = torch.zeros((3, differences, 32, 2), dtype=torch.float32, device=torch.device("cuda", device))
-    launch(fill[0], -(-3 * differences // 128), 128, 0, [address_of(table)], device)
-    torch.cuda.current_stream(device).synchronize()  # other streams will read it
-    return _Loaded(of_values, of_keys, table)
+    source = make_source(names, Path(__file__).with_suffix(".cu"))
+    return load_functions(source, ("value_distances", "key_distances"), 0, device)
 
 
 @functools.cache
@@ -104,18 +61,14 @@ def fits(rows: Rows, turn_back: TurnBack) -> bool:
 
 
 def compare_values(v: Rows, turn_back: TurnBack, m_NC: Tensor, partner_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distances from the partners, and squared lengths; float32 [N, C], of slots without a key 0.
-
-    The distance of a slot without a partner is anything.
-    """
+    """Squared distances from the partners, and squared lengths; float32 [N, C], of slots without a key 0."""
     (heads, num), device = m_NC.shape, m_NC.get_device()
     of_values, lengths = (torch.empty(m_NC.shape, dtype=torch.float32, device=m_NC.device) for _ in range(2))
     tensors = v.x, v.largest, m_NC, partner_NC, of_values, lengths
     strides = v.x.shape[1], m_NC.stride(0), partner_NC.stride(0)
     arguments = [*map(address_of, tensors), *map(ctypes.c_longlong, strides), ctypes.c_int(num)]
-    blocks = -(-num // _THREADS[_VALUES])
-    loaded = _load(turn_back.turns, _VALUES, _KEYS, device)
-    launch(loaded.values, heads * blocks, _THREADS[_VALUES], 0, arguments, device)
+    blocks = -(-num // _THREADS)
+    launch(_load(turn_back.turns, device)[0], heads * blocks, _THREADS, 0, arguments, device)
     return of_values, lengths
 
 
@@ -138,8 +91,6 @@ def compare_keys(
     assert position_NC3.stride() == (code_slots * 3, 3, 1)
     tensors = k.x, k.largest, position_NC3, other_NC, slots, count, to_NC
     strides = code_slots, other_NC.stride(0), slots.stride(0), to_NC.stride(0)
-    loaded = _load(turn_back.turns, _VALUES, _KEYS, device)
-    numbers = *map(ctypes.c_longlong, strides), ctypes.c_int(heads)
-    arguments = [*map(address_of, tensors), *numbers, address_of(loaded.turns)]
+    arguments = [*map(address_of, tensors), *map(ctypes.c_longlong, strides), ctypes.c_int(heads)]
     blocks = min(_KEY_PROGRAMS, -(-most // _KEY_THREADS))
-    launch(loaded.keys, heads * blocks, _KEY_THREADS, 0, arguments, device)
+    launch(_load(turn_back.turns, device)[1], heads * blocks, _KEY_THREADS, 0, arguments, device)

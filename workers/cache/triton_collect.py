@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.cache.average_rows import add_values, average_rows
+from workers.cache.average_rows import average_rows
 from workers.cache.packed_history import PackedLayer
 from workers.cache.row_distances import fits
 from workers.cache.shrink import Room
@@ -265,12 +265,11 @@ def merge_into_codes(to: PackedLayer, turn_back: TurnBack, room: Room, s: TableS
     summed = torch.empty((at_once, num_groups, s.head_dim), dtype=torch.int32, device=to.m_NC.device)
     for first in range(0, s.num_heads, at_once):
         some = summed[: s.num_heads - first]
+        add_rest(of, found, some, first)
         if fits(of.v, turn_back):
             sums = found.sums
-            add_values(of, sums.members, (sums.share, sums.added, found.families.head_of), some, first)
             average_rows(of, sums.members, sums.share, sums.added, some, first)
         else:
-            add_rest(of, found, some, first)
             _average_groups(of, found, some, first, room, s)
     _move(of, found, turn_back, to, s)
 

@@ -193,8 +193,6 @@ class Members(NamedTuple):
     """Who is given up and not listed, [N, most]."""
     num_rest: Tensor
     """Of those, [N]."""
-    num_large: Tensor
-    """Groups with a number, [N]."""
 
 
 def list_members(given_up: Tensor, num_given_up: Tensor, head_of: Tensor, num_listed: int) -> Members:
@@ -214,7 +212,7 @@ def list_members(given_up: Tensor, num_given_up: Tensor, head_of: Tensor, num_li
         given_up, num_given_up, head_of, tally, listed, number, group, rest, counts, num, most, heads,
         LISTED=num_listed, M=256, num_warps=4,
     )  # fmt: skip
-    return Members(tally, listed, number, group, counts[0], rest, counts[1], counts[2])
+    return Members(tally, listed, number, group, counts[0], rest, counts[1])
 
 
 def find_cosines(k: Rows, position: Tensor, m: Tensor, partner: Tensor, turn_back: TurnBack) -> Tensor:
