@@ -1,10 +1,15 @@
 // A causal 3x3x3 convolution for compute capability 9.0 in bfloat16: a tile's inputs with a border of one pixel come into
 // shared memory once for nine places of the kernel, which tensor cores read from there, each place from another start.
 //
+// With PAIRS a tile is of two frames that follow each other, and inputs are the four sums and differences of frames that
+// pair_conv.py describes: four times nine places for two frames instead of six.
+//
 // Defined by whoever compiles: C_IN and C_OUT channels, N channels of a tile (C_OUT is a multiple), TH x TW pixels of a
 // tile, MB blocks of 8x8 pixels for each of two groups of four warps, NA and NB slots of inputs and of weights, PLAIN (how
-// inputs lie in shared memory), and wgmma(), the product of 64 pixels, N channels and 16 inputs.
+// inputs lie in shared memory), PAIRS, and wgmma(), the product of 64 pixels, N channels and 16 inputs.
 struct alignas(64) TensorMap { u64 opaque[16]; };
+
+constexpr int TAPS = PAIRS ? 4 : 3, FRAMES = PAIRS ? 2 : 1;   // inputs in time, and frames of a tile
 
 constexpr int KC = 32;                                        // input channels of a step
 constexpr int HALO_W = TW + 2, HALO = (TH + 2) * HALO_W;      // pixels with their border
@@ -39,7 +44,7 @@ __device__ __forceinline__ u64 describe_weights(u32 slot, int column, int k) {
 
 struct Tile { int frame, row, column, first; };
 
-// Tiles of a group take their turn frame by frame, so that their frames are in the cache for the next.
+// Tiles of a group take their turn frame by frame (pair by pair), so that their frames are in the cache for the next.
 __device__ __forceinline__ Tile find_tile(int index, int num, int height, int width) {
     int tiles_w = (width + TW - 1) / TW, tiles = (height + TH - 1) / TH * tiles_w;
     int rest = index / TILES_N, group = rest / (GROUP * num), inside = rest % (GROUP * num);
@@ -53,12 +58,24 @@ __device__ __forceinline__ u32 add_pair(u32 a, u32 b) {
                       __uint_as_float(a & 0xFFFF0000u) + __uint_as_float(b & 0xFFFF0000u));
 }
 
+// In place: there are no registers for both results beside what they are made of.
+__device__ __forceinline__ void add_and_subtract(float& a, float& b) {
+    a += b;
+    b = fmaf(b, -2.f, a);
+}
+
 // Where a lane's pixel of a block lies in the result, in units of eight channels; past a picture: -1.
-__device__ __forceinline__ long long find_pixel(const Tile& tile, int block, int half, int warp, int lane, int height, int width) {
+__device__ __forceinline__ long long find_pixel(
+    const Tile& tile, int frame, int block, int half, int warp, int lane, int height, int width) {
     int y = tile.row + block / (TW / 8) * 8 + warp % 4 * 2 + half;
     int x = tile.column + block % (TW / 8) * 8 + lane / 4;
     if (y >= height || x >= width) return -1;
-    return (((long long)tile.frame * height + y) * width + x) * (C_OUT / 8) + tile.first / 8 + lane % 4;
+    return (((long long)frame * height + y) * width + x) * (C_OUT / 8) + tile.first / 8 + lane % 4;
+}
+
+// Without frames before, nothing is read for them.
+__device__ __forceinline__ int first_tap(const Tile& tile, int has_before) {
+    return PAIRS || has_before ? 0 : max(0, 2 - tile.frame);
 }
 
 // All loads first: one after the other would each wait for memory.
@@ -121,16 +138,16 @@ extern "C" __global__ void __launch_bounds__(384, 1) convolve(
         if (threadIdx.x != 256) return;
         for (int index = blockIdx.x; index < num_tiles; index += gridDim.x) {
             Tile tile = find_tile(index, num, height, width);
-            for (int dt = has_before ? 0 : max(0, 2 - tile.frame); dt < 3; dt++) {
-                int frame = tile.frame + dt - 2;  // those before the first are below zero
-                const TensorMap* map = frame < 0 ? &before : frame < num_fresh ? &fresh : &last;
-                frame = frame < 0 ? frame + 2 : frame < num_fresh ? frame : frame - num_fresh;
+            for (int dt = first_tap(tile, has_before); dt < TAPS; dt++) {
+                int frame = PAIRS ? tile.frame * TAPS + dt : tile.frame + dt - 2;  // those before the first are below zero
+                const TensorMap* map = PAIRS ? &fresh : frame < 0 ? &before : frame < num_fresh ? &fresh : &last;
+                if (!PAIRS) frame = frame < 0 ? frame + 2 : frame < num_fresh ? frame : frame - num_fresh;
                 for (int step = 0; step < STEPS; step++) {
                     await(empty_a + sa * 8, pa ^ 1);
                     expect(full_a + sa * 8, A_BYTES);
                     load_inputs(a_slots + sa * A_SLOT, map, full_a + sa * 8, step, tile.column - 1, tile.row - 1, frame);
                     if (++sa == NA) sa = 0, pa ^= 1;
-                    const char* rows = weight + (u64)(((tile.first / N) * 3 + dt) * STEPS + step) * 3 * B_SLOT;
+                    const char* rows = weight + (u64)(((tile.first / N) * TAPS + dt) * STEPS + step) * 3 * B_SLOT;
                     for (int dy = 0; dy < 3; dy++) {
                         await(empty_b + sb * 8, pb ^ 1);
                         expect(full_b + sb * 8, B_SLOT);
@@ -147,9 +164,10 @@ extern "C" __global__ void __launch_bounds__(384, 1) convolve(
     int group = warp / 4;
     for (int index = blockIdx.x; index < num_tiles; index += gridDim.x) {
         Tile tile = find_tile(index, num, height, width);
-        float total[MB][N / 2];
-        int is_begun = 0, last_a = 0, last_b = -1;
-        for (int dt = has_before ? 0 : max(0, 2 - tile.frame); dt < 3; dt++) {
+        float total[FRAMES][MB][N / 2];
+        int last_a = 0, last_b = -1;
+        // Adds all products of one input in time; `adds` is 0 where nothing was added up before.
+        auto multiply = [&](float (&sums)[MB][N / 2], int adds) {
             for (int step = 0; step < STEPS; step++) {
                 await(full_a + sa * 8, pa);
 #pragma unroll 1
@@ -164,12 +182,12 @@ extern "C" __global__ void __launch_bounds__(384, 1) convolve(
                             for (int m = 0; m < MB; m++) {
                                 int block = group * MB + m;
                                 int pixel = (block / (TW / 8) * 8 + dy) * HALO_W + block % (TW / 8) * 8 + dx;
-                                wgmma(total[m], describe_inputs(a_slots + sa * A_SLOT, pixel, k),
-                                      describe_weights(b_slots + sb * B_SLOT, dx, k), is_begun | dx | k);
+                                wgmma(sums[m], describe_inputs(a_slots + sa * A_SLOT, pixel, k),
+                                      describe_weights(b_slots + sb * B_SLOT, dx, k), adds | dx | k);
                             }
                         }
                     }
-                    is_begun = 1;
+                    adds = 1;
                     commit();
                     finish<1>();
                     // All but the newest products are done: what they read may be overwritten.
@@ -183,23 +201,46 @@ extern "C" __global__ void __launch_bounds__(384, 1) convolve(
                 last_a = sa;
                 if (++sa == NA) sa = 0, pa ^= 1;
             }
+        };
+#if PAIRS
+        multiply(total[0], 0);
+        multiply(total[1], 0);
+        finish<0>();
+#pragma unroll
+        for (int m = 0; m < MB; m++) {
+            hold(total[0][m]), hold(total[1][m]);
+#pragma unroll
+            for (int i = 0; i < N / 2; i++) add_and_subtract(total[0][m][i], total[1][m][i]);
+            hold(total[0][m]), hold(total[1][m]);
         }
-        uint4 other[MB][2][N / 32];
-        constexpr bool EARLY = MB * N <= 192;  // registers enough for the whole tile: it comes while products still run
+        multiply(total[0], 1);
+        multiply(total[1], 1);
+#else
+        int adds = 0;
+        for (int dt = first_tap(tile, has_before); dt < TAPS; dt++) multiply(total[0], adds), adds = 1;
+#endif
+        // Registers enough for the whole tile: what stands beside it comes while products still run.
+        constexpr bool EARLY = !PAIRS && MB * N <= 192;
+        uint4 other[EARLY ? 2 * MB : 1][N / 32];
         if (EARLY) {
 #pragma unroll
-            for (int i = 0; i < 2 * MB; i++)
-                load_beside(other[i / 2][i % 2], beside, find_pixel(tile, group * MB + i / 2, i % 2, warp, lane, height, width));
+            for (int i = 0; i < 2 * MB; i++) {
+                int block = group * MB + i / 2;
+                load_beside(other[EARLY ? i : 0], beside, find_pixel(tile, tile.frame, block, i % 2, warp, lane, height, width));
+            }
         }
         finish<0>();
 #pragma unroll
-        for (int m = 0; m < MB; m++) hold(total[m]);
+        for (int m = 0; m < FRAMES * MB; m++) hold(total[m / MB][m % MB]);
         if (lane == 0) arrive(empty_b + last_b * 8), arrive(empty_a + last_a * 8);
 #pragma unroll
-        for (int i = 0; i < 2 * MB; i++) {
-            long long pixel = find_pixel(tile, group * MB + i / 2, i % 2, warp, lane, height, width);
-            if (!EARLY) load_beside(other[i / 2][i % 2], beside, pixel);
-            store_block(total[i / 2], bias_f + tile.first, other[i / 2][i % 2], beside, out, pixel, i % 2, lane);
+        for (int i = 0; i < FRAMES * 2 * MB; i++) {
+            int which = i / (2 * MB), m = i / 2 % MB, frame = tile.frame * FRAMES + which;
+            long long pixel = find_pixel(tile, frame, group * MB + m, i % 2, warp, lane, height, width);
+            if (PAIRS && frame >= num_fresh) pixel = -1;  // a last frame that has no second one
+            uint4 (&added)[N / 32] = other[EARLY ? i : 0];
+            if (!EARLY) load_beside(added, beside, pixel);
+            store_block(total[which][m], bias_f + tile.first, added, beside, out, pixel, i % 2, lane);
         }
     }
 }
