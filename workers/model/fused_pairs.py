@@ -24,7 +24,6 @@ def _norm_frame(  # type: ignore[no-untyped-def]
     """Of pixels [P, 1] at x: up to three pieces of their channels; all rounded as by `_normalise`."""
     channel = tl.arange(0, BLOCK_C)[None, :]
     a = tl.load(x + channel, mask=there, other=0.0).to(tl.float32)
-    b, c = a, a
     squares = a * a
     if PIECES > 1:
         b = tl.load(x + BLOCK_C + channel, mask=there, other=0.0).to(tl.float32)
@@ -34,6 +33,10 @@ def _norm_frame(  # type: ignore[no-untyped-def]
         squares += c * c
     inverse = (1.0 / tl.maximum(tl.sqrt(tl.sum(squares, 1)), 1e-12))[:, None]
     a = silu_of_unit(a * inverse, tl.load(gamma + channel).to(tl.float32), scale, KIND, True).to(KIND)
+    if PIECES == 1:
+        b = a
+    if PIECES < 3:
+        c = a
     if PIECES > 1:
         b = silu_of_unit(b * inverse, tl.load(gamma + BLOCK_C + channel).to(tl.float32), scale, KIND, True).to(KIND)
     if PIECES > 2:

@@ -58,10 +58,20 @@ __device__ __forceinline__ u32 add_pair(u32 a, u32 b) {
                       __uint_as_float(a & 0xFFFF0000u) + __uint_as_float(b & 0xFFFF0000u));
 }
 
-// In place: there are no registers for both results beside what they are made of.
-__device__ __forceinline__ void add_and_subtract(float& a, float& b) {
-    a += b;
-    b = fmaf(b, -2.f, a);
+// Sums and differences in place, as there are no registers for both beside what they are made of; and the bias, which would
+// take registers if it were added when blocks are stored.
+__device__ __forceinline__ void add_and_subtract(float (&a)[N / 2], float (&b)[N / 2], const float* bias, int lane) {
+#pragma unroll
+    for (int column = 0; column < N / 8; column++) {
+        float2 added = *(const float2*)(bias + column * 8 + lane % 4 * 2);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float &x = a[column * 4 + i], &y = b[column * 4 + i], more = i % 2 ? added.y : added.x;
+            x += y;
+            y = fmaf(y, -2.f, x) + more;
+            x += more;
+        }
+    }
 }
 
 // Where a lane's pixel of a block lies in the result, in units of eight channels; past a picture: -1.
@@ -78,12 +88,15 @@ __device__ __forceinline__ int first_tap(const Tile& tile, int has_before) {
     return PAIRS || has_before ? 0 : max(0, 2 - tile.frame);
 }
 
-// All loads first: one after the other would each wait for memory.
+// All loads first: one after the other would each wait for memory. Volatile: not earlier than they stand, which would take
+// registers that are not there.
 __device__ __forceinline__ void load_beside(uint4 (&other)[N / 32], const uint4* beside, long long pixel) {
 #pragma unroll
     for (int j = 0; j < N / 32; j++) {
         other[j] = make_uint4(0, 0, 0, 0);
-        if (beside && pixel >= 0) other[j] = beside[pixel + j * 4];
+        if (beside && pixel >= 0)
+            asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                : "=r"(other[j].x), "=r"(other[j].y), "=r"(other[j].z), "=r"(other[j].w) : "l"(beside + pixel + j * 4));
     }
 }
 
@@ -97,7 +110,7 @@ __device__ __forceinline__ void store_block(
 #pragma unroll
         for (int k = 0; k < 4; k++) {
             int column = j * 4 + k;
-            float2 added = *(const float2*)(bias + column * 8 + q * 2);
+            float2 added = PAIRS ? make_float2(0.f, 0.f) : *(const float2*)(bias + column * 8 + q * 2);
             word[k] = round_pair(total[column * 4 + half * 2] + added.x, total[column * 4 + half * 2 + 1] + added.y);
         }
         transpose(word, q);
@@ -209,8 +222,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) convolve(
 #pragma unroll
         for (int m = 0; m < MB; m++) {
             hold(total[0][m]), hold(total[1][m]);
-#pragma unroll
-            for (int i = 0; i < N / 2; i++) add_and_subtract(total[0][m][i], total[1][m][i]);
+            add_and_subtract(total[0][m], total[1][m], bias_f + tile.first, lane);
             hold(total[0][m]), hold(total[1][m]);
         }
         multiply(total[0], 1);
@@ -219,28 +231,25 @@ extern "C" __global__ void __launch_bounds__(384, 1) convolve(
         int adds = 0;
         for (int dt = first_tap(tile, has_before); dt < TAPS; dt++) multiply(total[0], adds), adds = 1;
 #endif
-        // Registers enough for the whole tile: what stands beside it comes while products still run.
-        constexpr bool EARLY = !PAIRS && MB * N <= 192;
-        uint4 other[EARLY ? 2 * MB : 1][N / 32];
-        if (EARLY) {
+        // What stands beside comes while products still run: for the whole tile where registers are enough, else for one
+        // block, and then for the next one while this one is stored.
+        constexpr int BLOCKS = FRAMES * 2 * MB, AHEAD = !PAIRS && MB * N <= 192 ? BLOCKS : 2;
+        uint4 other[AHEAD][N / 32];
+        auto find = [&](int i) -> long long {
+            int frame = tile.frame * FRAMES + i / (2 * MB);
+            if (PAIRS && frame >= num_fresh) return -1;  // a last frame that has no second one
+            return find_pixel(tile, frame, group * MB + i / 2 % MB, i % 2, warp, lane, height, width);
+        };
 #pragma unroll
-            for (int i = 0; i < 2 * MB; i++) {
-                int block = group * MB + i / 2;
-                load_beside(other[EARLY ? i : 0], beside, find_pixel(tile, tile.frame, block, i % 2, warp, lane, height, width));
-            }
-        }
+        for (int i = 0; i < (AHEAD == BLOCKS ? BLOCKS : 1); i++) load_beside(other[i], beside, find(i));
         finish<0>();
 #pragma unroll
         for (int m = 0; m < FRAMES * MB; m++) hold(total[m / MB][m % MB]);
         if (lane == 0) arrive(empty_b + last_b * 8), arrive(empty_a + last_a * 8);
 #pragma unroll
-        for (int i = 0; i < FRAMES * 2 * MB; i++) {
-            int which = i / (2 * MB), m = i / 2 % MB, frame = tile.frame * FRAMES + which;
-            long long pixel = find_pixel(tile, frame, group * MB + m, i % 2, warp, lane, height, width);
-            if (PAIRS && frame >= num_fresh) pixel = -1;  // a last frame that has no second one
-            uint4 (&added)[N / 32] = other[EARLY ? i : 0];
-            if (!EARLY) load_beside(added, beside, pixel);
-            store_block(total[which][m], bias_f + tile.first, added, beside, out, pixel, i % 2, lane);
+        for (int i = 0; i < BLOCKS; i++) {
+            if (AHEAD < BLOCKS && i + 1 < BLOCKS) load_beside(other[(i + 1) % AHEAD], beside, find(i + 1));
+            store_block(total[i / (2 * MB)][i / 2 % MB], bias_f + tile.first, other[i % AHEAD], beside, out, find(i), i % 2, lane);
         }
     }
 }
