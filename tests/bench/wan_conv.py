@@ -225,8 +225,8 @@ def pair_ways(shape: Shape, given: Inputs) -> Iterator[tuple[str, Callable[[], T
     if shape.result != "plain" or shape.frames % 2 or shape.out_channels % 96:
         return
     inputs = pair_conv.transform_frames(given.before, given.new)
-    found = [Cut(96, 16, 16, 4, 4), Cut(96, 16, 16, 3, 6)]
-    found += [Cut(192, 8, 16, 3, 5)] if shape.out_channels % 192 == 0 else [Cut(96, 8, 32, 3, 6)]
+    found = [Cut(96, 16, 16, 4, 4), Cut(96, 16, 16, 3, 6), Cut(96, 8, 32, 3, 6)]
+    found += [Cut(192, 8, 16, 3, 5), Cut(192, 8, 16, 4, 4)] if shape.out_channels % 192 == 0 else []
     for cut in found:
         packed = pair_conv.pack_pairs(given.weight, cut)
         yield (

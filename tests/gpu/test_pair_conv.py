@@ -54,10 +54,10 @@ def test_norms_come_out_in_sums_and_differences(num: int, channels: int, has_bef
 
 @needs_hopper
 @pytest.mark.parametrize(("channels", "out_channels"), [(96, 96), (192, 384), (384, 192)])
-@pytest.mark.parametrize(("tile", "rows"), [(96, 16), (192, 8)])
+@pytest.mark.parametrize(("tile", "rows", "columns"), [(96, 16, 16), (96, 8, 32), (192, 8, 16)])
 @pytest.mark.parametrize(("num", "has_before"), [(1, False), (4, True), (5, True)])
 def test_a_convolution_of_pairs(
-    channels: int, out_channels: int, tile: int, rows: int, num: int, has_before: bool
+    channels: int, out_channels: int, tile: int, rows: int, columns: int, num: int, has_before: bool
 ) -> None:
     from workers.model.halo_conv import Cut
     from workers.model.pair_conv import convolve, convolve_plain, pack_pairs, transform_frames, transform_weight
@@ -70,7 +70,7 @@ def test_a_convolution_of_pairs(
     before = draw(2, height, width, channels) if has_before else None
     new = draw(num, height, width, channels)
     beside = draw(num, height, width, out_channels) if has_before else None
-    inputs, cut = transform_frames(before, new), Cut(tile, rows, 16, 3, 4)
+    inputs, cut = transform_frames(before, new), Cut(tile, rows, columns, 3, 4)
     out = convolve(inputs, num, pack_pairs(weight, cut), bias, beside, cut)
     plain = convolve_plain(inputs.double(), transform_weight(weight).double(), num).double() + bias.double()
     frames = torch.cat((new.new_zeros(2, *new.shape[1:]) if before is None else before, new)).double()
