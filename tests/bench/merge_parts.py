@@ -24,8 +24,7 @@ from tests.bench.least_work import BYTES_NOTE, least_of_merge, milliseconds_of
 from tests.bench.match_parts import MATCH_NOTES, match_rows, match_variant_rows
 from tests.bench.record import RESULTS, report
 from tests.packed_checks import check_merge
-from workers.cache import move_rows, triton_collect, triton_links, triton_merge, triton_pairs, triton_ranks
-from workers.cache.move_rows import Programs
+from workers.cache import triton_collect, triton_links, triton_merge, triton_pairs, triton_ranks
 from workers.cache.table_pairs import choose_links, heaviest, pair_loss
 from workers.cache.triton_pairs import find_distances
 from workers.cache.triton_rows import coded_history
@@ -48,7 +47,6 @@ VARIANTS: Variants = (
     ("merge: by Triton alone", "key_distances|value_distances|_weigh|average_|move_", _BY_TRITON),
     *((f"merge: {num} weighed at once", "_weigh", {(triton_merge, "_WEIGHED_AT_ONCE"): num}) for num in (64, 1024)),
     ("move_history: instead of move_rows", "move_history", _MOVED_BY_TRITON),
-    *numbers(move_rows, "PROGRAMS", "move_rows", (Programs(6), Programs(8), Programs(keeps_turns=False))),
     *launches(triton_merge, "_weigh", {"num_warps": 2}),
     *numbers(triton_ranks, "_AT_ONCE", "_count_digits", (2048, 8192)),
     *numbers(triton_ranks, "_FEW", "_count_digits", (0, 32)),

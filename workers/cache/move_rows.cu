@@ -1,13 +1,10 @@
-// What `move_history` of triton_collect.py does with codes of 4 bits of 128 channels in groups of 32, to the bit. A block
-// makes a tile of 128 slots; each of its warps reads 32 rows into shared memory and sums their keys by itself: half a warp
-// takes a key, a thread a word of its codes, so sums over keys stay in registers. Such a kernel is bound by how many
-// instructions it takes: what depends on a key alone (steps, length) is made once a key, turns by time and line where they
-// change. Rows are counted in 32 bits. Behind codes_of_4.cuh.
-//
-// Defined by whoever compiles, beside what that asks for: BLOCKS of a multiprocessor; KEEPS_TURNS, whether sines and
-// cosines of the first half of channels are made where they change or for each key; WRITES_FIRST, whether means are made
-// behind what is written or while others are waited for.
+// What `move_history` of triton_collect.py does with codes of 4 bits of 128 channels in groups of 32, to the bit. A
+// block makes a tile of 128 slots; each of its warps reads 32 rows into shared memory and sums their keys by itself:
+// half a warp takes a key, a thread a word of its codes, so sums over keys stay in registers. Such a kernel is bound by
+// how many instructions it takes: what depends on a key alone (steps, length) is made once a key. Means are made before
+// others are waited for. Rows are counted in 32 bits. Behind codes_of_4.cuh.
 #define TILE 128
+#define BLOCKS 7   // of a multiprocessor: with 8, whose threads have fewer registers, or 6 it is slower
 #define AT_ONCE 4  // keys of half a warp whose lengths are found together
 
 struct Move {
@@ -42,37 +39,17 @@ __device__ __forceinline__ void store_after_all(int* at, int x) {
 
 __device__ __forceinline__ void copy_later(uint4* to, const uint4* from, bool there) {
     unsigned address = (unsigned)__cvta_generic_to_shared(to);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(there ? 16 : 0) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(there ? 16 : 0)
+                 : "memory");
 }
 
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-// As Triton divides where it is not asked for more.
-__device__ __forceinline__ float divide(float a, float b) {
-    float to;
-    asm("div.full.f32 %0, %1, %2;" : "=f"(to) : "f"(a), "f"(b));
-    return to;
-}
 
 __device__ __forceinline__ float square_root(float x) {
     float to;
     asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(to) : "f"(x));
     return to;
 }
-
-// As `sin_cos_by_unit` of triton_rows.py.
-__device__ __forceinline__ float2 sin_cos(float angle) {
-    float2 to;
-    float turns = __fsub_rn(__fmaf_rn(angle, 0.15915494309189535f, 12582912.0f), 12582912.0f);
-    float r = __fmaf_rn(turns, -1.9353071795864769e-3f, __fmaf_rn(turns, -6.28125f, angle));
-    asm("sin.approx.f32 %0, %1;" : "=f"(to.x) : "f"(r));
-    asm("cos.approx.f32 %0, %1;" : "=f"(to.y) : "f"(r));
-    return to;
-}
-
-__device__ __forceinline__ float low_of(u32 both) { return __uint_as_float(both << 16); }
-__device__ __forceinline__ float high_of(u32 both) { return __uint_as_float(both & 0xFFFF0000u); }
-__device__ __forceinline__ float square_both(float a, float b) { return __fmaf_rn(a, a, __fmul_rn(b, b)); }
 
 // Of one word: channels and those two behind them, even and odd, of the first half of channels and the second.
 __device__ __forceinline__ float squares_of(const u32 (&x)[4]) {
@@ -119,10 +96,8 @@ __device__ __forceinline__ void sum_keys(int (&sum)[8], const Shared& here, cons
     float frequency[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) frequency[i] = a.frequency[i / 2 * 32 + 2 * word_of + i % 2];
-    float last = place_a[0];
-    float2 turn[2] = {sin_cos(__fmul_rn(last, frequency[0])), sin_cos(__fmul_rn(last, frequency[1]))};
 #pragma unroll 1
-    for (int first = 0; first < 16; first += AT_ONCE) {
+    for (int done = 0; done < 16; done += AT_ONCE) {
         u32 x[AT_ONCE][4];
         float squares[AT_ONCE];
 #pragma unroll
@@ -136,17 +111,14 @@ __device__ __forceinline__ void sum_keys(int (&sum)[8], const Shared& here, cons
         const float scales = divide(1.0f, square_root(fmaxf(add_up(squares, lane), 1e-24f)));
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
-            const float scale = __shfl_sync(0xFFFFFFFFu, scales, lane & 16 | i), now = place_a[i * 6];
-            if (!KEEPS_TURNS || __any_sync(0xFFFFFFFFu, now != last)) {
-                turn[0] = sin_cos(__fmul_rn(now, frequency[0])), turn[1] = sin_cos(__fmul_rn(now, frequency[1]));
-                last = now;
-            }
-            add_pair(sum[0], sum[1], low_of(x[i][0]), low_of(x[i][1]), turn[0], scale);
-            add_pair(sum[2], sum[3], high_of(x[i][0]), high_of(x[i][1]), turn[1], scale);
-            const float2 b = sin_cos(__fmul_rn(place_b[i * 6], frequency[2]));
-            const float2 c = sin_cos(__fmul_rn(place_c[i * 6], frequency[3]));
-            add_pair(sum[4], sum[5], low_of(x[i][2]), low_of(x[i][3]), b, scale);
-            add_pair(sum[6], sum[7], high_of(x[i][2]), high_of(x[i][3]), c, scale);
+            const float scale = __shfl_sync(0xFFFFFFFFu, scales, lane & 16 | i), at = place_a[i * 6];
+            const float2 first = sin_cos(__fmul_rn(at, frequency[0])), second = sin_cos(__fmul_rn(at, frequency[1]));
+            add_pair(sum[0], sum[1], low_of(x[i][0]), low_of(x[i][1]), first, scale);
+            add_pair(sum[2], sum[3], high_of(x[i][0]), high_of(x[i][1]), second, scale);
+            const float2 third = sin_cos(__fmul_rn(place_b[i * 6], frequency[2]));
+            const float2 fourth = sin_cos(__fmul_rn(place_c[i * 6], frequency[3]));
+            add_pair(sum[4], sum[5], low_of(x[i][2]), low_of(x[i][3]), third, scale);
+            add_pair(sum[6], sum[7], high_of(x[i][2]), high_of(x[i][3]), fourth, scale);
         }
         word += AT_ONCE * 32, step += AT_ONCE * 4;
         place_a += AT_ONCE * 6, place_b += AT_ONCE * 6, place_c += AT_ONCE * 6;
@@ -234,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(TILE, BLOCKS) move_rows(const Move 
     // Nobody writes what partners are found by, so they are looked for on the way.
     const int older = is_key ? a.old_partner[mine + root] : -1;
     const bool is_root = root == slot;
-    if (!WRITES_FIRST && !is_empty) leave_sums(here, a, warp, lane);
+    if (!is_empty) leave_sums(here, a, warp, lane);
     const int newest = older >= 0 ? a.head_of[mine + older] : -1;
     for (int reader = max(first, 0) / TILE + t; reader < piece; reader += TILE)
         while (load_now(is_read + reader) == 0) {}
@@ -262,7 +234,5 @@ extern "C" __global__ void __launch_bounds__(TILE, BLOCKS) move_rows(const Move 
         // Known of a key that follows no other one and whose partner stays.
         if (a.apart) a.apart[to] = is_root && older >= 0 && newest == older ? distance : -1.0f;
     }
-    if (WRITES_FIRST && !is_empty) leave_sums(here, a, warp, lane);
-    if (WRITES_FIRST) __syncthreads();
     a.mean[held + piece * TILE + t] = is_empty ? 0 : mean_of(here, t);
 }

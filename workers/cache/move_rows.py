@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,20 +19,6 @@ _TILE = 128
 """As move_rows.cu has it."""
 
 
-class Programs(NamedTuple):
-    """How the kernel is made."""
-
-    blocks: int = 7
-    """Of a multiprocessor that registers are shared among."""
-    keeps_turns: bool = True
-    """Whether sines and cosines of the first half of channels are made only where they change."""
-    writes_first: bool = False
-    """Whether means are made behind what is written."""
-
-
-PROGRAMS = Programs()
-
-
 class _Move(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("k_code", "v_code", "k_largest", "v_largest")),
@@ -45,15 +30,9 @@ class _Move(ctypes.Structure):
     )
 
 
-def source_of(how: Programs) -> str:
-    """CUDA of the kernels."""
-    names = {"BLOCKS": how.blocks, "KEEPS_TURNS": int(how.keeps_turns), "WRITES_FIRST": int(how.writes_first)}
-    return make_source(names, Path(__file__).with_suffix(".cu"))
-
-
 @functools.cache
-def _load(how: Programs, device: int) -> ctypes.c_void_p:
-    return load_functions(source_of(how), ("move_rows",), 0, device)[0]
+def _load(device: int) -> ctypes.c_void_p:
+    return load_functions(make_source({}, Path(__file__).with_suffix(".cu")), ("move_rows",), 0, device)[0]
 
 
 def can_move(of: StoredHistory, turn_back: TurnBack, s: TableSettings) -> bool:
@@ -78,7 +57,7 @@ def move_rows(
         sizes: Heads, slots of the history, those that are used, those that are kept.
         root_dim, no_key: Of log m.
     """
-    how, device = PROGRAMS, mean.get_device()
+    device = mean.get_device()
     assert mean.dtype == torch.bfloat16
     assert sizes[0] * sizes[1] * 4 < 2**31, "rows are counted in 32 bits"
     assert all(x.data_ptr() % 16 == 0 for x in codes)
@@ -89,4 +68,4 @@ def move_rows(
     tensors = codes[0], codes[2], codes[1], codes[3], *records, *listed, is_read, mean, *turned
     addresses = [0 if x is None else x.data_ptr() for x in tensors]
     given = _Move(*addresses, *sizes, root_dim, no_key)
-    launch(_load(how, device), sizes[0] * pieces, _TILE, 0, [given], device)
+    launch(_load(device), sizes[0] * pieces, _TILE, 0, [given], device)

@@ -19,11 +19,8 @@ _LIST_PROGRAMS = 256
 KEYS_COMPARED = 16
 """Pairs of keys that a program of 4 warps compares at a time: one with 32 takes registers of two."""
 _VALUES_COMPARED = 32
-_WALKED_AT_ONCE = 512
+_WALKED_AT_ONCE = 1024
 """Slots that wait for the longest of their chains."""
-_WALKING_WARPS = 4
-_HEADS_FIRST = False
-"""Whether programs that run at once have slots of all heads: chains of older slots then end before newer ones begin."""
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -116,19 +113,16 @@ def _value_distances(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _walk_in_place(  # type: ignore[no-untyped-def]
-    jumps, is_odd, num_odd, num_linked, num_slots, M: tl.constexpr, HEADS_FIRST: tl.constexpr
-):  # fmt: skip
+def _walk_in_place(jumps, is_odd, num_odd, num_linked, num_slots, M: tl.constexpr):  # type: ignore[no-untyped-def]
     """Whether the end of the chain of each slot is an odd number of links away; how many are, and how many linked.
 
     Each step is written at once, so that the steps of others become longer. A jump that another program has just made
     longer is as right as the one before: end and parity are the same whoever comes first. So a multiprocessor may look
-    where its own cache has kept an older jump, which is faster than to ask for the newest.
+    where its own cache has kept an older jump, which is faster than to ask for the newest. Programs that run at once
+    have slots of all heads: chains of older slots then end before newer ones begin.
     """
-    nth, row = tl.program_id(0), tl.program_id(1)
-    if HEADS_FIRST:
-        nth, row = row, nth
-    slot = nth * M + tl.arange(0, M)
+    row = tl.program_id(0)
+    slot = tl.program_id(1) * M + tl.arange(0, M)
     base = row.to(tl.int64) * num_slots
     inside = slot < num_slots
     jump = tl.load(jumps + base + slot, mask=inside, other=0)
@@ -177,9 +171,8 @@ def walk(jumps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     heads, num = jumps.shape
     is_odd, counts = torch.empty(jumps.shape, dtype=torch.int8, device=jumps.device), jumps.new_zeros((2, heads))
-    grid = triton.cdiv(num, _WALKED_AT_ONCE), heads
-    _walk_in_place[grid[::-1] if _HEADS_FIRST else grid](
-        jumps, is_odd, counts[0], counts[1], num, M=_WALKED_AT_ONCE, HEADS_FIRST=_HEADS_FIRST, num_warps=_WALKING_WARPS
+    _walk_in_place[(heads, triton.cdiv(num, _WALKED_AT_ONCE))](
+        jumps, is_odd, counts[0], counts[1], num, M=_WALKED_AT_ONCE, num_warps=8
     )
     return is_odd, counts[0], counts[1]
 
