@@ -39,14 +39,16 @@ def _fits_none(*_: object) -> bool:
     return False
 
 
-_BY_TRITON: Changes = {(module, "fits"): _fits_none for module in (triton_pairs, triton_sums, triton_collect)}
+_MOVED_BY_TRITON: Changes = {(triton_collect, "can_move"): _fits_none}
+_BY_TRITON: Changes = _MOVED_BY_TRITON | {
+    (module, "fits"): _fits_none for module in (triton_pairs, triton_sums, triton_collect)
+}
 VARIANTS: Variants = (
-    ("merge: by Triton alone", "key_distances|value_distances|_weigh|average_", _BY_TRITON),
+    ("merge: by Triton alone", "key_distances|value_distances|_weigh|average_|move_", _BY_TRITON),
     *((f"merge: {num} weighed at once", "_weigh", {(triton_sums, "_WEIGHED_AT_ONCE"): num}) for num in (64, 1024)),
-    *launches(triton_collect, "move_history", {"maxnreg": None}, {"maxnreg": 72}, {"num_warps": 8, "maxnreg": None}),
+    ("move_history: instead of move_rows", "move_history", _MOVED_BY_TRITON),
     *launches(triton_sums, "_weigh", {"num_warps": 2}),
     *numbers(triton_ranks, "_AT_ONCE", "_count_digits", (2048, 8192)),
-    *numbers(triton_pairs, "_OLD_FIRST", "_walk", (False,)),
     *numbers(triton_pairs, "_WALKED_AT_ONCE", "_walk", (256, 1024)),
     *numbers(triton_ranks, "_FEW", "_count_digits", (0, 32)),
 )

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.cache.average_rows import average_rows
+from workers.cache.move_rows import can_move, move_rows
 from workers.cache.packed_history import PackedLayer, heads_of
 from workers.cache.row_distances import fits
 from workers.cache.shrink import Room
@@ -244,11 +245,16 @@ def move_history(  # type: ignore[no-untyped-def]
     if APART:
         tl.store(apart + here, distance, mask=used)
     store_log_mass(log_mass + here * 2, total, is_key, used, root_dim, no_key, 2)
-    # Codes and records are read again, from where other threads wrote them.
-    tl.debug_barrier()
-    _mean_of_tile(
-        k, largest, position, m, mean, axis, frequency, held + piece * TILE, TILE, P, TURNED, BITS, GROUP, KIND
-    )
+    if piece * TILE < num_keep:
+        # Codes and records are read again, from where other threads wrote them.
+        tl.debug_barrier()
+        _mean_of_tile(
+            k, largest, position, m, mean, axis, frequency, held + piece * TILE, TILE, P, TURNED, BITS, GROUP, KIND
+        )
+    else:  # no key is left
+        channel = tl.arange(0, 2 * P)
+        nothing = tl.zeros([2 * P], tl.float32).to(mean.dtype.element_ty)
+        tl.store(mean + (held // TILE + piece) * (2 * P) + channel, nothing)
 
 
 def merge_into_codes(to: PackedLayer, turn_back: TurnBack, room: Room, s: TableSettings) -> None:
@@ -306,20 +312,28 @@ def _average_groups(of: StoredHistory, found: Found, summed: Tensor, first: int,
 
 
 def _move(of: StoredHistory, found: Found, turn_back: TurnBack, to: PackedLayer, s: TableSettings) -> None:
-    """Codes and records, to where they go, and means of tiles."""
+    """Codes and records, to where they go, and means of tiles.
+
+    By CUDA where that can: the kernel below is bound by how many instructions it takes.
+    """
     codes = to.k_code_NCB, to.k_largest_NCG, to.v_code_NCB, to.v_largest_NCG
     apart = to.weight_NC if to.apart_NC is None else to.apart_NC
     records = to.position_NC3, to.m_NC, to.weight_NC, to.partner_NC, apart, to.mass_NC2
     assert all(x.is_contiguous() for x in (*codes, *records, to.mean_NJD))
-    words = [_in_words(x) for x in codes]
     num_keep, sums, families = found.source.shape[1], found.sums, found.families
+    old_partner = of.partner_NC.clone(memory_format=torch.contiguous_format)
+    listed = old_partner, found.source, sums.added, sums.joined, families.root, families.head_of, found.rank
+    sizes = s.num_heads, s.history_slots, s.history_tokens, num_keep
+    if can_move(of, turn_back, s):
+        known = *records[:4], to.apart_NC, to.mass_NC2
+        move_rows(codes, known, listed, to.mean_NJD, turn_back, sizes, s.head_dim**0.5, NO_KEY)
+        return
+    words = [_in_words(x) for x in codes]
     pieces = s.history_slots // s.tile
     # Whether each program has read, and how many have begun.
     is_read = torch.zeros(s.num_heads * pieces + 1, dtype=torch.int32, device=to.m_NC.device)
     move_history[(pieces * s.num_heads,)](
-        *words, *records, of.partner_NC.clone(memory_format=torch.contiguous_format),
-        found.source, sums.added, sums.joined, families.root, families.head_of, found.rank, is_read,
-        s.num_heads, s.history_slots, s.history_tokens, num_keep, s.head_dim**0.5, NO_KEY,
+        *words, *records, *listed, is_read, *sizes, s.head_dim**0.5, NO_KEY,
         of.k.x, of.k.largest, to.mean_NJD, turn_back.axis_int32_D, turn_back.frequency_D,
         CODES=words[0].shape[2], LARGEST=words[1].shape[2],
         MOST=triton.next_power_of_2(triton.cdiv(s.history_slots - num_keep, s.tile) + 2),

@@ -19,7 +19,7 @@ _LIST_PROGRAMS = 256
 KEYS_COMPARED = 16
 """Pairs of keys that a program of 4 warps compares at a time: one with 32 takes registers of two."""
 _VALUES_COMPARED = 32
-_WALKED_AT_ONCE, _WALK_WARPS, _OLD_FIRST = 512, 4, True
+_WALKED_AT_ONCE = 512
 """Slots that wait for the longest of their chains."""
 _LISTED_AT_ONCE = 2048
 """Slots of a row of which a program lists those whose distance is not known."""
@@ -115,18 +115,16 @@ def _value_distances(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _walk_in_place(jumps, num_odd, num_linked, num_slots, num_rows, M: tl.constexpr, OLD_FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
+def _walk_in_place(jumps, num_odd, num_linked, num_slots, M: tl.constexpr):  # type: ignore[no-untyped-def]
     """Whether the end of the chain of each slot is an odd number of links away; how many are, and how many linked.
 
     Each step is written at once, so that the steps of others become longer. A jump that another program has just made
     longer is as right as the one before: end and parity are the same whoever comes first. So a multiprocessor may look
-    where its own cache has kept an older jump, which is faster than to ask for the newest. Chains lead to older slots
-    mostly: where those of all rows begin first, others find them walked.
+    where its own cache has kept an older jump, which is faster than to ask for the newest. Programs that run at once
+    have slots of all heads: chains of older slots then end before newer ones begin.
     """
-    piece, row = tl.program_id(0), tl.program_id(1)
-    if OLD_FIRST:
-        piece, row = tl.program_id(0) // num_rows, tl.program_id(0) % num_rows
-    slot = piece * M + tl.arange(0, M)
+    row = tl.program_id(0)
+    slot = tl.program_id(1) * M + tl.arange(0, M)
     base = row.to(tl.int64) * num_slots
     inside = slot < num_slots
     jump = tl.load(jumps + base + slot, mask=inside, other=0)
@@ -172,9 +170,8 @@ def walk(jumps: Tensor, num_odd: Tensor, num_linked: Tensor) -> None:
         num_odd, num_linked: 0, [N], int32. Written: how many slots of a row are, and how many are linked.
     """
     heads, num = jumps.shape
-    pieces = triton.cdiv(num, _WALKED_AT_ONCE)
-    _walk_in_place[(pieces * heads,) if _OLD_FIRST else (pieces, heads)](
-        jumps, num_odd, num_linked, num, heads, M=_WALKED_AT_ONCE, OLD_FIRST=_OLD_FIRST, num_warps=_WALK_WARPS
+    _walk_in_place[(heads, triton.cdiv(num, _WALKED_AT_ONCE))](
+        jumps, num_odd, num_linked, num, M=_WALKED_AT_ONCE, num_warps=4
     )
 
 
