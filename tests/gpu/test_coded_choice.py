@@ -102,27 +102,36 @@ def test_codes_choose_the_tiles_that_unpacked_keys_choose() -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="CUDA")
 @pytest.mark.parametrize("query_tiles", [2, 5, 43])
-@pytest.mark.parametrize("split", [True, False])
-def test_cuda_finds_the_sums_of_triton(query_tiles: int, split: bool) -> None:
-    """The same bits, also where a program has fewer tiles of queries than parts, or not all of them."""
+@pytest.mark.parametrize(("frame_tokens", "multiprocessors"), [(22, 132), (700, 132), (700, 4), (700, 2)])
+def test_cuda_finds_the_sums_of_triton(
+    query_tiles: int, frame_tokens: int, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits, also where a program has fewer tiles of queries than parts, or not all of them.
+
+    Of five batches groups of four warps get one or none, or two or one, or three or two.
+    """
     from workers.attention import coded_choice
     from workers.attention.triton_coded_choice import coded_tile_sums
 
-    s, num_queries = sizes_of("int4", 128, 128), 128 * query_tiles - 37
-    keys, num_tiles = draw_table(s).key_codes(0), s.num_slots // s.tile
+    monkeypatch.setattr(coded_choice, "_count_multiprocessors", lambda _: multiprocessors)
+    s = replace(sizes_of("int4", 128, 128), chunk_tokens=3 * frame_tokens, frame_tokens=frame_tokens)
+    num_queries, num_tiles, keys = 128 * query_tiles - 37, s.num_slots // s.tile, draw_table(s).key_codes(0)
     assert keys is not None
     assert coded_choice.fits(keys, (128, 128, 16, 8))
+    assert not coded_choice.fits(keys, (128, 128, 8, 8))
     place_S = sample_places(num_queries, 128, 8, DEVICE)[0]
     q_QNW = torch.randn(num_queries, s.num_heads, s.width, device=DEVICE).to(DTYPE)
     expected = torch.empty(s.num_heads, len(place_S), num_tiles, device=DEVICE)
     coded_tile_sums(q_QNW, keys, place_S, expected, (128, 128, 16))
     found = coded_choice.new_sums(s.num_heads, query_tiles, num_tiles, DEVICE)
-    coded_choice.sum_tiles(q_QNW, keys, place_S, found, coded_choice.Shape(split=split))
+    coded_choice.sum_tiles(q_QNW, keys, place_S, found)
     assert torch.equal(found.transpose(3, 4).reshape(expected.shape), expected)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="CUDA")
-@pytest.mark.parametrize(("num", "fewer", "tiles"), [(1, 1, 40), (7, 3, 40), (146, 49, 700), (30, 10, 31)])
+@pytest.mark.parametrize(
+    ("num", "fewer", "tiles"), [(1, 1, 40), (7, 3, 40), (146, 49, 700), (30, 10, 31), (1097, 366, 1865)]
+)
 def test_cuda_lists_the_heaviest_and_of_equal_ones_the_first(num: int, fewer: int, tiles: int) -> None:
     """As `test_the_heaviest_are_listed_in_rising_order_and_of_equal_ones_the_first`, whose shares are exact."""
     from workers.attention.coded_choice import list_heaviest

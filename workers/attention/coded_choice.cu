@@ -8,8 +8,7 @@
 // of one tile of queries.
 //
 // Defined by whoever compiles: GROUPS of eight queries of a program; PARTS of a product, and MOST groups of one; WARPGROUPS
-// of a program; SCALE, from products to logits in base 2; SPLIT, whether batches beyond whole rounds are shared part by
-// part; and product<groups>(), of 64 rows in registers.
+// of a program; SCALE, from products to logits in base 2; and product<groups>(), of 64 rows in registers.
 
 constexpr int TILES = 32, KEY_TILE = 128, PASSES = 8;  // tiles of a batch; keys of a tile; steps to 16 keys of it
 constexpr int PANEL = GROUPS * 1024;                   // 64 channels of all queries: rows of 128 bytes
@@ -165,21 +164,21 @@ __device__ __forceinline__ constexpr int first_of(int part) { return GROUPS * pa
 // Head, first tile of queries and number of these; where queries lie.
 struct Job { int head, first, query_tiles; u64 queries; };
 
-// From a group on. [heads, tiles of queries, 2, tiles, 4]: a tile's sums for half of the eight queries stand together.
-template <int GROUPS_OF> __device__ __forceinline__ void store(
-    float* sum, float* sums, const Place& place, const Job& job, int group, int num_tiles) {
-    int q = threadIdx.x % 4, first = job.first + group, exist = job.query_tiles - first;
-    int row = (job.head * job.query_tiles + first) * 2 + q / 2;
+// [heads, tiles of queries, 2, tiles, 4]: a tile's sums for half of the eight queries stand together.
+__device__ __forceinline__ void store(
+    float (&sum)[GROUPS * 2], float* sums, const Place& place, const Job& job, int num_tiles) {
+    int q = threadIdx.x % 4, exist = job.query_tiles - job.first;
+    int row = (job.head * job.query_tiles + job.first) * 2 + q / 2;
     float* to = sums + ((long long)row * num_tiles + place.of_table) * 4 + q % 2 * 2;
     if (place.there) {
 #pragma unroll
-        for (int i = 0; i < GROUPS_OF; i++)
+        for (int i = 0; i < GROUPS; i++)
             if (i < exist)
                 *(float2*)(to + (long long)i * num_tiles * 8) =
                     make_float2(fminf(sum[i * 2], LARGEST), fminf(sum[i * 2 + 1], LARGEST));
     }
 #pragma unroll
-    for (int i = 0; i < GROUPS_OF * 2; i++) sum[i] = 0.f;
+    for (int i = 0; i < GROUPS * 2; i++) sum[i] = 0.f;
 }
 
 // A pass over all parts of a product, of which the first one was begun before; begins the first one of the next pass.
@@ -219,43 +218,8 @@ __device__ __forceinline__ void sum_batches(
         for (int pass = 0; pass < PASSES; pass++)
             go_on(sum, d, a, ahead, of, job, {pass + 1 < PASSES ? batch : next, (pass + 1) % PASSES},
                   {pass + 2 < PASSES ? batch : next, (pass + 2) % PASSES});
-        store<GROUPS>(sum, sums, find_place(of, batch), job, 0, of.num_history + of.num_ends);
+        store(sum, sums, find_place(of, batch), job, of.num_history + of.num_ends);
         batch = next;
-    }
-    finish<0>();
-    hold(d[0]);
-}
-
-// One part of the queries, of which there are MOST, for some batches: `at` counts them part by part.
-__device__ __forceinline__ void sum_parts(const Layer& of, float* sums, const Job& job, int batch, int at, int stop) {
-    float sum[MOST * 2] = {}, d[2][MOST * 4] = {};
-    u32 a[32];
-    hold(d[0]), hold(d[1]);
-    Ahead ahead;
-    int own = min(first_of(at % PARTS), GROUPS - MOST), own_batch = batch + at / PARTS;
-    ahead.keys = fetch(of, {own_batch, 0}, job.head);
-    ahead.turn(a, of, job.head, {own_batch, 0}, {own_batch, 1});
-    multiply<MOST>(d[0], a, job.queries + own * 64);
-#pragma unroll 1
-    for (; at < stop; at++) {
-        int last = min(at + 1, stop - 1), next_batch = batch + last / PARTS;
-        int next = min(first_of(last % PARTS), GROUPS - MOST);
-#pragma unroll 1
-        for (int pass = 0; pass < PASSES; pass += 2) {
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float mass[2] = {ahead.mass[0], ahead.mass[1]};
-                bool ends = pass + i + 1 == PASSES, nearly = pass + i + 2 >= PASSES;
-                finish<0>();
-                        ahead.turn(a, of, job.head, {ends ? next_batch : own_batch, (pass + i + 1) % PASSES},
-                           {nearly ? next_batch : own_batch, (pass + i + 2) % PASSES});
-                multiply<MOST>(d[1 - i], a, job.queries + (ends ? next : own) * 64);
-                hold(d[i]);
-                add_up<MOST>(sum, d[i], mass);
-            }
-        }
-        store<MOST>(sum, sums, find_place(of, own_batch), job, own, of.num_history + of.num_ends);
-        own = next, own_batch = next_batch;
     }
     finish<0>();
     hold(d[0]);
@@ -271,10 +235,8 @@ extern "C" __global__ void __launch_bounds__(WARPGROUPS * 128, 1) sum_tiles(
     bring_queries(at, q, head, first * 8);
     Job job = {head, first, q.tiles, describe(at, 1024, 16, 1)};
     int batches = of.batches + (of.num_ends + TILES - 1) / TILES, all = programs * WARPGROUPS;
-    int own = __shfl_sync(~0u, threadIdx.x / 128, 0) * programs + program, whole = batches / all, left = batches % all;
-    int count = whole + (!SPLIT && own < left);
+    int own = __shfl_sync(~0u, threadIdx.x / 128, 0) * programs + program;
+    int count = batches / all + (own < batches % all);
     if (count) sum_batches(of, sums, job, own, all, count);
     else await_queries();
-    int from = left * PARTS * own / all, stop = left * PARTS * (own + 1) / all;
-    if (SPLIT && from < stop) sum_parts(of, sums, job, whole * all, from, stop);
 }

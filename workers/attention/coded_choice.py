@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,43 +27,22 @@ _MOST_GROUPS = 40
 """Of eight queries of a program: registers have their sums."""
 _TILES = 32
 """Of a batch, which a group of warps sums up."""
+_PARTS, _WARPGROUPS = 4, 2
+"""Of a product, an even number; and of a program. No other was faster on an H200."""
+_LIST_THREADS = 256
+"""Of a block of the second kernel."""
 
 
-class Shape(NamedTuple):
-    """Of the first kernel; a bench may time others."""
-
-    parts: int = 4
-    """Of a product, even."""
-    warpgroups: int = 2
-    """Of a program."""
-    split: bool = True
-    """Whether batches beyond whole rounds are shared part by part."""
-
-
-class Listing(NamedTuple):
-    """Of the second kernel; a bench may time others."""
-
-    threads: int = 256
-    at_once: int = 3
-    """Blocks of a multiprocessor."""
-    again: bool = False
-    """Whether sums are read twice and not kept."""
-    by_row: bool = False
-    """Whether sums are those of triton_choice.py."""
-
-
-def make_source(groups: int, shape: Shape) -> str:
+def make_source(groups: int) -> str:
     """CUDA of the first kernel, for so many groups of eight queries of a program."""
-    stops = [groups * part // shape.parts for part in range(shape.parts + 1)]
-    sizes = sorted({stop - first for first, stop in itertools.pairwise(stops)})
+    sizes = sorted({groups // _PARTS, -(-groups // _PARTS)})
     assert sizes[0] > 0
     names = {
         "STEP_OF_ONE": f"({1 / _LARGEST_CODE!r}f)",
         "GROUPS": groups,
-        "PARTS": shape.parts,
+        "PARTS": _PARTS,
         "MOST": sizes[-1],
-        "WARPGROUPS": shape.warpgroups,
-        "SPLIT": int(shape.split),
+        "WARPGROUPS": _WARPGROUPS,
         "SCALE": f"{_LOG2_E * SAMPLES[0] ** -0.5!r}f",
     }
     codes = Path(__file__).parents[1].joinpath("codes_of_4.cuh").read_text()
@@ -92,15 +70,9 @@ template <> {head}<{size}>(float (&d)[MOST * 4], {taken}) {{
     return source
 
 
-def make_list_source(num_tiles: int, listing: Listing) -> str:
+def make_list_source(num_tiles: int) -> str:
     """CUDA of the second kernel, for a table of so many tiles."""
-    names = {
-        "THREADS": listing.threads,
-        "EACH": -(-num_tiles // listing.threads),
-        "AT_ONCE": listing.at_once,
-        "AGAIN": int(listing.again),
-        "BY_ROW": int(listing.by_row),
-    }
+    names = {"THREADS": _LIST_THREADS, "EACH": -(-num_tiles // _LIST_THREADS)}
     return define(names) + Path(__file__).with_name("heaviest_tiles.cu").read_text()
 
 
@@ -110,13 +82,13 @@ def _shared_bytes(groups: int) -> int:
 
 
 @functools.cache
-def _load(groups: int, shape: Shape, device: int) -> ctypes.c_void_p:
-    return load_functions(make_source(groups, shape), ("sum_tiles",), _shared_bytes(groups), device)[0]
+def _load(groups: int, device: int) -> ctypes.c_void_p:
+    return load_functions(make_source(groups), ("sum_tiles",), _shared_bytes(groups), device)[0]
 
 
 @functools.cache
-def _load_list(num_tiles: int, listing: Listing, device: int) -> ctypes.c_void_p:
-    return load_functions(make_list_source(num_tiles, listing), ("list_heaviest",), 0, device)[0]
+def _load_list(num_tiles: int, device: int) -> ctypes.c_void_p:
+    return load_functions(make_list_source(num_tiles), ("list_heaviest",), 0, device)[0]
 
 
 @functools.cache
@@ -173,7 +145,7 @@ def new_sums(num_heads: int, query_tiles: int, num_tiles: int, device: torch.dev
     return torch.empty(num_heads, query_tiles, 2, num_tiles, 4, dtype=torch.float32, device=device)
 
 
-def sum_tiles(q_QNW: Tensor, keys: KeyCodes, query_place_S: Tensor, sums: Tensor, shape: Shape = Shape()) -> None:
+def sum_tiles(q_QNW: Tensor, keys: KeyCodes, query_place_S: Tensor, sums: Tensor) -> None:
     """Mass of a sample of each tile's keys, for a sample of the queries; see `triton_coded_choice.coded_tile_sums`.
 
     Args:
@@ -181,7 +153,6 @@ def sum_tiles(q_QNW: Tensor, keys: KeyCodes, query_place_S: Tensor, sums: Tensor
         keys: Groups of 32 channels.
         query_place_S: Of the sampled queries, int64, eight of each tile of queries.
         sums: Written, from `new_sums`.
-        shape: How.
     """
     heads, query_tiles, _, num_tiles, _ = sums.shape
     _, tile, _, queries = SAMPLES
@@ -191,11 +162,11 @@ def sum_tiles(q_QNW: Tensor, keys: KeyCodes, query_place_S: Tensor, sums: Tensor
     assert query_place_S.dtype == torch.int64
     assert sums.is_contiguous()
     columns = -(-query_tiles // _MOST_GROUPS)
-    groups = max(shape.parts, -(-query_tiles // columns))
+    groups = max(_PARTS, -(-query_tiles // columns))
     num_ends, batches = num_tiles - num_history, -(-num_history // _TILES)
     assert keys.end_NLW.shape[1] >= num_ends * tile
     all_batches = batches + -(-num_ends // _TILES)
-    programs = max(1, min(_count_multiprocessors(device) // (heads * columns), -(-all_batches // shape.warpgroups)))
+    programs = max(1, min(_count_multiprocessors(device) // (heads * columns), -(-all_batches // _WARPGROUPS)))
     strides = [2 * stride for stride in (*q_QNW.stride()[:2], *keys.end_NLW.stride()[:2])]
     given = _Queries(
         q_QNW.data_ptr(), query_place_S.data_ptr(), strides[0], strides[1], len(query_place_S), query_tiles
@@ -205,10 +176,9 @@ def sum_tiles(q_QNW: Tensor, keys: KeyCodes, query_place_S: Tensor, sums: Tensor
         keys.history_start // tile,
     )  # fmt: skip
     numbers = ctypes.c_int(heads), ctypes.c_int(programs)
-    kernel = _load(groups, shape, device)
     arguments = [given, layer, address_of(sums), *numbers]
-    threads = shape.warpgroups * 128
-    launch(kernel, programs * heads * columns, threads, _shared_bytes(groups), arguments, device)
+    blocks, threads = programs * heads * columns, _WARPGROUPS * 128
+    launch(_load(groups, device), blocks, threads, _shared_bytes(groups), arguments, device)
 
 
 def _check(q_QNW: Tensor, keys: KeyCodes) -> None:
@@ -236,16 +206,14 @@ def list_heaviest(
     num_always: int,
     index_NIJ: Tensor,
     fewer_NIJ: Tensor | None = None,
-    listing: Listing = Listing(),
 ) -> None:
     """The candidates with the highest mean share into the lists, in rising order; see `triton_choice.write_heaviest`.
 
     Args:
-        sums: From `sum_tiles`; of a listing by row [N, S, J].
+        sums: From `sum_tiles`.
         is_candidate_J: int32.
         num_always: Last entries of each list, which are not written.
         index_NIJ, fewer_NIJ: Lists of the same tiles of queries.
-        listing: How.
     """
     num_tiles, device = len(is_candidate_J), sums.get_device()
     heads, query_tiles, listed = index_NIJ.shape
@@ -259,5 +227,4 @@ def list_heaviest(
         (index_NIJ.data_ptr(), fewer_NIJ.data_ptr() if fewer_NIJ is not None else 0), chosen, (listed, fewer)
     )
     arguments: list[Any] = [address_of(sums), address_of(is_candidate_J), lists, ctypes.c_int(num_tiles)]
-    kernel = _load_list(num_tiles, listing, device)
-    launch(kernel, heads * query_tiles, listing.threads, 0, arguments, device)
+    launch(_load_list(num_tiles, device), heads * query_tiles, _LIST_THREADS, 0, arguments, device)

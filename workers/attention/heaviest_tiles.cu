@@ -2,30 +2,25 @@
 // triton_choice.py lists, by counting digits. Shares that are not negative are in the order of their bits, of which 30
 // are left; three times the tiles are counted by their next ten, until the exact limit of either list is known.
 //
-// Defined by whoever compiles: THREADS of a block, EACH tiles of a thread, AT_ONCE blocks of a multiprocessor; AGAIN,
-// whether sums are read twice and not kept; BY_ROW, whether those of a query stand together as in triton_choice.py, else
-// as coded_choice.cu writes them.
+// Defined by whoever compiles: THREADS of a block, and EACH tiles of a thread.
 typedef unsigned int u32;
 
+constexpr int AT_ONCE = 4;  // blocks of a multiprocessor: fewer, with more registers, were slower on an H200
 constexpr int QUERIES = 8, WARPS = THREADS / 32, DIGIT = 10, BINS = 1 << DIGIT, HALF = THREADS / 2, BINS_EACH = BINS / HALF;
 constexpr int MOST_BITS = (1 << 30) - 1;  // see triton_choice.py
 constexpr float LEAST = 1e-37f;
 
 struct Lists { int* to[2]; int num_chosen[2], num_listed[2]; };
 
-__device__ __forceinline__ void load(float (&x)[QUERIES], const float* sums, int row, int tile, int num_tiles) {
-#if BY_ROW
-#pragma unroll
-    for (int i = 0; i < QUERIES; i++)
-        x[i] = tile < num_tiles ? sums[((long long)row * QUERIES + i) * num_tiles + tile] : 0.f;
-#else
+// Of a tile, as coded_choice.cu writes them.
+__device__ __forceinline__ void load(float (&x)[QUERIES], const float* sums, int tile, int num_tiles) {
+    int row = blockIdx.x;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         float4 four = make_float4(0.f, 0.f, 0.f, 0.f);
         if (tile < num_tiles) four = ((const float4*)sums)[((long long)row * 2 + i) * num_tiles + tile];
         x[i * 4] = four.x, x[i * 4 + 1] = four.y, x[i * 4 + 2] = four.z, x[i * 4 + 3] = four.w;
     }
-#endif
 }
 
 // What a sum is to be multiplied by, by what a thread has of each query's.
@@ -47,20 +42,13 @@ __device__ __forceinline__ void find_shares(float (&x)[QUERIES]) {
     for (int i = 0; i < QUERIES; i++) x[i] = __shfl_sync(~0u, share, i);
 }
 
-// Bits of the mean shares of a thread's tiles, every THREADS-th; of no candidate: -1.
+// Bits of the mean shares of a thread's tiles, every THREADS-th; of no candidate: -1. Sums are read twice: kept, they
+// would take the registers of other blocks.
 __device__ __forceinline__ void weigh(int (&bits)[EACH], const float* sums, const int* is_candidate, int num_tiles) {
-    float share[QUERIES] = {};
-#if !AGAIN
-    float kept[EACH][QUERIES];
-#endif
+    float share[QUERIES] = {}, x[QUERIES];
 #pragma unroll
     for (int e = 0; e < EACH; e++) {
-#if AGAIN
-        float x[QUERIES];
-#else
-        float(&x)[QUERIES] = kept[e];
-#endif
-        load(x, sums, blockIdx.x, e * THREADS + threadIdx.x, num_tiles);
+        load(x, sums, e * THREADS + threadIdx.x, num_tiles);
 #pragma unroll
         for (int i = 0; i < QUERIES; i++) share[i] += x[i];
     }
@@ -68,12 +56,7 @@ __device__ __forceinline__ void weigh(int (&bits)[EACH], const float* sums, cons
 #pragma unroll
     for (int e = 0; e < EACH; e++) {
         int tile = e * THREADS + threadIdx.x;
-#if AGAIN
-        float x[QUERIES];
-        load(x, sums, blockIdx.x, tile, num_tiles);
-#else
-        float(&x)[QUERIES] = kept[e];
-#endif
+        load(x, sums, tile, num_tiles);
         float mass = 0.f;
 #pragma unroll
         for (int i = 0; i < QUERIES; i++) mass = fmaf(x[i], share[i], mass);
