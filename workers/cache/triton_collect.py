@@ -15,16 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.cache.average_rows import average_rows
-from workers.cache.packed_history import PackedLayer
+from workers.cache.packed_history import PackedLayer, heads_of
 from workers.cache.row_distances import fits
 from workers.cache.shrink import Room
 from workers.cache.table_codes import LEAST, LIMITS
 from workers.cache.table_layout import NO_KEY, TableSettings
+from workers.cache.triton_families import find_links
 from workers.cache.triton_merge import (
     VALUE_UNITS,
-    Found,
     add_rest,
-    find_sums,
     in_units,
     most_groups,
     partner_of_group,
@@ -42,10 +41,13 @@ from workers.cache.triton_rows import (
     store_mean,
     unit_pairs,
 )
+from workers.cache.triton_sums import Found, find_sums
 from workers.cache.unrotated import TurnBack
 
 _SUMMED_BYTES = 3 * 10**8
 """Of the sums of values of all heads; beyond, some heads are collected after the others."""
+_CHOSEN_AT_ONCE = 3
+"""Layers whose links are chosen together, which takes 12 bytes of each slot."""
 _AVERAGED_AT_ONCE = 16
 """Groups whose values become means."""
 _TURNED_AT_ONCE = 16
@@ -250,17 +252,33 @@ def move_history(  # type: ignore[no-untyped-def]
 
 
 def merge_into_codes(to: PackedLayer, turn_back: TurnBack, room: Room, s: TableSettings) -> None:
-    """`merge` of `triton_merge.py` for a packed layer: codes and records of its history are read and written.
+    """`merge` of `triton_merge.py` for packed layers: codes and records of their histories are read and written.
+
+    What merges is chosen for some layers in one go, and then layers are written one by one: buffers of what is given up
+    are those of one layer.
 
     Args:
-        to: Full: as many keys stay as there are slots to keep, or more, so that none goes to a later slot.
+        to: One layer or several side by side, full: as many keys stay as there are slots to keep, or more, so that none
+            goes to a later slot.
         turn_back: RoPE of the model.
         room: How it is made.
         s: Sizes.
     """
+    at_once = _CHOSEN_AT_ONCE * s.num_heads
+    for start in range(0, len(to.m_NC), at_once):
+        some = heads_of(to, slice(start, start + at_once))
+        known = None if some.apart_NC is None else some.apart_NC[:, : s.history_tokens]
+        links = find_links(coded_history(some, s), turn_back, room, known, s.num_heads)
+        for first in range(0, len(links), s.num_heads):
+            run = slice(first, first + s.num_heads)
+            _merge_linked(heads_of(some, run), turn_back, room, s, links[run])
+
+
+def _merge_linked(to: PackedLayer, turn_back: TurnBack, room: Room, s: TableSettings, link: Tensor) -> None:
+    """One layer, by its links."""
     assert s.tile <= MOST_AVERAGED
     of, num_groups = coded_history(to, s), most_groups(room)
-    found = find_sums(of, turn_back, room, None if to.apart_NC is None else to.apart_NC[:, : s.history_tokens])
+    found = find_sums(of, turn_back, room, link)
     at_once = min(s.num_heads, max(1, _SUMMED_BYTES // (num_groups * s.head_dim * 4)))
     summed = torch.empty((at_once, num_groups, s.head_dim), dtype=torch.int32, device=to.m_NC.device)
     for first in range(0, s.num_heads, at_once):
