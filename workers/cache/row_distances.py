@@ -33,7 +33,7 @@ def make_source(names: Mapping[str, object], own: Path) -> str:
         own: Its file.
     """
     defines = define({"STEP_OF_ONE": f"({1 / LIMITS['int4']!r}f)", **names})
-    return defines + Path(__file__).with_name("codes_of_4.cuh").read_text() + own.read_text()
+    return defines + Path(__file__).parents[1].joinpath("codes_of_4.cuh").read_text() + own.read_text()
 
 
 @functools.cache
