@@ -44,7 +44,7 @@ _BY_TRITON: Changes = _MOVED_BY_TRITON | {
     (module, "fits"): _fits_none for module in (triton_pairs, triton_sums, triton_collect)
 }
 VARIANTS: Variants = (
-    ("merge: by Triton alone", "key_distances|value_distances|_weigh|average_|move_", _BY_TRITON),
+    ("merge: by Triton alone", "key_distances|value_distances|_weigh|add_values|average_|move_", _BY_TRITON),
     *((f"merge: {num} weighed at once", "_weigh", {(triton_sums, "_WEIGHED_AT_ONCE"): num}) for num in (64, 1024)),
     ("move_history: instead of move_rows", "move_history", _MOVED_BY_TRITON),
     *launches(triton_sums, "_weigh", {"num_warps": 2}),

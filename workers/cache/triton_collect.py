@@ -25,6 +25,7 @@ from workers.cache.triton_families import find_links
 from workers.cache.triton_merge import (
     VALUE_UNITS,
     add_rest,
+    clear_sums,
     in_units,
     most_groups,
     partner_of_group,
@@ -289,11 +290,11 @@ def _merge_linked(to: PackedLayer, turn_back: TurnBack, room: Room, s: TableSett
     summed = torch.empty((at_once, num_groups, s.head_dim), dtype=torch.int32, device=to.m_NC.device)
     for first in range(0, s.num_heads, at_once):
         some = summed[: s.num_heads - first]
-        add_rest(of, found, some, first)
+        clear_sums(found, some, first)
         if fits(of.v, turn_back):
-            sums = found.sums
-            average_rows(of, sums.members, sums.share, sums.added, some, first)
+            average_rows(of, found, some, first)
         else:
+            add_rest(of, found, some, first)
             _average_groups(of, found, some, first, room, s)
     _move(of, found, turn_back, to, s)
 

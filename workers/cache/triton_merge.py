@@ -233,6 +233,7 @@ def merge(
     groups = (heads_at_once, most_groups(room), turn_back.head_dim)
     summed = torch.empty(groups, dtype=torch.int32, device=device)
     for first in range(0, heads, heads_at_once):
+        clear_sums(found, summed, first)
         add_rest(of, found, summed, first)
         _move(history, records, turn_back, found, (summed, buffers), first, tile, room.num_listed)
 
@@ -242,21 +243,26 @@ def most_groups(room: Room) -> int:
     return max(1, room.num_merges // (room.num_listed + 1))
 
 
+def clear_sums(found: Found, summed: Tensor, first: int) -> None:
+    """Sums that `add_rest` adds to become 0; the others are never read."""
+    heads, num_groups, dim = summed.shape
+    size = num_groups * dim
+    _clear_sums[(triton.cdiv(size, _CLEARED_AT_ONCE), heads)](
+        summed, found.sums.members.num_large, first, size, D=dim, M=_CLEARED_AT_ONCE, num_warps=4
+    )
+
+
 def add_rest(of: StoredHistory, found: Found, summed: Tensor, first: int) -> None:
     """Add up the values that are not listed.
 
     Args:
         of: As it is stored.
         found: By `find_sums`.
-        summed: Written: int32 [heads, `most_groups`, D].
+        summed: Added to: int32 [heads, `most_groups`, D].
         first: Of those heads.
     """
     sums, families, v = found.sums, found.families, of.v
     (heads, num_groups, dim), rest = summed.shape, sums.members.rest
-    size = num_groups * dim
-    _clear_sums[(triton.cdiv(size, _CLEARED_AT_ONCE), heads)](
-        summed, sums.members.num_large, first, size, D=dim, M=_CLEARED_AT_ONCE, num_warps=4
-    )
     _add_values[(triton.cdiv(rest.shape[1], _ADDED_AT_ONCE), heads)](
         v.x, v.largest, of.weight_NC, sums.share, sums.added, families.head_of, sums.members.number, rest,
         sums.members.num_rest, summed, *v.at, of.weight_NC.stride(0), first, of.m_NC.shape[1], rest.shape[1],
