@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.cache import frame_before, near_keys, turn_chunk
 from workers.cache.packed_history import PackedLayer
 from workers.cache.partners import History, Look
 from workers.cache.table_codes import LEAST, LIMITS
@@ -271,18 +272,28 @@ def _find_of_heads(of: _Keys, turn_back: TurnBack, new: slice, look: Look, form:
     best = torch.empty((heads, num_new), dtype=torch.float32, device=device)
     precision, packs = "ieee" if kind == torch.float32 else "tf32", of.packs is not None
     turn = turn_back.axis_int32_D, turn_back.frequency_D
-    _turn_back[(stop_tile - before // tile, heads)](
-        k.x, k.largest, position, m, of.new_NTW, of.new_position_NT3, unit, of.mean_NJD, *(of.packs or (m, m)),
-        *turn, *k.at, position.stride(0), m.stride(0), of.mean_NJD.stride(0), *of.new_NTW.stride()[:2],
-        of.new_position_NT3.stride(0), before // tile, before, new.start, new.stop, least=LEAST,
-        TILE=tile, P=pairs, M=min(TURNED_AT_ONCE, tile), PACKS=packs, **k.form, **form,
-        num_warps=4, enable_fp_fusion=not packs,
-    )  # fmt: skip
-    _frame_before[(triton.cdiv(frame, OWN_AT_ONCE), num_new // frame, heads)](
-        unit, found, best, before, new.stop - before, skip, frame,
-        P=pairs, M=OWN_AT_ONCE, N=OTHERS_AT_ONCE, PRECISION=precision, num_warps=8, num_stages=3,
-    )  # fmt: skip
+    if of.packs is not None and turn_chunk.fits(k, turn_back, tile, of.new_NTW):
+        chunk = of.new_NTW, of.new_position_NT3
+        turn_chunk.turn_chunk(k, (position, m, *of.packs), chunk, turn_back, new, (unit, of.mean_NJD))
+    else:
+        _turn_back[(stop_tile - before // tile, heads)](
+            k.x, k.largest, position, m, of.new_NTW, of.new_position_NT3, unit, of.mean_NJD, *(of.packs or (m, m)),
+            *turn, *k.at, position.stride(0), m.stride(0), of.mean_NJD.stride(0), *of.new_NTW.stride()[:2],
+            of.new_position_NT3.stride(0), before // tile, before, new.start, new.stop, least=LEAST,
+            TILE=tile, P=pairs, M=min(TURNED_AT_ONCE, tile), PACKS=packs, **k.form, **form,
+            num_warps=4, enable_fp_fusion=not packs,
+        )  # fmt: skip
+    if frame_before.fits(unit, frame):
+        frame_before.compare_frames(unit, found, best, before, frame)
+    else:
+        _frame_before[(triton.cdiv(frame, OWN_AT_ONCE), num_new // frame, heads)](
+            unit, found, best, before, new.stop - before, skip, frame,
+            P=pairs, M=OWN_AT_ONCE, N=OTHERS_AT_ONCE, PRECISION=precision, num_warps=8, num_stages=3,
+        )  # fmt: skip
     chosen = _choose_tiles(of.mean_NJD, first_tile, stop_tile, look.num_tiles)
+    if near_keys.fits(k, turn_back, tile):
+        near_keys.compare_near(k, (position, m, of.partner_NC), turn_back, chosen, new, (unit, found, best))
+        return
     near_tiles[(stop_tile - first_tile, heads)](
         k.x, k.largest, position, m, unit, chosen, found, best, of.partner_NC, *turn, *k.at, position.stride(0),
         m.stride(0), of.partner_NC.stride(0), first_tile, before, new.start, new.stop, chosen.shape[-1],
