@@ -66,8 +66,8 @@ def least_of_merge(s: TableSettings, storage: CodedStorage) -> dict[str, float]:
     else:
         compared = {"pair_cosine": slots * (codes + 24)}
     bytes_of = compared | {
-        "move_history": kept * (4 * codes + 92),
-        "average_groups": given_up * 3 * codes,
+        "move_rows": kept * (4 * codes + 92),
+        "average_rows": given_up * 3 * codes,
         "_weigh": given_up * (2 * codes + 56),
     }
     return {kernel: num / 1e9 for kernel, num in bytes_of.items()}

@@ -24,7 +24,7 @@ from tests.bench.least_work import BYTES_NOTE, least_of_merge, milliseconds_of
 from tests.bench.match_parts import MATCH_NOTES, match_rows, match_variant_rows
 from tests.bench.record import RESULTS, report
 from tests.packed_checks import check_merge
-from workers.cache import triton_collect, triton_links, triton_merge, triton_pairs, triton_ranks
+from workers.cache import triton_collect, triton_families, triton_links, triton_pairs, triton_ranks, triton_sums
 from workers.cache.table_pairs import choose_links, heaviest, pair_loss
 from workers.cache.triton_pairs import find_distances
 from workers.cache.triton_rows import coded_history
@@ -39,13 +39,17 @@ def _fits_none(*_: object) -> bool:
     return False
 
 
-_BY_TRITON: Changes = {(module, "fits"): _fits_none for module in (triton_pairs, triton_merge, triton_collect)}
+_MOVED_BY_TRITON: Changes = {(triton_collect, "can_move"): _fits_none}
+_BY_TRITON: Changes = _MOVED_BY_TRITON | {
+    (module, "fits"): _fits_none for module in (triton_pairs, triton_sums, triton_collect)
+}
 VARIANTS: Variants = (
-    ("merge: by Triton alone", "key_distances|value_distances|_weigh|average_", _BY_TRITON),
-    *((f"merge: {num} weighed at once", "_weigh", {(triton_merge, "_WEIGHED_AT_ONCE"): num}) for num in (64, 1024)),
-    *launches(triton_collect, "move_history", {"maxnreg": None}, {"maxnreg": 72}, {"num_warps": 8, "maxnreg": None}),
-    *launches(triton_merge, "_weigh", {"num_warps": 2}),
+    ("merge: by Triton alone", "key_distances|value_distances|_weigh|average_|move_", _BY_TRITON),
+    *((f"merge: {num} weighed at once", "_weigh", {(triton_sums, "_WEIGHED_AT_ONCE"): num}) for num in (64, 1024)),
+    ("move_history: instead of move_rows", "move_history", _MOVED_BY_TRITON),
+    *launches(triton_sums, "_weigh", {"num_warps": 2}),
     *numbers(triton_ranks, "_AT_ONCE", "_count_digits", (2048, 8192)),
+    *numbers(triton_pairs, "_WALKED_AT_ONCE", "_walk", (256, 1024)),
     *numbers(triton_ranks, "_FEW", "_count_digits", (0, 32)),
 )
 
@@ -70,7 +74,7 @@ def check_links(full: FullTable) -> None:
     expected = choose_links(loss, partner, full.room.num_merges)
     link = triton_links.choose_links(found, m, partner, full.sizes.head_dim, full.room.num_merges)
     num = int((link != expected).sum())
-    root, head_of, _ = triton_links.follow(link, m, by_mass=True)
+    root, head_of, *_ = triton_families.follow(link, m, full.room.num_merges, by_mass=True)
     others = int((head_of.long() != heaviest(root.long(), m)).sum())
     print(
         f"{'BAD' if num or others else 'good'}: links as by plain torch, {num} others; {others} other heads", flush=True

@@ -23,9 +23,10 @@ from tests.bench.record import report
 from tests.bench.rollout import machine
 from tests.bench.rollout_models import decode_milliseconds, make_vae_network
 from tests.bench.rollout_rows import Settings
-from workers.model import fused_conv, halo_conv, tile_conv
+from workers.model import fused_conv, halo_conv, pair_conv, tile_conv
 from workers.model.backbones import find_backbone
 from workers.model.fused import normalise_into
+from workers.model.fused_pairs import norm_pairs
 from workers.model.halo_conv import Cut
 from workers.model.tile_conv import Result, Tiles
 from workers.model.wan_decode_weights import Route
@@ -207,6 +208,7 @@ def ways(shape: Shape, given: Inputs, modes: Sequence[bool]) -> Iterator[tuple[s
                 given.before, [given.new], packed, bias, given.beside, cut
             )[..., : shape.out_channels],
         )
+    yield from pair_ways(shape, given)
     lined = tile_conv.line_up(given.weight)
     for tiles in cuts(shape):
         yield (
@@ -218,14 +220,33 @@ def ways(shape: Shape, given: Inputs, modes: Sequence[bool]) -> Iterator[tuple[s
         )  # fmt: skip
 
 
-def measure_shape(shape: Shape, modes: Sequence[bool]) -> list[dict[str, Any]]:
-    """A row for each way, the fastest first."""
+def pair_ways(shape: Shape, given: Inputs) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """By sums and differences of frames, which a norm has written."""
+    if shape.result != "plain" or shape.frames % 2 or shape.out_channels % 96:
+        return
+    inputs = pair_conv.transform_frames(given.before, given.new)
+    found = [Cut(96, 16, 16, 4, 4), Cut(96, 16, 16, 3, 6), Cut(96, 8, 32, 3, 6)]
+    found += [Cut(192, 8, 16, 3, 5), Cut(192, 8, 16, 4, 4)] if shape.out_channels % 192 == 0 else []
+    for cut in found:
+        packed = pair_conv.pack_pairs(given.weight, cut)
+        yield (
+            "pairs " + " ".join(str(int(part)) for part in cut),
+            lambda packed=packed, cut=cut: pair_conv.convolve(
+                inputs, shape.frames, packed, given.bias, given.beside, cut
+            ),
+        )
+
+
+def measure_shape(shape: Shape, modes: Sequence[bool], kinds: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each way, the fastest first; `kinds` is how names begin, all if empty."""
     torch.manual_seed(0)
     given = draw(shape)
     exact = exact_corner(shape, given)
     whole = by_cudnn(shape, given)
     found = []
     for name, call in ways(shape, given, modes):
+        if kinds and name.split()[0] not in kinds:
+            continue
         row: dict[str, Any] = {"convolution": shape.name, "count": shape.count, "way": name}
         try:
             out = call()
@@ -275,7 +296,11 @@ def measure_norm(shape: Shape) -> dict[str, Any]:
     x = torch.randn(shape.frames, shape.height, shape.width, shape.channels, device="cuda", dtype=torch.bfloat16)
     gamma, out = torch.ones(shape.channels, device="cuda", dtype=torch.bfloat16), torch.empty_like(x)
     taken = milliseconds(lambda: normalise_into(out, x, gamma, silu=True))
-    return {"input": shape.name, "ms": taken, "gb_s": 2e-6 * x.nbytes / taken, "ms_of_a_chunk": taken * shape.count}
+    row = {"input": shape.name, "ms": taken, "gb_s": 2e-6 * x.nbytes / taken, "ms_of_a_chunk": taken * shape.count}
+    if shape.frames % 2 == 0:
+        row["ms_of_pairs"] = milliseconds(lambda: norm_pairs(x, x[:2], gamma))
+        row["gb_s_of_pairs"] = 3e-6 * x.nbytes / row["ms_of_pairs"]
+    return row
 
 
 def profile(vae: WanVae, chunk: Tensor, num_kernels: int = 25) -> list[dict[str, Any]]:
@@ -313,6 +338,7 @@ def measure_decoders(network: nn.Module, chunk: Tensor, routes: Sequence[Route])
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=75, help="no further shape is begun after so long")
+    parser.add_argument("--ways", nargs="*", default=[], help="these alone, such as halo and pairs; all unless told")
     parser.add_argument("--smoke", type=int, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     torch.backends.cudnn.allow_tf32 = False
@@ -329,9 +355,10 @@ def main() -> None:
     settings = Settings(backbone, backbone.width, backbone.height, device, torch.bfloat16)
     network = make_vae_network(settings)
     chunk = torch.randn(1, 3, 16, *settings.latent_size, device=device)
-    routes: tuple[Route, ...] = ("cudnn", "triton", "tma", "halo") if modes else ("cudnn", "triton", "tma")
+    routes: tuple[Route, ...] = ("cudnn", "triton", "tma", "halo", "pairs") if modes else ("cudnn", "triton", "tma")
+    routes = tuple(route for route in routes if not asked.ways or route in asked.ways)
     report("wan_conv-decoders", measure_decoders(network, chunk, routes), machine(settings))
-    for route in routes[2:]:
+    for route in routes[-3:]:
         try:
             kernels = profile(WanVae(network, route=route), chunk)
             report(f"wan_conv-kernels-{route}", kernels, f"One chunk by route {route}.")
@@ -343,7 +370,7 @@ def main() -> None:
     note += f"{', '.join(Tiles._fields)}; halo {', '.join(Cut._fields)}."
     for shape in SHAPES:
         if time.monotonic() - begun < asked.seconds:
-            rows += measure_shape(shape, modes)
+            rows += measure_shape(shape, modes, asked.ways)
             torch.cuda.empty_cache()
     report("wan_conv", rows, note)
     print(f"{time.monotonic() - begun:.0f} s")

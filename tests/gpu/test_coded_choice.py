@@ -98,3 +98,66 @@ def test_codes_choose_the_tiles_that_unpacked_keys_choose() -> None:
             chooser.choose(q_QNW, codes, *replayed)
         graph.replay()
         assert all(torch.equal(a, b) for lists in (found, replayed) for a, b in zip(expected, lists, strict=True))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="CUDA")
+@pytest.mark.parametrize("query_tiles", [2, 5, 43])
+@pytest.mark.parametrize(("frame_tokens", "multiprocessors"), [(22, 132), (700, 132), (700, 4), (700, 2)])
+def test_cuda_finds_the_sums_of_triton(
+    query_tiles: int, frame_tokens: int, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits, also where a program has fewer tiles of queries than parts, or not all of them.
+
+    Of five batches groups of four warps get one or none, or two or one, or three or two.
+    """
+    from workers.attention import coded_choice
+    from workers.attention.triton_coded_choice import coded_tile_sums
+
+    monkeypatch.setattr(coded_choice, "_count_multiprocessors", lambda _: multiprocessors)
+    s = replace(sizes_of("int4", 128, 128), chunk_tokens=3 * frame_tokens, frame_tokens=frame_tokens)
+    num_queries, num_tiles, keys = 128 * query_tiles - 37, s.num_slots // s.tile, draw_table(s).key_codes(0)
+    assert keys is not None
+    assert coded_choice.fits(keys, (128, 128, 16, 8))
+    assert not coded_choice.fits(keys, (128, 128, 8, 8))
+    place_S = sample_places(num_queries, 128, 8, DEVICE)[0]
+    q_QNW = torch.randn(num_queries, s.num_heads, s.width, device=DEVICE).to(DTYPE)
+    expected = torch.empty(s.num_heads, len(place_S), num_tiles, device=DEVICE)
+    coded_tile_sums(q_QNW, keys, place_S, expected, (128, 128, 16))
+    found = coded_choice.new_sums(s.num_heads, query_tiles, num_tiles, DEVICE)
+    coded_choice.sum_tiles(q_QNW, keys, place_S, found)
+    assert torch.equal(found.transpose(3, 4).reshape(expected.shape), expected)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="CUDA")
+@pytest.mark.parametrize(
+    ("num", "fewer", "tiles"), [(1, 1, 40), (7, 3, 40), (146, 49, 700), (30, 10, 31), (1097, 366, 1865)]
+)
+def test_cuda_lists_the_heaviest_and_of_equal_ones_the_first(num: int, fewer: int, tiles: int) -> None:
+    """As `test_the_heaviest_are_listed_in_rising_order_and_of_equal_ones_the_first`, whose shares are exact."""
+    from workers.attention.coded_choice import list_heaviest
+    from workers.attention.triton_choice import write_heaviest
+
+    generator = torch.Generator().manual_seed(tiles)
+    sums = 2.0 ** torch.randint(0, 4, (2, 3 * 8, tiles), generator=generator)
+    sums[..., 0] += 2.0 ** (10 + sums[..., 1:].sum(-1).log2().ceil()) - sums.sum(-1)
+    sums[1] = 0
+    sums, may = sums.to(DEVICE), torch.ones(tiles, dtype=torch.int32, device=DEVICE)
+    may[5] = 0
+    by_half = sums.unflatten(1, (3, 2, 4)).transpose(3, 4).contiguous()
+    for counts in ((num,), (num, fewer)):
+        found, expected = (
+            [torch.full((2, 3, n + 1), -7, dtype=torch.int32, device=DEVICE) for n in counts] for _ in range(2)
+        )
+        list_heaviest(by_half, may, 1, *found)
+        write_heaviest(sums, may, 1, *expected)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="CUDA")
+def test_what_is_no_number_fills_no_list_of_cuda_beyond_its_end() -> None:
+    from workers.attention.coded_choice import list_heaviest
+
+    sums, may = torch.full((1, 1, 2, 40, 4), torch.nan, device=DEVICE), torch.ones(40, dtype=torch.int32, device=DEVICE)
+    found = torch.full((1, 1, 9), -7, dtype=torch.int32, device=DEVICE)
+    list_heaviest(sums, may, 4, found)
+    assert found.flatten().tolist() == [0, 1, 2, 3, 4, -7, -7, -7, -7]

@@ -28,6 +28,7 @@ from tests.packed_checks import (
 )
 from workers.cache.low_bit import Storage
 from workers.cache.packed_history import PackedLayer
+from workers.cache.packed_table import PackedTable
 from workers.cache.table_layout import MergeRule
 
 HAS_CUDA_KERNELS = not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -35,6 +36,18 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not (torch.cuda.is_available() or INTERPRETED), reason="needs a CUDA device"),
 ]
+
+
+def differing(found: PackedTable, expected: PackedTable) -> list[str]:
+    """What of their layers, with known distances, is not the same bits."""
+    state = found.state()
+    names = [name for name, tensor in expected.state().items() if not torch.equal(state[name], tensor)]
+    for index, layers in enumerate(zip(found.layers, expected.layers, strict=True)):
+        apart = [of.apart_NC for of in layers if isinstance(of, PackedLayer) and of.apart_NC is not None]
+        assert len(apart) == 2
+        if not torch.equal(*apart):
+            names.append(f"{index}.apart_NC")
+    return names
 
 
 @pytest.mark.parametrize(("storage", "head_dim", "tile"), SHAPES)
@@ -79,6 +92,19 @@ def test_merging_into_codes_gives_the_bits_of_merging_in_the_workspace_and_packi
     check_merge(storage, rule, head_dim)
 
 
+@pytest.mark.skipif(not HAS_CUDA_KERNELS, reason="needs compute capability 9.0")
+def test_rows_moved_by_cuda_are_those_moved_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records, means of tiles and known distances as well."""
+    check_merge("int4", "pairs", 128, 128)
+    s = replace(SIZES, storage="int4", head_dim=128, tile=128, kept_chunks=9, spare_chunks=3)
+    num_chunks = s.kept_chunks + 3 * s.spare_chunks + 3
+    with monkeypatch.context() as changed:
+        changed.setattr("workers.cache.triton_collect.move_history", None)  # or both would be moved by Triton
+        found = fill(s, num_chunks, "kernels", DTYPE)
+    monkeypatch.setattr("workers.cache.triton_collect.can_move", lambda *_: False)
+    assert not differing(found, fill(s, num_chunks, "kernels", DTYPE))
+
+
 @pytest.mark.parametrize(("num_tiles", "query_tiles", "listed"), FLAGS)
 def test_tiles_that_are_listed_are_flagged(num_tiles: int, query_tiles: int, listed: int) -> None:
     pytest.importorskip("triton")
@@ -98,15 +124,8 @@ def test_layers_hold_the_bits_of_chunks_taken_over_one_by_one(monkeypatch: pytes
     expected = fill(s, num_chunks, "kernels", DTYPE)
     monkeypatch.setattr("workers.cache.triton_match.UNIT_BYTES", 1)
     found = fill(s, num_chunks, "kernels", DTYPE, one_by_one=True)
-    state = found.state()
-    for name, tensor in expected.state().items():
-        assert torch.equal(state[name], tensor), name
-    apart = [[of.apart_NC for of in table.layers if isinstance(of, PackedLayer)] for table in (found, expected)]
-    for a, b in zip(*apart, strict=True):
-        assert a is not None
-        assert b is not None
-        assert torch.equal(a, b)
-    assert int(state["0.m_NC"].max()) > 1
+    assert not differing(found, expected)
+    assert int(found.state()["0.m_NC"].max()) > 1
 
 
 @pytest.mark.parametrize(

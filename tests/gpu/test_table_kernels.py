@@ -11,9 +11,11 @@ from workers.cache import table_layout
 from workers.cache.layer_table import LayerTable
 from workers.cache.packed_table import PackedTable
 from workers.cache.pairs import every_other, most_common_parity
+from workers.cache.shrink import Room
 from workers.cache.table_layout import MergeRule, TableSettings, read_log_mass
 from workers.cache.table_pairs import Distances, choose_links, heaviest, pair_loss
 from workers.cache.tile_table import TableWork, TileTable
+from workers.cache.unrotated import TurnBack
 from workers.contracts import KeyValues
 from workers.model.rope import grid_positions, make_rotation, rotate
 
@@ -107,13 +109,25 @@ def test_members_that_are_listed_give_the_bits_of_those_that_add_themselves(
 
 @pytest.mark.parametrize("num_kinds", [1, 3, 40])
 def test_lists_hold_who_is_given_up_and_the_rest_is_left(num_kinds: int) -> None:
-    pairs = pytest.importorskip("workers.cache.triton_pairs", exc_type=ImportError)
+    triton_sums = pytest.importorskip("workers.cache.triton_sums", exc_type=ImportError)
+    from workers.cache.triton_families import Families
+    from workers.cache.triton_rows import StoredHistory, rows_as_computed
+
     generator, shape, most = torch.Generator().manual_seed(num_kinds), (3, 1500), 600
     head_of = torch.randint(num_kinds, shape, generator=generator, dtype=torch.int32)
     given_up = torch.rand(shape, generator=generator).argsort(-1)[:, :most].int()
     num_given_up = torch.tensor([0, 450, most], dtype=torch.int32)
+    m = torch.randint(1, 9, shape, generator=generator, dtype=torch.int32)
+    weight, rows = torch.randint(1, 1024, shape, generator=generator) / 1024, torch.zeros(*shape, 16)
+    keys = rows_as_computed(rows.to(DEVICE), 0, 16)
+    of = StoredHistory(keys, keys, *(x.to(DEVICE) for x in (rows[..., :3], m, weight, head_of)))
     for listed in (0, 4):
-        found = pairs.list_members(given_up.to(DEVICE), num_given_up.to(DEVICE), head_of.to(DEVICE), listed)
+        nothing = [torch.zeros(shape, dtype=kind) for kind in (torch.int32, torch.int64, torch.int32)]
+        families = (head_of, head_of, head_of, given_up, num_given_up, num_given_up.new_zeros(3, 3), *nothing)
+        room = Room(num_keep=900, num_merges=most, rule="pairs", rate=0.0, num_listed=listed)
+        turn_back = TurnBack(16, 10000.0, DEVICE)
+        sums = triton_sums.join_groups(of, turn_back, room, Families(*(x.to(DEVICE) for x in families)))
+        found = sums.members
         for row in range(shape[0]):
             rest = set(found.rest[row, : int(found.num_rest[row])].tolist())
             all_of = {group: [] for group in range(num_kinds)}
@@ -123,10 +137,13 @@ def test_lists_hold_who_is_given_up_and_the_rest_is_left(num_kinds: int) -> None
                 held = found.listed[row, group, : min(listed, len(mine))].tolist()
                 assert int(found.tally[row, group]) == len(mine)
                 assert sorted(held + [slot for slot in mine if slot in rest]) == sorted(mine)
+                assert int(sums.joined[row, group]) == int(m[row, mine].sum())
+                assert int(sums.added[row, group]) == int((weight[row, mine].double() * 2**24).sum())
             joined = [group for group, mine in all_of.items() if mine]
             assert sorted(found.group[row, : int(found.num_group[row])].tolist()) == joined
             large = [group for group, mine in all_of.items() if len(mine) > listed]
             assert sorted(found.number[row, large].tolist()) == list(range(len(large)))
+            assert int(found.num_large[row]) == len(large)
 
 
 def test_walking_along_chains_finds_every_other_link() -> None:
@@ -137,7 +154,9 @@ def test_walking_along_chains_finds_every_other_link() -> None:
     toward = torch.where(torch.rand(3, num, generator=generator) < 0.9, older, torch.arange(num, dtype=torch.int32))
     toward[2] = (torch.arange(num) - 1).clamp(min=0)  # one long chain
     is_linked = toward != torch.arange(num)
-    is_odd, num_odd, num_linked = (x.cpu() for x in pairs.walk((toward * 2 + is_linked).to(DEVICE)))
+    jumps, counts = (toward * 2 + is_linked).int().to(DEVICE), torch.zeros(2, 3, dtype=torch.int32, device=DEVICE)
+    pairs.walk(jumps, *counts)
+    is_odd, (num_odd, num_linked) = jumps.cpu() & 1, counts.cpu()
     assert torch.equal(num_odd, is_odd.sum(-1))
     assert torch.equal(num_linked, is_linked.sum(-1))
     assert torch.equal(most_common_parity(is_odd > 0, is_linked), every_other(toward.long()))
@@ -162,6 +181,7 @@ def test_the_nearest_tiles_are_listed_the_nearest_first(num_tiles: int, first: i
 def test_kernels_choose_the_links_that_the_plain_way_chooses(num: int, num_merges: int, num_alike: int) -> None:
     """Also where some lose nothing, and more than may merge lose alike."""
     links = pytest.importorskip("workers.cache.triton_links", exc_type=ImportError)
+    families = pytest.importorskip("workers.cache.triton_families", exc_type=ImportError)
     generator, shape = torch.Generator().manual_seed(num), (3, num)
     partner = (torch.rand(shape, generator=generator) * torch.arange(num)).int()
     partner[torch.rand(shape, generator=generator) < 0.1] = -1
@@ -173,18 +193,22 @@ def test_kernels_choose_the_links_that_the_plain_way_chooses(num: int, num_merge
     of_keys[:, 1:num_alike:2], of_values[:, 1:num_alike:2], m[:, 1:num_alike:2] = 3.0, 5.0, 1
     found = Distances(of_keys, of_values, lengths * (m > 0))
     expected = choose_links(pair_loss(found, m, partner, DIM), partner, num_merges)
-    on_device = Distances(*(x.to(DEVICE) for x in found[:3])), m.to(DEVICE), partner.to(DEVICE)
+    on_device = Distances(*(x.clone().to(DEVICE) for x in found[:3])), m.to(DEVICE), partner.to(DEVICE)
     link = links.choose_links(*on_device, DIM, num_merges)
     assert torch.equal(link.cpu(), expected)
-    root, head_of, counts = (x.cpu() for x in links.follow(link, on_device[1], by_mass=True))
+    followed = families.follow(link, on_device[1], num_merges, by_mass=True)
+    root, head_of, counts, given_up, num_given_up, *_ = (x.cpu() for x in followed)
     end = expected.long()
     for _ in range(num.bit_length()):
         end = end.gather(1, end)
     assert torch.equal(root.long(), end)
     assert torch.equal(head_of.long(), heaviest(end, m))
     survives = (m > 0) & (head_of == torch.arange(num))
-    pieces = torch.nn.functional.pad(survives, (0, -num % links.PIECE)).unflatten(1, (-1, links.PIECE))
+    pieces = torch.nn.functional.pad(survives, (0, -num % families.PIECE)).unflatten(1, (-1, families.PIECE))
     assert torch.equal(counts, pieces.sum(-1, dtype=torch.int32))
+    for row, count in enumerate(num_given_up.tolist()):
+        gone = ((m[row] > 0) & ~survives[row]).nonzero().flatten().tolist()
+        assert sorted(given_up[row, :count].tolist()) == gone
 
 
 def test_near_tiles_of_several_steps_are_compared_as_the_plain_way_does(monkeypatch: pytest.MonkeyPatch) -> None:

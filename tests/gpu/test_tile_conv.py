@@ -111,7 +111,7 @@ def test_the_same_twice() -> None:
     assert torch.equal(once, again)
 
 
-@pytest.mark.parametrize("route", ["tma"] if INTERPRETED else ["tma", "halo"])
+@pytest.mark.parametrize("route", ["tma"] if INTERPRETED else ["tma", "halo", "pairs"])
 def test_a_decoder_by_tiles_makes_the_pixels_of_the_plain_one(route: Route) -> None:
     pytest.importorskip("triton")
     torch.manual_seed(4)

@@ -70,8 +70,8 @@ def test_only_a_new_chunk_is_packed_and_merging_writes_codes_at_once() -> None:
 def test_a_merge_moves_kept_codes_once_and_no_kept_value() -> None:
     found = least_work.least_of_merge(AT_480P, "int4")
     kept, given_up = 12 * 43 * 4680, 12 * 5 * 4680
-    assert found["move_history"] == kept * (2 * 2 * (64 + 8) + 92) / 1e9
-    assert found["average_groups"] == given_up * 3 * (64 + 8) / 1e9
+    assert found["move_rows"] == kept * (2 * 2 * (64 + 8) + 92) / 1e9
+    assert found["average_rows"] == given_up * 3 * (64 + 8) / 1e9
     assert sum(found.values()) == pytest.approx(1.37, abs=0.01)
 
 

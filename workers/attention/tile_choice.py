@@ -167,18 +167,29 @@ class TileChoice:
     def _choose_by_kernels(
         self, q_QNW: Tensor, keys: Tensor | KeyCodes, index_NIJ: Tensor, clean_NIJ: Tensor | None
     ) -> None:
+        from workers.attention.coded_choice import fits
         from workers.attention.triton_choice import tile_sums, write_heaviest
         from workers.attention.triton_coded_choice import coded_tile_sums
 
+        s = self.settings
+        if isinstance(keys, KeyCodes) and fits(keys, (self._head_dim, s.tile, s.keys_per_tile, s.queries_per_tile)):
+            self._choose_by_cuda(q_QNW, keys, index_NIJ, clean_NIJ)
+            return
         shape = (q_QNW.shape[1], len(self._query_S), len(self._is_candidate_J))
         sum_NSJ = torch.empty(shape, dtype=torch.float32, device=q_QNW.device)
-        s = self.settings
         sizes = self._head_dim, s.tile, s.keys_per_tile
         if isinstance(keys, KeyCodes):
             coded_tile_sums(q_QNW, keys, self._query_S, sum_NSJ, sizes)
         else:
             tile_sums(q_QNW, keys, self._query_S, sum_NSJ, sizes, quant=s.estimate == "quant")
         write_heaviest(sum_NSJ, self._is_candidate_J, len(self._always_A), index_NIJ, clean_NIJ)
+
+    def _choose_by_cuda(self, q_QNW: Tensor, keys: KeyCodes, index_NIJ: Tensor, clean_NIJ: Tensor | None) -> None:
+        from workers.attention.coded_choice import list_heaviest, new_sums, sum_tiles
+
+        sums = new_sums(q_QNW.shape[1], self.query_tiles, len(self._is_candidate_J), q_QNW.device)
+        sum_tiles(q_QNW, keys, self._query_S, sums)
+        list_heaviest(sums, self._is_candidate_J, len(self._always_A), index_NIJ, clean_NIJ)
 
     def mass(self, q_QNW: Tensor, k_NLW: Tensor) -> Tensor:
         """Estimated share of the softmax in each tile of the table, mean over the queries of a tile, [N, I, J]."""

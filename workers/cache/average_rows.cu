@@ -13,13 +13,6 @@ struct Average {
     int first_head, heads, history_slots, num_slots, num_sums, num_most;
 };
 
-// As Triton divides where it is not asked for more.
-__device__ __forceinline__ float divide(float a, float b) {
-    float to;
-    asm("div.full.f32 %0, %1, %2;" : "=f"(to) : "f"(a), "f"(b));
-    return to;
-}
-
 // Half a row: its codes, and their steps.
 struct Half { u32 word[8]; Step step[2]; };
 

@@ -6,7 +6,7 @@ channel of each group and the two channels of log m. What is plain torch here is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +35,13 @@ class PackedLayer(LayerTable):
     apart_NC: Tensor | None = None
     """For kernels that merge pairs: squared distance of each key from its partner's, float32; -1 where it is not known.
     Found again where it is lost, so no snapshot has it."""
+
+
+def heads_of(layer: PackedLayer, run: slice) -> PackedLayer:
+    """Some heads of layers side by side: views."""
+    held = {field.name: getattr(layer, field.name) for field in fields(layer)}
+    views: dict[str, Any] = {name: x[run] for name, x in held.items() if isinstance(x, Tensor)}
+    return replace(layer, **views)
 
 
 class Workspace:

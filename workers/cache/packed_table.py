@@ -10,7 +10,7 @@ that it came with.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -154,9 +154,7 @@ class PackedTable(TileTable):
         """Nothing is laid out: kernels read the chunk where it lies, and codes where they lie."""
         s = self.settings
         if layer.pointer == s.history_tokens:
-            room = self._room(layer)
-            for one in self._one_by_one(layer):  # buffers are those of one layer
-                kernels.merge_into_codes(one, self._turn_back, room, s)
+            kernels.merge_into_codes(layer, self._turn_back, self._room(layer), s)
             layer.pointer = s.kept_tokens
             self._mark("merging")
         new, run = slice(layer.pointer, layer.pointer + s.chunk_tokens), self.run_of(layer, source)
@@ -164,13 +162,6 @@ class PackedTable(TileTable):
         kernels.take_in(layer, chunk, new, self._turn_back, self._look, s)
         layer.pointer = new.stop
         self._mark("matching")
-
-    def _one_by_one(self, layer: PackedLayer) -> Iterator[PackedLayer]:
-        """Layers that go together, each by itself."""
-        names, heads = (*self.tensors, *([] if layer.apart_NC is None else ["apart_NC"])), self.settings.num_heads
-        for first in range(0, len(layer.m_NC), heads):
-            views = {name: getattr(layer, name)[first : first + heads] for name in names}
-            yield PackedLayer(**views, pointer=layer.pointer, num_chunks=layer.num_chunks)
 
     def _average_new(self, layer: LayerTable, new: slice) -> None:
         self._average_as_kernels(layer, new)

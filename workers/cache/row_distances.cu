@@ -34,8 +34,6 @@ template <int NUM> __device__ __forceinline__ float add_up(const float* x) {
     else return __fadd_rn(add_up<NUM / 2>(x), add_up<NUM / 2>(x + NUM / 2));
 }
 
-__device__ __forceinline__ float square_both(float a, float b) { return __fmaf_rn(a, a, __fmul_rn(b, b)); }
-
 // A block takes slots of one head; rows of codes lie head by head, code_slots each.
 extern "C" __global__ void __launch_bounds__(THREADS) value_distances(
     const uint4* __restrict__ code, const uint2* __restrict__ largest, const int* __restrict__ m,
@@ -79,14 +77,6 @@ template <int PAIR> __device__ constexpr Turn turn_of() {
     return {axis[PAIR], frequency[PAIR]};
 }
 
-// As `sin_cos_by_unit` of triton_rows.py.
-__device__ __forceinline__ void sin_cos(float angle, float& sin, float& cos) {
-    float turns = __fsub_rn(__fmaf_rn(angle, 0.15915494309189535f, 12582912.0f), 12582912.0f);
-    float r = __fmaf_rn(turns, -1.9353071795864769e-3f, __fmaf_rn(turns, -6.28125f, angle));
-    asm("sin.approx.f32 %0, %1;" : "=f"(sin) : "f"(r));
-    asm("cos.approx.f32 %0, %1;" : "=f"(cos) : "f"(r));
-}
-
 struct Products { float inner, a, b; };
 
 __device__ __forceinline__ Products add_both(Products x, Products y) {
@@ -96,9 +86,8 @@ __device__ __forceinline__ Products add_both(Products x, Products y) {
 // Of one pair of channels; a and b are even and odd channel.
 template <int PAIR>
 __device__ __forceinline__ Products compare_pair(const float* a, const float* b, const float (&apart)[3]) {
-    float sin, cos;
     constexpr Turn turn = turn_of<PAIR>();
-    sin_cos(__fmul_rn(apart[turn.axis], turn.frequency), sin, cos);
+    const auto [sin, cos] = sin_cos(__fmul_rn(apart[turn.axis], turn.frequency));
     float along = __fmaf_rn(a[0], b[0], __fmul_rn(a[1], b[1]));
     float across = __fmaf_rn(a[1], b[0], -__fmul_rn(a[0], b[1]));
     return {__fmaf_rn(along, cos, __fmul_rn(across, sin)), square_both(a[0], a[1]), square_both(b[0], b[1])};

@@ -33,7 +33,7 @@ def make_source(names: Mapping[str, object], own: Path) -> str:
         own: Its file.
     """
     defines = define({"STEP_OF_ONE": f"({1 / LIMITS['int4']!r}f)", **names})
-    return defines + Path(__file__).with_name("codes_of_4.cuh").read_text() + own.read_text()
+    return defines + Path(__file__).parents[1].joinpath("codes_of_4.cuh").read_text() + own.read_text()
 
 
 @functools.cache
@@ -50,14 +50,15 @@ def _load(turns: tuple[tuple[int, float], ...], device: int) -> list[ctypes.c_vo
 
 
 @functools.cache
-def _can_run(device: torch.device) -> bool:
+def can_run(device: torch.device) -> bool:
+    """Whether kernels by CUDA are for this device."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 and not lacks_compiler()
 
 
 def fits(rows: Rows, turn_back: TurnBack) -> bool:
     """Whether the kernels are for such rows, which are read as bfloat16, and for this GPU."""
     form = rows.form["BITS"], rows.form["GROUP"], rows.form["KIND"].name
-    return turn_back.head_dim == 128 and form == (4, 32, "bf16") and _can_run(rows.x.device)
+    return turn_back.head_dim == 128 and form == (4, 32, "bf16") and can_run(rows.x.device)
 
 
 def compare_values(v: Rows, turn_back: TurnBack, m_NC: Tensor, partner_NC: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,16 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.cache.average_rows import average_rows
-from workers.cache.packed_history import PackedLayer
+from workers.cache.move_rows import can_move, move_rows
+from workers.cache.packed_history import PackedLayer, heads_of
 from workers.cache.row_distances import fits
 from workers.cache.shrink import Room
 from workers.cache.table_codes import LEAST, LIMITS
 from workers.cache.table_layout import NO_KEY, TableSettings
+from workers.cache.triton_families import find_links
 from workers.cache.triton_merge import (
     VALUE_UNITS,
-    Found,
     add_rest,
-    find_sums,
     in_units,
     most_groups,
     partner_of_group,
@@ -42,10 +42,13 @@ from workers.cache.triton_rows import (
     store_mean,
     unit_pairs,
 )
+from workers.cache.triton_sums import Found, find_sums
 from workers.cache.unrotated import TurnBack
 
 _SUMMED_BYTES = 3 * 10**8
 """Of the sums of values of all heads; beyond, some heads are collected after the others."""
+_CHOSEN_AT_ONCE = 3
+"""Layers whose links are chosen together, which takes 12 bytes of each slot."""
 _AVERAGED_AT_ONCE = 16
 """Groups whose values become means."""
 _TURNED_AT_ONCE = 16
@@ -242,25 +245,46 @@ def move_history(  # type: ignore[no-untyped-def]
     if APART:
         tl.store(apart + here, distance, mask=used)
     store_log_mass(log_mass + here * 2, total, is_key, used, root_dim, no_key, 2)
-    # Codes and records are read again, from where other threads wrote them.
-    tl.debug_barrier()
-    _mean_of_tile(
-        k, largest, position, m, mean, axis, frequency, held + piece * TILE, TILE, P, TURNED, BITS, GROUP, KIND
-    )
+    if piece * TILE < num_keep:
+        # Codes and records are read again, from where other threads wrote them.
+        tl.debug_barrier()
+        _mean_of_tile(
+            k, largest, position, m, mean, axis, frequency, held + piece * TILE, TILE, P, TURNED, BITS, GROUP, KIND
+        )
+    else:  # no key is left
+        channel = tl.arange(0, 2 * P)
+        nothing = tl.zeros([2 * P], tl.float32).to(mean.dtype.element_ty)
+        tl.store(mean + (held // TILE + piece) * (2 * P) + channel, nothing)
 
 
 def merge_into_codes(to: PackedLayer, turn_back: TurnBack, room: Room, s: TableSettings) -> None:
-    """`merge` of `triton_merge.py` for a packed layer: codes and records of its history are read and written.
+    """`merge` of `triton_merge.py` for packed layers: codes and records of their histories are read and written.
+
+    What merges is chosen for some layers in one go, and then layers are written one by one: buffers of what is given up
+    are those of one layer.
 
     Args:
-        to: Full: as many keys stay as there are slots to keep, or more, so that none goes to a later slot.
+        to: One layer or several side by side, full: as many keys stay as there are slots to keep, or more, so that none
+            goes to a later slot.
         turn_back: RoPE of the model.
         room: How it is made.
         s: Sizes.
     """
+    at_once = _CHOSEN_AT_ONCE * s.num_heads
+    for start in range(0, len(to.m_NC), at_once):
+        some = heads_of(to, slice(start, start + at_once))
+        known = None if some.apart_NC is None else some.apart_NC[:, : s.history_tokens]
+        links = find_links(coded_history(some, s), turn_back, room, known, s.num_heads)
+        for first in range(0, len(links), s.num_heads):
+            run = slice(first, first + s.num_heads)
+            _merge_linked(heads_of(some, run), turn_back, room, s, links[run])
+
+
+def _merge_linked(to: PackedLayer, turn_back: TurnBack, room: Room, s: TableSettings, link: Tensor) -> None:
+    """One layer, by its links."""
     assert s.tile <= MOST_AVERAGED
     of, num_groups = coded_history(to, s), most_groups(room)
-    found = find_sums(of, turn_back, room, None if to.apart_NC is None else to.apart_NC[:, : s.history_tokens])
+    found = find_sums(of, turn_back, room, link)
     at_once = min(s.num_heads, max(1, _SUMMED_BYTES // (num_groups * s.head_dim * 4)))
     summed = torch.empty((at_once, num_groups, s.head_dim), dtype=torch.int32, device=to.m_NC.device)
     for first in range(0, s.num_heads, at_once):
@@ -288,20 +312,28 @@ def _average_groups(of: StoredHistory, found: Found, summed: Tensor, first: int,
 
 
 def _move(of: StoredHistory, found: Found, turn_back: TurnBack, to: PackedLayer, s: TableSettings) -> None:
-    """Codes and records, to where they go, and means of tiles."""
+    """Codes and records, to where they go, and means of tiles.
+
+    By CUDA where that can: the kernel below is bound by how many instructions it takes.
+    """
     codes = to.k_code_NCB, to.k_largest_NCG, to.v_code_NCB, to.v_largest_NCG
     apart = to.weight_NC if to.apart_NC is None else to.apart_NC
     records = to.position_NC3, to.m_NC, to.weight_NC, to.partner_NC, apart, to.mass_NC2
     assert all(x.is_contiguous() for x in (*codes, *records, to.mean_NJD))
-    words = [_in_words(x) for x in codes]
     num_keep, sums, families = found.source.shape[1], found.sums, found.families
+    old_partner = of.partner_NC.clone(memory_format=torch.contiguous_format)
+    listed = old_partner, found.source, sums.added, sums.joined, families.root, families.head_of, found.rank
+    sizes = s.num_heads, s.history_slots, s.history_tokens, num_keep
+    if can_move(of, turn_back, s):
+        known = *records[:4], to.apart_NC, to.mass_NC2
+        move_rows(codes, known, listed, to.mean_NJD, turn_back, sizes, s.head_dim**0.5, NO_KEY)
+        return
+    words = [_in_words(x) for x in codes]
     pieces = s.history_slots // s.tile
     # Whether each program has read, and how many have begun.
     is_read = torch.zeros(s.num_heads * pieces + 1, dtype=torch.int32, device=to.m_NC.device)
     move_history[(pieces * s.num_heads,)](
-        *words, *records, of.partner_NC.clone(memory_format=torch.contiguous_format),
-        found.source, sums.added, sums.joined, families.root, families.head_of, found.rank, is_read,
-        s.num_heads, s.history_slots, s.history_tokens, num_keep, s.head_dim**0.5, NO_KEY,
+        *words, *records, *listed, is_read, *sizes, s.head_dim**0.5, NO_KEY,
         of.k.x, of.k.largest, to.mean_NJD, turn_back.axis_int32_D, turn_back.frequency_D,
         CODES=words[0].shape[2], LARGEST=words[1].shape[2],
         MOST=triton.next_power_of_2(triton.cdiv(s.history_slots - num_keep, s.tile) + 2),

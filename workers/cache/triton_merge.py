@@ -10,7 +10,6 @@ layer is written again together with the means of its tiles.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -18,16 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.cache.partners import History
-from workers.cache.row_distances import compare_keys, fits
 from workers.cache.shrink import Room
 from workers.cache.table_layout import NO_KEY
-from workers.cache.triton_families import Families, find_families
-from workers.cache.triton_links import PIECE, count_before
-from workers.cache.triton_pairs import KEYS_COMPARED, Members, append, list_members
+from workers.cache.triton_families import find_links
 from workers.cache.triton_rows import (
     MOST_AVERAGED,
     StoredHistory,
-    compare_pairs,
     in_mean_units,
     keys_of,
     load_halves,
@@ -35,73 +30,30 @@ from workers.cache.triton_rows import (
     store_mean,
     unit_pairs,
 )
+from workers.cache.triton_sums import WEIGHT_UNITS, Found, find_sums
 from workers.cache.unrotated import TurnBack
 
-_WEIGHT_UNITS = tl.constexpr(float(2**24))
 VALUE_UNITS = tl.constexpr(float(2**20))
 """As in `shrink.py`."""
-_ADDED_AT_ONCE, _WRITTEN_AT_ONCE, _WEIGHED_AT_ONCE = 16, 16, 256
-"""Keys of a program: whose values are added; that are written again and turned back for means; that are weighed where
-nothing is compared."""
+_ADDED_AT_ONCE, _WRITTEN_AT_ONCE, _CLEARED_AT_ONCE = 16, 16, 8192
+"""Keys of a program whose values are added; that are written again and turned back for means; numbers it sets to 0."""
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _place(  # type: ignore[no-untyped-def]
-    m, head_of, num_survivors, rank, source, given_up, tally, stride_mn, num_slots, num_keep, num_given_up,
-    PIECES: tl.constexpr, M: tl.constexpr,
-):  # fmt: skip
-    """Where each key goes, and a list of those that are given up, in any order."""
-    slot = tl.program_id(0) * M + tl.arange(0, M)
-    row = tl.program_id(1).to(tl.int64)
-    inside, at = slot < num_slots, row * num_slots + slot
-    live = tl.load(m + row * stride_mn + slot, mask=inside, other=0) > 0
-    keeps = live & (tl.load(head_of + at, mask=inside, other=-1) == slot)
-    before, total = count_before(num_survivors, row, PIECES)
-    nth = before + tl.cumsum(keeps.to(tl.int32), 0)
-    tl.store(rank + at, nth, mask=inside)
-    target = nth - 1 + num_keep - total
-    tl.store(source + row * num_keep + target, slot, mask=keeps & (target >= 0))
-    tl.store(source + row * num_keep + slot, tl.full([M], -1, tl.int32), mask=slot < num_keep - total)
-    append(given_up + row * num_given_up, tally + row, slot, live & (keeps == 0))
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _weigh(  # type: ignore[no-untyped-def]
-    k, largest, position, m, weight, head_of, given_up_slot, tally, share, added, joined, axis, frequency,
-    stride_kn, stride_kl, start_k, stride_pn, stride_mn, stride_wn, num_slots, num_given_up, rate,
-    P: tl.constexpr, M: tl.constexpr, FALLS: tl.constexpr, KNOWN: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
-):  # fmt: skip
-    """Weight of each key that is given up, added to its group; distances that are known stand in `share`."""
-    listed = tl.program_id(0) * M + tl.arange(0, M)
-    row = tl.program_id(1).to(tl.int64)
-    given_up = listed < tl.load(tally + row)
-    slot = tl.load(given_up_slot + row * num_given_up + listed, mask=given_up, other=0)
-    at = row * num_slots + slot
-    own_m = tl.load(m + row * stride_mn + slot, mask=given_up, other=0)
-    newest = tl.load(head_of + at, mask=given_up, other=0)
-    w = tl.load(weight + row * stride_wn + slot, mask=given_up, other=0.0)
-    if KNOWN:
-        w *= tl.exp(-rate * tl.load(share + at, mask=given_up, other=0.0))
-    elif FALLS:
-        at_k, at_p = row * stride_kn, row * stride_pn
-        at_a, at_b = (start_k + slot).to(tl.int64) * stride_kl, (start_k + newest).to(tl.int64) * stride_kl
-        inner, a, b = compare_pairs(
-            k, largest, at_k + at_a, at_k + at_b, position, at_p + slot * 3, at_p + newest * 3, given_up,
-            axis, frequency, P, M, BITS, GROUP, KIND,
-        )  # fmt: skip
-        w *= tl.exp(-rate * tl.maximum(a + b - 2 * inner, 0.0))
-    tl.store(share + at, w, mask=given_up)
-    group = row * num_slots + newest
-    tl.atomic_add(added + group, tl.floor(w * _WEIGHT_UNITS + 0.5).to(tl.int64), mask=given_up, sem="relaxed")
-    tl.atomic_add(joined + group, own_m, mask=given_up, sem="relaxed")
+def _clear_sums(summed, num_large, first_row, size, D: tl.constexpr, M: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sums of groups that are there."""
+    local = tl.program_id(1).to(tl.int64)
+    num = tl.load(num_large + first_row + local) * D
+    for first in range(tl.program_id(0) * M, tl.minimum(num, size), tl.num_programs(0) * M):
+        at = first + tl.arange(0, M)
+        tl.store(summed + local * size + at, tl.zeros([M], tl.int32), mask=at < tl.minimum(num, size))
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def total_weight(weight, added, slot, there):  # type: ignore[no-untyped-def]
     """Own weight of a survivor, and that of its group; pointers are those of its row."""
     own = tl.load(weight + slot, mask=there, other=0.0)
-    return own, own + tl.load(added + slot, mask=there, other=0).to(tl.float32) / _WEIGHT_UNITS
+    return own, own + tl.load(added + slot, mask=there, other=0).to(tl.float32) / WEIGHT_UNITS
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -258,59 +210,6 @@ def _write_again(  # type: ignore[no-untyped-def]
     store_mean(mean + row * stride_jn + tl.program_id(0) * D, even_a, odd_a, even_b, odd_b, P, TILE)
 
 
-class _Sums(NamedTuple):
-    """What keys that are given up bring, [N, C]; at the one that stands for their group but for the first."""
-
-    share: Tensor
-    """Weight of each such key; anything for others."""
-    added: Tensor
-    """Weights in whole numbers, int64."""
-    joined: Tensor
-    """Sum of m, int32."""
-    members: Members
-
-
-class Found(NamedTuple):
-    """What merges, and where the rest goes."""
-
-    source: Tensor
-    """Old slot of each new one, -1 where no key goes: int32 [N, num_keep]."""
-    rank: Tensor
-    """Of each slot, how many survive up to it, int32 [N, C]."""
-    sums: _Sums
-    families: Families
-
-
-def find_sums(of: StoredHistory, turn_back: TurnBack, room: Room, apart: Tensor | None = None) -> Found:
-    """What merges; nothing of the history is written but `apart`, the `known` of `find_families`."""
-    k, _, position, m, weight, _ = of
-    heads, num = m.shape
-    families = find_families(of, turn_back, room, apart)
-    share = torch.empty((heads, num), dtype=torch.float32, device=m.device)
-    joined, added = torch.zeros_like(families.root), torch.zeros_like(families.root, dtype=torch.int64)
-    source = torch.empty((heads, room.num_keep), dtype=torch.int32, device=m.device)
-    rank = torch.empty_like(families.root)
-    # Each link that is chosen gives up one key.
-    given_up = torch.empty((heads, max(1, room.num_merges)), dtype=torch.int32, device=m.device)
-    tally = torch.zeros(heads, dtype=torch.int32, device=m.device)
-    _place[(triton.cdiv(num, PIECE), heads)](
-        m, families.head_of, families.num_survivors, rank, source, given_up, tally, m.stride(0), num, room.num_keep,
-        given_up.shape[1], PIECES=triton.next_power_of_2(families.num_survivors.shape[1]), M=PIECE, num_warps=4,
-    )  # fmt: skip
-    known = room.rate > 0 and fits(k, turn_back)
-    if known:
-        compare_keys(k, turn_back, position, families.head_of, (given_up, tally), share)
-    at_once = _WEIGHED_AT_ONCE if known or not room.rate else KEYS_COMPARED
-    _weigh[(triton.cdiv(given_up.shape[1], at_once), heads)](
-        k.x, k.largest, position, m, weight, families.head_of, given_up, tally, share, added, joined,
-        turn_back.axis_int32_D, turn_back.frequency_D, *k.at, position.stride(0), m.stride(0), weight.stride(0),
-        num, given_up.shape[1], room.rate, P=turn_back.head_dim // 2, M=at_once, FALLS=room.rate > 0, KNOWN=known,
-        **k.form, num_warps=4,
-    )  # fmt: skip
-    members = list_members(given_up, tally, families.head_of, room.num_listed)
-    return Found(source, rank, _Sums(share, added, joined, members), families)
-
-
 def merge(
     history: History, records: Sequence[Tensor], turn_back: TurnBack, room: Room, heads_at_once: int, tile: int
 ) -> None:
@@ -328,7 +227,8 @@ def merge(
     v, m, weight, partner = records
     values = rows_as_computed(v, history.start, turn_back.head_dim)
     of = StoredHistory(keys_of(history, turn_back.head_dim), values, history.position_NC3, m, weight, partner)
-    found, heads, device = find_sums(of, turn_back, room), m.shape[0], v.device
+    link = find_links(of, turn_back, room, None, m.shape[0])
+    found, heads, device = find_sums(of, turn_back, room, link), m.shape[0], v.device
     buffers = _buffers(history, records, heads_at_once, room.num_keep)
     groups = (heads_at_once, most_groups(room), turn_back.head_dim)
     summed = torch.empty(groups, dtype=torch.int32, device=device)
@@ -353,7 +253,10 @@ def add_rest(of: StoredHistory, found: Found, summed: Tensor, first: int) -> Non
     """
     sums, families, v = found.sums, found.families, of.v
     (heads, num_groups, dim), rest = summed.shape, sums.members.rest
-    summed.zero_()
+    size = num_groups * dim
+    _clear_sums[(triton.cdiv(size, _CLEARED_AT_ONCE), heads)](
+        summed, sums.members.num_large, first, size, D=dim, M=_CLEARED_AT_ONCE, num_warps=4
+    )
     _add_values[(triton.cdiv(rest.shape[1], _ADDED_AT_ONCE), heads)](
         v.x, v.largest, of.weight_NC, sums.share, sums.added, families.head_of, sums.members.number, rest,
         sums.members.num_rest, summed, *v.at, of.weight_NC.stride(0), first, of.m_NC.shape[1], rest.shape[1],

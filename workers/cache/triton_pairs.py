@@ -21,6 +21,8 @@ KEYS_COMPARED = 16
 _VALUES_COMPARED = 32
 _WALKED_AT_ONCE = 512
 """Slots that wait for the longest of their chains."""
+_LISTED_AT_ONCE = 2048
+"""Slots of a row of which a program lists those whose distance is not known."""
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -113,43 +115,40 @@ def _value_distances(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _walk_in_place(jumps, is_odd, num_odd, num_linked, num_slots, M: tl.constexpr):  # type: ignore[no-untyped-def]
+def _walk_in_place(jumps, num_odd, num_linked, num_slots, M: tl.constexpr):  # type: ignore[no-untyped-def]
     """Whether the end of the chain of each slot is an odd number of links away; how many are, and how many linked.
 
     Each step is written at once, so that the steps of others become longer. A jump that another program has just made
     longer is as right as the one before: end and parity are the same whoever comes first. So a multiprocessor may look
-    where its own cache has kept an older jump, which is faster than to ask for the newest.
+    where its own cache has kept an older jump, which is faster than to ask for the newest. Programs that run at once
+    have slots of all heads: chains of older slots then end before newer ones begin.
     """
-    slot = tl.program_id(0) * M + tl.arange(0, M)
-    row = tl.program_id(1)
+    row = tl.program_id(0)
+    slot = tl.program_id(1) * M + tl.arange(0, M)
     base = row.to(tl.int64) * num_slots
     inside = slot < num_slots
     jump = tl.load(jumps + base + slot, mask=inside, other=0)
     here, parity = tl.where(inside, jump >> 1, 0), jump & 1
     is_linked = (inside & (here != slot)).to(tl.int32)
-    jump = tl.load(jumps + base + here, mask=inside, other=0)
-    while tl.max((jump >> 1 != here).to(tl.int32), 0) > 0:
-        goes_on = jump >> 1 != here  # Triton 3.6 takes no loop whose body never looks at `here`
-        parity ^= jump & 1
-        here = jump >> 1
+    jump = tl.load(jumps + base + here, mask=is_linked > 0, other=0)
+    goes_on = (is_linked > 0) & (jump >> 1 != here)
+    while tl.max(goes_on.to(tl.int32), 0) > 0:
+        # Who has arrived asks no more.
+        parity = tl.where(goes_on, parity ^ (jump & 1), parity)
+        here = tl.where(goes_on, jump >> 1, here)
         tl.store(jumps + base + slot, here * 2 + parity, mask=goes_on)
-        jump = tl.load(jumps + base + here, mask=inside, other=0)
-    tl.store(is_odd + base + slot, parity.to(tl.int8), mask=inside)
+        jump = tl.load(jumps + base + here, mask=goes_on, other=0)
+        goes_on = goes_on & (jump >> 1 != here)
     tl.atomic_add(num_odd + row, tl.sum(parity, 0), sem="relaxed")
     tl.atomic_add(num_linked + row, tl.sum(is_linked, 0), sem="relaxed")
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _list_members(  # type: ignore[no-untyped-def]
-    given_up, num_given_up, head_of, tally, member, number, group, rest, counts, num_slots, num_most, num_rows,
-    LISTED: tl.constexpr, M: tl.constexpr,
+def list_members(  # type: ignore[no-untyped-def]
+    slot, newest, there, row, tally, member, number, group, rest, counts, num_slots, num_most, num_rows,
+    LISTED: tl.constexpr,
 ):  # fmt: skip
     """Count who is given up to each group and list the first that come, the groups, and who is not listed."""
-    place = tl.program_id(0) * M + tl.arange(0, M)
-    row = tl.program_id(1).to(tl.int64)
-    there = place < tl.load(num_given_up + row)
-    slot = tl.load(given_up + row * num_most + place, mask=there, other=0)
-    newest = tl.load(head_of + row * num_slots + slot, mask=there, other=0)
     at = row * num_slots + newest
     before = tl.atomic_add(tally + at, 1, mask=there, sem="relaxed")
     tl.store(member + at * LISTED + before, slot, mask=there & (before < LISTED))
@@ -161,19 +160,19 @@ def _list_members(  # type: ignore[no-untyped-def]
     tl.store(number + at, first + nth - 1, mask=is_large)
 
 
-def walk(jumps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Whether each slot is an odd number of links from where its chain ends; how many of a row are, and are linked.
+def walk(jumps: Tensor, num_odd: Tensor, num_linked: Tensor) -> None:
+    """Find whether each slot is an odd number of links from where its chain ends.
 
     Args:
-        jumps: Written: twice the slot that each is linked to and 1, or twice its own where its chain ends: int32,
-            contiguous [N, C], C below 2^30.
+        jumps: Of each slot, twice the one that it is linked to and 1, or twice its own where its chain ends: int32,
+            contiguous [N, C], C below 2^30. Written: twice where its chain ends, and 1 where that is an odd number of
+            links away.
+        num_odd, num_linked: 0, [N], int32. Written: how many slots of a row are, and how many are linked.
     """
     heads, num = jumps.shape
-    is_odd, counts = torch.empty(jumps.shape, dtype=torch.int8, device=jumps.device), jumps.new_zeros((2, heads))
-    _walk_in_place[(triton.cdiv(num, _WALKED_AT_ONCE), heads)](
-        jumps, is_odd, counts[0], counts[1], num, M=_WALKED_AT_ONCE, num_warps=4
+    _walk_in_place[(heads, triton.cdiv(num, _WALKED_AT_ONCE))](
+        jumps, num_odd, num_linked, num, M=_WALKED_AT_ONCE, num_warps=4
     )
-    return is_odd, counts[0], counts[1]
 
 
 class Members(NamedTuple):
@@ -193,26 +192,8 @@ class Members(NamedTuple):
     """Who is given up and not listed, [N, most]."""
     num_rest: Tensor
     """Of those, [N]."""
-
-
-def list_members(given_up: Tensor, num_given_up: Tensor, head_of: Tensor, num_listed: int) -> Members:
-    """List so many of each group.
-
-    Args:
-        given_up: Slots [N, most], int32.
-        num_given_up: How many of them count, [N], int32.
-        head_of: Who stands for the group of each slot, int32.
-        num_listed: May be 0.
-    """
-    (heads, num), most = head_of.shape, given_up.shape[1]
-    tally, number = torch.zeros_like(head_of), torch.empty_like(head_of)
-    listed = head_of.new_empty((heads, num, num_listed))
-    group, rest, counts = torch.empty_like(given_up), torch.empty_like(given_up), head_of.new_zeros((3, heads))
-    _list_members[(triton.cdiv(most, 256), heads)](
-        given_up, num_given_up, head_of, tally, listed, number, group, rest, counts, num, most, heads,
-        LISTED=num_listed, M=256, num_warps=4,
-    )  # fmt: skip
-    return Members(tally, listed, number, group, counts[0], rest, counts[1])
+    num_large: Tensor
+    """Groups that have more members than are listed, [N]."""
 
 
 def find_cosines(k: Rows, position: Tensor, m: Tensor, partner: Tensor, turn_back: TurnBack) -> Tensor:
@@ -240,9 +221,9 @@ def find_distances(of: StoredHistory, turn_back: TurnBack, known: Tensor | None 
         known = torch.full(m.shape, -1.0, device=m.device)
     unknown, counts = torch.empty_like(m, memory_format=torch.contiguous_format), m.new_zeros((2, heads))
     count, num_live = counts
-    _list_unknown[(triton.cdiv(num, 1024), heads)](
+    _list_unknown[(triton.cdiv(num, _LISTED_AT_ONCE), heads)](
         known, m, partner, unknown, count, num_live, known.stride(0), m.stride(0), partner.stride(0), num,
-        M=1024, num_warps=4,
+        M=_LISTED_AT_ONCE, num_warps=8,
     )  # fmt: skip
     if fits(k, turn_back):
         compare_keys(k, turn_back, position, partner, (unknown, count), known)

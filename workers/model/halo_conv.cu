@@ -1,10 +1,15 @@
 // A causal 3x3x3 convolution for compute capability 9.0 in bfloat16: a tile's inputs with a border of one pixel come into
 // shared memory once for nine places of the kernel, which tensor cores read from there, each place from another start.
 //
+// With PAIRS a tile is of two frames that follow each other, and inputs are the four sums and differences of frames that
+// pair_conv.py describes: four times nine places for two frames instead of six.
+//
 // Defined by whoever compiles: C_IN and C_OUT channels, N channels of a tile (C_OUT is a multiple), TH x TW pixels of a
 // tile, MB blocks of 8x8 pixels for each of two groups of four warps, NA and NB slots of inputs and of weights, PLAIN (how
-// inputs lie in shared memory), and wgmma(), the product of 64 pixels, N channels and 16 inputs.
+// inputs lie in shared memory), PAIRS, and wgmma(), the product of 64 pixels, N channels and 16 inputs.
 struct alignas(64) TensorMap { u64 opaque[16]; };
+
+constexpr int TAPS = PAIRS ? 4 : 3, FRAMES = PAIRS ? 2 : 1;   // inputs in time, and frames of a tile
 
 constexpr int KC = 32;                                        // input channels of a step
 constexpr int HALO_W = TW + 2, HALO = (TH + 2) * HALO_W;      // pixels with their border
@@ -39,7 +44,7 @@ __device__ __forceinline__ u64 describe_weights(u32 slot, int column, int k) {
 
 struct Tile { int frame, row, column, first; };
 
-// Tiles of a group take their turn frame by frame, so that their frames are in the cache for the next.
+// Tiles of a group take their turn frame by frame (pair by pair), so that their frames are in the cache for the next.
 __device__ __forceinline__ Tile find_tile(int index, int num, int height, int width) {
     int tiles_w = (width + TW - 1) / TW, tiles = (height + TH - 1) / TH * tiles_w;
     int rest = index / TILES_N, group = rest / (GROUP * num), inside = rest % (GROUP * num);
@@ -53,20 +58,45 @@ __device__ __forceinline__ u32 add_pair(u32 a, u32 b) {
                       __uint_as_float(a & 0xFFFF0000u) + __uint_as_float(b & 0xFFFF0000u));
 }
 
+// Sums and differences in place, as there are no registers for both beside what they are made of; and the bias, which would
+// take registers if it were added when blocks are stored.
+__device__ __forceinline__ void add_and_subtract(float (&a)[N / 2], float (&b)[N / 2], const float* bias, int lane) {
+#pragma unroll
+    for (int column = 0; column < N / 8; column++) {
+        float2 added = *(const float2*)(bias + column * 8 + lane % 4 * 2);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float &x = a[column * 4 + i], &y = b[column * 4 + i], more = i % 2 ? added.y : added.x;
+            x += y;
+            y = fmaf(y, -2.f, x) + more;
+            x += more;
+        }
+    }
+}
+
 // Where a lane's pixel of a block lies in the result, in units of eight channels; past a picture: -1.
-__device__ __forceinline__ long long find_pixel(const Tile& tile, int block, int half, int warp, int lane, int height, int width) {
+__device__ __forceinline__ long long find_pixel(
+    const Tile& tile, int frame, int block, int half, int warp, int lane, int height, int width) {
     int y = tile.row + block / (TW / 8) * 8 + warp % 4 * 2 + half;
     int x = tile.column + block % (TW / 8) * 8 + lane / 4;
     if (y >= height || x >= width) return -1;
-    return (((long long)tile.frame * height + y) * width + x) * (C_OUT / 8) + tile.first / 8 + lane % 4;
+    return (((long long)frame * height + y) * width + x) * (C_OUT / 8) + tile.first / 8 + lane % 4;
 }
 
-// All loads first: one after the other would each wait for memory.
+// Without frames before, nothing is read for them.
+__device__ __forceinline__ int first_tap(const Tile& tile, int has_before) {
+    return PAIRS || has_before ? 0 : max(0, 2 - tile.frame);
+}
+
+// All loads first: one after the other would each wait for memory. Volatile: not earlier than they stand, which would take
+// registers that are not there.
 __device__ __forceinline__ void load_beside(uint4 (&other)[N / 32], const uint4* beside, long long pixel) {
 #pragma unroll
     for (int j = 0; j < N / 32; j++) {
         other[j] = make_uint4(0, 0, 0, 0);
-        if (beside && pixel >= 0) other[j] = beside[pixel + j * 4];
+        if (beside && pixel >= 0)
+            asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                : "=r"(other[j].x), "=r"(other[j].y), "=r"(other[j].z), "=r"(other[j].w) : "l"(beside + pixel + j * 4));
     }
 }
 
@@ -80,7 +110,7 @@ __device__ __forceinline__ void store_block(
 #pragma unroll
         for (int k = 0; k < 4; k++) {
             int column = j * 4 + k;
-            float2 added = *(const float2*)(bias + column * 8 + q * 2);
+            float2 added = PAIRS ? make_float2(0.f, 0.f) : *(const float2*)(bias + column * 8 + q * 2);
             word[k] = round_pair(total[column * 4 + half * 2] + added.x, total[column * 4 + half * 2 + 1] + added.y);
         }
         transpose(word, q);
@@ -121,16 +151,16 @@ extern "C" __global__ void __launch_bounds__(384, 1) convolve(
         if (threadIdx.x != 256) return;
         for (int index = blockIdx.x; index < num_tiles; index += gridDim.x) {
             Tile tile = find_tile(index, num, height, width);
-            for (int dt = has_before ? 0 : max(0, 2 - tile.frame); dt < 3; dt++) {
-                int frame = tile.frame + dt - 2;  // those before the first are below zero
-                const TensorMap* map = frame < 0 ? &before : frame < num_fresh ? &fresh : &last;
-                frame = frame < 0 ? frame + 2 : frame < num_fresh ? frame : frame - num_fresh;
+            for (int dt = first_tap(tile, has_before); dt < TAPS; dt++) {
+                int frame = PAIRS ? tile.frame * TAPS + dt : tile.frame + dt - 2;  // those before the first are below zero
+                const TensorMap* map = PAIRS ? &fresh : frame < 0 ? &before : frame < num_fresh ? &fresh : &last;
+                if (!PAIRS) frame = frame < 0 ? frame + 2 : frame < num_fresh ? frame : frame - num_fresh;
                 for (int step = 0; step < STEPS; step++) {
                     await(empty_a + sa * 8, pa ^ 1);
                     expect(full_a + sa * 8, A_BYTES);
                     load_inputs(a_slots + sa * A_SLOT, map, full_a + sa * 8, step, tile.column - 1, tile.row - 1, frame);
                     if (++sa == NA) sa = 0, pa ^= 1;
-                    const char* rows = weight + (u64)(((tile.first / N) * 3 + dt) * STEPS + step) * 3 * B_SLOT;
+                    const char* rows = weight + (u64)(((tile.first / N) * TAPS + dt) * STEPS + step) * 3 * B_SLOT;
                     for (int dy = 0; dy < 3; dy++) {
                         await(empty_b + sb * 8, pb ^ 1);
                         expect(full_b + sb * 8, B_SLOT);
@@ -147,9 +177,10 @@ extern "C" __global__ void __launch_bounds__(384, 1) convolve(
     int group = warp / 4;
     for (int index = blockIdx.x; index < num_tiles; index += gridDim.x) {
         Tile tile = find_tile(index, num, height, width);
-        float total[MB][N / 2];
-        int is_begun = 0, last_a = 0, last_b = -1;
-        for (int dt = has_before ? 0 : max(0, 2 - tile.frame); dt < 3; dt++) {
+        float total[FRAMES][MB][N / 2];
+        int last_a = 0, last_b = -1;
+        // Adds all products of one input in time; `adds` is 0 where nothing was added up before.
+        auto multiply = [&](float (&sums)[MB][N / 2], int adds) {
             for (int step = 0; step < STEPS; step++) {
                 await(full_a + sa * 8, pa);
 #pragma unroll 1
@@ -164,12 +195,12 @@ extern "C" __global__ void __launch_bounds__(384, 1) convolve(
                             for (int m = 0; m < MB; m++) {
                                 int block = group * MB + m;
                                 int pixel = (block / (TW / 8) * 8 + dy) * HALO_W + block % (TW / 8) * 8 + dx;
-                                wgmma(total[m], describe_inputs(a_slots + sa * A_SLOT, pixel, k),
-                                      describe_weights(b_slots + sb * B_SLOT, dx, k), is_begun | dx | k);
+                                wgmma(sums[m], describe_inputs(a_slots + sa * A_SLOT, pixel, k),
+                                      describe_weights(b_slots + sb * B_SLOT, dx, k), adds | dx | k);
                             }
                         }
                     }
-                    is_begun = 1;
+                    adds = 1;
                     commit();
                     finish<1>();
                     // All but the newest products are done: what they read may be overwritten.
@@ -183,23 +214,42 @@ extern "C" __global__ void __launch_bounds__(384, 1) convolve(
                 last_a = sa;
                 if (++sa == NA) sa = 0, pa ^= 1;
             }
-        }
-        uint4 other[MB][2][N / 32];
-        constexpr bool EARLY = MB * N <= 192;  // registers enough for the whole tile: it comes while products still run
-        if (EARLY) {
-#pragma unroll
-            for (int i = 0; i < 2 * MB; i++)
-                load_beside(other[i / 2][i % 2], beside, find_pixel(tile, group * MB + i / 2, i % 2, warp, lane, height, width));
-        }
+        };
+#if PAIRS
+        multiply(total[0], 0);
+        multiply(total[1], 0);
         finish<0>();
 #pragma unroll
-        for (int m = 0; m < MB; m++) hold(total[m]);
+        for (int m = 0; m < MB; m++) {
+            hold(total[0][m]), hold(total[1][m]);
+            add_and_subtract(total[0][m], total[1][m], bias_f + tile.first, lane);
+            hold(total[0][m]), hold(total[1][m]);
+        }
+        multiply(total[0], 1);
+        multiply(total[1], 1);
+#else
+        int adds = 0;
+        for (int dt = first_tap(tile, has_before); dt < TAPS; dt++) multiply(total[0], adds), adds = 1;
+#endif
+        // What stands beside comes while products still run: for the whole tile where registers are enough, else for one
+        // block, and then for the next one while this one is stored.
+        constexpr int BLOCKS = FRAMES * 2 * MB, AHEAD = !PAIRS && MB * N <= 192 ? BLOCKS : 2;
+        uint4 other[AHEAD][N / 32];
+        auto find = [&](int i) -> long long {
+            int frame = tile.frame * FRAMES + i / (2 * MB);
+            if (PAIRS && frame >= num_fresh) return -1;  // a last frame that has no second one
+            return find_pixel(tile, frame, group * MB + i / 2 % MB, i % 2, warp, lane, height, width);
+        };
+#pragma unroll
+        for (int i = 0; i < (AHEAD == BLOCKS ? BLOCKS : 1); i++) load_beside(other[i], beside, find(i));
+        finish<0>();
+#pragma unroll
+        for (int m = 0; m < FRAMES * MB; m++) hold(total[m / MB][m % MB]);
         if (lane == 0) arrive(empty_b + last_b * 8), arrive(empty_a + last_a * 8);
 #pragma unroll
-        for (int i = 0; i < 2 * MB; i++) {
-            long long pixel = find_pixel(tile, group * MB + i / 2, i % 2, warp, lane, height, width);
-            if (!EARLY) load_beside(other[i / 2][i % 2], beside, pixel);
-            store_block(total[i / 2], bias_f + tile.first, other[i / 2][i % 2], beside, out, pixel, i % 2, lane);
+        for (int i = 0; i < BLOCKS; i++) {
+            if (AHEAD < BLOCKS && i + 1 < BLOCKS) load_beside(other[(i + 1) % AHEAD], beside, find(i + 1));
+            store_block(total[i / (2 * MB)][i / 2 % MB], bias_f + tile.first, other[i % AHEAD], beside, out, find(i), i % 2, lane);
         }
     }
 }

@@ -59,11 +59,11 @@ def pack_weight(weight_OITHW: Tensor, channels: int) -> Tensor:
     """Weights as they lie in shared memory: [out / N, time, in / 32, row, column, N, 32], each row swizzled.
 
     Args:
-        weight_OITHW: Of the convolution.
+        weight_OITHW: Of the convolution; 3x3 in a picture.
         channels: N, those of a tile.
     """
-    out, channels_in = weight_OITHW.shape[:2]
-    parts = weight_OITHW.reshape(out // channels, channels, channels_in // _KC, 4, 8, 3, 3, 3)
+    out, channels_in, taps = weight_OITHW.shape[:3]
+    parts = weight_OITHW.reshape(out // channels, channels, channels_in // _KC, 4, 8, taps, 3, 3)
     parts = parts.permute(0, 5, 2, 6, 7, 1, 3, 4)  # tile, time, step, row, column, N, quarter of a row, 8
     n, quarter = torch.arange(channels)[:, None], torch.arange(4)[None, :]
     # Bits 4 and 5 of an address are combined with bits 7 and 8, which count pairs of rows.
@@ -72,8 +72,9 @@ def pack_weight(weight_OITHW: Tensor, channels: int) -> Tensor:
     return swizzled.flatten(-2).contiguous()
 
 
-def make_source(channels_in: int, channels_out: int, cut: Cut) -> str:
-    """CUDA of one convolution."""
+def make_source(channels_in: int, channels_out: int, cut: Cut, *, pairs: bool = False) -> str:
+    """CUDA of one convolution; in pairs of frames its inputs are float16."""
+    kind = "f16" if pairs else "bf16"
     count = cut.channels // 2
     numbers = ", ".join(f"%{i}" for i in range(count))
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
@@ -81,7 +82,7 @@ def make_source(channels_in: int, channels_out: int, cut: Cut) -> str:
 __device__ __forceinline__ void wgmma(float (&d)[{count}], unsigned long long a, unsigned long long b, int adds) {{
     asm volatile(
         "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + 2}, 0;\\n"
-        "wgmma.mma_async.sync.aligned.m64n{cut.channels}k16.f32.bf16.bf16 "
+        "wgmma.mma_async.sync.aligned.m64n{cut.channels}k16.f32.{kind}.{kind} "
         "{{{numbers}}}, %{count}, %{count + 1}, p, 1, 1, 0, 0;\\n}}"
         : {outputs} : "l"(a), "l"(b), "r"(adds));
 }}
@@ -96,15 +97,17 @@ __device__ __forceinline__ void wgmma(float (&d)[{count}], unsigned long long a,
         "NA": cut.slots_a,
         "NB": cut.slots_b,
         "PLAIN": int(cut.plain),
+        "PAIRS": int(pairs),
     }
     return make_hopper_source(names, product, Path(__file__).with_suffix(".cu"))
 
 
 @functools.cache
-def _load(channels_in: int, channels_out: int, cut: Cut, device: int) -> ctypes.c_void_p:
+def _load(channels_in: int, channels_out: int, cut: Cut, pairs: bool, device: int) -> ctypes.c_void_p:
     """The function, on its device."""
     assert cut.shared_bytes <= _MOST_SHARED
-    return load_functions(make_source(channels_in, channels_out, cut), ("convolve",), cut.shared_bytes, device)[0]
+    source = make_source(channels_in, channels_out, cut, pairs=pairs)
+    return load_functions(source, ("convolve",), cut.shared_bytes, device)[0]
 
 
 def _describe(frames_THWC: Tensor, cut: Cut) -> ctypes.Array[Any]:
@@ -115,13 +118,14 @@ def _describe(frames_THWC: Tensor, cut: Cut) -> ctypes.Array[Any]:
     if cut.plain:
         sizes, strides = [8, width, height, channels // 8, num], [*strides[:2], 8, strides[2]]
         box = [8, cut.columns + 2, cut.rows + 2, _KC // 8, 1]
-    rank, bfloat16, swizzle_64, promote_128 = len(sizes), 9, 2, 2
+    rank, swizzle_64, promote_128 = len(sizes), 2, 2
+    kind = {torch.float16: 6, torch.bfloat16: 9}[frames_THWC.dtype]
     raw = ctypes.create_string_buffer(192)
     start = -ctypes.addressof(raw) % 64
     found = (ctypes.c_char * 128).from_buffer(raw, start)
     check(
         load_driver().cuTensorMapEncodeTiled(
-            ctypes.byref(found), bfloat16, rank, ctypes.c_void_p(frames_THWC.data_ptr()),
+            ctypes.byref(found), kind, rank, ctypes.c_void_p(frames_THWC.data_ptr()),
             (ctypes.c_uint64 * rank)(*sizes), (ctypes.c_uint64 * (rank - 1))(*(2 * stride for stride in strides)),
             (ctypes.c_uint32 * rank)(*box), (ctypes.c_uint32 * rank)(*[1] * rank),
             0, 0 if cut.plain else swizzle_64, promote_128, 0,
@@ -160,18 +164,41 @@ def convolve(
     assert packed.shape == (out_channels // cut.channels, 3, channels // _KC, 3, 3, cut.channels, _KC)
     assert beside_THWC is None or beside_THWC.shape == out.shape
     assert before_THWC is None or before_THWC.shape == (2, *fresh.shape[1:])
-    device = fresh.get_device()
-    function = _load(channels, out_channels, cut, device)
-    assert device == torch.cuda.current_device()
-    num_tiles = num * -(-height // cut.rows) * -(-width // cut.columns) * (out_channels // cut.channels)
-    maps = [_describe(frames, cut) for frames in (fresh if before_THWC is None else before_THWC, fresh, last)]
-    beside = 0 if beside_THWC is None else beside_THWC.data_ptr()
-    given_values: list[Any] = [
-        *maps,
-        *map(ctypes.c_void_p, (packed.data_ptr(), bias_O.data_ptr(), beside, out.data_ptr())),
-    ]
-    numbers = (before_THWC is not None, len(fresh), num, height, width, num_tiles)
-    given_values += map(ctypes.c_int, numbers)
-    programs = min(num_tiles, torch.cuda.get_device_properties(device).multi_processor_count)
-    launch(function, programs, 384, cut.shared_bytes, given_values, device)
+    launch_cut(cut, (before_THWC, fresh, last), packed, bias_O, beside_THWC, out, pairs=False)
     return out
+
+
+def launch_cut(
+    cut: Cut,
+    inputs: tuple[Tensor | None, Tensor, Tensor],
+    packed: Tensor,
+    bias_O: Tensor,
+    beside_THWC: Tensor | None,
+    out_THWC: Tensor,
+    *,
+    pairs: bool,
+) -> None:
+    """The kernel on what its callers have checked.
+
+    Args:
+        inputs: Frames before, new ones, last ones of these; in pairs sums and differences, thrice.
+        out_THWC: Written.
+        pairs: Whether inputs are such.
+    """
+    before, fresh, last = inputs
+    num, height, width, out_channels = out_THWC.shape
+    device = fresh.get_device()
+    function = _load(fresh.shape[3], out_channels, cut, pairs, device)
+    assert device == torch.cuda.current_device()
+    num_units = -(-num // 2) if pairs else num
+    num_tiles = num_units * -(-height // cut.rows) * -(-width // cut.columns) * (out_channels // cut.channels)
+    maps = [_describe(frames, cut) for frames in (fresh if before is None else before, fresh, last)]
+    beside = 0 if beside_THWC is None else beside_THWC.data_ptr()
+    given: list[Any] = [
+        *maps,
+        *map(ctypes.c_void_p, (packed.data_ptr(), bias_O.data_ptr(), beside, out_THWC.data_ptr())),
+    ]
+    numbers = (before is not None, num if pairs else len(fresh), num_units, height, width, num_tiles)
+    given += map(ctypes.c_int, numbers)
+    programs = min(num_tiles, torch.cuda.get_device_properties(device).multi_processor_count)
+    launch(function, programs, 384, cut.shared_bytes, given, device)

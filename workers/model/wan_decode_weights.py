@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Route = Literal["cudnn", "cudnn-tried", "triton", "tma", "halo"]
+Route = Literal["cudnn", "cudnn-tried", "triton", "tma", "halo", "pairs"]
 
 
 class Conv(NamedTuple):
@@ -25,6 +25,8 @@ class Conv(NamedTuple):
     """For `tile_conv`, likewise."""
     packed_weight: Tensor | None = None
     """For `halo_conv`, in place of that."""
+    pair_weight: Tensor | None = None
+    """For `pair_conv`, in place of that."""
 
     @classmethod
     def of(cls, module: nn.Module, slots: Iterator[int], out_channels: int = 0) -> Conv:
@@ -73,7 +75,8 @@ class DecoderWeights:
         route: Who convolves. "cudnn" takes the algorithm that cuDNN recommends, "cudnn-tried" the one that wins at each
             new shape, which may differ from run to run and with it the last bits of pixels; "triton" is our own kernel
             where its tiles fit, which are nine tenths of the work; "tma" is the one that needs compute capability 9.0,
-            for enlargements and doublings too; "halo" is that with CUDA of our own for the units, in bfloat16.
+            for enlargements and doublings too; "halo" is that with CUDA of our own for the units, in bfloat16; "pairs"
+            is that with two thirds of the products where a latent frame has become an even number of frames.
     Raises:
         ValueError: The route needs another GPU or dtype.
     """
@@ -97,11 +100,11 @@ class DecoderWeights:
         ]
         self.gamma_out = decoder.norm_out.gamma.detach().flatten()
         # Three channels are no shape for a tensor core.
-        self.conv_out = Conv.of(decoder.conv_out, slots, out_channels=32 if route == "halo" else 8)
+        self.conv_out = Conv.of(decoder.conv_out, slots, out_channels=32 if route in ("halo", "pairs") else 8)
         self.num_slots = next(slots)
         if route == "triton":
             self._flatten_weights()
-        if route in ("tma", "halo"):
+        if route in ("tma", "halo", "pairs"):
             self._line_up_weights()
 
     def _flatten_weights(self) -> None:
@@ -122,13 +125,20 @@ class DecoderWeights:
     def _line_up_weights(self) -> None:
         """Have all convolutions but the first and the last computed by tiles that the copy engine brings."""
         self._refuse_elsewhere()
-        from workers.model import halo_conv, tile_conv  # Triton comes with CUDA builds of torch alone
+        from workers.model import halo_conv, pair_conv, tile_conv  # Triton comes with CUDA builds of torch alone
+
+        def takes_halos(conv: Conv) -> bool:
+            out, channels, *size = conv.weight.shape
+            return self.route in ("halo", "pairs") and size == [3, 3, 3] and halo_conv.takes(channels, out)
 
         def packed(conv: Conv) -> Tensor | None:
-            out, channels, *size = conv.weight.shape
-            if self.route != "halo" or size != [3, 3, 3] or not halo_conv.takes(channels, out):
-                return None
-            return halo_conv.pack_weight(conv.weight, halo_conv.choose_cut(out).channels)
+            cut = halo_conv.choose_cut(len(conv.weight))
+            return halo_conv.pack_weight(conv.weight, cut.channels) if takes_halos(conv) else None
+
+        def paired(conv: Conv, gamma_C: Tensor) -> Conv:
+            if self.route != "pairs" or not (takes_halos(conv) and pair_conv.fits(gamma_C)):
+                return lined(conv)
+            return conv._replace(pair_weight=pair_conv.pack_pairs(conv.weight, pair_conv.choose_cut(len(conv.weight))))
 
         def lined(conv: Conv) -> Conv:
             if (weight := packed(conv)) is not None:
@@ -141,24 +151,32 @@ class DecoderWeights:
         def lined_unit(unit: Unit) -> Unit:
             return unit._replace(conv1=lined(unit.conv1), conv2=lined(unit.conv2))
 
+        def paired_unit(unit: Unit) -> Unit:
+            return unit._replace(conv1=paired(unit.conv1, unit.gamma1_C), conv2=paired(unit.conv2, unit.gamma2_C))
+
         def lined_enlarge(enlarge: Enlarge) -> Enlarge:
             out, channels = enlarge.weight.shape[:2]
             weight = tile_conv.line_up(enlarge.weight[:, :, None]) if tile_conv.takes(channels, out // 4) else None
             return enlarge._replace(time=enlarge.time and lined(enlarge.time), lined_weight=weight)
 
-        if self.route == "halo":
+        if self.route in ("halo", "pairs"):
             self.conv_out = lined(self.conv_out)
         self.before, self.after = lined_unit(self.before), lined_unit(self.after)
-        self.stages = [
-            ([lined_unit(unit) for unit in units], enlarge and lined_enlarge(enlarge)) for units, enlarge in self.stages
-        ]
+        is_doubled, stages = False, []
+        for units, enlarge in self.stages:
+            # Pairs never depend on where a video is cut into pieces, so pixels do not.
+            stages.append(([(paired_unit if is_doubled else lined_unit)(unit) for unit in units], enlarge))
+            is_doubled = is_doubled or (enlarge is not None and enlarge.time is not None)
+        self.stages = [(units, enlarge and lined_enlarge(enlarge)) for units, enlarge in stages]
 
     def _refuse_elsewhere(self) -> None:
         """Triton's interpreter runs "tma" on a CPU."""
         weight = self.conv_in.weight
         major = torch.cuda.get_device_capability(weight.device)[0] if weight.is_cuda else 0
-        if self.route == "halo" and not (major == 9 and weight.dtype == torch.bfloat16):
-            raise ValueError("VAE by halo: needs compute capability 9.0 and bfloat16; cudnn and triton run elsewhere")
+        if self.route in ("halo", "pairs") and not (major == 9 and weight.dtype == torch.bfloat16):
+            raise ValueError(
+                f"VAE by {self.route}: needs compute capability 9.0 and bfloat16; cudnn and triton run elsewhere"
+            )
         if weight.is_cuda and not (major >= 9 and weight.dtype in (torch.bfloat16, torch.float16)):
             raise ValueError("VAE by tma: needs compute capability 9.0 and 16 bits; cudnn and triton run elsewhere")
 

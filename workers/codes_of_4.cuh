@@ -1,5 +1,5 @@
 // Rows of codes of 4 bits as kernels read them that stand behind this (see row_distances.py): two codes at once become
-// bfloat16, by the numbers of `scaled_codes` in triton_decode.py.
+// bfloat16, by the numbers of `scaled_codes` in triton_decode.py. Float32 is as Triton has it.
 //
 // Defined by whoever compiles: STEP_OF_ONE, what a largest channel of 1 makes a step.
 typedef unsigned int u32;
@@ -14,6 +14,29 @@ __device__ __forceinline__ u32 fma_both(u32 a, u32 b, u32 c) {
 __device__ __forceinline__ u32 round_twice(float x) {
     u32 to;
     asm("cvt.rn.bf16x2.f32 %0, %1, %1;" : "=r"(to) : "f"(x));
+    return to;
+}
+
+// Two bfloat16 as float32.
+__device__ __forceinline__ float low_of(u32 both) { return __uint_as_float(both << 16); }
+__device__ __forceinline__ float high_of(u32 both) { return __uint_as_float(both & 0xFFFF0000u); }
+
+__device__ __forceinline__ float square_both(float a, float b) { return __fmaf_rn(a, a, __fmul_rn(b, b)); }
+
+// As Triton divides where it is not asked for more.
+__device__ __forceinline__ float divide(float a, float b) {
+    float to;
+    asm("div.full.f32 %0, %1, %2;" : "=f"(to) : "f"(a), "f"(b));
+    return to;
+}
+
+// Sine and cosine, as `sin_cos_by_unit` of triton_rows.py.
+__device__ __forceinline__ float2 sin_cos(float angle) {
+    float2 to;
+    float turns = __fsub_rn(__fmaf_rn(angle, 0.15915494309189535f, 12582912.0f), 12582912.0f);
+    float r = __fmaf_rn(turns, -1.9353071795864769e-3f, __fmaf_rn(turns, -6.28125f, angle));
+    asm("sin.approx.f32 %0, %1;" : "=f"(to.x) : "f"(r));
+    asm("cos.approx.f32 %0, %1;" : "=f"(to.y) : "f"(r));
     return to;
 }
 
@@ -39,7 +62,6 @@ __device__ __forceinline__ void decode_word(float (&to)[8], u32 word, Step low, 
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         u32 both = scale_both(word >> (i % 2 * 8 + i / 2 * 4), i < 2 ? low : high);
-        to[i / 2 * 4 + i % 2] = __uint_as_float(both << 16);
-        to[i / 2 * 4 + i % 2 + 2] = __uint_as_float(both & 0xFFFF0000u);
+        to[i / 2 * 4 + i % 2] = low_of(both), to[i / 2 * 4 + i % 2 + 2] = high_of(both);
     }
 }
