@@ -110,53 +110,6 @@ def load_functions(source: str, names: Sequence[str], shared_bytes: int, device:
     return functions
 
 
-@functools.cache
-def is_hopper(device: torch.device) -> bool:
-    """Whether kernels for compute capability 9 run there, and can be compiled."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 and not lacks_compiler()
-
-
-def make_product(name: str, columns: int, sums: int) -> str:
-    """CUDA of a product in bfloat16 of 64 rows, in four registers, by some columns in shared memory, over 16.
-
-    Args:
-        name: Of the function.
-        columns: A multiple of 8.
-        sums: Of the array that it gets; the first half as many as columns are its own.
-    """
-    own = columns // 2
-    totals, outputs = ", ".join(f"%{i}" for i in range(own)), ", ".join(f'"+f"(d[{i}])' for i in range(own))
-    taken, given = ", ".join(f"unsigned int a{i}" for i in range(4)), ", ".join(f'"r"(a{i})' for i in range(4))
-    left, right = ", ".join(f"%{own + i}" for i in range(4)), own + 4
-    return f"""
-__device__ __forceinline__ void {name}(float (&d)[{sums}], {taken}, unsigned long long b, int adds) {{
-    asm volatile(
-        "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{right + 1}, 0;\\n"
-        "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 "
-        "{{{totals}}}, {{{left}}}, %{right}, p, 1, 1, 0;\\n}}"
-        : {outputs} : {given}, "l"(b), "r"(adds));
-}}
-"""
-
-
-def make_row_map(x_RD: Tensor, rows: int, columns: int) -> Any:
-    """A tensor map of contiguous bfloat16: boxes of so many rows and columns, at most 64, swizzled in 128 bytes."""
-    assert x_RD.dtype == torch.bfloat16
-    assert x_RD.is_contiguous()
-    bfloat16, swizzle_128, promote_256 = 9, 3, 3
-    raw = ctypes.create_string_buffer(192)
-    found = (ctypes.c_char * 128).from_buffer(raw, -ctypes.addressof(raw) % 64)
-    num, dim = x_RD.shape
-    check(
-        load_driver().cuTensorMapEncodeTiled(
-            ctypes.byref(found), bfloat16, 2, ctypes.c_void_p(x_RD.data_ptr()),
-            (ctypes.c_uint64 * 2)(dim, num), (ctypes.c_uint64 * 1)(2 * dim),
-            (ctypes.c_uint32 * 2)(columns, rows), (ctypes.c_uint32 * 2)(1, 1), 0, swizzle_128, promote_256, 0,
-        )
-    )  # fmt: skip
-    return found
-
-
 def address_of(tensor: Tensor | None) -> ctypes.c_void_p:
     """As an argument of a kernel; 0 where there is none."""
     return ctypes.c_void_p(0 if tensor is None else tensor.data_ptr())

@@ -1,10 +1,10 @@
 """Kernels that find partners: what `partners.py` does, for all rows of keys of some layers at once.
 
 A first kernel turns the new keys and the latent frame before them back to where they were before RoPE, at length 1,
-makes the means of their tiles and, where the history lies in few bits, the codes and records of what is new; a second
-compares each key with the latent frame before its own. The nearest tiles are listed by a third; a fourth turns their
-keys back, from codes where they lie so, and compares. Of the products only the largest is kept: it is looked for place
-by place while keys pass, and across places once at the end.
+makes the means of their tiles and, where the history lies in few bits, the codes and records of what is new, for some
+sizes in CUDA (`turn_chunk.py`); a second compares each key with the latent frame before its own. The nearest tiles are
+listed by a third; a fourth turns their keys back, from codes where they lie so, and compares. Of the products only the
+largest is kept: it is looked for place by place while keys pass, and across places once at the end.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.cache import frame_before, near_keys, turn_chunk
+from workers.cache import turn_chunk
 from workers.cache.packed_history import PackedLayer
 from workers.cache.partners import History, Look
 from workers.cache.table_codes import LEAST, LIMITS
@@ -283,17 +283,11 @@ def _find_of_heads(of: _Keys, turn_back: TurnBack, new: slice, look: Look, form:
             TILE=tile, P=pairs, M=min(TURNED_AT_ONCE, tile), PACKS=packs, **k.form, **form,
             num_warps=4, enable_fp_fusion=not packs,
         )  # fmt: skip
-    if frame_before.fits(unit, frame):
-        frame_before.compare_frames(unit, found, best, before, frame)
-    else:
-        _frame_before[(triton.cdiv(frame, OWN_AT_ONCE), num_new // frame, heads)](
-            unit, found, best, before, new.stop - before, skip, frame,
-            P=pairs, M=OWN_AT_ONCE, N=OTHERS_AT_ONCE, PRECISION=precision, num_warps=8, num_stages=3,
-        )  # fmt: skip
+    _frame_before[(triton.cdiv(frame, OWN_AT_ONCE), num_new // frame, heads)](
+        unit, found, best, before, new.stop - before, skip, frame,
+        P=pairs, M=OWN_AT_ONCE, N=OTHERS_AT_ONCE, PRECISION=precision, num_warps=8, num_stages=3,
+    )  # fmt: skip
     chosen = _choose_tiles(of.mean_NJD, first_tile, stop_tile, look.num_tiles)
-    if near_keys.fits(k, turn_back, tile):
-        near_keys.compare_near(k, (position, m, of.partner_NC), turn_back, chosen, new, (unit, found, best))
-        return
     near_tiles[(stop_tile - first_tile, heads)](
         k.x, k.largest, position, m, unit, chosen, found, best, of.partner_NC, *turn, *k.at, position.stride(0),
         m.stride(0), of.partner_NC.stride(0), first_tile, before, new.start, new.stop, chosen.shape[-1],

@@ -2,7 +2,7 @@
 // 4 bits in groups of 32 and records of what is new: what `_turn_back` of triton_match.py does where it packs, for heads of
 // 128 channels in bfloat16, to the bit. Behind hopper.cuh and codes_of_4.cuh.
 //
-// A program takes a tile of a head, 64 keys at a time; four lanes have a key, each a quarter of either half's channels:
+// A program takes a tile of a head, 32 keys at a time; four lanes have a key, each a quarter of either half's channels:
 // that of 16 bytes of codes. So a length takes two exchanges and a largest channel one.
 //
 // Defined by whoever compiles, beside what those ask for: LEAST, below which a largest channel counts as 0; LIMIT, the
@@ -26,14 +26,6 @@ struct New {
     const float* position;
     long long stride_head, stride_row, stride_position;  // bytes; bytes; floats
 };
-
-// As `sin_cos_by_unit` of triton_rows.py.
-__device__ __forceinline__ void sin_cos(float angle, float& sin, float& cos) {
-    float turns = __fsub_rn(__fmaf_rn(angle, 0.15915494309189535f, MAGIC), MAGIC);
-    float r = __fmaf_rn(turns, -1.9353071795864769e-3f, __fmaf_rn(turns, -6.28125f, angle));
-    asm("sin.approx.f32 %0, %1;" : "=f"(sin) : "f"(r));
-    asm("cos.approx.f32 %0, %1;" : "=f"(cos) : "f"(r));
-}
 
 // What a lane's 16 pairs of channels turn by: of either half 8, by one axis up to a pair and then by another.
 struct Turns { float frequency[16]; int first[2], second[2]; u32 is_second; };
@@ -88,18 +80,17 @@ __device__ __forceinline__ float scale_of(const Key& key) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         float a = low(key.word[i]), b = high(key.word[i]), c = low(key.word[8 + i]), d = high(key.word[8 + i]);
-        sum[i] = __fadd_rn(__fmaf_rn(a, a, __fmul_rn(b, b)), __fmaf_rn(c, c, __fmul_rn(d, d)));
+        sum[i] = __fadd_rn(square_both(a, b), square_both(c, d));
     }
 #pragma unroll
     for (int num = 4; num > 0; num /= 2)
 #pragma unroll
         for (int i = 0; i < num; i++) sum[i] = __fadd_rn(sum[2 * i], sum[2 * i + 1]);
-    float squares = sum[0], length, scale;
+    float squares = sum[0], length;
 #pragma unroll
     for (int step = 1; step < 4; step *= 2) squares = __fadd_rn(squares, __shfl_xor_sync(~0u, squares, step));
     asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(length) : "f"(fmaxf(squares, 1e-24f)));
-    asm("div.full.f32 %0, %1, %2;" : "=f"(scale) : "f"(1.0f), "f"(length));
-    return scale;
+    return divide(1.0f, length);
 }
 
 __device__ __forceinline__ float pick(const float (&place)[3], int axis) {
@@ -120,10 +111,10 @@ __device__ __forceinline__ void turn_back(const Key& key, const Turns& turns, fl
 #pragma unroll
             for (int j = i; j < i + 2; j++) {
                 int at = half * 8 + j;
-                float x = low(key.word[at]), y = high(key.word[at]), sin, cos;
+                float x = low(key.word[at]), y = high(key.word[at]);
                 float place = turns.is_second & 1u << at ? second : first;
-                sin_cos(__fmul_rn(place, turns.frequency[at]), sin, cos);
-                sin = __fmul_rn(sin, scale), cos = __fmul_rn(cos, scale);
+                float2 turn = sin_cos(__fmul_rn(place, turns.frequency[at]));
+                float sin = __fmul_rn(turn.x, scale), cos = __fmul_rn(turn.y, scale);
                 even[j - i] = __fmaf_rn(x, cos, __fmul_rn(y, sin)), odd[j - i] = __fmaf_rn(y, cos, -__fmul_rn(x, sin));
                 sum[2 * at] += in_mean_units(even[j - i]), sum[2 * at + 1] += in_mean_units(odd[j - i]);
             }

@@ -45,7 +45,7 @@ def make_source() -> str:
         "LEAST": f"{LEAST!r}f",
         "TURN_BLOCKS": BLOCKS,
     }
-    codes = Path(__file__).with_name("codes_of_4.cuh").read_text()
+    codes = Path(__file__).parents[1].joinpath("codes_of_4.cuh").read_text()
     return make_hopper_source(names, codes, Path(__file__).with_suffix(".cu"))
 
 
