@@ -16,7 +16,7 @@ from tests.bench.full_table import FullTable, Variants, launches, ms_of, numbers
 from tests.bench.history_parts import kernel_times
 from tests.bench.least_work import milliseconds_of
 from tests.bench.record import RESULTS
-from workers.cache import triton_match, triton_pack
+from workers.cache import triton_match, triton_pack, turn_chunk
 from workers.cache.packed_history import PackedLayer
 from workers.cache.partners import History, Look, find_partners
 from workers.cache.table_codes import coded_bytes
@@ -31,16 +31,7 @@ MATCH_NOTES = (
 )
 VARIANTS: Variants = (
     *numbers(triton_match, "UNIT_BYTES", ".", (20_000_000, 60_000_000)),
-    *numbers(triton_match, "TURNED_AT_ONCE", "_turn_back", (8, 32)),
-    *launches(
-        triton_match,
-        "_turn_back",
-        {"M": 32, "num_warps": 8},
-        {"maxnreg": 96},
-        {"maxnreg": 80},
-        {"maxnreg": 64},
-        {"M": 8, "num_warps": 2},
-    ),
+    ("turn_chunk: by Triton", "_turn_back", {(turn_chunk, "fits"): lambda *_: False}),
     *launches(triton_match, "_frame_before", {"num_stages": 2}, {"num_stages": 4}),
     *(
         (
@@ -124,7 +115,7 @@ def _least_ms(full: FullTable) -> dict[str, float]:
     tiles = -(-s.chunk_tokens // s.tile) + 1
     listed = tiles * (s.candidate_tiles or 0) * s.tile
     by_bytes = {
-        "_turn_back": s.chunk_tokens * (key + codes + record + unit) + s.frame_tokens * (codes + 16 + unit),
+        "turn_chunk": s.chunk_tokens * (key + codes + record + unit) + s.frame_tokens * (codes + 16 + unit),
         "_list_nearest": tiles * s.history_slots // s.tile * size,
         "near_tiles": listed * (codes + 16) + s.chunk_tokens * unit,
         "pack_slots": s.chunk_tokens * (unit + codes),

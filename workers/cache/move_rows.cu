@@ -152,6 +152,46 @@ __device__ __forceinline__ u32 log_mass_of(float mass, bool is_key, float root_d
     return high | round_twice(__fsub_rn(x, __uint_as_float(high << 16))) << 16;
 }
 
+// Codes of keys and values of a warp's slots; 0 where there is no key.
+__device__ __forceinline__ void copy_rows(Shared& here, const Move& a, int held, int slot, int warp, int lane) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int row = i * 8 + lane / 4, of = __shfl_sync(0xFFFFFFFFu, slot, row);
+        const int to = (warp * 32 + row) * 4 + lane % 4;
+        const int at = (held + max(of, 0)) * 4 + lane % 4;
+        copy_later(here.k_row + to, a.k_code + at, of >= 0), copy_later(here.v_row + to, a.v_code + at, of >= 0);
+    }
+}
+
+// Of a key, for codes in low bits and in high ones.
+__device__ __forceinline__ void leave_steps(Shared& here, uint2 most, int t) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const Step low = split_step(most.x >> 16 * i & 0xFFFFu), high = split_step(most.y >> 16 * i & 0xFFFFu);
+        here.step[t * 2 + i] = make_uint4(low.near, low.rest, high.near, high.rest);
+    }
+}
+
+// Codes, largest channels and positions of a tile, where they go.
+__device__ __forceinline__ void write_rows(const Move& a, const Shared& here, int held, int piece, int t) {
+    const int lane = t % 32, warp = t / 32, place = piece * TILE + t, to = held + place;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int row = warp * 32 + i * 8 + lane / 4;
+        const int at = (held + piece * TILE + row) * 4 + lane % 4;
+        if (piece * TILE + row < a.num_keep) {
+            a.k_code[at] = here.k_row[row * 4 + lane % 4], a.v_code[at] = here.v_row[row * 4 + lane % 4];
+        }
+    }
+    if (piece * TILE + TILE <= a.num_keep) {
+        if (t < TILE * 3 / 4) ((float4*)(a.position + (held + piece * TILE) * 3))[t] = ((const float4*)here.place)[t];
+    } else if (place < a.num_keep) {
+#pragma unroll
+        for (int i = 0; i < 3; i++) a.position[to * 3 + i] = here.place[t * 3 + i];
+    }
+    if (place < a.num_keep) a.k_largest[to] = here.k_largest[t], a.v_largest[to] = here.v_largest[t];
+}
+
 extern "C" __global__ void __launch_bounds__(TILE, BLOCKS) move_rows(const Move a) {
     __shared__ Shared here;
     const int t = threadIdx.x, lane = t % 32, warp = t / 32, pieces = a.history_slots / TILE;
@@ -162,13 +202,7 @@ extern "C" __global__ void __launch_bounds__(TILE, BLOCKS) move_rows(const Move 
     const int held = head * a.history_slots, mine = head * a.num_slots;
     const int slot = place < a.num_keep ? a.source[head * a.num_keep + place] : -1;
     const bool is_key = slot >= 0;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int row = i * 8 + lane / 4, of = __shfl_sync(0xFFFFFFFFu, slot, row);
-        const int to = (warp * 32 + row) * 4 + lane % 4;
-        const int at = (held + max(of, 0)) * 4 + lane % 4;
-        copy_later(here.k_row + to, a.k_code + at, of >= 0), copy_later(here.v_row + to, a.v_code + at, of >= 0);
-    }
+    copy_rows(here, a, held, slot, warp, lane);
     uint2 k_most = make_uint2(0, 0), v_most = make_uint2(0, 0);
     float at[3] = {0, 0, 0}, own = 0, distance = -1;
     int mass = 0, joined = 0, root = -1;
@@ -187,13 +221,7 @@ extern "C" __global__ void __launch_bounds__(TILE, BLOCKS) move_rows(const Move 
     mass += joined;
     const float total = __fadd_rn(own, divide(__ll2float_rn(added), 16777216.0f));
     here.k_largest[t] = k_most, here.v_largest[t] = v_most;
-    // Of slots without a key all channels are 0.
-    const u32 most[2] = {mass > 0 ? k_most.x : 0, mass > 0 ? k_most.y : 0};
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const Step low = split_step(most[0] >> 16 * i & 0xFFFFu), high = split_step(most[1] >> 16 * i & 0xFFFFu);
-        here.step[t * 2 + i] = make_uint4(low.near, low.rest, high.near, high.rest);
-    }
+    leave_steps(here, mass > 0 ? k_most : make_uint2(0, 0), t);  // of slots without a key all channels are 0
 #pragma unroll
     for (int i = 0; i < 3; i++) here.place[t * 3 + i] = at[i];
     wait_for_copies();
@@ -211,22 +239,8 @@ extern "C" __global__ void __launch_bounds__(TILE, BLOCKS) move_rows(const Move 
     for (int reader = max(first, 0) / TILE + t; reader < piece; reader += TILE)
         while (load_now(is_read + reader) == 0) {}
     __syncthreads();
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int row = warp * 32 + i * 8 + lane / 4;
-        const int to = (held + piece * TILE + row) * 4 + lane % 4;
-        if (piece * TILE + row < a.num_keep) {
-            a.k_code[to] = here.k_row[row * 4 + lane % 4], a.v_code[to] = here.v_row[row * 4 + lane % 4];
-        }
-    }
+    write_rows(a, here, held, piece, t);
     const int to = held + place;
-    if (piece * TILE + TILE <= a.num_keep) {
-        if (t < TILE * 3 / 4) ((float4*)(a.position + (held + piece * TILE) * 3))[t] = ((const float4*)here.place)[t];
-    } else if (place < a.num_keep) {
-#pragma unroll
-        for (int i = 0; i < 3; i++) a.position[to * 3 + i] = here.place[t * 3 + i];
-    }
-    if (place < a.num_keep) a.k_largest[to] = here.k_largest[t], a.v_largest[to] = here.v_largest[t];
     if (place < a.num_slots) {
         a.m[to] = mass, a.weight[to] = is_key ? total : 0.0f;
         a.log_mass[to] = log_mass_of(total, is_key, a.root_dim, a.no_key);

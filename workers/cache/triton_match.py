@@ -1,10 +1,10 @@
 """Kernels that find partners: what `partners.py` does, for all rows of keys of some layers at once.
 
 A first kernel turns the new keys and the latent frame before them back to where they were before RoPE, at length 1,
-makes the means of their tiles and, where the history lies in few bits, the codes and records of what is new; a second
-compares each key with the latent frame before its own. The nearest tiles are listed by a third; a fourth turns their
-keys back, from codes where they lie so, and compares. Of the products only the largest is kept: it is looked for place
-by place while keys pass, and across places once at the end.
+makes the means of their tiles and, where the history lies in few bits, the codes and records of what is new, for some
+sizes in CUDA (`turn_chunk.py`); a second compares each key with the latent frame before its own. The nearest tiles are
+listed by a third; a fourth turns their keys back, from codes where they lie so, and compares. Of the products only the
+largest is kept: it is looked for place by place while keys pass, and across places once at the end.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.cache import turn_chunk
 from workers.cache.packed_history import PackedLayer
 from workers.cache.partners import History, Look
 from workers.cache.table_codes import LEAST, LIMITS
@@ -271,13 +272,17 @@ def _find_of_heads(of: _Keys, turn_back: TurnBack, new: slice, look: Look, form:
     best = torch.empty((heads, num_new), dtype=torch.float32, device=device)
     precision, packs = "ieee" if kind == torch.float32 else "tf32", of.packs is not None
     turn = turn_back.axis_int32_D, turn_back.frequency_D
-    _turn_back[(stop_tile - before // tile, heads)](
-        k.x, k.largest, position, m, of.new_NTW, of.new_position_NT3, unit, of.mean_NJD, *(of.packs or (m, m)),
-        *turn, *k.at, position.stride(0), m.stride(0), of.mean_NJD.stride(0), *of.new_NTW.stride()[:2],
-        of.new_position_NT3.stride(0), before // tile, before, new.start, new.stop, least=LEAST,
-        TILE=tile, P=pairs, M=min(TURNED_AT_ONCE, tile), PACKS=packs, **k.form, **form,
-        num_warps=4, enable_fp_fusion=not packs,
-    )  # fmt: skip
+    if of.packs is not None and turn_chunk.fits(k, turn_back, tile, of.new_NTW):
+        chunk = of.new_NTW, of.new_position_NT3
+        turn_chunk.turn_chunk(k, (position, m, *of.packs), chunk, turn_back, new, (unit, of.mean_NJD))
+    else:
+        _turn_back[(stop_tile - before // tile, heads)](
+            k.x, k.largest, position, m, of.new_NTW, of.new_position_NT3, unit, of.mean_NJD, *(of.packs or (m, m)),
+            *turn, *k.at, position.stride(0), m.stride(0), of.mean_NJD.stride(0), *of.new_NTW.stride()[:2],
+            of.new_position_NT3.stride(0), before // tile, before, new.start, new.stop, least=LEAST,
+            TILE=tile, P=pairs, M=min(TURNED_AT_ONCE, tile), PACKS=packs, **k.form, **form,
+            num_warps=4, enable_fp_fusion=not packs,
+        )  # fmt: skip
     _frame_before[(triton.cdiv(frame, OWN_AT_ONCE), num_new // frame, heads)](
         unit, found, best, before, new.stop - before, skip, frame,
         P=pairs, M=OWN_AT_ONCE, N=OTHERS_AT_ONCE, PRECISION=precision, num_warps=8, num_stages=3,
