@@ -125,7 +125,11 @@ def test_cuda_finds_the_sums_of_triton(
     coded_tile_sums(q_QNW, keys, place_S, expected, (128, 128, 16))
     found = coded_choice.new_sums(s.num_heads, query_tiles, num_tiles, DEVICE)
     coded_choice.sum_tiles(q_QNW, keys, place_S, found)
-    assert torch.equal(found.transpose(3, 4).reshape(expected.shape), expected)
+    sums = found.transpose(3, 4).reshape(expected.shape)
+    if len(place_S) > 32:
+        assert torch.equal(sums, expected)
+    else:  # so few queries Triton multiplies by other instructions, which add up in another order
+        torch.testing.assert_close(sums, expected, atol=0, rtol=1e-5)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="CUDA")
