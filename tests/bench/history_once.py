@@ -77,7 +77,7 @@ _RECALL_SEEN = 90
 _RECALL = replace(
     _TILES,
     name="fastar-tiles-recall",
-    kept_chunks=44,
+    kept_chunks=42,
     spare_chunks=6,
     density=_RECALL_SEEN / 150,
     density_until_full=None,
