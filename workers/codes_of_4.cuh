@@ -1,8 +1,6 @@
-// Rows of codes of 4 bits as kernels read them that stand behind this (see row_distances.py): two codes at once become
-// bfloat16, by the numbers of `scaled_codes` in triton_decode.py. Float32 is as Triton has it.
-//
-// Defined by whoever compiles: STEP_OF_ONE, what a largest channel of 1 makes a step.
-typedef unsigned int u32;
+// Rows of codes of 4 bits as kernels read them that stand behind this and hopper.cuh (see nvrtc.py): two codes at once
+// become bfloat16, by the numbers of `scaled_codes` in triton_decode.py. Float32 is as Triton has it.
+#define STEP_OF_ONE (0.14285714285714285f)  // what a largest channel of 1 makes a step: the largest code is 7
 
 __device__ __forceinline__ u32 fma_both(u32 a, u32 b, u32 c) {
     u32 to;
@@ -16,10 +14,6 @@ __device__ __forceinline__ u32 round_twice(float x) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %1;" : "=r"(to) : "f"(x));
     return to;
 }
-
-// Two bfloat16 as float32.
-__device__ __forceinline__ float low_of(u32 both) { return __uint_as_float(both << 16); }
-__device__ __forceinline__ float high_of(u32 both) { return __uint_as_float(both & 0xFFFF0000u); }
 
 __device__ __forceinline__ float square_both(float a, float b) { return __fmaf_rn(a, a, __fmul_rn(b, b)); }
 
@@ -58,10 +52,10 @@ __device__ __forceinline__ u32 scale_both(u32 code, Step step) {
 }
 
 // Channels of 4 bytes: those in low bits, then those in high ones.
-__device__ __forceinline__ void decode_word(float (&to)[8], u32 word, Step low, Step high) {
+__device__ __forceinline__ void decode_word(float (&to)[8], u32 word, Step first, Step second) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        u32 both = scale_both(word >> (i % 2 * 8 + i / 2 * 4), i < 2 ? low : high);
-        to[i / 2 * 4 + i % 2] = low_of(both), to[i / 2 * 4 + i % 2 + 2] = high_of(both);
+        u32 both = scale_both(word >> (i % 2 * 8 + i / 2 * 4), i < 2 ? first : second);
+        to[i / 2 * 4 + i % 2] = low(both), to[i / 2 * 4 + i % 2 + 2] = high(both);
     }
 }

@@ -59,6 +59,12 @@ template <int COUNT> __device__ __forceinline__ void hold(float (&x)[COUNT]) {
     for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(x[i])::"memory");
 }
 
+__device__ __forceinline__ float exp2_of(float x) {
+    float y;
+    asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));  // volatile: before a wait that stands behind it
+    return y;
+}
+
 __device__ __forceinline__ u32 round_pair(float low, float high) {
     u32 pair;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));

@@ -68,6 +68,37 @@ def make_hopper_source(names: Mapping[str, object], products: str, own: Path) ->
     return define({"LONGEST_WAIT_S": _LONGEST_WAIT_S, **names}) + shared + products + own.read_text()
 
 
+def make_coded_source(names: Mapping[str, object], own: Path, products: str = "") -> str:
+    """CUDA of a kernel for compute capability 9.0 that reads rows of codes of 4 bits, behind what such kernels share
+    (hopper.cuh, codes_of_4.cuh); arguments as of `make_hopper_source`."""
+    codes = Path(__file__).with_name("codes_of_4.cuh").read_text()
+    return make_hopper_source(names, codes + products, own)
+
+
+def product_of_registers(declaration: str, room: int | str, columns: int, kind: str) -> str:
+    """A function that multiplies 64 rows, in four registers, with some columns in shared memory, over 32 bytes.
+
+    Args:
+        declaration: Up to its name.
+        room: Length of what it adds to, of which it takes as many numbers as there are.
+        columns: A multiple of 8.
+        kind: Of the instruction, behind the columns.
+    """
+    sums = columns // 2
+    totals, outputs = ", ".join(f"%{i}" for i in range(sums)), ", ".join(f'"+f"(d[{i}])' for i in range(sums))
+    taken, given = ", ".join(f"unsigned int a{i}" for i in range(4)), ", ".join(f'"r"(a{i})' for i in range(4))
+    left, right = ", ".join(f"%{sums + i}" for i in range(4)), sums + 4
+    ends = "1, 1, 0" if "bf16" in kind else "1, 1"  # 16 bits may lie turned
+    return f"""
+{declaration}(float (&d)[{room}], {taken}, unsigned long long b, int adds) {{
+    asm volatile(
+        "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{right + 1}, 0;\\n"
+        "wgmma.mma_async.sync.aligned.m64n{columns}{kind} {{{totals}}}, {{{left}}}, %{right}, p, {ends};\\n}}"
+        : {outputs} : {given}, "l"(b), "r"(adds));
+}}
+"""
+
+
 def define(names: Mapping[str, object]) -> str:
     """What stands ahead of a source that leaves these to whoever compiles it."""
     return "".join(f"#define {name} {value}\n" for name, value in names.items())

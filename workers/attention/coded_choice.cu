@@ -35,12 +35,6 @@ struct Pass { int batch, pass; };
 // What a thread has of two keys: 16 bytes of either, which others need; largest channels, and both parts of log m.
 struct Keys { uint4 code[2]; uint2 largest[2]; u32 mass[2]; };
 
-__device__ __forceinline__ float exp2_of(float x) {
-    float y;
-    asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));  // volatile: before a wait that stands behind it
-    return y;
-}
-
 // Into rows of 128 bytes, swizzled; how far they came is not waited for.
 __device__ __forceinline__ void bring_queries(u32 room, const Queries& q, int head, int first) {
 #pragma unroll 4

@@ -17,11 +17,18 @@ import torch
 from torch import Tensor
 
 from workers.key_codes import KeyCodes
-from workers.nvrtc import address_of, define, lacks_compiler, launch, load_functions, make_hopper_source
+from workers.nvrtc import (
+    address_of,
+    define,
+    lacks_compiler,
+    launch,
+    load_functions,
+    make_coded_source,
+    product_of_registers,
+)
 
 SAMPLES = 128, 128, 16, 8
 """Channels, keys of a tile, and how many of these and of the queries of a tile are looked at."""
-_LARGEST_CODE = 7
 _LOG2_E = 1.4426950408889634
 _MOST_GROUPS = 40
 """Of eight queries of a program: registers have their sums."""
@@ -38,36 +45,23 @@ def make_source(groups: int) -> str:
     sizes = sorted({groups // _PARTS, -(-groups // _PARTS)})
     assert sizes[0] > 0
     names = {
-        "STEP_OF_ONE": f"({1 / _LARGEST_CODE!r}f)",
         "GROUPS": groups,
         "PARTS": _PARTS,
         "MOST": sizes[-1],
         "WARPGROUPS": _WARPGROUPS,
         "SCALE": f"{_LOG2_E * SAMPLES[0] ** -0.5!r}f",
     }
-    codes = Path(__file__).parents[1].joinpath("codes_of_4.cuh").read_text()
-    return make_hopper_source(names, codes + _declare_products(sizes), Path(__file__).with_suffix(".cu"))
+    return make_coded_source(names, Path(__file__).with_suffix(".cu"), _declare_products(sizes))
 
 
 def _declare_products(sizes: Iterable[int]) -> str:
     """Products of 64 rows, in four registers, and so many times eight columns over 16 channels."""
-    taken = "u32 a0, u32 a1, u32 a2, u32 a3, u64 b, int adds"
-    head = "__device__ __forceinline__ void product"
+    head, taken = "__device__ __forceinline__ void product", "u32 a0, u32 a1, u32 a2, u32 a3, u64 b, int adds"
     source = f"template <int GROUPS_OF> {head}(float (&d)[MOST * 4], {taken});\n"
-    for size in sizes:
-        sums = size * 4
-        totals, outputs = ", ".join(f"%{i}" for i in range(sums)), ", ".join(f'"+f"(d[{i}])' for i in range(sums))
-        left = ", ".join(f"%{sums + i}" for i in range(4))
-        source += f"""
-template <> {head}<{size}>(float (&d)[MOST * 4], {taken}) {{
-    asm volatile(
-        "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{sums + 5}, 0;\\n"
-        "wgmma.mma_async.sync.aligned.m64n{size * 8}k16.f32.bf16.bf16 "
-        "{{{totals}}}, {{{left}}}, %{sums + 4}, p, 1, 1, 0;\\n}}"
-        : {outputs} : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(adds));
-}}
-"""
-    return source
+    kind = "k16.f32.bf16.bf16"
+    return source + "".join(
+        product_of_registers(f"template <> {head}<{size}>", "MOST * 4", size * 8, kind) for size in sizes
+    )
 
 
 def make_list_source(num_tiles: int) -> str:

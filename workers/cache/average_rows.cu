@@ -1,8 +1,8 @@
 // What `_add_values` of triton_merge.py and `average_groups` of triton_collect.py do with values of 128 channels as codes
-// of 4 bits, to the bit. Behind codes_of_4.cuh.
+// of 4 bits, to the bit. Behind hopper.cuh and codes_of_4.cuh.
 //
-// Defined by whoever compiles, beside what that asks for: LISTED, members of a list; THREADS of a block.
-#define LANES 4  // that make a mean: 16 bytes of codes each
+// Defined by whoever compiles, beside what that asks for: LISTED, members of a list; THREADS of a block; LANES
+// that make a mean.
 #define WORDS (16 / LANES)
 #define MEAN_BLOCKS 6  // of a multiprocessor: more have fewer registers
 
@@ -62,8 +62,8 @@ __device__ __forceinline__ void add_key(int (&sum)[4], const Keys& keys, int whi
     const unsigned char* bytes = (const unsigned char*)keys.code + which * 64 + lane;
     const u32 both = bytes[0] | bytes[32] << 16;
     const uint4 step = keys.step[which];
-    const u32 low = scale_both(both, {step.x, step.y}), high = scale_both(both >> 4, {step.z, step.w});
-    const float value[4] = {low_of(low), high_of(low), low_of(high), high_of(high)};
+    const u32 first = scale_both(both, {step.x, step.y}), second = scale_both(both >> 4, {step.z, step.w});
+    const float value[4] = {low(first), high(first), low(second), high(second)};
 #pragma unroll
     for (int i = 0; i < 4; i++) sum[i] += __float2int_rd(__fmaf_rn(value[i], keys.part[which], 0.5f));
 }
@@ -166,26 +166,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, MEAN_BLOCKS) average_rows(
     for (int which = 0; which < LISTED; which++) {
         if (which >= count) continue;
         const float part = in_units(share[which], most);
-        const Step low = split_step(theirs[which].low), high = split_step(theirs[which].high);
+        const Step first = split_step(theirs[which].low), second = split_step(theirs[which].high);
 #pragma unroll
         for (int i = 0; i < WORDS; i++) {
             float x[8];
-            decode_word(x, theirs[which].word[i], low, high);
+            decode_word(x, theirs[which].word[i], first, second);
 #pragma unroll
             for (int j = 0; j < 8; j++) sum[j / 4][4 * i + j % 4] += __float2int_rd(__fmaf_rn(x[j], part, 0.5f));
         }
     }
     float mean[2][4 * WORDS];
     const float share_of_own = divide(own, most);
-    const Step low = split_step(self.low), high = split_step(self.high);
+    const Step first = split_step(self.low), second = split_step(self.high);
 #pragma unroll
     for (int i = 0; i < WORDS; i++) {
         float x[8];
-        decode_word(x, self.word[i], low, high);
+        decode_word(x, self.word[i], first, second);
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             const float others = divide((float)sum[j / 4][4 * i + j % 4], 1048576.0f);
-            mean[j / 4][4 * i + j % 4] = low_of(round_twice(__fmaf_rn(x[j], share_of_own, others)));
+            mean[j / 4][4 * i + j % 4] = low(round_twice(__fmaf_rn(x[j], share_of_own, others)));
         }
     }
     store_piece(a, held + slot, quarter, mean, listed < num);

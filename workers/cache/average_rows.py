@@ -8,14 +8,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from workers.cache.row_distances import make_source
 from workers.cache.triton_rows import StoredHistory
 from workers.cache.triton_sums import Found
-from workers.nvrtc import launch, load_functions
+from workers.nvrtc import launch, load_functions, make_coded_source
 
 _THREADS = 128
 _LANES = 4
-"""That make a value, as average_rows.cu has it."""
+"""That make a value: 16 bytes of codes each. With 2 or 8 it is slower."""
 
 
 class _Average(ctypes.Structure):
@@ -34,7 +33,8 @@ class _Average(ctypes.Structure):
 
 @functools.cache
 def _load(listed: int, device: int) -> list[ctypes.c_void_p]:
-    source = make_source({"LISTED": listed, "THREADS": _THREADS}, Path(__file__).with_suffix(".cu"))
+    names = {"LISTED": listed, "THREADS": _THREADS, "LANES": _LANES}
+    source = make_coded_source(names, Path(__file__).with_suffix(".cu"))
     return load_functions(source, ("add_values", "average_rows"), 0, device)
 
 

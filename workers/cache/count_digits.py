@@ -26,16 +26,11 @@ class _Count(ctypes.Structure):
     )
 
 
-def make_source(threads: int, per_thread: int) -> str:
-    """CUDA of the kernels."""
-    names = {"THREADS": threads, "PER_THREAD": per_thread, "EARLY": f"({EARLY + 1} - 1)", "NO_LINK": NO_LINK}
-    return define(names) + Path(__file__).with_suffix(".cu").read_text()
-
-
 @functools.cache
-def _load(threads: int, per_thread: int, device: int) -> list[ctypes.c_void_p]:
-    names = "count_first", "count_second", "count_third"
-    return load_functions(make_source(threads, per_thread), names, 0, device)
+def _load(device: int) -> list[ctypes.c_void_p]:
+    numbers = {"THREADS": _THREADS, "PER_THREAD": _PER_THREAD, "EARLY": f"({EARLY + 1} - 1)", "NO_LINK": NO_LINK}
+    source = define(numbers) + Path(__file__).with_suffix(".cu").read_text()
+    return load_functions(source, ("count_first", "count_second", "count_third"), 0, device)
 
 
 def count_digits(x_NC: Tensor, k: int, links: tuple[Tensor, ...] | None, to: tuple[Tensor, ...]) -> None:
@@ -51,5 +46,5 @@ def count_digits(x_NC: Tensor, k: int, links: tuple[Tensor, ...] | None, to: tup
     of_links = (None, None, None) if links is None else links
     given = _Count(*(None if x is None else x.data_ptr() for x in (x_NC, *of_links, *to)), k, num, rows)
     blocks = rows * -(-num // (_THREADS * _PER_THREAD))
-    for function in _load(_THREADS, _PER_THREAD, device):
+    for function in _load(device):
         launch(function, blocks, _THREADS, 0, [given], device)

@@ -2,7 +2,7 @@
 // block makes a tile of 128 slots; each of its warps reads 32 rows into shared memory and sums their keys by itself:
 // half a warp takes a key, a thread a word of its codes, so sums over keys stay in registers. Such a kernel is bound by
 // how many instructions it takes: what depends on a key alone (steps, length) is made once a key. Means are made before
-// others are waited for. Rows are counted in 32 bits. Behind codes_of_4.cuh.
+// others are waited for. Rows are counted in 32 bits. Behind hopper.cuh and codes_of_4.cuh.
 #define TILE 128
 #define BLOCKS 7   // of a multiprocessor: with 8, whose threads have fewer registers, or 6 it is slower
 #define AT_ONCE 4  // keys of half a warp whose lengths are found together
@@ -53,8 +53,8 @@ __device__ __forceinline__ float square_root(float x) {
 
 // Of one word: channels and those two behind them, even and odd, of the first half of channels and the second.
 __device__ __forceinline__ float squares_of(const u32 (&x)[4]) {
-    float first = __fadd_rn(square_both(low_of(x[0]), low_of(x[1])), square_both(low_of(x[2]), low_of(x[3])));
-    float second = __fadd_rn(square_both(high_of(x[0]), high_of(x[1])), square_both(high_of(x[2]), high_of(x[3])));
+    float first = __fadd_rn(square_both(low(x[0]), low(x[1])), square_both(low(x[2]), low(x[3])));
+    float second = __fadd_rn(square_both(high(x[0]), high(x[1])), square_both(high(x[2]), high(x[3])));
     return __fadd_rn(first, second);
 }
 
@@ -113,12 +113,12 @@ __device__ __forceinline__ void sum_keys(int (&sum)[8], const Shared& here, cons
         for (int i = 0; i < AT_ONCE; i++) {
             const float scale = __shfl_sync(0xFFFFFFFFu, scales, lane & 16 | i), at = place_a[i * 6];
             const float2 first = sin_cos(__fmul_rn(at, frequency[0])), second = sin_cos(__fmul_rn(at, frequency[1]));
-            add_pair(sum[0], sum[1], low_of(x[i][0]), low_of(x[i][1]), first, scale);
-            add_pair(sum[2], sum[3], high_of(x[i][0]), high_of(x[i][1]), second, scale);
+            add_pair(sum[0], sum[1], low(x[i][0]), low(x[i][1]), first, scale);
+            add_pair(sum[2], sum[3], high(x[i][0]), high(x[i][1]), second, scale);
             const float2 third = sin_cos(__fmul_rn(place_b[i * 6], frequency[2]));
             const float2 fourth = sin_cos(__fmul_rn(place_c[i * 6], frequency[3]));
-            add_pair(sum[4], sum[5], low_of(x[i][2]), low_of(x[i][3]), third, scale);
-            add_pair(sum[6], sum[7], high_of(x[i][2]), high_of(x[i][3]), fourth, scale);
+            add_pair(sum[4], sum[5], low(x[i][2]), low(x[i][3]), third, scale);
+            add_pair(sum[6], sum[7], high(x[i][2]), high(x[i][3]), fourth, scale);
         }
         word += AT_ONCE * 32, step += AT_ONCE * 4;
         place_a += AT_ONCE * 6, place_b += AT_ONCE * 6, place_c += AT_ONCE * 6;

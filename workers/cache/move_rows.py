@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from workers.cache.row_distances import fits, make_source
+from workers.cache.row_distances import fits
 from workers.cache.table_layout import TableSettings
 from workers.cache.triton_rows import StoredHistory
 from workers.cache.unrotated import TurnBack
-from workers.nvrtc import launch, load_functions
+from workers.nvrtc import launch, load_functions, make_coded_source
 
 _TILE = 128
 """As move_rows.cu has it."""
@@ -32,7 +32,7 @@ class _Move(ctypes.Structure):
 
 @functools.cache
 def _load(device: int) -> ctypes.c_void_p:
-    return load_functions(make_source({}, Path(__file__).with_suffix(".cu")), ("move_rows",), 0, device)[0]
+    return load_functions(make_coded_source({}, Path(__file__).with_suffix(".cu")), ("move_rows",), 0, device)[0]
 
 
 def can_move(of: StoredHistory, turn_back: TurnBack, s: TableSettings) -> bool:

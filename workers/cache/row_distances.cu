@@ -1,6 +1,6 @@
 // What `_value_distances` and `_key_distances` of triton_pairs.py find of rows of 128 channels as codes of 4 bits, in
 // groups of 32, to the bit. A thread takes a row: nothing is exchanged, and what a channel turns by stands in the
-// instruction. Such kernels are bound by how many instructions they take. Behind codes_of_4.cuh.
+// instruction. Such kernels are bound by how many instructions they take. Behind hopper.cuh and codes_of_4.cuh.
 //
 // Defined by whoever compiles, beside what that asks for: of each pair of channels AXIS and FREQUENCY, 64 numbers each;
 // THREADS and KEY_THREADS of a block.

@@ -9,31 +9,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from workers.cache.table_codes import LIMITS
 from workers.cache.triton_rows import Rows
 from workers.cache.unrotated import TurnBack
-from workers.nvrtc import address_of, define, lacks_compiler, launch, load_functions
+from workers.nvrtc import address_of, lacks_compiler, launch, load_functions, make_coded_source
 
 _KEY_PROGRAMS = 512
 """Of a head at most, for lists whose length only the device knows."""
 _THREADS, _KEY_THREADS = 256, 128
-
-
-def make_source(names: Mapping[str, object], own: Path) -> str:
-    """CUDA of kernels of rows in 4 bits, behind what such kernels share (codes_of_4.cuh).
-
-    Args:
-        names: What it leaves to be defined.
-        own: Its file.
-    """
-    defines = define({"STEP_OF_ONE": f"({1 / LIMITS['int4']!r}f)", **names})
-    return defines + Path(__file__).parents[1].joinpath("codes_of_4.cuh").read_text() + own.read_text()
 
 
 @functools.cache
@@ -45,7 +32,7 @@ def _load(turns: tuple[tuple[int, float], ...], device: int) -> list[ctypes.c_vo
         "THREADS": _THREADS,
         "KEY_THREADS": _KEY_THREADS,
     }
-    source = make_source(names, Path(__file__).with_suffix(".cu"))
+    source = make_coded_source(names, Path(__file__).with_suffix(".cu"))
     return load_functions(source, ("value_distances", "key_distances"), 0, device)
 
 

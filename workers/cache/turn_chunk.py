@@ -18,7 +18,7 @@ from workers.cache import row_distances
 from workers.cache.table_codes import LEAST, LIMITS
 from workers.cache.triton_rows import Rows
 from workers.cache.unrotated import TurnBack
-from workers.nvrtc import launch, load_functions, make_hopper_source
+from workers.nvrtc import launch, load_functions, make_coded_source
 
 BLOCKS = 4
 """Of a multiprocessor, at least: fewer have more registers."""
@@ -40,13 +40,11 @@ class _New(ctypes.Structure):
 def make_source() -> str:
     """CUDA of the kernel."""
     names = {
-        "STEP_OF_ONE": f"({1 / LIMITS['int4']!r}f)",
         "LIMIT": f"{LIMITS['int4']}.0f",
         "LEAST": f"{LEAST!r}f",
         "TURN_BLOCKS": BLOCKS,
     }
-    codes = Path(__file__).parents[1].joinpath("codes_of_4.cuh").read_text()
-    return make_hopper_source(names, codes, Path(__file__).with_suffix(".cu"))
+    return make_coded_source(names, Path(__file__).with_suffix(".cu"))
 
 
 @functools.cache

@@ -26,12 +26,6 @@ constexpr int WORDS = 16, EARLY = 10;  // of p of a thread; whose p are worked o
 // Rows of 128 bytes, swizzled, eight of them 1024 bytes from the next eight.
 __device__ __forceinline__ u64 describe(u32 start) { return describe(start, 1024, 16, 1); }
 
-__device__ __forceinline__ float exp2_of(float x) {
-    float y;
-    asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));  // volatile: before a wait that stands behind it
-    return y;
-}
-
 __device__ __forceinline__ float highest_of_row(float x) {  // over its four lanes
 #pragma unroll
     for (int step = 1; step < 4; step *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));

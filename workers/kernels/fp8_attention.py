@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from workers.coded_tiles import MASS_BYTES, MASS_SCALES
-from workers.nvrtc import address_of, launch, load_functions, make_hopper_source
+from workers.nvrtc import address_of, launch, load_functions, make_hopper_source, product_of_registers
 
 PROMOTE = 4
 """Tiles after which products are added to the rest outside of tensor cores: 2 takes longer, 8 loses more."""
@@ -51,24 +51,11 @@ def make_source(factor: float, v_scale: float) -> str:
         "V_SCALE": f"{v_scale!r}f",
         "MASSES": f"0x{masses:08X}u",
     }
-    products = _make_product("wgmma_qk", 128) + _make_product("wgmma_pv", 136)
+    products = "".join(
+        product_of_registers(f"__device__ __forceinline__ void {name}", columns // 2, columns, "k32.f32.e4m3.e4m3")
+        for name, columns in (("wgmma_qk", 128), ("wgmma_pv", 136))
+    )
     return make_hopper_source(names, products, Path(__file__).with_suffix(".cu"))
-
-
-def _make_product(name: str, columns: int) -> str:
-    """A product of 64 rows, in four registers, and some columns over 32 bytes."""
-    sums = columns // 2
-    totals, outputs = ", ".join(f"%{i}" for i in range(sums)), ", ".join(f'"+f"(d[{i}])' for i in range(sums))
-    taken, given = ", ".join(f"unsigned int a{i}" for i in range(4)), ", ".join(f'"r"(a{i})' for i in range(4))
-    left, right = ", ".join(f"%{sums + i}" for i in range(4)), sums + 4
-    return f"""
-__device__ __forceinline__ void {name}(float (&d)[{sums}], {taken}, unsigned long long b, int adds) {{
-    asm volatile(
-        "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{right + 1}, 0;\\n"
-        "wgmma.mma_async.sync.aligned.m64n{columns}k32.f32.e4m3.e4m3 {{{totals}}}, {{{left}}}, %{right}, p, 1, 1;\\n}}"
-        : {outputs} : {given}, "l"(b), "r"(adds));
-}}
-"""
 
 
 @functools.cache

@@ -181,7 +181,7 @@ def launch_cut(
     """The kernel on what its callers have checked.
 
     Args:
-        inputs: Frames before, new ones, last ones of these; in pairs sums and differences, thrice.
+        inputs: Frames before, new ones, last ones of these; in pairs none, and twice sums and differences.
         out_THWC: Written.
         pairs: Whether inputs are such.
     """
@@ -192,7 +192,8 @@ def launch_cut(
     assert device == torch.cuda.current_device()
     num_units = -(-num // 2) if pairs else num
     num_tiles = num_units * -(-height // cut.rows) * -(-width // cut.columns) * (out_channels // cut.channels)
-    maps = [_describe(frames, cut) for frames in (fresh if before is None else before, fresh, last)]
+    described = _describe(fresh, cut)
+    maps = [described if x is None or x is fresh else _describe(x, cut) for x in (before, fresh, last)]
     beside = 0 if beside_THWC is None else beside_THWC.data_ptr()
     given: list[Any] = [
         *maps,

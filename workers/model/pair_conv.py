@@ -101,5 +101,5 @@ def convolve(
         assert given.is_contiguous()
     for of_result in (bias_O, beside_THWC):
         assert of_result is None or (of_result.is_contiguous() and of_result.dtype == torch.bfloat16)
-    launch_cut(cut, (inputs_VHWC, inputs_VHWC, inputs_VHWC), packed, bias_O, beside_THWC, out, pairs=True)
+    launch_cut(cut, (None, inputs_VHWC, inputs_VHWC), packed, bias_O, beside_THWC, out, pairs=True)
     return out
