@@ -100,12 +100,17 @@ class DecoderWeights:
         ]
         self.gamma_out = decoder.norm_out.gamma.detach().flatten()
         # Three channels are no shape for a tensor core.
-        self.conv_out = Conv.of(decoder.conv_out, slots, out_channels=32 if route in ("halo", "pairs") else 8)
+        self.conv_out = Conv.of(decoder.conv_out, slots, out_channels=32 if self._has_halos else 8)
         self.num_slots = next(slots)
         if route == "triton":
             self._flatten_weights()
-        if route in ("tma", "halo", "pairs"):
+        if route == "tma" or self._has_halos:
             self._line_up_weights()
+
+    @property
+    def _has_halos(self) -> bool:
+        """Whether units are convolved by `halo_conv.cu`."""
+        return self.route in ("halo", "pairs")
 
     def _flatten_weights(self) -> None:
         """Have the units' convolutions computed by our own kernel where it can."""
@@ -129,7 +134,7 @@ class DecoderWeights:
 
         def takes_halos(conv: Conv) -> bool:
             out, channels, *size = conv.weight.shape
-            return self.route in ("halo", "pairs") and size == [3, 3, 3] and halo_conv.takes(channels, out)
+            return self._has_halos and size == [3, 3, 3] and halo_conv.takes(channels, out)
 
         def packed(conv: Conv) -> Tensor | None:
             cut = halo_conv.choose_cut(len(conv.weight))
@@ -159,21 +164,21 @@ class DecoderWeights:
             weight = tile_conv.line_up(enlarge.weight[:, :, None]) if tile_conv.takes(channels, out // 4) else None
             return enlarge._replace(time=enlarge.time and lined(enlarge.time), lined_weight=weight)
 
-        if self.route in ("halo", "pairs"):
+        if self._has_halos:
             self.conv_out = lined(self.conv_out)
         self.before, self.after = lined_unit(self.before), lined_unit(self.after)
-        is_doubled, stages = False, []
-        for units, enlarge in self.stages:
+        is_doubled = False
+        for place, (units, enlarge) in enumerate(self.stages):
             # Pairs never depend on where a video is cut into pieces, so pixels do not.
-            stages.append(([(paired_unit if is_doubled else lined_unit)(unit) for unit in units], enlarge))
-            is_doubled = is_doubled or (enlarge is not None and enlarge.time is not None)
-        self.stages = [(units, enlarge and lined_enlarge(enlarge)) for units, enlarge in stages]
+            by_tiles = paired_unit if is_doubled else lined_unit
+            self.stages[place] = [by_tiles(unit) for unit in units], enlarge and lined_enlarge(enlarge)
+            is_doubled |= enlarge is not None and enlarge.time is not None
 
     def _refuse_elsewhere(self) -> None:
         """Triton's interpreter runs "tma" on a CPU."""
         weight = self.conv_in.weight
         major = torch.cuda.get_device_capability(weight.device)[0] if weight.is_cuda else 0
-        if self.route in ("halo", "pairs") and not (major == 9 and weight.dtype == torch.bfloat16):
+        if self._has_halos and not (major == 9 and weight.dtype == torch.bfloat16):
             raise ValueError(
                 f"VAE by {self.route}: needs compute capability 9.0 and bfloat16; cudnn and triton run elsewhere"
             )
