@@ -18,19 +18,20 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from workers.model.norm_sums import norm_sums
 
 from tests.bench.record import report
 from tests.bench.rollout import machine
 from tests.bench.rollout_models import decode_milliseconds, make_vae_network
 from tests.bench.rollout_rows import Settings
-from workers.model import fused_conv, halo_conv, pair_conv, tile_conv
+from workers.model import fused_conv, halo_conv, tile_conv, winograd
 from workers.model.backbones import find_backbone
 from workers.model.fused import normalise_into
-from workers.model.fused_pairs import norm_pairs
 from workers.model.halo_conv import Cut
 from workers.model.tile_conv import Result, Tiles
 from workers.model.wan_decode_weights import Route
 from workers.model.wan_vae import WanVae
+from workers.model.winograd import Winograd
 
 
 class Shape(NamedTuple):
@@ -121,9 +122,9 @@ def halo_cuts(shape: Shape, modes: Sequence[bool]) -> list[Cut]:
     if shape.out_channels < halo_conv.FEWEST:
         return [Cut(halo_conv.FEWEST, *rest, plain=mode) for mode in modes for rest in ((16, 16, 3, 9), (16, 32, 3, 8))]
     if shape.out_channels == 96:
-        found = [Cut(96, 16, 16, 3, 6), Cut(96, 16, 16, 4, 4), Cut(96, 16, 32, 3, 5), Cut(96, 8, 16, 4, 6)]
+        found = [Cut(96, 16, 16, 3, 5), Cut(96, 16, 16, 4, 4), Cut(96, 16, 32, 2, 4), Cut(96, 8, 16, 4, 6)]
     else:
-        found = [Cut(192, 16, 16, 3, 4), Cut(192, 8, 16, 3, 5), Cut(192, 8, 32, 3, 4), Cut(96, 16, 16, 3, 6)]
+        found = [Cut(192, 16, 16, 2, 3), Cut(192, 8, 16, 4, 3), Cut(96, 16, 16, 3, 5), Cut(96, 16, 16, 4, 4)]
     return [cut._replace(plain=mode) for mode in modes for cut in found]
 
 
@@ -136,6 +137,8 @@ class Inputs(NamedTuple):
     weight: Tensor
     bias: Tensor
     beside: Tensor | None
+    added: Tensor | None
+    """A copy of it for who adds in place."""
 
 
 def draw(shape: Shape) -> Inputs:
@@ -150,7 +153,7 @@ def draw(shape: Shape) -> Inputs:
     room = F.pad(new if before is None else torch.cat((before, new)), (0, 0, kw // 2, kw // 2, kh // 2, kh // 2))
     is_residual = shape.result == "plain" and shape.out_channels == shape.channels
     beside = random(*new.shape[:3], shape.out_channels) if is_residual else None
-    return Inputs(room, before, new, weight, random(len(weight)), beside)
+    return Inputs(room, before, new, weight, random(len(weight)), beside, None if beside is None else beside.clone())
 
 
 def by_cudnn(shape: Shape, given: Inputs) -> Tensor:
@@ -205,10 +208,10 @@ def ways(shape: Shape, given: Inputs, modes: Sequence[bool]) -> Iterator[tuple[s
         yield (
             "halo " + " ".join(str(int(part)) for part in cut),
             lambda packed=packed, bias=bias, cut=cut: halo_conv.convolve(
-                given.before, [given.new], packed, bias, given.beside, cut
+                given.before, [given.new], packed, bias, given.added, cut
             )[..., : shape.out_channels],
         )
-    yield from pair_ways(shape, given)
+    yield from sum_ways(shape, given)
     lined = tile_conv.line_up(given.weight)
     for tiles in cuts(shape):
         yield (
@@ -220,19 +223,23 @@ def ways(shape: Shape, given: Inputs, modes: Sequence[bool]) -> Iterator[tuple[s
         )  # fmt: skip
 
 
-def pair_ways(shape: Shape, given: Inputs) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """By sums and differences of frames, which a norm has written."""
-    if shape.result != "plain" or shape.frames % 2 or shape.out_channels % 96:
-        return
-    inputs = pair_conv.transform_frames(given.before, given.new)
-    found = [Cut(96, 16, 16, 4, 4), Cut(96, 16, 16, 3, 6), Cut(96, 8, 32, 3, 6)]
-    found += [Cut(192, 8, 16, 3, 5), Cut(192, 8, 16, 4, 4)] if shape.out_channels % 192 == 0 else []
-    for cut in found:
-        packed = pair_conv.pack_pairs(given.weight, cut)
+def sum_ways(shape: Shape, given: Inputs) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Several frames at once, from sums of frames that a norm has written."""
+    found: list[tuple[Winograd, Cut]] = []
+    if shape.result == "plain" and shape.out_channels % 96 == 0:
+        cuts_of_pairs = [Cut(96, 16, 16, 4, 4), Cut(96, 8, 32, 3, 5)]
+        cuts_of_pairs += [Cut(192, 8, 16, 4, 3), Cut(192, 8, 16, 3, 3)] if shape.out_channels % 192 == 0 else []
+        found += [(winograd.PAIR, cut) for cut in cuts_of_pairs]
+        found += [(winograd.FOUR, cut) for cut in (Cut(96, 8, 16, 4, 6), Cut(96, 8, 16, 3, 7), Cut(96, 16, 8, 4, 6))]
+    for way, cut in found:
+        if shape.frames % way.num:
+            continue
+        inputs = winograd.transform_frames(given.before, given.new, way)
+        packed = winograd.pack_products(given.weight, cut, way)
         yield (
-            "pairs " + " ".join(str(int(part)) for part in cut),
-            lambda packed=packed, cut=cut: pair_conv.convolve(
-                inputs, shape.frames, packed, given.bias, given.beside, cut
+            f"{'pairs' if way is winograd.PAIR else 'fours'} " + " ".join(str(int(part)) for part in cut),
+            lambda inputs=inputs, packed=packed, cut=cut, way=way: winograd.convolve(
+                inputs, shape.frames, packed, given.bias, way, given.added, cut
             ),
         )
 
@@ -249,6 +256,8 @@ def measure_shape(shape: Shape, modes: Sequence[bool], kinds: Sequence[str]) -> 
             continue
         row: dict[str, Any] = {"convolution": shape.name, "count": shape.count, "way": name}
         try:
+            if given.beside is not None and given.added is not None:
+                given.added.copy_(given.beside)
             out = call()
             row["error"] = ((out[:, :16, :40].float() - exact).std() / exact.std()).item()
             row["from_cudnn"] = ((out - whole).float().std() / exact.std()).item()
@@ -267,8 +276,8 @@ def smoke(is_plain: bool) -> None:
         given = draw(shape)
         cut = halo_conv.choose_cut(shape.out_channels)._replace(plain=is_plain)
         packed = halo_conv.pack_weight(given.weight, cut.channels)
-        out = halo_conv.convolve(given.before, [given.new], packed, given.bias, given.beside, cut)
         exact = by_cudnn(shape, given).float()
+        out = halo_conv.convolve(given.before, [given.new], packed, given.bias, given.added, cut)
         error = ((out.float() - exact).std() / exact.std()).item()
         print(f"halo_conv plain={is_plain}, {shape.name}: error {error:.2g}", flush=True)
         assert error < 0.02
@@ -297,9 +306,10 @@ def measure_norm(shape: Shape) -> dict[str, Any]:
     gamma, out = torch.ones(shape.channels, device="cuda", dtype=torch.bfloat16), torch.empty_like(x)
     taken = milliseconds(lambda: normalise_into(out, x, gamma, silu=True))
     row = {"input": shape.name, "ms": taken, "gb_s": 2e-6 * x.nbytes / taken, "ms_of_a_chunk": taken * shape.count}
-    if shape.frames % 2 == 0:
-        row["ms_of_pairs"] = milliseconds(lambda: norm_pairs(x, x[:2], gamma))
-        row["gb_s_of_pairs"] = 3e-6 * x.nbytes / row["ms_of_pairs"]
+    for name, way in (("pairs", winograd.PAIR), ("fours", winograd.FOUR)):
+        if shape.frames % way.num == 0:
+            row[f"ms_of_{name}"] = milliseconds(lambda way=way: norm_sums(x, None, gamma, way))
+            row[f"gb_s_of_{name}"] = (1 + way.taps / way.num) * 1e-6 * x.nbytes / row[f"ms_of_{name}"]
     return row
 
 
@@ -355,7 +365,9 @@ def main() -> None:
     settings = Settings(backbone, backbone.width, backbone.height, device, torch.bfloat16)
     network = make_vae_network(settings)
     chunk = torch.randn(1, 3, 16, *settings.latent_size, device=device)
-    routes: tuple[Route, ...] = ("cudnn", "triton", "tma", "halo", "pairs") if modes else ("cudnn", "triton", "tma")
+    routes: tuple[Route, ...] = (
+        ("cudnn", "triton", "tma", "halo", "pairs", "fours") if modes else ("cudnn", "triton", "tma")
+    )
     routes = tuple(route for route in routes if not asked.ways or route in asked.ways)
     report("wan_conv-decoders", measure_decoders(network, chunk, routes), machine(settings))
     for route in routes[-3:]:

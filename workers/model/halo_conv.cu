@@ -1,22 +1,26 @@
 // A causal 3x3x3 convolution for compute capability 9.0 in bfloat16: a tile's inputs with a border of one pixel come into
 // shared memory once for nine places of the kernel, which tensor cores read from there, each place from another start.
 //
-// With PAIRS a tile is of two frames that follow each other, and inputs are the four sums and differences of frames that
-// pair_conv.py describes: four times nine places for two frames instead of six.
+// With two or four FRAMES a tile is of as many that follow each other, and inputs are the sums of frames that winograd.py
+// describes: four times nine places for two frames instead of six, six times for four instead of twelve.
 //
 // Defined by whoever compiles: C_IN and C_OUT channels, N channels of a tile (C_OUT is a multiple), TH x TW pixels of a
 // tile, MB blocks of 8x8 pixels for each of two groups of four warps, NA and NB slots of inputs and of weights, PLAIN (how
-// inputs lie in shared memory), PAIRS, and wgmma(), the product of 64 pixels, N channels and 16 inputs.
+// inputs lie in shared memory), FRAMES, and wgmma(), the product of 64 pixels, N channels and 16 inputs.
 struct alignas(64) TensorMap { u64 opaque[16]; };
 
-constexpr int TAPS = PAIRS ? 4 : 3, FRAMES = PAIRS ? 2 : 1;   // inputs in time, and frames of a tile
+constexpr bool SUMS = FRAMES > 1;                             // whether inputs are sums of frames
+constexpr int TAPS = FRAMES + 2;                              // inputs in time
 
 constexpr int KC = 32;                                        // input channels of a step
 constexpr int HALO_W = TW + 2, HALO = (TH + 2) * HALO_W;      // pixels with their border
 constexpr int A_BYTES = HALO * KC * 2, A_SLOT = (A_BYTES + 1023) / 1024 * 1024;
 constexpr int B_TAP = N * KC * 2, B_SLOT = 3 * B_TAP;         // a row of places
 constexpr int STEPS = C_IN / KC, TILES_N = C_OUT / N, GROUP = 64;
+constexpr int STAGED = N < 96 ? N : 96, STAGE = 64 * STAGED * 2;  // channels of a block on their way out, and bytes
+constexpr int SENT = FRAMES * MB * (N / STAGED);                  // by each group of warps for a tile
 static_assert(TH * TW == 2 * MB * 64 && B_SLOT % 1024 == 0 && N % 32 == 0, "tile");
+static_assert(N % STAGED == 0, "stages");
 
 __device__ __forceinline__ void load_inputs(u32 to, const TensorMap* map, u32 barrier, int step, int column, int row, int frame) {
 #if PLAIN
@@ -44,7 +48,8 @@ __device__ __forceinline__ u64 describe_weights(u32 slot, int column, int k) {
 
 struct Tile { int frame, row, column, first; };
 
-// Tiles of a group take their turn frame by frame (pair by pair), so that their frames are in the cache for the next.
+// Tiles of a group take their turn frame by frame (group of frames by group), so that their frames are in the cache for the
+// next.
 __device__ __forceinline__ Tile find_tile(int index, int num, int height, int width) {
     int tiles_w = (width + TW - 1) / TW, tiles = (height + TH - 1) / TH * tiles_w;
     int rest = index / TILES_N, group = rest / (GROUP * num), inside = rest % (GROUP * num);
@@ -53,83 +58,91 @@ __device__ __forceinline__ Tile find_tile(int index, int num, int height, int wi
     return {inside / size, tile / tiles_w * TH, tile % tiles_w * TW, index % TILES_N * N};
 }
 
-__device__ __forceinline__ u32 add_pair(u32 a, u32 b) {
-    return round_pair(__uint_as_float(a << 16) + __uint_as_float(b << 16),
-                      __uint_as_float(a & 0xFFFF0000u) + __uint_as_float(b & 0xFFFF0000u));
-}
-
-// Sums and differences in place, as there are no registers for both beside what they are made of; and the bias, which would
-// take registers if it were added when blocks are stored.
-__device__ __forceinline__ void add_and_subtract(float (&a)[N / 2], float (&b)[N / 2], const float* bias, int lane) {
+// Results of what the products that count in each of them have added up: in place, as there are no registers for both; and
+// with the bias, which would take registers if it were added when blocks are stored.
+__device__ __forceinline__ void combine(float (&of)[FRAMES][MB][N / 2], int m, const float* bias, int lane) {
 #pragma unroll
     for (int column = 0; column < N / 8; column++) {
         float2 added = *(const float2*)(bias + column * 8 + lane % 4 * 2);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            float &x = a[column * 4 + i], &y = b[column * 4 + i], more = i % 2 ? added.y : added.x;
+            int at = column * 4 + i;
+            float more = i % 2 ? added.y : added.x;
+#if FRAMES == 2
+            float &x = of[0][m][at], &y = of[1][m][at];
             x += y;
             y = fmaf(y, -2.f, x) + more;
             x += more;
+#elif FRAMES == 4
+            constexpr float ROOT = 0.70710678f;  // the points are at 1, -1, 2 and -2 times this
+            float near = of[0][m][at] + of[1][m][at], nears = of[0][m][at] - of[1][m][at];
+            float far = of[2][m][at] + of[3][m][at], fars = of[2][m][at] - of[3][m][at];
+            of[0][m][at] = near + far + more;
+            of[1][m][at] = fmaf(fmaf(fars, 2.f, nears), ROOT, more);
+            of[2][m][at] = fmaf(near, 0.5f, fmaf(far, 2.f, more));
+            of[3][m][at] = fmaf(fmaf(fars, 8.f, nears), 0.5f * ROOT, more);
+#endif
         }
     }
-}
-
-// Where a lane's pixel of a block lies in the result, in units of eight channels; past a picture: -1.
-__device__ __forceinline__ long long find_pixel(
-    const Tile& tile, int frame, int block, int half, int warp, int lane, int height, int width) {
-    int y = tile.row + block / (TW / 8) * 8 + warp % 4 * 2 + half;
-    int x = tile.column + block % (TW / 8) * 8 + lane / 4;
-    if (y >= height || x >= width) return -1;
-    return (((long long)frame * height + y) * width + x) * (C_OUT / 8) + tile.first / 8 + lane % 4;
 }
 
 // Without frames before, nothing is read for them.
 __device__ __forceinline__ int first_tap(const Tile& tile, int has_before) {
-    return PAIRS || has_before ? 0 : max(0, 2 - tile.frame);
+    return SUMS || has_before ? 0 : max(0, 2 - tile.frame);
 }
 
-// All loads first: one after the other would each wait for memory. Volatile: not earlier than they stand, which would take
-// registers that are not there.
-__device__ __forceinline__ void load_beside(uint4 (&other)[N / 32], const uint4* beside, long long pixel) {
-#pragma unroll
-    for (int j = 0; j < N / 32; j++) {
-        other[j] = make_uint4(0, 0, 0, 0);
-        if (beside && pixel >= 0)
-            asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                : "=r"(other[j].x), "=r"(other[j].y), "=r"(other[j].z), "=r"(other[j].w) : "l"(beside + pixel + j * 4));
-    }
-}
-
-__device__ __forceinline__ void store_block(
-    float (&total)[N / 2], const float* bias, const uint4 (&other)[N / 32], bool has_beside, uint4* out, long long pixel,
-    int half, int lane) {
+// Some channels of a block, rounded, to shared memory: pixel by pixel.
+__device__ __forceinline__ void stage_block(
+    const float (&total)[N / 2], int first, const float* bias, u32 stage, int warp, int lane) {
     int q = lane % 4;
 #pragma unroll
-    for (int j = 0; j < N / 32; j++) {
-        u32 word[4];
+    for (int half = 0; half < 2; half++) {
+        u32 to = stage + (warp % 4 * 16 + half * 8 + lane / 4) * STAGED * 2 + q * 16;
 #pragma unroll
-        for (int k = 0; k < 4; k++) {
-            int column = j * 4 + k;
-            float2 added = PAIRS ? make_float2(0.f, 0.f) : *(const float2*)(bias + column * 8 + q * 2);
-            word[k] = round_pair(total[column * 4 + half * 2] + added.x, total[column * 4 + half * 2 + 1] + added.y);
+        for (int j = 0; j < STAGED / 32; j++) {
+            u32 word[4];
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                int column = first / 8 + j * 4 + k;
+                float2 added = SUMS ? make_float2(0.f, 0.f) : *(const float2*)(bias + column * 8 + q * 2);
+                word[k] = round_pair(total[column * 4 + half * 2] + added.x, total[column * 4 + half * 2 + 1] + added.y);
+            }
+            transpose(word, q);
+            asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                ::"r"(to + j * 64), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]) : "memory");
         }
-        transpose(word, q);
-        if (has_beside) {
-            word[0] = add_pair(word[0], other[j].x), word[1] = add_pair(word[1], other[j].y);
-            word[2] = add_pair(word[2], other[j].z), word[3] = add_pair(word[3], other[j].w);
-        }
-        if (pixel >= 0) out[pixel + j * 4] = make_uint4(word[0], word[1], word[2], word[3]);
     }
+}
+
+// From shared memory to the result, or added to what stands there; what lies past a picture is left out.
+__device__ __forceinline__ void send_block(const TensorMap* out, u32 stage, int adds, int first, int column, int row, int frame) {
+    if (adds)
+        asm volatile(
+            "cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
+            ::"l"(out), "r"(stage), "r"(first), "r"(column), "r"(row), "r"(frame) : "memory");
+    else
+        asm volatile(
+            "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
+            ::"l"(out), "r"(stage), "r"(first), "r"(column), "r"(row), "r"(frame) : "memory");
+}
+
+// Until all but the newest groups that this thread has committed have been read.
+template <int LEFT> __device__ __forceinline__ void await_sent() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(LEFT) : "memory");
+}
+
+__device__ __forceinline__ void meet_group(int group) {
+    asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1) convolve(
     const __grid_constant__ TensorMap before, const __grid_constant__ TensorMap fresh, const __grid_constant__ TensorMap last,
-    const char* weight, const unsigned short* bias, const uint4* beside, uint4* out,
+    const __grid_constant__ TensorMap out, const char* weight, const unsigned short* bias, int adds_to_out,
     int has_before, int num_fresh, int num, int height, int width, int num_tiles) {
     extern __shared__ __align__(1024) char room[];
     __shared__ __align__(16) float bias_f[C_OUT];
     __shared__ __align__(8) u64 barriers[2 * (NA + NB)];
-    u32 a_slots = (address(room) + 1023) / 1024 * 1024, b_slots = a_slots + NA * A_SLOT;
+    u32 a_slots = (address(room) + 1023) / 1024 * 1024, b_slots = a_slots + NA * A_SLOT, stages = b_slots + NB * B_SLOT;
     u32 full_a = address(barriers), empty_a = full_a + NA * 8, full_b = empty_a + NA * 8, empty_b = full_b + NB * 8;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int i = threadIdx.x; i < C_OUT; i += 384) bias_f[i] = __uint_as_float((u32)bias[i] << 16);
@@ -152,9 +165,9 @@ extern "C" __global__ void __launch_bounds__(384, 1) convolve(
         for (int index = blockIdx.x; index < num_tiles; index += gridDim.x) {
             Tile tile = find_tile(index, num, height, width);
             for (int dt = first_tap(tile, has_before); dt < TAPS; dt++) {
-                int frame = PAIRS ? tile.frame * TAPS + dt : tile.frame + dt - 2;  // those before the first are below zero
-                const TensorMap* map = PAIRS ? &fresh : frame < 0 ? &before : frame < num_fresh ? &fresh : &last;
-                if (!PAIRS) frame = frame < 0 ? frame + 2 : frame < num_fresh ? frame : frame - num_fresh;
+                int frame = SUMS ? tile.frame * TAPS + dt : tile.frame + dt - 2;  // those before the first are below zero
+                const TensorMap* map = SUMS ? &fresh : frame < 0 ? &before : frame < num_fresh ? &fresh : &last;
+                if (!SUMS) frame = frame < 0 ? frame + 2 : frame < num_fresh ? frame : frame - num_fresh;
                 for (int step = 0; step < STEPS; step++) {
                     await(empty_a + sa * 8, pa ^ 1);
                     expect(full_a + sa * 8, A_BYTES);
@@ -174,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) convolve(
     }
 
     asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-    int group = warp / 4;
+    int group = warp / 4, turn = 0;
     for (int index = blockIdx.x; index < num_tiles; index += gridDim.x) {
         Tile tile = find_tile(index, num, height, width);
         float total[FRAMES][MB][N / 2];
@@ -215,41 +228,46 @@ extern "C" __global__ void __launch_bounds__(384, 1) convolve(
                 if (++sa == NA) sa = 0, pa ^= 1;
             }
         };
-#if PAIRS
-        multiply(total[0], 0);
-        multiply(total[1], 0);
+#if FRAMES > 1
+#pragma unroll
+        for (int product = 0; product < FRAMES; product++) multiply(total[product], 0);
         finish<0>();
 #pragma unroll
         for (int m = 0; m < MB; m++) {
-            hold(total[0][m]), hold(total[1][m]);
-            add_and_subtract(total[0][m], total[1][m], bias_f + tile.first, lane);
-            hold(total[0][m]), hold(total[1][m]);
+#pragma unroll
+            for (int frame = 0; frame < FRAMES; frame++) hold(total[frame][m]);
+            combine(total, m, bias_f + tile.first, lane);
+#pragma unroll
+            for (int frame = 0; frame < FRAMES; frame++) hold(total[frame][m]);
         }
         multiply(total[0], 1);
-        multiply(total[1], 1);
+        multiply(total[FRAMES - 1], 1);
 #else
         int adds = 0;
         for (int dt = first_tap(tile, has_before); dt < TAPS; dt++) multiply(total[0], adds), adds = 1;
 #endif
-        // What stands beside comes while products still run: for the whole tile where registers are enough, else for one
-        // block, and then for the next one while this one is stored.
-        constexpr int BLOCKS = FRAMES * 2 * MB, AHEAD = !PAIRS && MB * N <= 192 ? BLOCKS : 2;
-        uint4 other[AHEAD][N / 32];
-        auto find = [&](int i) -> long long {
-            int frame = tile.frame * FRAMES + i / (2 * MB);
-            if (PAIRS && frame >= num_fresh) return -1;  // a last frame that has no second one
-            return find_pixel(tile, frame, group * MB + i / 2 % MB, i % 2, warp, lane, height, width);
-        };
-#pragma unroll
-        for (int i = 0; i < (AHEAD == BLOCKS ? BLOCKS : 1); i++) load_beside(other[i], beside, find(i));
         finish<0>();
 #pragma unroll
         for (int m = 0; m < FRAMES * MB; m++) hold(total[m / MB][m % MB]);
         if (lane == 0) arrive(empty_b + last_b * 8), arrive(empty_a + last_a * 8);
+        // Results leave through two stages in turns, while the next tile is multiplied.
 #pragma unroll
-        for (int i = 0; i < BLOCKS; i++) {
-            if (AHEAD < BLOCKS && i + 1 < BLOCKS) load_beside(other[(i + 1) % AHEAD], beside, find(i + 1));
-            store_block(total[i / (2 * MB)][i / 2 % MB], bias_f + tile.first, other[i % AHEAD], beside, out, find(i), i % 2, lane);
+        for (int i = 0; i < SENT; i++) {
+            int part = i % (N / STAGED) * STAGED, m = i / (N / STAGED) % MB, frame = i / (N / STAGED) / MB;
+            u32 stage = stages + (group * 2 + (turn + i) % 2) * STAGE;
+            bool sends = threadIdx.x % 128 == 0;
+            if (sends) await_sent<1>();
+            meet_group(group);
+            stage_block(total[frame][m], part, bias_f + tile.first, stage, warp, lane);
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            meet_group(group);
+            int block = group * MB + m, column = tile.column + block % (TW / 8) * 8, row = tile.row + block / (TW / 8) * 8;
+            int at = tile.frame * FRAMES + frame;
+            bool is_there = row < height && column < width && (!SUMS || at < num_fresh);  // a last group may not be full
+            if (sends && is_there) send_block(&out, stage, adds_to_out, tile.first + part, column, row, at);
+            if (sends) asm volatile("cp.async.bulk.commit_group;" ::: "memory");  // empty ones count too
         }
+        turn = (turn + SENT) % 2;
     }
+    if (threadIdx.x % 128 == 0) await_sent<0>();
 }

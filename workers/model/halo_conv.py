@@ -40,7 +40,8 @@ class Cut(NamedTuple):
     @property
     def shared_bytes(self) -> int:
         slot_a = -(-(self.rows + 2) * (self.columns + 2) * _KC * 2 // 1024) * 1024
-        return self.slots_a * slot_a + self.slots_b * 3 * self.channels * _KC * 2 + 1024
+        stages = 4 * 64 * min(96, self.channels) * 2
+        return self.slots_a * slot_a + self.slots_b * 3 * self.channels * _KC * 2 + stages + 1024
 
 
 def takes(channels_in: int, channels_out: int) -> bool:
@@ -52,7 +53,7 @@ def choose_cut(channels_out: int) -> Cut:
     if channels_out == FEWEST:
         return Cut(FEWEST, slots_b=9)
     # Measured on an H200 (wan_conv-h200): 835 TFLOP/s at 384 channels, 825 at 192, 778 at 96.
-    return Cut(192, rows=8, slots_b=5) if channels_out % 192 == 0 else Cut(96, slots_a=4, slots_b=4)
+    return Cut(192, rows=8, slots_a=4, slots_b=3) if channels_out % 192 == 0 else Cut(96, slots_a=4, slots_b=4)
 
 
 def pack_weight(weight_OITHW: Tensor, channels: int) -> Tensor:
@@ -72,9 +73,9 @@ def pack_weight(weight_OITHW: Tensor, channels: int) -> Tensor:
     return swizzled.flatten(-2).contiguous()
 
 
-def make_source(channels_in: int, channels_out: int, cut: Cut, *, pairs: bool = False) -> str:
-    """CUDA of one convolution; in pairs of frames its inputs are float16."""
-    kind = "f16" if pairs else "bf16"
+def make_source(channels_in: int, channels_out: int, cut: Cut, *, frames: int = 1) -> str:
+    """CUDA of one convolution; for several frames at once its inputs are float16."""
+    kind = "bf16" if frames == 1 else "f16"
     count = cut.channels // 2
     numbers = ", ".join(f"%{i}" for i in range(count))
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
@@ -97,38 +98,40 @@ __device__ __forceinline__ void wgmma(float (&d)[{count}], unsigned long long a,
         "NA": cut.slots_a,
         "NB": cut.slots_b,
         "PLAIN": int(cut.plain),
-        "PAIRS": int(pairs),
+        "FRAMES": frames,
     }
     return make_hopper_source(names, product, Path(__file__).with_suffix(".cu"))
 
 
 @functools.cache
-def _load(channels_in: int, channels_out: int, cut: Cut, pairs: bool, device: int) -> ctypes.c_void_p:
+def _load(channels_in: int, channels_out: int, cut: Cut, frames: int, device: int) -> ctypes.c_void_p:
     """The function, on its device."""
     assert cut.shared_bytes <= _MOST_SHARED
-    source = make_source(channels_in, channels_out, cut, pairs=pairs)
+    source = make_source(channels_in, channels_out, cut, frames=frames)
     return load_functions(source, ("convolve",), cut.shared_bytes, device)[0]
 
 
-def _describe(frames_THWC: Tensor, cut: Cut) -> ctypes.Array[Any]:
-    """A tensor map: boxes of a tile with its border; what lies outside arrives as zeros."""
-    num, height, width, channels = frames_THWC.shape
-    sizes, strides = [channels, width, height, num], [channels, channels * width, channels * width * height]
-    box = [_KC, cut.columns + 2, cut.rows + 2, 1]
-    if cut.plain:
-        sizes, strides = [8, width, height, channels // 8, num], [*strides[:2], 8, strides[2]]
-        box = [8, cut.columns + 2, cut.rows + 2, _KC // 8, 1]
-    rank, swizzle_64, promote_128 = len(sizes), 2, 2
-    kind = {torch.float16: 6, torch.bfloat16: 9}[frames_THWC.dtype]
+def _describe_inputs(frames_THWC: Tensor, cut: Cut) -> ctypes.Array[Any]:
+    """Boxes of a tile with its border."""
+    if not cut.plain:
+        return _describe(frames_THWC, [_KC, cut.columns + 2, cut.rows + 2, 1], swizzle=2)  # by 64 bytes
+    by_eight = frames_THWC.unflatten(-1, (-1, 8)).movedim(-2, 1)
+    return _describe(by_eight, [8, cut.columns + 2, cut.rows + 2, _KC // 8, 1])
+
+
+def _describe(frames: Tensor, box: Sequence[int], swizzle: int = 0) -> ctypes.Array[Any]:
+    """A tensor map, dimensions from the last on: boxes from or to memory; what lies outside arrives as zeros."""
+    sizes, strides = frames.shape[::-1], frames.stride()[::-1]
+    rank, promote_128 = frames.ndim, 2
+    kind = {torch.float16: 6, torch.bfloat16: 9}[frames.dtype]
     raw = ctypes.create_string_buffer(192)
     start = -ctypes.addressof(raw) % 64
     found = (ctypes.c_char * 128).from_buffer(raw, start)
     check(
         load_driver().cuTensorMapEncodeTiled(
-            ctypes.byref(found), kind, rank, ctypes.c_void_p(frames_THWC.data_ptr()),
-            (ctypes.c_uint64 * rank)(*sizes), (ctypes.c_uint64 * (rank - 1))(*(2 * stride for stride in strides)),
-            (ctypes.c_uint32 * rank)(*box), (ctypes.c_uint32 * rank)(*[1] * rank),
-            0, 0 if cut.plain else swizzle_64, promote_128, 0,
+            ctypes.byref(found), kind, rank, ctypes.c_void_p(frames.data_ptr()),
+            (ctypes.c_uint64 * rank)(*sizes), (ctypes.c_uint64 * (rank - 1))(*(2 * stride for stride in strides[1:])),
+            (ctypes.c_uint32 * rank)(*box), (ctypes.c_uint32 * rank)(*[1] * rank), 0, swizzle, promote_128, 0,
         )
     )  # fmt: skip
     return found
@@ -142,29 +145,29 @@ def convolve(
     beside_THWC: Tensor | None = None,
     cut: Cut | None = None,
 ) -> Tensor:
-    """Result [T, H, W, O], plus `beside` if given; pictures are bordered by zeros.
+    """Result [T, H, W, O], added to `beside` in place if given; pictures are bordered by zeros.
 
     Args:
         before_THWC: The two frames before the first; None: zeros.
         new: Frames [T, H, W, C] in one or two pieces, so that the last may be kept as they are for the next call.
         packed: `pack_weight` for the channels of the cut.
         bias_O: Of the convolution.
-        beside_THWC: In the shape of the result, which it is added to after rounding.
+        beside_THWC: In the shape of the result, which is added after rounding and returned as this.
         cut: How to do it if not as `choose_cut` says. All tensors are contiguous and bfloat16.
     """
     fresh, last = new[0], new[-1]
     height, width, channels = fresh.shape[1:]
     num, out_channels = sum(map(len, new)), len(bias_O)
     cut = cut or choose_cut(out_channels)
-    out = fresh.new_empty((num, height, width, out_channels))
+    out = fresh.new_empty((num, height, width, out_channels)) if beside_THWC is None else beside_THWC
     for given in (before_THWC, *new, packed, bias_O, beside_THWC):
         assert given is None or (given.is_contiguous() and given.dtype == torch.bfloat16)
     assert len(new) <= 2
     assert last.shape[1:] == fresh.shape[1:]
     assert packed.shape == (out_channels // cut.channels, 3, channels // _KC, 3, 3, cut.channels, _KC)
-    assert beside_THWC is None or beside_THWC.shape == out.shape
+    assert out.shape == (num, height, width, out_channels)
     assert before_THWC is None or before_THWC.shape == (2, *fresh.shape[1:])
-    launch_cut(cut, (before_THWC, fresh, last), packed, bias_O, beside_THWC, out, pairs=False)
+    launch_cut(cut, (before_THWC, fresh, last), packed, bias_O, out, adds=beside_THWC is not None, frames=1)
     return out
 
 
@@ -173,33 +176,33 @@ def launch_cut(
     inputs: tuple[Tensor | None, Tensor, Tensor],
     packed: Tensor,
     bias_O: Tensor,
-    beside_THWC: Tensor | None,
     out_THWC: Tensor,
     *,
-    pairs: bool,
+    adds: bool,
+    frames: int,
 ) -> None:
     """The kernel on what its callers have checked.
 
     Args:
-        inputs: Frames before, new ones, last ones of these; in pairs none, and twice sums and differences.
-        out_THWC: Written.
-        pairs: Whether inputs are such.
+        inputs: Frames before, new ones, last ones of these; none, and twice their sums, where several go at once.
+        out_THWC: Written, or added to if `adds`.
+        frames: That go at once.
     """
     before, fresh, last = inputs
     num, height, width, out_channels = out_THWC.shape
     device = fresh.get_device()
-    function = _load(fresh.shape[3], out_channels, cut, pairs, device)
+    function = _load(fresh.shape[3], out_channels, cut, frames, device)
     assert device == torch.cuda.current_device()
-    num_units = -(-num // 2) if pairs else num
-    num_tiles = num_units * -(-height // cut.rows) * -(-width // cut.columns) * (out_channels // cut.channels)
-    described = _describe(fresh, cut)
-    maps = [described if x is None or x is fresh else _describe(x, cut) for x in (before, fresh, last)]
-    beside = 0 if beside_THWC is None else beside_THWC.data_ptr()
+    num_groups = -(-num // frames)
+    num_tiles = num_groups * -(-height // cut.rows) * -(-width // cut.columns) * (out_channels // cut.channels)
+    described = _describe_inputs(fresh, cut)
+    maps = [described if x is None or x is fresh else _describe_inputs(x, cut) for x in (before, fresh, last)]
     given: list[Any] = [
         *maps,
-        *map(ctypes.c_void_p, (packed.data_ptr(), bias_O.data_ptr(), beside, out_THWC.data_ptr())),
+        _describe(out_THWC, [min(96, cut.channels), 8, 8, 1]),
+        *map(ctypes.c_void_p, (packed.data_ptr(), bias_O.data_ptr())),
     ]
-    numbers = (before is not None, num if pairs else len(fresh), num_units, height, width, num_tiles)
+    numbers = (adds, before is not None, len(fresh) if frames == 1 else num, num_groups, height, width, num_tiles)
     given += map(ctypes.c_int, numbers)
     programs = min(num_tiles, torch.cuda.get_device_properties(device).multi_processor_count)
     launch(function, programs, 384, cut.shared_bytes, given, device)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Route = Literal["cudnn", "cudnn-tried", "triton", "tma", "halo", "pairs"]
+if TYPE_CHECKING:
+    from workers.model.winograd import Winograd
+
+Route = Literal["cudnn", "cudnn-tried", "triton", "tma", "halo", "pairs", "fours"]
+
+_FRAMES_AT_ONCE: dict[Route, int] = {"pairs": 2, "fours": 4}
+"""Where a latent frame has become as many."""
 
 
 class Conv(NamedTuple):
@@ -25,8 +31,10 @@ class Conv(NamedTuple):
     """For `tile_conv`, likewise."""
     packed_weight: Tensor | None = None
     """For `halo_conv`, in place of that."""
-    pair_weight: Tensor | None = None
-    """For `pair_conv`, in place of that."""
+    sum_weight: Tensor | None = None
+    """For `winograd`, in place of that."""
+    way: Winograd | None = None
+    """By which it is."""
 
     @classmethod
     def of(cls, module: nn.Module, slots: Iterator[int], out_channels: int = 0) -> Conv:
@@ -76,7 +84,8 @@ class DecoderWeights:
             new shape, which may differ from run to run and with it the last bits of pixels; "triton" is our own kernel
             where its tiles fit, which are nine tenths of the work; "tma" is the one that needs compute capability 9.0,
             for enlargements and doublings too; "halo" is that with CUDA of our own for the units, in bfloat16; "pairs"
-            is that with two thirds of the products where a latent frame has become an even number of frames.
+            is that with two thirds of the products where a latent frame has become an even number of frames; "fours" is
+            that with half of them where it has become four.
     Raises:
         ValueError: The route needs another GPU or dtype.
     """
@@ -110,7 +119,7 @@ class DecoderWeights:
     @property
     def _has_halos(self) -> bool:
         """Whether units are convolved by `halo_conv.cu`."""
-        return self.route in ("halo", "pairs")
+        return self.route in ("halo", *_FRAMES_AT_ONCE)
 
     def _flatten_weights(self) -> None:
         """Have the units' convolutions computed by our own kernel where it can."""
@@ -130,7 +139,12 @@ class DecoderWeights:
     def _line_up_weights(self) -> None:
         """Have all convolutions but the first and the last computed by tiles that the copy engine brings."""
         self._refuse_elsewhere()
-        from workers.model import halo_conv, pair_conv, tile_conv  # Triton comes with CUDA builds of torch alone
+        from workers.model import (
+            halo_conv,
+            norm_sums,
+            tile_conv,
+            winograd,
+        )  # Triton comes with CUDA builds of torch alone
 
         def takes_halos(conv: Conv) -> bool:
             out, channels, *size = conv.weight.shape
@@ -140,10 +154,12 @@ class DecoderWeights:
             cut = halo_conv.choose_cut(len(conv.weight))
             return halo_conv.pack_weight(conv.weight, cut.channels) if takes_halos(conv) else None
 
-        def paired(conv: Conv, gamma_C: Tensor) -> Conv:
-            if self.route != "pairs" or not (takes_halos(conv) and pair_conv.fits(gamma_C)):
+        def summed(conv: Conv, gamma_C: Tensor, way: Winograd | None) -> Conv:
+            out, channels = conv.weight.shape[:2]
+            if way is None or not (takes_halos(conv) and norm_sums.takes(channels) and winograd.fits(gamma_C, way)):
                 return lined(conv)
-            return conv._replace(pair_weight=pair_conv.pack_pairs(conv.weight, pair_conv.choose_cut(len(conv.weight))))
+            weight = winograd.pack_products(conv.weight, winograd.choose_cut(out, way), way)
+            return conv._replace(sum_weight=weight, way=way)
 
         def lined(conv: Conv) -> Conv:
             if (weight := packed(conv)) is not None:
@@ -153,11 +169,10 @@ class DecoderWeights:
                 conv._replace(lined_weight=tile_conv.line_up(conv.weight)) if tile_conv.takes(channels, out) else conv
             )
 
-        def lined_unit(unit: Unit) -> Unit:
-            return unit._replace(conv1=lined(unit.conv1), conv2=lined(unit.conv2))
-
-        def paired_unit(unit: Unit) -> Unit:
-            return unit._replace(conv1=paired(unit.conv1, unit.gamma1_C), conv2=paired(unit.conv2, unit.gamma2_C))
+        def lined_unit(unit: Unit, way: Winograd | None = None) -> Unit:
+            return unit._replace(
+                conv1=summed(unit.conv1, unit.gamma1_C, way), conv2=summed(unit.conv2, unit.gamma2_C, way)
+            )
 
         def lined_enlarge(enlarge: Enlarge) -> Enlarge:
             out, channels = enlarge.weight.shape[:2]
@@ -167,12 +182,12 @@ class DecoderWeights:
         if self._has_halos:
             self.conv_out = lined(self.conv_out)
         self.before, self.after = lined_unit(self.before), lined_unit(self.after)
-        is_doubled = False
+        num_frames = 1
         for place, (units, enlarge) in enumerate(self.stages):
-            # Pairs never depend on where a video is cut into pieces, so pixels do not.
-            by_tiles = paired_unit if is_doubled else lined_unit
-            self.stages[place] = [by_tiles(unit) for unit in units], enlarge and lined_enlarge(enlarge)
-            is_doubled |= enlarge is not None and enlarge.time is not None
+            # Groups never depend on where a video is cut into pieces, so pixels do not.
+            way = winograd.choose_way(min(num_frames, _FRAMES_AT_ONCE.get(self.route, 1)))
+            self.stages[place] = [lined_unit(unit, way) for unit in units], enlarge and lined_enlarge(enlarge)
+            num_frames *= 1 if enlarge is None or enlarge.time is None else 2
 
     def _refuse_elsewhere(self) -> None:
         """Triton's interpreter runs "tma" on a CPU."""

@@ -10,7 +10,7 @@ tests compare with the library.
 
 Operations of one latent frame at 480x832: 12.8 TFLOP (13.5 without the folded enlargement), so three of them cannot
 take less than 53 ms at the 727 TFLOP/s that products of large matrices reach on an H100; where two frames are convolved
-by four products instead of six (`pair_conv.py`), 8.9 TFLOP and 37 ms.
+by four products instead of six and four by six instead of twelve (`winograd.py`), 7.2 TFLOP and 30 ms.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ class FastDecoding:
         self, conv: Conv, x_THWC: Tensor, gamma_C: Tensor | None = None, beside_THWC: Tensor | None = None
     ) -> Tensor:
         """A causal convolution; with gamma, of the norm and SiLU of its input; plus what stands beside it."""
-        if conv.pair_weight is not None and gamma_C is not None:
-            return self._convolve_by_pairs(conv, x_THWC, gamma_C, beside_THWC)
+        if conv.sum_weight is not None and gamma_C is not None:
+            return self._convolve_by_sums(conv, x_THWC, gamma_C, beside_THWC)
         if conv.packed_weight is not None and gamma_C is not None:
             return self._convolve_by_halos(conv, x_THWC, gamma_C, beside_THWC)
         if conv.lined_weight is not None:
@@ -157,14 +157,15 @@ class FastDecoding:
         self._memory[conv.slot] = last if len(last) == _HISTORY else _join(before, last)
         return halo_conv.convolve(before, pieces, conv.packed_weight, conv.bias, beside_THWC)
 
-    def _convolve_by_pairs(self, conv: Conv, x_THWC: Tensor, gamma_C: Tensor, beside_THWC: Tensor | None) -> Tensor:
-        """The same from sums and differences of frames, which the norm writes."""
-        from workers.model import fused_pairs, pair_conv  # Triton comes with CUDA builds of torch alone
+    def _convolve_by_sums(self, conv: Conv, x_THWC: Tensor, gamma_C: Tensor, beside_THWC: Tensor | None) -> Tensor:
+        """The same for several frames at once, from sums of frames that the norm writes."""
+        from workers.model import norm_sums, winograd
 
-        assert conv.pair_weight is not None
+        assert conv.sum_weight is not None
+        assert conv.way is not None
         assert conv.bias is not None
-        inputs, self._memory[conv.slot] = fused_pairs.norm_pairs(x_THWC, self._memory[conv.slot], gamma_C)
-        return pair_conv.convolve(inputs, len(x_THWC), conv.pair_weight, conv.bias, beside_THWC)
+        sums, self._memory[conv.slot] = norm_sums.norm_sums(x_THWC, self._memory[conv.slot], gamma_C, conv.way)
+        return winograd.convolve(sums, len(x_THWC), conv.sum_weight, conv.bias, conv.way, beside_THWC)
 
 
 def _join(before_THWC: Tensor | None, last_THWC: Tensor) -> Tensor:

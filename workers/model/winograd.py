@@ -86,6 +86,11 @@ FOUR = Winograd(
 )
 
 
+def choose_way(num_frames: int) -> Winograd | None:
+    """For as many frames at once; None: one by one."""
+    return {2: PAIR, 4: FOUR}.get(num_frames)
+
+
 def fits(gamma_C: Tensor, way: Winograd) -> bool:
     """Whether sums of frames stay within float16 where these come of a norm with such weights; waits for them."""
     most: float = len(gamma_C) ** 0.5 * float(gamma_C.abs().max())
@@ -94,9 +99,9 @@ def fits(gamma_C: Tensor, way: Winograd) -> bool:
 
 def choose_cut(channels_out: int, way: Winograd) -> Cut:
     if way is FOUR:
-        return Cut(96, rows=8, slots_a=4, slots_b=6, cluster=2)
+        return Cut(96, rows=8, slots_a=4, slots_b=6)
     # Measured on an H200 (wan_conv-h200): as if 1,000 TFLOP/s at 96 channels, 1,110 at 192, 1,130 at 384.
-    return Cut(192, rows=8, slots_a=4, slots_b=4) if channels_out % 384 == 0 else Cut(96, rows=8, columns=32)
+    return Cut(192, rows=8, slots_a=4, slots_b=3) if channels_out % 384 == 0 else Cut(96, rows=8, columns=32, slots_b=5)
 
 
 def transform_weight(weight_OITHW: Tensor, way: Winograd) -> Tensor:
@@ -129,10 +134,12 @@ def transform_frames(before_THWC: Tensor | None, new_THWC: Tensor, way: Winograd
 def convolve_plain(inputs_VHWC: Tensor, weight_OIVHW: Tensor, num: int, way: Winograd) -> Tensor:
     """Results [num, H, W, O] in float32 of what `transform_frames` and `transform_weight` made, by plain torch."""
     groups = inputs_VHWC.float().movedim(-1, 1).unflatten(0, (-1, way.taps))
-    products = torch.stack([
-        F.conv2d(groups[:, tap], weight_OIVHW[:, :, tap].float(), padding=weight_OIVHW.shape[3] // 2)
-        for tap in range(way.taps)
-    ])
+    products = torch.stack(
+        [
+            F.conv2d(groups[:, tap], weight_OIVHW[:, :, tap].float(), padding=weight_OIVHW.shape[3] // 2)
+            for tap in range(way.taps)
+        ]
+    )
     rows = torch.tensor(way.results, device=products.device)
     return torch.einsum("pgohw,kp->gkhwo", products, rows).flatten(0, 1)[:num]
 
@@ -146,7 +153,7 @@ def convolve(
     beside_THWC: Tensor | None = None,
     cut: Cut | None = None,
 ) -> Tensor:
-    """Result [num, H, W, O] in bfloat16, plus `beside` if given; pictures are bordered by zeros.
+    """Result [num, H, W, O] in bfloat16, added to `beside` in place if given; pictures are bordered by zeros.
 
     Args:
         inputs_VHWC: `transform_frames`, float16.
@@ -154,7 +161,7 @@ def convolve(
         packed: `pack_products` for the cut.
         bias_O: Of the convolution, bfloat16.
         way: How many frames at once.
-        beside_THWC: In the shape of the result, bfloat16, which it is added to after rounding.
+        beside_THWC: In the shape of the result, bfloat16, which is added after rounding and returned as this.
         cut: How to do it if not as `choose_cut` says. All tensors are contiguous.
     """
     cut = cut or choose_cut(len(bias_O), way)
@@ -162,11 +169,12 @@ def convolve(
     assert count == way.taps * -(-num // way.num)
     assert inputs_VHWC.dtype == packed.dtype == torch.float16
     assert packed.shape == (len(bias_O) // cut.channels, way.taps, channels // 32, 3, 3, cut.channels, 32)
-    out = bias_O.new_empty((num, height, width, len(bias_O)))
-    assert beside_THWC is None or beside_THWC.shape == out.shape
-    for given in (inputs_VHWC, packed):
+    size = (num, height, width, len(bias_O))
+    out = bias_O.new_empty(size) if beside_THWC is None else beside_THWC
+    assert out.shape == size
+    assert out.dtype == bias_O.dtype == torch.bfloat16
+    for given in (inputs_VHWC, packed, bias_O, out):
         assert given.is_contiguous()
-    for of_result in (bias_O, beside_THWC):
-        assert of_result is None or (of_result.is_contiguous() and of_result.dtype == torch.bfloat16)
-    launch_cut(cut, (None, inputs_VHWC, inputs_VHWC), packed, bias_O, beside_THWC, out, frames=way.num)
+    inputs = (None, inputs_VHWC, inputs_VHWC)
+    launch_cut(cut, inputs, packed, bias_O, out, adds=beside_THWC is not None, frames=way.num)
     return out
