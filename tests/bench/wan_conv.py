@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from workers.model.norm_sums import norm_sums
 
 from tests.bench.record import report
 from tests.bench.rollout import machine
@@ -28,6 +27,7 @@ from workers.model import fused_conv, halo_conv, tile_conv, winograd
 from workers.model.backbones import find_backbone
 from workers.model.fused import normalise_into
 from workers.model.halo_conv import Cut
+from workers.model.norm_sums import norm_sums
 from workers.model.tile_conv import Result, Tiles
 from workers.model.wan_decode_weights import Route
 from workers.model.wan_vae import WanVae

@@ -18,6 +18,15 @@ _FRAMES_AT_ONCE: dict[Route, int] = {"pairs": 2, "fours": 4}
 """Where a latent frame has become as many."""
 
 
+class Places(NamedTuple):
+    """A convolution to three channels as a product with all places of a picture at once, behind a norm."""
+
+    factor_C: Tensor
+    """Weights of the norm times sqrt(C), float32."""
+    weight_TCN: Tensor
+    """[3, C, 32]: columns are row, column, channel out; those past 27 are zeros."""
+
+
 class Conv(NamedTuple):
     """A convolution over (time, row, column) whose weights lie as the GPU reads them."""
 
@@ -35,6 +44,8 @@ class Conv(NamedTuple):
     """For `winograd`, in place of that."""
     way: Winograd | None = None
     """By which it is."""
+    places: Places | None = None
+    """For `fused_head`, in place of that."""
 
     @classmethod
     def of(cls, module: nn.Module, slots: Iterator[int], out_channels: int = 0) -> Conv:
@@ -121,6 +132,24 @@ class DecoderWeights:
         """Whether units are convolved by `halo_conv.cu`."""
         return self.route in ("halo", *_FRAMES_AT_ONCE)
 
+    @property
+    def attends_by_tiles(self) -> bool:
+        """Whether attention is computed by `wide_attention`."""
+        if not self._has_halos:
+            return False
+        from workers.model import wide_attention  # Triton comes with CUDA builds of torch alone
+
+        return wide_attention.takes(len(self.middle.gamma_C))
+
+    def _headed(self, conv: Conv) -> Conv | None:
+        """The last convolution by `fused_head` where it takes its channels and weights."""
+        from workers.model import fused_head  # Triton comes with CUDA builds of torch alone
+
+        if not fused_head.takes(conv.weight.shape[1]):
+            return None
+        places = lay_out_places(conv.weight[: fused_head.COLORS], self.gamma_out)
+        return conv._replace(places=places) if fused_head.fits(*places) else None
+
     def _flatten_weights(self) -> None:
         """Have the units' convolutions computed by our own kernel where it can."""
         from workers.model import fused_conv  # Triton comes with CUDA builds of torch alone
@@ -180,7 +209,7 @@ class DecoderWeights:
             return enlarge._replace(time=enlarge.time and lined(enlarge.time), lined_weight=weight)
 
         if self._has_halos:
-            self.conv_out = lined(self.conv_out)
+            self.conv_out = self._headed(self.conv_out) or lined(self.conv_out)
         self.before, self.after = lined_unit(self.before), lined_unit(self.after)
         num_frames = 1
         for place, (units, enlarge) in enumerate(self.stages):
@@ -199,6 +228,13 @@ class DecoderWeights:
             )
         if weight.is_cuda and not (major >= 9 and weight.dtype in (torch.bfloat16, torch.float16)):
             raise ValueError("VAE by tma: needs compute capability 9.0 and 16 bits; cudnn and triton run elsewhere")
+
+
+def lay_out_places(weight_OITHW: Tensor, gamma_C: Tensor) -> Places:
+    """Weights of a convolution of 3x3x3 to three channels, and of the norm ahead of it."""
+    out, channels = weight_OITHW.shape[:2]
+    columns = weight_OITHW.permute(2, 1, 3, 4, 0).reshape(3, channels, 9 * out)
+    return Places(gamma_C.float() * channels**0.5, F.pad(columns, (0, 32 - 9 * out)).contiguous())
 
 
 def _unit(module: Any, slots: Iterator[int]) -> Unit:

@@ -68,7 +68,7 @@ class FastDecoding:
         decoder = self._decoder
         x = self._convolve(decoder.conv_in, _each_frame(decoder.quant, x_THWC))
         x = self._unit(decoder.before, x)
-        x = self._unit(decoder.after, _attend(decoder.middle, x))
+        x = self._unit(decoder.after, _attend(decoder.middle, x, by_tiles=decoder.attends_by_tiles))
         for units, enlarge in decoder.stages:
             for unit in units:
                 x = self._unit(unit, x)
@@ -96,6 +96,8 @@ class FastDecoding:
         self, conv: Conv, x_THWC: Tensor, gamma_C: Tensor | None = None, beside_THWC: Tensor | None = None
     ) -> Tensor:
         """A causal convolution; with gamma, of the norm and SiLU of its input; plus what stands beside it."""
+        if conv.places is not None:
+            return self._convolve_by_places(conv, x_THWC)
         if conv.sum_weight is not None and gamma_C is not None:
             return self._convolve_by_sums(conv, x_THWC, gamma_C, beside_THWC)
         if conv.packed_weight is not None and gamma_C is not None:
@@ -157,6 +159,18 @@ class FastDecoding:
         self._memory[conv.slot] = last if len(last) == _HISTORY else _join(before, last)
         return halo_conv.convolve(before, pieces, conv.packed_weight, conv.bias, beside_THWC)
 
+    def _convolve_by_places(self, conv: Conv, x_THWC: Tensor) -> Tensor:
+        """The same to three channels, norm and all."""
+        from workers.model import fused_head  # Triton comes with CUDA builds of torch alone
+
+        assert conv.places is not None
+        assert conv.bias is not None
+        pictures: Tensor
+        pictures, self._memory[conv.slot] = fused_head.convolve(
+            self._memory[conv.slot], x_THWC, *conv.places, conv.bias
+        )
+        return pictures
+
     def _convolve_by_sums(self, conv: Conv, x_THWC: Tensor, gamma_C: Tensor, beside_THWC: Tensor | None) -> Tensor:
         """The same for several frames at once, from sums of frames that the norm writes."""
         from workers.model import norm_sums, winograd
@@ -201,10 +215,16 @@ def _enlarge_pictures(enlarge: Enlarge, x_THWC: Tensor) -> Tensor:
     return out.flatten(1, 2).flatten(2, 3)
 
 
-def _attend(middle: Middle, x_THWC: Tensor) -> Tensor:
+def _attend(middle: Middle, x_THWC: Tensor, *, by_tiles: bool) -> Tensor:
     normed = _norm(x_THWC, middle.gamma_C, silu=False)
-    q, k, v = F.linear(normed.flatten(1, 2), *middle.qkv)[:, None].chunk(3, -1)
-    out = F.scaled_dot_product_attention(q, k, v)[:, 0]
+    qkv = F.linear(normed.flatten(1, 2), *middle.qkv)
+    if by_tiles:
+        from workers.model import wide_attention  # Triton comes with CUDA builds of torch alone
+
+        out = wide_attention.attend(qkv)
+    else:
+        q, k, v = qkv[:, None].chunk(3, -1)
+        out = F.scaled_dot_product_attention(q, k, v)[:, 0]
     return x_THWC + F.linear(out, *middle.out).view(x_THWC.shape)
 
 

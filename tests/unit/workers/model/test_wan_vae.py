@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.wan_files import TINY, make_vae_tensors
-from workers.model.wan_decode_weights import fold_enlargement
+from workers.model.wan_decode_weights import fold_enlargement, lay_out_places
 from workers.model.wan_vae import WanVae, make_wan_vae
 
 SIZE = (4, 6)
@@ -150,3 +150,17 @@ def test_latents_are_normalised_both_ways(vae: WanVae) -> None:
 def test_frames_that_would_be_dropped_are_refused(vae: WanVae) -> None:
     with pytest.raises(ValueError, match="8 video frames: expected 1, 5, 9"):
         vae.encode(torch.zeros(1, 8, 3, 32, 32))
+
+
+def test_a_product_with_all_places_adds_up_to_a_convolution() -> None:
+    torch.manual_seed(3)
+    weight, frames = torch.randn(3, 12, 3, 3, 3, dtype=torch.float64), torch.randn(3, 5, 7, 12, dtype=torch.float64)
+    places = lay_out_places(weight, torch.full((12,), 2.0))
+    product = sum(frame @ moment for frame, moment in zip(frames, places.weight_TCN, strict=True))
+    assert isinstance(product, Tensor)
+    assert not product[..., 27:].any()
+    room = F.pad(product[..., :27], (0, 0, 1, 1, 1, 1)).unflatten(-1, (3, 3, 3))
+    found = sum(room[row : row + 5, column : column + 7, row, column] for row in range(3) for column in range(3))
+    expected = F.conv3d(frames.movedim(-1, 0)[None], weight, padding=(0, 1, 1))[0, :, 0].movedim(0, -1)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(places.factor_C, torch.full((12,), 2 * 12**0.5))
