@@ -3,8 +3,7 @@
 Three channels are no shape for a tensor core, but three at each of nine places of a picture are 27. So the first
 kernel goes through time with some pixels, norms each frame once and multiplies it with all places of three moments;
 what a frame's moments add up to stays in registers, and one number for each place and channel is written. The second
-adds up nine places, each from another pixel. Strips of a picture go through both before the next, so that what lies
-between takes little memory. Plain forms: `_norm_into` in wan_fast_decode.py and F.conv3d.
+adds up nine places, each from another pixel. Plain forms: `_norm_into` in wan_fast_decode.py and F.conv3d.
 """
 
 from __future__ import annotations
@@ -21,9 +20,8 @@ _BLOCK_P = 64
 """Pixels of a program that multiplies."""
 _BLOCK_SUM = 512
 """Pixels of one that adds up."""
-_STRIP_ROWS = 240
-"""Rows of a picture at once: at 832 columns what lies between is 130 MB of twelve frames in float16, and programs are
-just below eight rounds of three to each of an H200's multiprocessors."""
+_MOST_REGISTERS = 128
+"""Of a thread that multiplies: four programs to a multiprocessor are a tenth faster than three."""
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -87,17 +85,17 @@ def _store_pieces(x, a, b, c, there, BLOCK_C: tl.constexpr):  # type: ignore[no-
     tl.store(x + 2 * BLOCK_C + channel, c, mask=there)
 
 
-@triton.jit(do_not_specialize=["first", "count", "num_frames"])  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit(do_not_specialize=["num_frames"])  # type: ignore[untyped-decorator, unused-ignore]
 def _multiply(  # type: ignore[no-untyped-def]
-    x, before, factor, weight, partial, last, first, count, num_pixels, num_frames, plane,
+    x, before, factor, weight, partial, last, num_pixels, num_frames, plane,
     HAS_BEFORE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, COLUMNS: tl.constexpr,
     USED: tl.constexpr, BY_TANH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_P of `count` pixels from `first`, in all frames."""
+    """One program: BLOCK_P pixels in all frames."""
     place = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    there = (place < count)[:, None]
+    there = (place < num_pixels)[:, None]
     stride = num_pixels.to(tl.int64) * (3 * BLOCK_C)
-    at = (first + place).to(tl.int64)[:, None] * (3 * BLOCK_C)
+    at = place.to(tl.int64)[:, None] * (3 * BLOCK_C)
     column = tl.arange(0, COLUMNS)[None, :]
     to = partial + column.to(tl.int64) * plane + place[:, None]
     is_written = column < USED  # planes end with a program, so pixels past the last have room
@@ -135,18 +133,18 @@ def _multiply(  # type: ignore[no-untyped-def]
         a, b, c = next_a, next_b, next_c
 
 
-@triton.jit(do_not_specialize=["first", "begin", "end"])  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _add_places(  # type: ignore[no-untyped-def]
-    partial, bias, out, first, begin, end, height, width, plane, COLORS: tl.constexpr, BLOCK_P: tl.constexpr,
+    partial, bias, out, height, width, plane, COLORS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_P pixels of [begin, end) in one frame; planes begin with pixel `first`."""
+    """One program: BLOCK_P pixels in one frame."""
     frame = tl.program_id(1).to(tl.int64)
-    pixel = begin + tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    row, column, there = pixel // width, pixel % width, pixel < end
+    pixel = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    row, column, there = pixel // width, pixel % width, pixel < height * width
     red = tl.zeros([BLOCK_P], tl.float32) + tl.load(bias).to(tl.float32)
     green = tl.zeros([BLOCK_P], tl.float32) + tl.load(bias + 1).to(tl.float32)
     blue = tl.zeros([BLOCK_P], tl.float32) + tl.load(bias + 2).to(tl.float32)
-    source = partial + frame * plane * (9 * COLORS) + (pixel - first)
+    source = partial + frame * plane * (9 * COLORS) + pixel
     for place in tl.static_range(9):
         down, right = place // 3 - 1, place % 3 - 1
         seen = there & (row + down >= 0) & (row + down < height) & (column + right >= 0) & (column + right < width)
@@ -181,12 +179,8 @@ def convolve(
     weight_TCN: Tensor,
     bias_O: Tensor,
     *,
-    strip_rows: int = _STRIP_ROWS,
     kind: torch.dtype = torch.float16,
     by_tanh: bool = True,
-    block_p: int = _BLOCK_P,
-    warps: int = 4,
-    most_registers: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Three channels [T, H, W, 3] of norm and SiLU of frames; and the last two of these, for the next call.
 
@@ -195,10 +189,8 @@ def convolve(
         x_THWC: Contiguous; channels as `takes` says.
         factor_C, weight_TCN: `wan_decode_weights.lay_out_places`: float32, and in the dtype of x.
         bias_O: Of the convolution; those past the third are not read.
-        strip_rows: Of pictures, at once.
         kind: Of what lies between the kernels. In float16 its rounding is an eighth of that of pixels in bfloat16.
         by_tanh: Whether a GPU finds SiLU by its tanh; see `_norm`. Elsewhere it never does.
-        block_p, warps, most_registers: Of a program that multiplies.
     """
     num, height, width, channels = x_THWC.shape
     num_pixels, used = height * width, 9 * COLORS
@@ -208,20 +200,16 @@ def convolve(
     assert all(given.is_contiguous() for given in (x_THWC, factor_C, weight_TCN))
     assert before_THWC is None or (before_THWC.is_contiguous() and before_THWC.shape == (2, *x_THWC.shape[1:]))
     out, last = x_THWC.new_empty((num, height, width, COLORS)), x_THWC.new_empty((2, height, width, channels))
-    plane = triton.cdiv(min(strip_rows + 2, height) * width, block_p) * block_p
+    plane = triton.cdiv(num_pixels, _BLOCK_P) * _BLOCK_P
     partial = torch.empty((num, used, plane), dtype=kind, device=x_THWC.device)
-    for row in range(0, height, strip_rows):
-        begin, end = row * width, min(row + strip_rows, height) * width
-        first, stop = max(begin - width, 0), min(end + width, num_pixels)  # a row more each way
-        _multiply[(triton.cdiv(stop - first, block_p),)](
-            x_THWC, x_THWC if before_THWC is None else before_THWC, factor_C, weight_TCN, partial, last,
-            first, stop - first, num_pixels, num, plane,
-            HAS_BEFORE=before_THWC is not None, BLOCK_P=block_p, BLOCK_C=channels // 3, COLUMNS=_COLUMNS, USED=used,
-            BY_TANH=by_tanh and x_THWC.is_cuda, PRECISION="ieee" if x_THWC.dtype == torch.float32 else "tf32",
-            num_warps=warps, num_stages=1, maxnreg=most_registers,
-        )  # fmt: skip
-        _add_places[(triton.cdiv(end - begin, _BLOCK_SUM), num)](
-            partial, bias_O, out, first, begin, end, height, width, plane,
-            COLORS=COLORS, BLOCK_P=_BLOCK_SUM, num_warps=4,
-        )  # fmt: skip
+    _multiply[(triton.cdiv(num_pixels, _BLOCK_P),)](
+        x_THWC, x_THWC if before_THWC is None else before_THWC, factor_C, weight_TCN, partial, last,
+        num_pixels, num, plane,
+        HAS_BEFORE=before_THWC is not None, BLOCK_P=_BLOCK_P, BLOCK_C=channels // 3, COLUMNS=_COLUMNS, USED=used,
+        BY_TANH=by_tanh and x_THWC.is_cuda, PRECISION="ieee" if x_THWC.dtype == torch.float32 else "tf32",
+        num_warps=4, num_stages=1, maxnreg=_MOST_REGISTERS,
+    )  # fmt: skip
+    _add_places[(triton.cdiv(num_pixels, _BLOCK_SUM), num)](
+        partial, bias_O, out, height, width, plane, COLORS=COLORS, BLOCK_P=_BLOCK_SUM, num_warps=4
+    )
     return out, last

@@ -2,27 +2,17 @@
 // the pace: each frame is read and normed once, by threads that go through time with some channels of a pixel.
 //
 // Defined by whoever compiles: CHANNELS, and ROOT of their number; NUM frames of a group, whose TAPS sums add_up() makes;
-// THREADS of a program, of which TOGETHER share a multiprocessor; VECTORS of a pixel that a thread holds, each a VECTOR of
-// WORDS pairs of channels; STAGES, groups that come into shared memory ahead of their turn, or 0: they come into registers
-// as soon as those of the group before are free; STREAMED, whether what is written leaves the cache first.
-constexpr int LANES = CHANNELS / (2 * WORDS * VECTORS);  // of a pixel; vectors alternate, so that they read side by side
-constexpr int PIXELS = THREADS / LANES, FRAME = PIXELS * LANES * VECTORS;  // of a program: in vectors
-static_assert(LANES * VECTORS * WORDS * 2 == CHANNELS && LANES <= 32 && (LANES & LANES - 1) == 0, "lanes");
+// THREADS of a program, of which TOGETHER share a multiprocessor; VECTORS of four channels of a pixel that a thread holds.
+constexpr int LANES = CHANNELS / (4 * VECTORS);  // of a pixel; vectors alternate, so that they read side by side
+constexpr int PIXELS = THREADS / LANES;          // of a program
+static_assert(LANES * VECTORS * 4 == CHANNELS && LANES <= 32 && (LANES & LANES - 1) == 0, "lanes");
 static_assert(THREADS % 32 == 0 && TAPS == NUM + 2, "threads and frames");
 
 union Pairs {
-    VECTOR vector;
-    u32 word[WORDS];
+    uint2 vector;
+    u32 word[2];
 };
 typedef Pairs Share[VECTORS];  // what a thread holds of a frame
-
-__device__ __forceinline__ void put(VECTOR* to, const Pairs& value) {
-#if STREAMED
-    __stcs(to, value.vector);
-#else
-    *to = value.vector;
-#endif
-}
 
 __device__ __forceinline__ u32 round_halves(float low, float high) {
     u32 pair;
@@ -51,17 +41,16 @@ __device__ __forceinline__ u32 norm_pair(u32 x, u32 gamma, float scale) {
 
 // What frames are multiplied by: the square root of the channels by their length. Halves of a word are parted otherwise
 // than by norm_pair(), or the compiler would keep what it parted until then, in twice the registers.
-template <class Take> __device__ __forceinline__ void measure(const Take& take, float (&scale)[NUM]) {
+__device__ __forceinline__ void measure(const Share (&frames)[NUM], float (&scale)[NUM]) {
 #pragma unroll
     for (int f = 0; f < NUM; f++) {
         float squares = 0.f;
 #pragma unroll
         for (int v = 0; v < VECTORS; v++) {
-            Pairs x = take(f, v);
 #pragma unroll
-            for (int i = 0; i < WORDS; i++) {
-                float a = __uint_as_float(__byte_perm(x.word[i], 0, 0x1044));
-                float b = __uint_as_float(__byte_perm(x.word[i], 0, 0x3244));
+            for (int i = 0; i < 2; i++) {
+                float a = __uint_as_float(__byte_perm(frames[f][v].word[i], 0, 0x1044));
+                float b = __uint_as_float(__byte_perm(frames[f][v].word[i], 0, 0x3244));
                 squares = fmaf(b, b, fmaf(a, a, squares));
             }
         }
@@ -80,33 +69,26 @@ template <class Take> __device__ __forceinline__ void measure(const Take& take, 
 }
 
 // Frames that are not there are zeros, and so are their norms.
-__device__ __forceinline__ Pairs load(const VECTOR* from, bool is_there) {
+__device__ __forceinline__ Pairs load(const uint2* from, bool is_there) {
     Pairs found;
-#pragma unroll
-    for (int i = 0; i < WORDS; i++) found.word[i] = 0;
-    if (is_there) found.vector = *from;
+    found.vector = is_there ? *from : make_uint2(0, 0);
     return found;
 }
 
 // Weights, from the nearest cache: volatile, as there is no room for them in registers.
-__device__ __forceinline__ Pairs reload(const VECTOR* from) {
+__device__ __forceinline__ Pairs reload(const uint2* from) {
     Pairs found;
-#if WORDS == 4
-    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(found.word[0]), "=r"(found.word[1]), "=r"(found.word[2]), "=r"(found.word[3]) : "l"(from));
-#else
     asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(found.word[0]), "=r"(found.word[1]) : "l"(from));
-#endif
     return found;
 }
 
 // Frames become normed ones, and their sums are written.
 __device__ __forceinline__ void add_up_frames(
     Pairs (&fresh)[NUM], const Pairs& first, const Pairs& second, const Pairs& gamma, const float (&scale)[NUM],
-    VECTOR* sums, long long frame) {
+    uint2* sums, long long frame) {
     Pairs out[TAPS];
 #pragma unroll
-    for (int i = 0; i < WORDS; i++) {
+    for (int i = 0; i < 2; i++) {
         float2 wide[TAPS] = {widen(first.word[i]), widen(second.word[i])};
 #pragma unroll
         for (int f = 0; f < NUM; f++) {
@@ -121,63 +103,34 @@ __device__ __forceinline__ void add_up_frames(
         for (int p = 0; p < TAPS; p++) out[p].word[i] = round_halves(even[p], odd[p]);
     }
 #pragma unroll
-    for (int p = 0; p < TAPS; p++) put(sums + p * frame, out[p]);
-}
-
-// A group's frames on their way into shared memory; by one thread.
-__device__ __forceinline__ void bring_group(
-    VECTOR* slot, u32 barrier, const VECTOR* x, long long frame, int num_frames, int bytes) {
-    num_frames = min(num_frames, NUM);
-    if (num_frames <= 0) return;
-    expect(barrier, num_frames * bytes);
-#pragma unroll 1
-    for (int f = 0; f < num_frames; f++) bring(address(slot + f * FRAME), x + f * frame, bytes, barrier);
+    for (int p = 0; p < TAPS; p++) sums[p * frame] = out[p].vector;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER) norm_sums(
-    const VECTOR* __restrict__ x, const VECTOR* __restrict__ before, const VECTOR* __restrict__ gamma,
-    VECTOR* __restrict__ sums, VECTOR* __restrict__ last, int num_pixels, int num_frames) {
-    extern __shared__ __align__(128) VECTOR room[];
-    __shared__ __align__(8) u64 barriers[STAGES + 1];
+    const uint2* __restrict__ x, const uint2* __restrict__ before, const uint2* __restrict__ gamma,
+    uint2* __restrict__ sums, uint2* __restrict__ last, int num_pixels, int num_frames) {
     const int pixel = blockIdx.x * PIXELS + threadIdx.x / LANES, lane = threadIdx.x % LANES;
     const long long frame = (long long)num_pixels * (LANES * VECTORS);  // from one to the next
     const long long at = (long long)pixel * (LANES * VECTORS) + lane;
-    if (STAGES && threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++)
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(barriers + i)) : "memory");
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    }
-    if (STAGES) __syncthreads();
     if (pixel >= num_pixels) return;
-    const int bytes = min(PIXELS, num_pixels - pixel) * (CHANNELS * 2);  // of a frame, for the first thread
     x += at, sums += at, last += at, gamma += lane;
-    if (STAGES && threadIdx.x == 0)
-#pragma unroll 1
-        for (int i = 0; i < STAGES; i++)
-            bring_group(room + i * NUM * FRAME, address(barriers + i), x + i * NUM * frame, frame, num_frames - i * NUM, bytes);
-
-    Share old[2], fresh[STAGES ? 1 : NUM];
+    Share old[2], fresh[NUM];
 #pragma unroll
     for (int v = 0; v < VECTORS; v++) {
 #pragma unroll
         for (int f = 0; f < 2; f++) old[f][v] = load(before + at + f * frame + v * LANES, before);
 #pragma unroll
-        for (int f = 0; f < (STAGES ? 0 : NUM); f++) fresh[f][v] = load(x + f * frame + v * LANES, f < num_frames);
+        for (int f = 0; f < NUM; f++) fresh[f][v] = load(x + f * frame + v * LANES, f < num_frames);
     }
-    int stage = 0, parity = 0;
 #pragma unroll 1
     for (int left = num_frames; left > 0; left -= NUM) {
-        const VECTOR* slot = room + stage * NUM * FRAME + threadIdx.x / LANES * (LANES * VECTORS) + lane;
-        auto take = [&](int f, int v) { return STAGES ? load(slot + f * FRAME + v * LANES, f < left) : fresh[f][v]; };
         float scale[NUM];
-        if (STAGES) await(address(barriers + stage), parity);
-        measure(take, scale);
+        measure(fresh, scale);
 #pragma unroll
         for (int v = 0; v < VECTORS; v++) {
             Pairs now[NUM];
 #pragma unroll
-            for (int f = 0; f < NUM; f++) now[f] = take(f, v);
+            for (int f = 0; f < NUM; f++) now[f] = fresh[f][v];
             add_up_frames(now, old[0][v], old[1][v], reload(gamma + v * LANES), scale, sums + v * LANES, frame);
 #pragma unroll
             for (int f = 1; f <= NUM; f++) {  // the last two, by how many there are
@@ -185,18 +138,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER) norm_sums(
                 old[0][v] = f == 1 ? old[1][v] : now[f == 1 ? 0 : f - 2], old[1][v] = now[f - 1];
             }
 #pragma unroll
-            for (int f = 0; f < (STAGES ? 0 : NUM); f++)  // on their way while other channels are added up
+            for (int f = 0; f < NUM; f++)  // on their way while other channels are added up
                 fresh[f][v] = load(x + (NUM + f) * frame + v * LANES, NUM + f < left);
-        }
-        if (STAGES) {
-            __syncthreads();
-            if (threadIdx.x == 0)
-                bring_group(room + stage * NUM * FRAME, address(barriers + stage), x + STAGES * NUM * frame, frame,
-                            left - STAGES * NUM, bytes);
-            if (++stage == STAGES) stage = 0, parity ^= 1;
         }
         x += NUM * frame, sums += TAPS * frame;
     }
 #pragma unroll
-    for (int v = 0; v < VECTORS; v++) put(last + v * LANES, old[0][v]), put(last + frame + v * LANES, old[1][v]);
+    for (int v = 0; v < VECTORS; v++) last[v * LANES] = old[0][v].vector, last[frame + v * LANES] = old[1][v].vector;
 }

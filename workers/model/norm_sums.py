@@ -19,6 +19,8 @@ from torch import Tensor
 from workers.model.winograd import Winograd, transform_frames
 from workers.nvrtc import address_of, launch, load_functions, make_hopper_source
 
+_VECTOR = 4
+"""Channels that a thread reads at once: 16 bytes of eight were no faster, and take registers."""
 _MOST_VECTORS = 3
 """Of a thread: registers hold them for six frames."""
 
@@ -26,31 +28,25 @@ _MOST_VECTORS = 3
 class Programs(NamedTuple):
     """How the work is cut."""
 
-    threads: int = 128
-    together: int = 4
+    threads: int
+    together: int
     """Programs of a multiprocessor that registers are shared among."""
-    words: int = 4
-    """Pairs of channels that a thread reads at once, 4 or 2."""
-    stages: int = 2
-    """Groups of frames that come into shared memory ahead of their turn; 0: they come into registers."""
-    is_streamed: bool = False
-    """Whether what is written is the first to leave the cache."""
 
 
 def choose_programs(way: Winograd) -> Programs:
-    """As many threads as registers and shared memory have room for."""
-    return Programs(together=4 if way.num > 2 else 6)
+    """As many threads as registers have room for."""
+    return Programs(128, together=5 if way.num > 2 else 7)
 
 
 def takes(channels: int) -> bool:
     """Whether these divide among lanes: a power of two, or three times one."""
-    return _share(channels, Programs().words) is not None
+    return _share(channels) is not None
 
 
-def _share(channels: int, words: int) -> int | None:
+def _share(channels: int) -> int | None:
     """Vectors of a thread, the fewest that leave a pixel no more lanes than there are in a warp."""
     for vectors in range(1, _MOST_VECTORS + 1):
-        lanes, rest = divmod(channels, 2 * words * vectors)
+        lanes, rest = divmod(channels, _VECTOR * vectors)
         if rest == 0 and 0 < lanes <= 32 and lanes & (lanes - 1) == 0:
             return vectors
     return None
@@ -58,7 +54,7 @@ def _share(channels: int, words: int) -> int | None:
 
 def make_source(channels: int, way: Winograd, how: Programs) -> str:
     """CUDA of the kernel."""
-    vectors = _share(channels, how.words)
+    vectors = _share(channels)
     assert vectors is not None
     names = {
         "CHANNELS": channels,
@@ -68,10 +64,6 @@ def make_source(channels: int, way: Winograd, how: Programs) -> str:
         "THREADS": how.threads,
         "TOGETHER": how.together,
         "VECTORS": vectors,
-        "VECTOR": f"uint{how.words}",
-        "WORDS": how.words,
-        "STAGES": how.stages,
-        "STREAMED": int(how.is_streamed),
     }
     return make_hopper_source(names, _write_sums(way), Path(__file__).with_suffix(".cu"))
 
@@ -108,12 +100,7 @@ def _write_sum(terms: Sequence[tuple[float, int]]) -> str:
 
 @functools.cache
 def _load(channels: int, way: Winograd, how: Programs, device: int) -> ctypes.c_void_p:
-    return load_functions(make_source(channels, way, how), ("norm_sums",), _shared_bytes(channels, way, how), device)[0]
-
-
-def _shared_bytes(channels: int, way: Winograd, how: Programs) -> int:
-    """Of a program."""
-    return how.stages * way.num * how.threads * (_share(channels, how.words) or 0) * 4 * how.words
+    return load_functions(make_source(channels, way, how), ("norm_sums",), 0, device)[0]
 
 
 def norm_sums(
@@ -139,16 +126,15 @@ def norm_sums(
     for given in (x_THWC, before_THWC, gamma_C):
         assert given is None or (given.is_contiguous() and given.data_ptr() % 16 == 0)
     how = how or choose_programs(way)
-    device, vectors = x_THWC.get_device(), _share(channels, how.words)
+    device, vectors = x_THWC.get_device(), _share(channels)
     assert vectors is not None
     assert device == torch.cuda.current_device()
-    groups, threads = -(-num // way.num), height * width * channels // (2 * how.words * vectors)
+    groups, threads = -(-num // way.num), height * width * channels // (_VECTOR * vectors)
     sums = x_THWC.new_empty((way.taps * groups, height, width, channels), dtype=torch.float16)
     last = x_THWC.new_empty((2, height, width, channels), dtype=torch.float16)
-    shared = _shared_bytes(channels, way, how)
     pointers = map(address_of, (x_THWC, before_THWC, gamma_C, sums, last))
     arguments = [*pointers, ctypes.c_int(height * width), ctypes.c_int(num)]
-    launch(_load(channels, way, how, device), -(-threads // how.threads), how.threads, shared, arguments, device)
+    launch(_load(channels, way, how, device), -(-threads // how.threads), how.threads, 0, arguments, device)
     return sums, last
 
 
