@@ -24,7 +24,7 @@ class Conv(NamedTuple):
     lined_weight: Tensor | None = None
     """For `tile_conv`, likewise."""
     packed_weight: Tensor | None = None
-    """For `halo_conv`, in place of that."""
+    """For `halo_conv`, in place of that; for `enlarge_conv` where it doubles frames."""
     pair_weight: Tensor | None = None
     """For `pair_conv`, in place of that."""
 
@@ -65,6 +65,8 @@ class Enlarge(NamedTuple):
     bias: Tensor
     lined_weight: Tensor | None = None
     """For `tile_conv`; None leaves the convolution to cuDNN."""
+    packed_weight: Tensor | None = None
+    """For `enlarge_conv`, in place of that."""
 
 
 class DecoderWeights:
@@ -130,7 +132,8 @@ class DecoderWeights:
     def _line_up_weights(self) -> None:
         """Have all convolutions but the first and the last computed by tiles that the copy engine brings."""
         self._refuse_elsewhere()
-        from workers.model import halo_conv, pair_conv, tile_conv  # Triton comes with CUDA builds of torch alone
+        # Triton comes with CUDA builds of torch alone.
+        from workers.model import enlarge_conv, halo_conv, pair_conv, tile_conv
 
         def takes_halos(conv: Conv) -> bool:
             out, channels, *size = conv.weight.shape
@@ -159,10 +162,23 @@ class DecoderWeights:
         def paired_unit(unit: Unit) -> Unit:
             return unit._replace(conv1=paired(unit.conv1, unit.gamma1_C), conv2=paired(unit.conv2, unit.gamma2_C))
 
+        def packed_phases(weight: Tensor, *, doubled: bool) -> Tensor | None:
+            out, channels = len(weight) // (2 if doubled else 4), weight.shape[1]
+            if not (self._has_halos and enlarge_conv.takes(channels, out)):
+                return None
+            return enlarge_conv.pack_weight(weight, enlarge_conv.choose_cut(channels, out, doubled=doubled))
+
+        def lined_time(time: Conv) -> Conv:
+            weight = packed_phases(time.weight, doubled=True)
+            return lined(time) if weight is None else time._replace(packed_weight=weight)
+
         def lined_enlarge(enlarge: Enlarge) -> Enlarge:
+            time = enlarge.time and lined_time(enlarge.time)
+            if (weight := packed_phases(enlarge.weight[:, :, None], doubled=False)) is not None:
+                return enlarge._replace(time=time, packed_weight=weight)
             out, channels = enlarge.weight.shape[:2]
             weight = tile_conv.line_up(enlarge.weight[:, :, None]) if tile_conv.takes(channels, out // 4) else None
-            return enlarge._replace(time=enlarge.time and lined(enlarge.time), lined_weight=weight)
+            return enlarge._replace(time=time, lined_weight=weight)
 
         if self._has_halos:
             self.conv_out = lined(self.conv_out)
