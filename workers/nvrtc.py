@@ -99,6 +99,26 @@ def product_of_registers(declaration: str, room: int | str, columns: int, kind: 
 """
 
 
+def product_of_shared(columns: int, kind: str) -> str:
+    """A function that multiplies 64 rows with some columns, both in shared memory, over 16 numbers.
+
+    Args:
+        columns: A multiple of 8.
+        kind: Of these, of 16 bits.
+    """
+    count = columns // 2
+    numbers, outputs = ", ".join(f"%{i}" for i in range(count)), ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    return f"""
+__device__ __forceinline__ void wgmma(float (&d)[{count}], unsigned long long a, unsigned long long b, int adds) {{
+    asm volatile(
+        "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + 2}, 0;\\n"
+        "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} "
+        "{{{numbers}}}, %{count}, %{count + 1}, p, 1, 1, 0, 0;\\n}}"
+        : {outputs} : "l"(a), "l"(b), "r"(adds));
+}}
+"""
+
+
 def define(names: Mapping[str, object]) -> str:
     """What stands ahead of a source that leaves these to whoever compiles it."""
     return "".join(f"#define {name} {value}\n" for name, value in names.items())

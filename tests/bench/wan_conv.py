@@ -119,8 +119,8 @@ def halo_cuts(shape: Shape, modes: Sequence[bool]) -> list[Cut]:
     """Of `halo_conv`, in the modes that are right on this GPU."""
     if shape.result != "plain":
         return []
-    if shape.out_channels < halo_conv.FEWEST:
-        return [Cut(halo_conv.FEWEST, *rest, plain=mode) for mode in modes for rest in ((16, 16, 3, 9), (16, 32, 3, 8))]
+    if not halo_conv.takes(shape.channels, shape.out_channels):
+        return []
     if shape.out_channels == 96:
         found = [Cut(96, 16, 16, 3, 5), Cut(96, 16, 16, 4, 4), Cut(96, 16, 32, 2, 4), Cut(96, 8, 16, 4, 6)]
     else:
@@ -202,14 +202,12 @@ def ways(shape: Shape, given: Inputs, modes: Sequence[bool]) -> Iterator[tuple[s
         flat = fused_conv.flatten_weight(given.weight)
         yield "triton", lambda: fused_conv.convolve(given.room, flat, given.bias, given.beside)
     for cut in halo_cuts(shape, modes):
-        missing = max(0, cut.channels - len(given.weight))
-        bias = F.pad(given.bias, (0, missing))
-        packed = halo_conv.pack_weight(F.pad(given.weight, (0, 0, 0, 0, 0, 0, 0, 0, 0, missing)), cut.channels)
+        packed = halo_conv.pack_weight(given.weight, cut.channels)
         yield (
             "halo " + " ".join(str(int(part)) for part in cut),
-            lambda packed=packed, bias=bias, cut=cut: halo_conv.convolve(
-                given.before, [given.new], packed, bias, given.added, cut
-            )[..., : shape.out_channels],
+            lambda packed=packed, cut=cut: halo_conv.convolve(
+                given.before, [given.new], packed, given.bias, given.added, cut
+            ),
         )
     yield from sum_ways(shape, given)
     lined = tile_conv.line_up(given.weight)

@@ -35,6 +35,6 @@ def test_what_is_chosen_here_is_the_fastest_of_this_gpu() -> None:
     pytest.importorskip("triton")
     compute = torch.cuda.get_device_capability()
     weight = torch.zeros(1, device="cuda", dtype=torch.bfloat16)
-    expected = "pairs" if compute[0] == 9 else "triton" if compute >= (8, 0) else "cudnn"
+    expected = "fours" if compute[0] == 9 else "triton" if compute >= (8, 0) else "cudnn"
     assert find_route(weight).route == expected
     assert find_route(weight.float()).route == "cudnn"

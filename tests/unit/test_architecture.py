@@ -88,6 +88,7 @@ WORKERS_RANK = {
     "key_codes": 4,
     "triton_decode": 4,
     "nvrtc": 4,
+    "tensor_map": 4,
     "rows": 5,
     "streams": 5,
     "contracts": 5,

@@ -6,7 +6,7 @@
 //
 // Defined by whoever compiles: C_IN and C_OUT channels, N channels of a tile (C_OUT is a multiple), TH x TW pixels of a
 // tile, MB blocks of 8x8 pixels for each of two groups of four warps, NA and NB slots of inputs and of weights, PLAIN (how
-// inputs lie in shared memory), FRAMES, and wgmma(), the product of 64 pixels, N channels and 16 inputs.
+// inputs lie in shared memory), FRAMES, STAGED channels on their way out at once, and wgmma(), the product of 64 pixels, N channels and 16 inputs.
 struct alignas(64) TensorMap { u64 opaque[16]; };
 
 constexpr bool SUMS = FRAMES > 1;                             // whether inputs are sums of frames
@@ -17,8 +17,8 @@ constexpr int HALO_W = TW + 2, HALO = (TH + 2) * HALO_W;      // pixels with the
 constexpr int A_BYTES = HALO * KC * 2, A_SLOT = (A_BYTES + 1023) / 1024 * 1024;
 constexpr int B_TAP = N * KC * 2, B_SLOT = 3 * B_TAP;         // a row of places
 constexpr int STEPS = C_IN / KC, TILES_N = C_OUT / N, GROUP = 64;
-constexpr int STAGED = N < 96 ? N : 96, STAGE = 64 * STAGED * 2;  // channels of a block on their way out, and bytes
-constexpr int SENT = FRAMES * MB * (N / STAGED);                  // by each group of warps for a tile
+constexpr int STAGE = 64 * STAGED * 2;                         // bytes of a block on its way out
+constexpr int SENT = FRAMES * MB * (N / STAGED);               // by each group of warps for a tile
 static_assert(TH * TW == 2 * MB * 64 && B_SLOT % 1024 == 0 && N % 32 == 0, "tile");
 static_assert(N % STAGED == 0, "stages");
 

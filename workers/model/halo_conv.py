@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from workers.nvrtc import check, launch, load_driver, load_functions, make_hopper_source
+from workers.nvrtc import address_of, launch, load_functions, make_hopper_source, product_of_shared
+from workers.tensor_map import describe_boxes
 
 _KC = 32
 """Input channels of a step: rows of 64 bytes in shared memory."""
-FEWEST = 32
-"""Channels out; fewer are filled up, which costs little: where they are few, reading inputs takes longest."""
+_STAGED = 96
+"""Channels of a block on their way out."""
 _MOST_SHARED = 227 * 1024 - 4096
 """Bytes for slots, beside the bias and barriers."""
 
@@ -40,18 +41,16 @@ class Cut(NamedTuple):
     @property
     def shared_bytes(self) -> int:
         slot_a = -(-(self.rows + 2) * (self.columns + 2) * _KC * 2 // 1024) * 1024
-        stages = 4 * 64 * min(96, self.channels) * 2
+        stages = 4 * 64 * _STAGED * 2
         return self.slots_a * slot_a + self.slots_b * 3 * self.channels * _KC * 2 + stages + 1024
 
 
 def takes(channels_in: int, channels_out: int) -> bool:
     """Whether these numbers of channels divide into its tiles."""
-    return channels_in % _KC == 0 and (channels_out % 96 == 0 or channels_out == FEWEST)
+    return channels_in % _KC == 0 and channels_out % _STAGED == 0
 
 
 def choose_cut(channels_out: int) -> Cut:
-    if channels_out == FEWEST:
-        return Cut(FEWEST, slots_b=9)
     # Measured on an H200 (wan_conv-h200): 835 TFLOP/s at 384 channels, 825 at 192, 778 at 96.
     return Cut(192, rows=8, slots_a=4, slots_b=3) if channels_out % 192 == 0 else Cut(96, slots_a=4, slots_b=4)
 
@@ -75,19 +74,6 @@ def pack_weight(weight_OITHW: Tensor, channels: int) -> Tensor:
 
 def make_source(channels_in: int, channels_out: int, cut: Cut, *, frames: int = 1) -> str:
     """CUDA of one convolution; for several frames at once its inputs are float16."""
-    kind = "bf16" if frames == 1 else "f16"
-    count = cut.channels // 2
-    numbers = ", ".join(f"%{i}" for i in range(count))
-    outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
-    product = f"""
-__device__ __forceinline__ void wgmma(float (&d)[{count}], unsigned long long a, unsigned long long b, int adds) {{
-    asm volatile(
-        "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + 2}, 0;\\n"
-        "wgmma.mma_async.sync.aligned.m64n{cut.channels}k16.f32.{kind}.{kind} "
-        "{{{numbers}}}, %{count}, %{count + 1}, p, 1, 1, 0, 0;\\n}}"
-        : {outputs} : "l"(a), "l"(b), "r"(adds));
-}}
-"""
     names = {
         "C_IN": channels_in,
         "C_OUT": channels_out,
@@ -99,7 +85,9 @@ __device__ __forceinline__ void wgmma(float (&d)[{count}], unsigned long long a,
         "NB": cut.slots_b,
         "PLAIN": int(cut.plain),
         "FRAMES": frames,
+        "STAGED": _STAGED,
     }
+    product = product_of_shared(cut.channels, "bf16" if frames == 1 else "f16")
     return make_hopper_source(names, product, Path(__file__).with_suffix(".cu"))
 
 
@@ -114,27 +102,9 @@ def _load(channels_in: int, channels_out: int, cut: Cut, frames: int, device: in
 def _describe_inputs(frames_THWC: Tensor, cut: Cut) -> ctypes.Array[Any]:
     """Boxes of a tile with its border."""
     if not cut.plain:
-        return _describe(frames_THWC, [_KC, cut.columns + 2, cut.rows + 2, 1], swizzle=2)  # by 64 bytes
+        return describe_boxes(frames_THWC, [_KC, cut.columns + 2, cut.rows + 2, 1], 2 * _KC)
     by_eight = frames_THWC.unflatten(-1, (-1, 8)).movedim(-2, 1)
-    return _describe(by_eight, [8, cut.columns + 2, cut.rows + 2, _KC // 8, 1])
-
-
-def _describe(frames: Tensor, box: Sequence[int], swizzle: int = 0) -> ctypes.Array[Any]:
-    """A tensor map, dimensions from the last on: boxes from or to memory; what lies outside arrives as zeros."""
-    sizes, strides = frames.shape[::-1], frames.stride()[::-1]
-    rank, promote_128 = frames.ndim, 2
-    kind = {torch.float16: 6, torch.bfloat16: 9}[frames.dtype]
-    raw = ctypes.create_string_buffer(192)
-    start = -ctypes.addressof(raw) % 64
-    found = (ctypes.c_char * 128).from_buffer(raw, start)
-    check(
-        load_driver().cuTensorMapEncodeTiled(
-            ctypes.byref(found), kind, rank, ctypes.c_void_p(frames.data_ptr()),
-            (ctypes.c_uint64 * rank)(*sizes), (ctypes.c_uint64 * (rank - 1))(*(2 * stride for stride in strides[1:])),
-            (ctypes.c_uint32 * rank)(*box), (ctypes.c_uint32 * rank)(*[1] * rank), 0, swizzle, promote_128, 0,
-        )
-    )  # fmt: skip
-    return found
+    return describe_boxes(by_eight, [8, cut.columns + 2, cut.rows + 2, _KC // 8, 1])
 
 
 def convolve(
@@ -199,8 +169,8 @@ def launch_cut(
     maps = [described if x is None or x is fresh else _describe_inputs(x, cut) for x in (before, fresh, last)]
     given: list[Any] = [
         *maps,
-        _describe(out_THWC, [min(96, cut.channels), 8, 8, 1]),
-        *map(ctypes.c_void_p, (packed.data_ptr(), bias_O.data_ptr())),
+        describe_boxes(out_THWC, [_STAGED, 8, 8, 1]),
+        *map(address_of, (packed, bias_O)),
     ]
     numbers = (adds, before is not None, len(fresh) if frames == 1 else num, num_groups, height, width, num_tiles)
     given += map(ctypes.c_int, numbers)

@@ -33,7 +33,7 @@ def find_route(weight: Tensor) -> RouteChoice:
 
 
 def choose_route(compute: tuple[int, int] | None, dtype: torch.dtype, *, has_triton: bool) -> RouteChoice:
-    """See `DecoderWeights` for the routes; "tma", "halo" and "cudnn-tried" are for who asks for them.
+    """See `DecoderWeights` for the routes; "tma", "halo", "pairs" and "cudnn-tried" are for who asks for them.
 
     Args:
         compute: Capability of the CUDA device; None: another device.
@@ -41,16 +41,16 @@ def choose_route(compute: tuple[int, int] | None, dtype: torch.dtype, *, has_tri
         has_triton: Whether it is installed.
     """
     missing = "" if has_triton else "Triton is not installed"
-    not_pairs = _why_no_pairs(compute, dtype) or missing or nvrtc.lacks_compiler()
-    if not not_pairs:
-        return RouteChoice("pairs", "VAE decodes by pairs")
+    not_fours = _why_no_fours(compute, dtype) or missing or nvrtc.lacks_compiler()
+    if not not_fours:
+        return RouteChoice("fours", "VAE decodes by fours")
     not_triton = _why_no_triton(compute, dtype) or missing
     if not not_triton:
-        return RouteChoice("triton", f"VAE decodes by triton; not pairs: {not_pairs}")
-    return RouteChoice("cudnn", f"VAE decodes by cudnn; not pairs: {not_pairs}; not triton: {not_triton}")
+        return RouteChoice("triton", f"VAE decodes by triton; not fours: {not_fours}")
+    return RouteChoice("cudnn", f"VAE decodes by cudnn; not fours: {not_fours}; not triton: {not_triton}")
 
 
-def _why_no_pairs(compute: tuple[int, int] | None, dtype: torch.dtype) -> str:
+def _why_no_fours(compute: tuple[int, int] | None, dtype: torch.dtype) -> str:
     if compute is None or compute[0] != 9:
         return f"it is made for compute capability 9.0, {_this(compute)}"
     return "" if dtype == torch.bfloat16 else f"it takes bfloat16, not {_name(dtype)}"

@@ -39,7 +39,7 @@ class Conv(NamedTuple):
     lined_weight: Tensor | None = None
     """For `tile_conv`, likewise."""
     packed_weight: Tensor | None = None
-    """For `halo_conv`, in place of that."""
+    """For `halo_conv`, in place of that; for `enlarge_conv` where it doubles frames."""
     sum_weight: Tensor | None = None
     """For `winograd`, in place of that."""
     way: Winograd | None = None
@@ -84,6 +84,8 @@ class Enlarge(NamedTuple):
     bias: Tensor
     lined_weight: Tensor | None = None
     """For `tile_conv`; None leaves the convolution to cuDNN."""
+    packed_weight: Tensor | None = None
+    """For `enlarge_conv`, in place of that."""
 
 
 class DecoderWeights:
@@ -120,7 +122,7 @@ class DecoderWeights:
         ]
         self.gamma_out = decoder.norm_out.gamma.detach().flatten()
         # Three channels are no shape for a tensor core.
-        self.conv_out = Conv.of(decoder.conv_out, slots, out_channels=32 if self._has_halos else 8)
+        self.conv_out = Conv.of(decoder.conv_out, slots, out_channels=8)
         self.num_slots = next(slots)
         if route == "triton":
             self._flatten_weights()
@@ -141,15 +143,6 @@ class DecoderWeights:
 
         return wide_attention.takes(len(self.middle.gamma_C))
 
-    def _headed(self, conv: Conv) -> Conv | None:
-        """The last convolution by `fused_head` where it takes its channels and weights."""
-        from workers.model import fused_head  # Triton comes with CUDA builds of torch alone
-
-        if not fused_head.takes(conv.weight.shape[1]):
-            return None
-        places = lay_out_places(conv.weight[: fused_head.COLORS], self.gamma_out)
-        return conv._replace(places=places) if fused_head.fits(*places) else None
-
     def _flatten_weights(self) -> None:
         """Have the units' convolutions computed by our own kernel where it can."""
         from workers.model import fused_conv  # Triton comes with CUDA builds of torch alone
@@ -166,56 +159,19 @@ class DecoderWeights:
         self.stages = [([flat_unit(unit) for unit in units], enlarge) for units, enlarge in self.stages]
 
     def _line_up_weights(self) -> None:
-        """Have all convolutions but the first and the last computed by tiles that the copy engine brings."""
+        """Have all convolutions but the first computed by tiles that the copy engine brings."""
         self._refuse_elsewhere()
-        from workers.model import (
-            halo_conv,
-            norm_sums,
-            tile_conv,
-            winograd,
-        )  # Triton comes with CUDA builds of torch alone
+        from workers.model import winograd
+        from workers.model.wan_tile_weights import TileWeights  # Triton comes with CUDA builds of torch alone
 
-        def takes_halos(conv: Conv) -> bool:
-            out, channels, *size = conv.weight.shape
-            return self._has_halos and size == [3, 3, 3] and halo_conv.takes(channels, out)
-
-        def packed(conv: Conv) -> Tensor | None:
-            cut = halo_conv.choose_cut(len(conv.weight))
-            return halo_conv.pack_weight(conv.weight, cut.channels) if takes_halos(conv) else None
-
-        def summed(conv: Conv, gamma_C: Tensor, way: Winograd | None) -> Conv:
-            out, channels = conv.weight.shape[:2]
-            if way is None or not (takes_halos(conv) and norm_sums.takes(channels) and winograd.fits(gamma_C, way)):
-                return lined(conv)
-            weight = winograd.pack_products(conv.weight, winograd.choose_cut(out, way), way)
-            return conv._replace(sum_weight=weight, way=way)
-
-        def lined(conv: Conv) -> Conv:
-            if (weight := packed(conv)) is not None:
-                return conv._replace(packed_weight=weight)
-            out, channels = conv.weight.shape[:2]
-            return (
-                conv._replace(lined_weight=tile_conv.line_up(conv.weight)) if tile_conv.takes(channels, out) else conv
-            )
-
-        def lined_unit(unit: Unit, way: Winograd | None = None) -> Unit:
-            return unit._replace(
-                conv1=summed(unit.conv1, unit.gamma1_C, way), conv2=summed(unit.conv2, unit.gamma2_C, way)
-            )
-
-        def lined_enlarge(enlarge: Enlarge) -> Enlarge:
-            out, channels = enlarge.weight.shape[:2]
-            weight = tile_conv.line_up(enlarge.weight[:, :, None]) if tile_conv.takes(channels, out // 4) else None
-            return enlarge._replace(time=enlarge.time and lined(enlarge.time), lined_weight=weight)
-
-        if self._has_halos:
-            self.conv_out = self._headed(self.conv_out) or lined(self.conv_out)
-        self.before, self.after = lined_unit(self.before), lined_unit(self.after)
+        tiles = TileWeights(self._has_halos)
+        self.conv_out = tiles.head(self.conv_out, self.gamma_out)
+        self.before, self.after = tiles.unit(self.before), tiles.unit(self.after)
         num_frames = 1
         for place, (units, enlarge) in enumerate(self.stages):
             # Groups never depend on where a video is cut into pieces, so pixels do not.
             way = winograd.choose_way(min(num_frames, _FRAMES_AT_ONCE.get(self.route, 1)))
-            self.stages[place] = [lined_unit(unit, way) for unit in units], enlarge and lined_enlarge(enlarge)
+            self.stages[place] = [tiles.unit(unit, way) for unit in units], enlarge and tiles.enlarge(enlarge)
             num_frames *= 1 if enlarge is None or enlarge.time is None else 2
 
     def _refuse_elsewhere(self) -> None:

@@ -86,6 +86,11 @@ class FastDecoding:
         """Two frames for each; the very first latent frame of a video stays one, and the others never see it."""
         if time is None or self._is_first:
             return x_THWC
+        if time.packed_weight is not None:
+            from workers.model import enlarge_conv
+
+            assert time.bias is not None
+            return enlarge_conv.double_frames(self._remember(time, x_THWC), x_THWC, time.packed_weight, time.bias)
         if time.lined_weight is not None:
             return self._convolve_by_tiles(time, x_THWC, result="doubled")
         x = self._convolve(time, x_THWC)
@@ -139,13 +144,16 @@ class FastDecoding:
 
         assert conv.lined_weight is not None
         assert conv.bias is not None
-        before, last = self._memory[conv.slot], x_THWC[-_HISTORY:]
-        # The others are needed for this call alone.
-        self._memory[conv.slot] = last.clone() if len(last) == _HISTORY else _join(before, last)
-        size = conv.weight.shape
+        before, size = self._remember(conv, x_THWC), conv.weight.shape
         return tile_conv.convolve(
             before, x_THWC, conv.lined_weight, conv.bias, beside_THWC, size=(size[2], size[3], size[4]), result=result
         )
+
+    def _remember(self, conv: Conv, x_THWC: Tensor) -> Tensor | None:
+        """Keeps the last two inputs, as the others are needed for this call alone; the two before."""
+        before, last = self._memory[conv.slot], x_THWC[-_HISTORY:]
+        self._memory[conv.slot] = last.clone() if len(last) == _HISTORY else _join(before, last)
+        return before
 
     def _convolve_by_halos(self, conv: Conv, x_THWC: Tensor, gamma_C: Tensor, beside_THWC: Tensor | None) -> Tensor:
         """The same where what is remembered is written apart at once, so nothing is copied."""
@@ -197,6 +205,10 @@ def _tried_algorithms() -> AbstractContextManager[None]:
 
 
 def _enlarge_pictures(enlarge: Enlarge, x_THWC: Tensor) -> Tensor:
+    if enlarge.packed_weight is not None:
+        from workers.model import enlarge_conv
+
+        return enlarge_conv.enlarge_pictures(x_THWC, enlarge.packed_weight, enlarge.bias)
     if enlarge.lined_weight is not None:
         from workers.model import tile_conv  # Triton comes with CUDA builds of torch alone
 

@@ -22,36 +22,36 @@ def _with_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("compute", "dtype", "has_triton", "route", "line"),
     [
-        ((9, 0), HALF, True, "pairs", "VAE decodes by pairs"),
+        ((9, 0), HALF, True, "fours", "VAE decodes by fours"),
         (
             (9, 0), torch.float16, True, "triton",
-            "VAE decodes by triton; not pairs: it takes bfloat16, not float16",
+            "VAE decodes by triton; not fours: it takes bfloat16, not float16",
         ),
         (
             (8, 0), HALF, True, "triton",
-            "VAE decodes by triton; not pairs: it is made for compute capability 9.0, this is 8.0",
+            "VAE decodes by triton; not fours: it is made for compute capability 9.0, this is 8.0",
         ),
         (
             (10, 0), HALF, True, "triton",
-            "VAE decodes by triton; not pairs: it is made for compute capability 9.0, this is 10.0",
+            "VAE decodes by triton; not fours: it is made for compute capability 9.0, this is 10.0",
         ),
         (
             (9, 0), HALF, False, "cudnn",
-            "VAE decodes by cudnn; not pairs: Triton is not installed; not triton: Triton is not installed",
+            "VAE decodes by cudnn; not fours: Triton is not installed; not triton: Triton is not installed",
         ),
         (
             (9, 0), WIDE, True, "cudnn",
-            "VAE decodes by cudnn; not pairs: it takes bfloat16, not float32; "
+            "VAE decodes by cudnn; not fours: it takes bfloat16, not float32; "
             "not triton: it is faster in 16 bits alone, not in float32",
         ),
         (
             (7, 5), HALF, True, "cudnn",
-            "VAE decodes by cudnn; not pairs: it is made for compute capability 9.0, this is 7.5; "
+            "VAE decodes by cudnn; not fours: it is made for compute capability 9.0, this is 7.5; "
             "not triton: it needs compute capability 8.0, this is 7.5",
         ),
         (
             None, HALF, True, "cudnn",
-            "VAE decodes by cudnn; not pairs: it is made for compute capability 9.0, this is no CUDA device; "
+            "VAE decodes by cudnn; not fours: it is made for compute capability 9.0, this is no CUDA device; "
             "not triton: it needs compute capability 8.0, this is no CUDA device",
         ),
     ],
@@ -69,7 +69,7 @@ def test_without_the_runtime_compiler_it_is_triton(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(nvrtc, "find_compiler", find_compiler)
     choice = choose_route((9, 0), HALF, has_triton=True)
     assert choice.route == "triton"
-    assert choice.line.endswith("not pairs: CUDA's runtime compiler was not found; tried libnvrtc.so.13")
+    assert choice.line.endswith("not fours: CUDA's runtime compiler was not found; tried libnvrtc.so.13")
 
 
 def test_a_decoder_takes_and_says_what_was_chosen_unless_another_is_asked_for(
