@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -115,17 +113,15 @@ def _cuts_of_96(block_k: int) -> list[Tiles]:
     ]
 
 
-def halo_cuts(shape: Shape, modes: Sequence[bool]) -> list[Cut]:
-    """Of `halo_conv`, in the modes that are right on this GPU."""
+def halo_cuts(shape: Shape) -> list[Cut]:
+    """Of `halo_conv`."""
     if shape.result != "plain":
         return []
     if not halo_conv.takes(shape.channels, shape.out_channels):
         return []
     if shape.out_channels == 96:
-        found = [Cut(96, 16, 16, 3, 5), Cut(96, 16, 16, 4, 4), Cut(96, 16, 32, 2, 4), Cut(96, 8, 16, 4, 6)]
-    else:
-        found = [Cut(192, 16, 16, 2, 3), Cut(192, 8, 16, 4, 3), Cut(96, 16, 16, 3, 5), Cut(96, 16, 16, 4, 4)]
-    return [cut._replace(plain=mode) for mode in modes for cut in found]
+        return [Cut(96, 16, 16, 3, 5), Cut(96, 16, 16, 4, 4), Cut(96, 16, 32, 2, 4), Cut(96, 8, 16, 4, 6)]
+    return [Cut(192, 16, 16, 2, 3), Cut(192, 8, 16, 4, 3), Cut(96, 16, 16, 3, 5), Cut(96, 16, 16, 4, 4)]
 
 
 class Inputs(NamedTuple):
@@ -195,13 +191,13 @@ def milliseconds(call: Callable[[], object], repeats: int = 5) -> float:
     return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
 
 
-def ways(shape: Shape, given: Inputs, modes: Sequence[bool]) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+def ways(shape: Shape, given: Inputs) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """Name and call of each."""
     yield "cudnn", lambda: by_cudnn(shape, given)
     if shape.result == "plain" and fused_conv.takes(shape.channels, shape.out_channels):
         flat = fused_conv.flatten_weight(given.weight)
         yield "triton", lambda: fused_conv.convolve(given.room, flat, given.bias, given.beside)
-    for cut in halo_cuts(shape, modes):
+    for cut in halo_cuts(shape):
         packed = halo_conv.pack_weight(given.weight, cut.channels)
         yield (
             "halo " + " ".join(str(int(part)) for part in cut),
@@ -242,14 +238,14 @@ def sum_ways(shape: Shape, given: Inputs) -> Iterator[tuple[str, Callable[[], Te
         )
 
 
-def measure_shape(shape: Shape, modes: Sequence[bool], kinds: Sequence[str]) -> list[dict[str, Any]]:
+def measure_shape(shape: Shape, kinds: Sequence[str]) -> list[dict[str, Any]]:
     """A row for each way, the fastest first; `kinds` is how names begin, all if empty."""
     torch.manual_seed(0)
     given = draw(shape)
     exact = exact_corner(shape, given)
     whole = by_cudnn(shape, given)
     found = []
-    for name, call in ways(shape, given, modes):
+    for name, call in ways(shape, given):
         if kinds and name.split()[0] not in kinds:
             continue
         row: dict[str, Any] = {"convolution": shape.name, "count": shape.count, "way": name}
@@ -266,36 +262,6 @@ def measure_shape(shape: Shape, modes: Sequence[bool], kinds: Sequence[str]) -> 
             row["failed"] = f"{type(problem).__name__}: {str(problem).strip()[:100]}"
         found.append(row)
     return sorted(found, key=lambda row: row.get("ms", 1e9))
-
-
-def smoke(is_plain: bool) -> None:
-    """Raise unless `halo_conv` is right in this mode."""
-    for shape in (Shape(1, 3, 40, 56, 96, 96), Shape(1, 3, 40, 56, 192, 384)):
-        given = draw(shape)
-        cut = halo_conv.choose_cut(shape.out_channels)._replace(plain=is_plain)
-        packed = halo_conv.pack_weight(given.weight, cut.channels)
-        exact = by_cudnn(shape, given).float()
-        out = halo_conv.convolve(given.before, [given.new], packed, given.bias, given.added, cut)
-        error = ((out.float() - exact).std() / exact.std()).item()
-        print(f"halo_conv plain={is_plain}, {shape.name}: error {error:.2g}", flush=True)
-        assert error < 0.02
-
-
-def right_modes() -> list[bool]:
-    """Modes of `halo_conv` that are right, each tried in a process of its own."""
-    tried = {
-        mode: subprocess.Popen([sys.executable, "-m", "tests.bench.wan_conv", "--smoke", str(int(mode))])
-        for mode in (False, True)
-    }
-    found = []
-    for mode, process in tried.items():
-        try:
-            if process.wait(timeout=90) == 0:
-                found.append(mode)
-        except subprocess.TimeoutExpired:
-            process.kill()
-    print(f"halo_conv is right with plain = {found}", flush=True)
-    return found
 
 
 def measure_norm(shape: Shape) -> dict[str, Any]:
@@ -347,25 +313,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=75, help="no further shape is begun after so long")
     parser.add_argument("--ways", nargs="*", default=[], help="these alone, such as halo and pairs; all unless told")
-    parser.add_argument("--smoke", type=int, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     torch.backends.cudnn.allow_tf32 = False
-    if asked.smoke is not None:
-        smoke(bool(asked.smoke))
-        return
     begun = time.monotonic()
-    modes = right_modes()
-    if modes == [True]:
-        choose = halo_conv.choose_cut
-        halo_conv.choose_cut = lambda channels_out: choose(channels_out)._replace(plain=True)
     backbone = find_backbone("self-forcing-1.3b")
     device = torch.device("cuda")
     settings = Settings(backbone, backbone.width, backbone.height, device, torch.bfloat16)
     network = make_vae_network(settings)
     chunk = torch.randn(1, 3, 16, *settings.latent_size, device=device)
-    routes: tuple[Route, ...] = (
-        ("cudnn", "triton", "tma", "halo", "pairs", "fours") if modes else ("cudnn", "triton", "tma")
-    )
+    routes: tuple[Route, ...] = ("cudnn", "triton", "tma", "halo", "pairs", "fours")
     routes = tuple(route for route in routes if not asked.ways or route in asked.ways)
     report("wan_conv-decoders", measure_decoders(network, chunk, routes), machine(settings))
     for route in routes[-3:]:
@@ -380,7 +336,7 @@ def main() -> None:
     note += f"{', '.join(Tiles._fields)}; halo {', '.join(Cut._fields)}."
     for shape in SHAPES:
         if time.monotonic() - begun < asked.seconds:
-            rows += measure_shape(shape, modes, asked.ways)
+            rows += measure_shape(shape, asked.ways)
             torch.cuda.empty_cache()
     report("wan_conv", rows, note)
     print(f"{time.monotonic() - begun:.0f} s")

@@ -143,12 +143,11 @@ def test_a_decoder_by_tiles_makes_the_pixels_of_the_plain_one(route: Route) -> N
 
 
 @pytest.mark.skipif(INTERPRETED, reason="CUDA has no interpreter")
-@pytest.mark.parametrize("is_plain", [False, True])
 @pytest.mark.parametrize(("channels", "out_channels"), [(96, 96), (192, 384), (384, 192)])
 @pytest.mark.parametrize(("rows", "columns"), [(16, 16), (8, 16), (8, 32)])
 @pytest.mark.parametrize("has_before", [False, True])
 def test_a_causal_convolution_that_reads_inputs_once(
-    is_plain: bool, channels: int, out_channels: int, rows: int, columns: int, has_before: bool
+    channels: int, out_channels: int, rows: int, columns: int, has_before: bool
 ) -> None:
     from workers.model.halo_conv import choose_cut, convolve, pack_weight
 
@@ -159,7 +158,7 @@ def test_a_causal_convolution_that_reads_inputs_once(
     new = draw(num, height, width, channels)
     beside = draw(num, height, width, out_channels) if has_before else None
     # With more slots the larger tiles would not fit into shared memory.
-    cut = choose_cut(out_channels)._replace(rows=rows, columns=columns, slots_a=2, slots_b=2, plain=is_plain)
+    cut = choose_cut(out_channels)._replace(rows=rows, columns=columns, slots_a=2, slots_b=2)
     packed = pack_weight(weight, cut.channels)
     pieces = [new[:1], new[1:]] if has_before else [new]
     out, again = (convolve(before, pieces, packed, bias, room, cut) for room in copies(beside))

@@ -5,8 +5,8 @@
 // describes: four times nine places for two frames instead of six, six times for four instead of twelve.
 //
 // Defined by whoever compiles: C_IN and C_OUT channels, N channels of a tile (C_OUT is a multiple), TH x TW pixels of a
-// tile, MB blocks of 8x8 pixels for each of two groups of four warps, NA and NB slots of inputs and of weights, PLAIN (how
-// inputs lie in shared memory), FRAMES, STAGED channels on their way out at once, and wgmma(), the product of 64 pixels, N channels and 16 inputs.
+// tile, MB blocks of 8x8 pixels for each of two groups of four warps, NA and NB slots of inputs and of weights, FRAMES,
+// STAGED channels on their way out at once, and wgmma(), the product of 64 pixels, N channels and 16 inputs.
 struct alignas(64) TensorMap { u64 opaque[16]; };
 
 constexpr bool SUMS = FRAMES > 1;                             // whether inputs are sums of frames
@@ -23,23 +23,13 @@ static_assert(TH * TW == 2 * MB * 64 && B_SLOT % 1024 == 0 && N % 32 == 0, "tile
 static_assert(N % STAGED == 0, "stages");
 
 __device__ __forceinline__ void load_inputs(u32 to, const TensorMap* map, u32 barrier, int step, int column, int row, int frame) {
-#if PLAIN
-    asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];"
-        ::"r"(to), "l"(map), "r"(barrier), "r"(0), "r"(column), "r"(row), "r"(step * (KC / 8)), "r"(frame) : "memory");
-#else
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
         ::"r"(to), "l"(map), "r"(barrier), "r"(step * KC), "r"(column), "r"(row), "r"(frame) : "memory");
-#endif
 }
 
 __device__ __forceinline__ u64 describe_inputs(u32 slot, int pixel, int k) {  // k: 16 channels
-#if PLAIN
-    return describe(slot + (k * 2 * HALO + pixel) * 16, HALO_W * 16, HALO * 16, 0);
-#else
     return describe(slot + pixel * 64 + k * 32, HALO_W * 64, 16, 2);
-#endif
 }
 
 __device__ __forceinline__ u64 describe_weights(u32 slot, int column, int k) {

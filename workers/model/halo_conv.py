@@ -35,8 +35,6 @@ class Cut(NamedTuple):
     columns: int = 16
     slots_a: int = 3
     slots_b: int = 6
-    plain: bool = False
-    """Inputs lie in shared memory by eight channels, each pixel beside the next; otherwise by 32, swizzled."""
 
     @property
     def shared_bytes(self) -> int:
@@ -83,7 +81,6 @@ def make_source(channels_in: int, channels_out: int, cut: Cut, *, frames: int = 
         "MB": cut.rows * cut.columns // 128,
         "NA": cut.slots_a,
         "NB": cut.slots_b,
-        "PLAIN": int(cut.plain),
         "FRAMES": frames,
         "STAGED": _STAGED,
     }
@@ -101,10 +98,7 @@ def _load(channels_in: int, channels_out: int, cut: Cut, frames: int, device: in
 
 def _describe_inputs(frames_THWC: Tensor, cut: Cut) -> ctypes.Array[Any]:
     """Boxes of a tile with its border."""
-    if not cut.plain:
-        return describe_boxes(frames_THWC, [_KC, cut.columns + 2, cut.rows + 2, 1], 2 * _KC)
-    by_eight = frames_THWC.unflatten(-1, (-1, 8)).movedim(-2, 1)
-    return describe_boxes(by_eight, [8, cut.columns + 2, cut.rows + 2, _KC // 8, 1])
+    return describe_boxes(frames_THWC, [_KC, cut.columns + 2, cut.rows + 2, 1], 2 * _KC)
 
 
 def convolve(
