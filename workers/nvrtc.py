@@ -75,6 +75,18 @@ def make_coded_source(names: Mapping[str, object], own: Path, products: str = ""
     return make_hopper_source(names, codes + products, own)
 
 
+def make_halo_source(names: Mapping[str, int], kind: str, own: Path) -> str:
+    """CUDA of a convolution whose tiles come with their borders, behind what such kernels share (hopper.cuh, halo.cuh).
+
+    Args:
+        names: What it leaves to be defined; N: columns of a product.
+        kind: Of what is multiplied, as of `product_of_shared`.
+        own: Its file, beside halo.cuh.
+    """
+    product = product_of_shared(names["N"], kind)
+    return make_hopper_source(names, product + own.with_name("halo.cuh").read_text(), own)
+
+
 def product_of_registers(declaration: str, room: int | str, columns: int, kind: str) -> str:
     """A function that multiplies 64 rows, in four registers, with some columns in shared memory, over 32 bytes.
 

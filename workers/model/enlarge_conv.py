@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from workers.nvrtc import address_of, launch, load_functions, make_hopper_source, product_of_shared
+from workers.nvrtc import address_of, launch, load_functions, make_halo_source
 from workers.tensor_map import describe_boxes
 
 _MOST_SHARED = 227 * 1024
@@ -78,17 +78,21 @@ def make_source(channels_in: int, channels_out: int, cut: Cut, *, doubled: bool 
     names = {
         "C_IN": channels_in,
         "C_OUT": channels_out,
-        "N": cut.channels,
         "KC": cut.deep,
+        "N": cut.channels,
+        "PARTS": channels_out // cut.channels * (2 if doubled else 4),
+        "SIDE": 1 if doubled else 2,
         "TH": cut.rows,
         "TW": cut.columns,
         "MB": cut.rows * cut.columns // 128,
         "NA": cut.slots_a,
         "NB": cut.slots_b,
-        "ENLARGED": int(not doubled),
         "KEPT": int(cut.kept),
+        "ENLARGED": int(not doubled),
+        "STAGED": 0,
+        "STAGES": 0,
     }
-    return make_hopper_source(names, product_of_shared(cut.channels, "bf16"), Path(__file__).with_suffix(".cu"))
+    return make_halo_source(names, "bf16", Path(__file__).with_suffix(".cu"))
 
 
 def enlarge_pictures(x_THWC: Tensor, packed: Tensor, bias_O: Tensor, cut: Cut | None = None) -> Tensor:

@@ -16,13 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from workers.nvrtc import address_of, launch, load_functions, make_hopper_source, product_of_shared
+from workers.nvrtc import address_of, launch, load_functions, make_halo_source
 from workers.tensor_map import describe_boxes
 
 _KC = 32
 """Input channels of a step: rows of 64 bytes in shared memory."""
 _STAGED = 96
 """Channels of a block on their way out."""
+_STAGES = 2
+"""Places for these, of each of two groups of warps."""
 _MOST_SHARED = 227 * 1024 - 4096
 """Bytes for slots, beside the bias and barriers."""
 
@@ -39,7 +41,7 @@ class Cut(NamedTuple):
     @property
     def shared_bytes(self) -> int:
         slot_a = -(-(self.rows + 2) * (self.columns + 2) * _KC * 2 // 1024) * 1024
-        stages = 4 * 64 * _STAGED * 2
+        stages = 2 * _STAGES * 64 * _STAGED * 2
         return self.slots_a * slot_a + self.slots_b * 3 * self.channels * _KC * 2 + stages + 1024
 
 
@@ -75,17 +77,21 @@ def make_source(channels_in: int, channels_out: int, cut: Cut, *, frames: int = 
     names = {
         "C_IN": channels_in,
         "C_OUT": channels_out,
+        "KC": _KC,
         "N": cut.channels,
+        "PARTS": channels_out // cut.channels,
+        "SIDE": 3,
         "TH": cut.rows,
         "TW": cut.columns,
         "MB": cut.rows * cut.columns // 128,
         "NA": cut.slots_a,
         "NB": cut.slots_b,
+        "KEPT": 0,
         "FRAMES": frames,
         "STAGED": _STAGED,
+        "STAGES": _STAGES,
     }
-    product = product_of_shared(cut.channels, "bf16" if frames == 1 else "f16")
-    return make_hopper_source(names, product, Path(__file__).with_suffix(".cu"))
+    return make_halo_source(names, "bf16" if frames == 1 else "f16", Path(__file__).with_suffix(".cu"))
 
 
 @functools.cache
