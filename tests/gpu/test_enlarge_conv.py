@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.model.enlarge_conv import Cut, choose_cut, double_frames, enlarge_pictures, pack_weight
+from workers.model.enlarge_conv import Cut, choose_cut, double_frames, enlarge_pictures, pack_phases
 from workers.model.wan_decode_weights import fold_enlargement
 
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
@@ -39,7 +39,7 @@ def test_an_enlargement_is_a_convolution_of_the_enlarged_picture(
         pytest.skip("a tile of more channels than there are")
     torch.manual_seed(1)
     weight, bias = draw(out_channels, channels, 3, 3) / (9 * channels) ** 0.5, draw(out_channels)
-    x, packed = draw(*size, channels), pack_weight(fold_enlargement(weight)[:, :, None], cut)
+    x, packed = draw(*size, channels), pack_phases(fold_enlargement(weight)[:, :, None], cut)
     out = enlarge_pictures(x, packed, bias.repeat(4), cut)
     large = F.interpolate(x.movedim(-1, 1).double(), scale_factor=2.0, mode="nearest-exact")
     exact = F.conv2d(large, weight.double(), bias.double(), padding=1).movedim(1, -1)
@@ -56,7 +56,7 @@ def test_frames_are_doubled_causally(num: int, has_before: bool, cut: Cut | None
     cut = cut or choose_cut(channels, channels, doubled=True)
     weight, bias = draw(2 * channels, channels, 3, 1, 1) / (3 * channels) ** 0.5, draw(2 * channels)
     before, new = draw(2, height, width, channels) if has_before else None, draw(num, height, width, channels)
-    packed = pack_weight(weight, cut)
+    packed = pack_phases(weight, cut)
     out = double_frames(before, new, packed, bias, cut)
     frames = torch.cat((new.new_zeros(2, *new.shape[1:]) if before is None else before, new)).movedim(-1, 0)[None]
     pairs = F.conv3d(frames.double(), weight.double(), bias.double())[0].movedim(0, -1).unflatten(-1, (2, channels))

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from workers.model.halo_conv import pack_weight
 from workers.nvrtc import address_of, launch, load_functions, make_halo_source
 from workers.tensor_map import describe_boxes
 
@@ -55,22 +56,13 @@ def choose_cut(channels_in: int, channels_out: int, *, doubled: bool = False) ->
     return Cut(96, 16, 16, 32, 4, channels_in // 16, kept=True) if channels_in <= 192 else Cut(96, 24, 16, 32, 3, 8)
 
 
-def pack_weight(weight_OITHW: Tensor, cut: Cut) -> Tensor:
-    """Weights as they lie in shared memory: [out / N, time, in / deep, row, column, N, deep], each row swizzled.
+def pack_phases(weight_OITHW: Tensor, cut: Cut) -> Tensor:
+    """As enlarge_conv.cu reads them.
 
     Args:
         weight_OITHW: Of all phases, those of the first phase first; [4 * out, in, 1, 2, 2] or [2 * out, in, 3, 1, 1].
     """
-    out, channels_in, taps, side, _ = weight_OITHW.shape
-    eighths = cut.deep // 8
-    parts = weight_OITHW.reshape(
-        out // cut.channels, cut.channels, channels_in // cut.deep, eighths, 8, taps, side, side
-    )
-    parts = parts.permute(0, 5, 2, 6, 7, 1, 3, 4)  # tile, time, step, row, column, N, 16 bytes of a row, 8
-    n, place = torch.arange(cut.channels)[:, None], torch.arange(eighths)[None, :]
-    # In rows of 64 bytes, bits 4 and 5 of an address are combined with bits 7 and 8; of 128, 4 to 6 with 7 to 9.
-    lies = (place ^ (n >> 1 & 3 if cut.deep == 32 else n & 7)).to(weight_OITHW.device)
-    return parts.gather(-2, lies[:, :, None].expand(parts.shape)).flatten(-2).contiguous()
+    return pack_weight(weight_OITHW, cut.channels, cut.deep)
 
 
 def make_source(channels_in: int, channels_out: int, cut: Cut, *, doubled: bool = False) -> str:
@@ -89,8 +81,6 @@ def make_source(channels_in: int, channels_out: int, cut: Cut, *, doubled: bool 
         "NB": cut.slots_b,
         "KEPT": int(cut.kept),
         "ENLARGED": int(not doubled),
-        "STAGED": 0,
-        "STAGES": 0,
     }
     return make_halo_source(names, "bf16", Path(__file__).with_suffix(".cu"))
 
@@ -100,7 +90,7 @@ def enlarge_pictures(x_THWC: Tensor, packed: Tensor, bias_O: Tensor, cut: Cut | 
 
     Args:
         x_THWC: Pictures. All tensors are contiguous and bfloat16.
-        packed: `pack_weight` of the four phases that `fold_enlargement` makes.
+        packed: `pack_phases` of the four phases that `fold_enlargement` makes.
         bias_O: Of all phases.
         cut: How to do it if not as `choose_cut` says.
     """
@@ -120,7 +110,7 @@ def double_frames(
     Args:
         before_THWC: The two frames before the first; None: zeros.
         x_THWC: Frames. All tensors are contiguous and bfloat16.
-        packed: `pack_weight`; those of the first frames first.
+        packed: `pack_phases`; those of the first frames first.
         bias_O: Likewise.
         cut: How to do it if not as `choose_cut` says.
     """

@@ -1,12 +1,11 @@
 // What convolutions share that keep a tile's inputs, with what its places see beyond it, in shared memory (halo_conv.cu,
-// enlarge_conv.cu): slots of inputs and of weights, which four warps fill and eight multiply, the order of tiles, and
-// results that leave through shared memory. Stands between hopper.cuh and a kernel's own source.
+// enlarge_conv.cu): slots of inputs and of weights, which four warps fill and eight multiply, and the order of tiles.
+// Stands between hopper.cuh and a kernel's own source.
 //
 // Defined by whoever compiles: C_IN channels, KC of them in a step, N channels of a tile, PARTS such tiles of the same
 // pixels, TH x TW pixels of a tile, MB blocks of 8x8 of them for each of two groups of four warps, SIDE places each way in
-// a picture, NA and NB slots of inputs and of weights, KEPT (all weights of a program stay in their slots), STAGES places of
-// each group for STAGED channels of a block on their way out, and wgmma(), the product of 64 pixels, N channels and 16
-// inputs.
+// a picture, NA and NB slots of inputs and of weights, KEPT (all weights of a program stay in their slots), and wgmma(), the
+// product of 64 pixels, N channels and 16 inputs.
 struct alignas(64) TensorMap { u64 opaque[16]; };
 
 constexpr int HALO_W = TW + SIDE - 1, HALO = (TH + SIDE - 1) * HALO_W;  // pixels that a tile sees
@@ -15,7 +14,6 @@ constexpr u64 SWIZZLE = KC == 64 ? 1 : 2;
 constexpr int A_BYTES = HALO * ROW, A_SLOT = (A_BYTES + 1023) / 1024 * 1024;
 constexpr int B_TAP = N * ROW, B_SLOT = SIDE * B_TAP;                   // a row of places
 constexpr int STEPS = C_IN / KC, GROUP = 64;
-constexpr int STAGE = 64 * STAGED * 2;                                  // bytes of a block on its way out
 static_assert(KC == 32 || KC == 64, "swizzle");
 static_assert(TH * TW == 2 * MB * 64 && B_SLOT % 1024 == 0 && N % 32 == 0 && C_IN % KC == 0, "tile");
 
@@ -136,57 +134,4 @@ __device__ __forceinline__ void finish_tile(float (&total)[COUNT][MB][N / 2], In
     for (int i = 0; i < COUNT * MB; i++) hold(total[i / MB][i % MB]);
     if (lane == 0) b.release(), a.release();
     b.last = -1;
-}
-
-// Until all but the newest groups that this thread has committed have been read.
-template <int LEFT> __device__ __forceinline__ void await_sent() {
-    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(LEFT) : "memory");
-}
-
-__device__ __forceinline__ void meet_group(int group) {
-    asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
-}
-
-// By a group of warps: some channels of a block, rounded, to shared memory, pixel by pixel, once the stage is free;
-// BIASED: with the bias, unless it was added before.
-template <bool BIASED>
-__device__ __forceinline__ void stage_block(
-    const float (&total)[N / 2], int first, const float* bias, u32 stage, int warp, int lane) {
-    if (threadIdx.x % 128 == 0) await_sent<STAGES - 1>();
-    meet_group(warp / 4);
-    int q = lane % 4;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        u32 to = stage + (warp % 4 * 16 + half * 8 + lane / 4) * STAGED * 2 + q * 16;
-#pragma unroll
-        for (int j = 0; j < STAGED / 32; j++) {
-            u32 word[4];
-#pragma unroll
-            for (int k = 0; k < 4; k++) {
-                int column = first / 8 + j * 4 + k;
-                float2 added = BIASED ? *(const float2*)(bias + column * 8 + q * 2) : make_float2(0.f, 0.f);
-                word[k] = round_pair(total[column * 4 + half * 2] + added.x, total[column * 4 + half * 2 + 1] + added.y);
-            }
-            transpose(word, q);
-            asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
-                ::"r"(to + j * 64), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]) : "memory");
-        }
-    }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    meet_group(warp / 4);
-}
-
-// From shared memory to the result, or added to what stands there; what lies past a picture is left out.
-__device__ __forceinline__ void send_block(
-    const TensorMap* out, u32 stage, bool is_there, int adds, int first, int column, int row, int frame) {
-    if (threadIdx.x % 128) return;
-    if (is_there && adds)
-        asm volatile(
-            "cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
-            ::"l"(out), "r"(stage), "r"(first), "r"(column), "r"(row), "r"(frame) : "memory");
-    else if (is_there)
-        asm volatile(
-            "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
-            ::"l"(out), "r"(stage), "r"(first), "r"(column), "r"(row), "r"(frame) : "memory");
-    asm volatile("cp.async.bulk.commit_group;" ::: "memory");  // empty ones count too
 }

@@ -4,10 +4,12 @@
 // With two or four FRAMES a tile is of as many that follow each other, and inputs are the sums of frames that winograd.py
 // describes: four times nine places for two frames instead of six, six times for four instead of twelve.
 //
-// Defined by whoever compiles: what halo.cuh asks for, C_OUT channels (a multiple of N) and FRAMES.
+// Defined by whoever compiles: what halo.cuh asks for, C_OUT channels (a multiple of N), FRAMES, and STAGES places of each
+// group of warps for STAGED channels of a block on their way out.
 constexpr bool SUMS = FRAMES > 1;                 // whether inputs are sums of frames
 constexpr int TAPS = FRAMES + 2;                  // inputs in time
 constexpr int SENT = FRAMES * MB * (N / STAGED);  // by each group of warps for a tile
+constexpr int STAGE = 64 * STAGED * 2;            // bytes of a block on its way out
 static_assert(N % STAGED == 0, "stages");
 
 // Results of what the products that count in each of them have added up: in place, as there are no registers for both; and
@@ -36,6 +38,59 @@ __device__ __forceinline__ void combine(float (&of)[FRAMES][MB][N / 2], int m, c
 #endif
         }
     }
+}
+
+// Until all but the newest groups that this thread has committed have been read.
+template <int LEFT> __device__ __forceinline__ void await_sent() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(LEFT) : "memory");
+}
+
+__device__ __forceinline__ void meet_group(int group) {
+    asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+}
+
+// By a group of warps: some channels of a block, rounded, to shared memory, pixel by pixel, once the stage is free;
+// BIASED: with the bias, unless it was added before.
+template <bool BIASED>
+__device__ __forceinline__ void stage_block(
+    const float (&total)[N / 2], int first, const float* bias, u32 stage, int warp, int lane) {
+    if (threadIdx.x % 128 == 0) await_sent<STAGES - 1>();
+    meet_group(warp / 4);
+    int q = lane % 4;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        u32 to = stage + (warp % 4 * 16 + half * 8 + lane / 4) * STAGED * 2 + q * 16;
+#pragma unroll
+        for (int j = 0; j < STAGED / 32; j++) {
+            u32 word[4];
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                int column = first / 8 + j * 4 + k;
+                float2 added = BIASED ? *(const float2*)(bias + column * 8 + q * 2) : make_float2(0.f, 0.f);
+                word[k] = round_pair(total[column * 4 + half * 2] + added.x, total[column * 4 + half * 2 + 1] + added.y);
+            }
+            transpose(word, q);
+            asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                ::"r"(to + j * 64), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]) : "memory");
+        }
+    }
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    meet_group(warp / 4);
+}
+
+// From shared memory to the result, or added to what stands there; what lies past a picture is left out.
+__device__ __forceinline__ void send_block(
+    const TensorMap* out, u32 stage, bool is_there, int adds, int first, int column, int row, int frame) {
+    if (threadIdx.x % 128) return;
+    if (is_there && adds)
+        asm volatile(
+            "cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
+            ::"l"(out), "r"(stage), "r"(first), "r"(column), "r"(row), "r"(frame) : "memory");
+    else if (is_there)
+        asm volatile(
+            "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
+            ::"l"(out), "r"(stage), "r"(first), "r"(column), "r"(row), "r"(frame) : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");  // empty ones count too
 }
 
 // Without frames before, nothing is read for them.

@@ -67,4 +67,4 @@ class TileWeights(NamedTuple):
         out, channels = len(weight) // (2 if doubled else 4), weight.shape[1]
         if not (self.has_cuda and enlarge_conv.takes(channels, out)):
             return None
-        return enlarge_conv.pack_weight(weight, enlarge_conv.choose_cut(channels, out, doubled=doubled))
+        return enlarge_conv.pack_phases(weight, enlarge_conv.choose_cut(channels, out, doubled=doubled))

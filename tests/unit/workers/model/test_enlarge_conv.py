@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from workers.model.enlarge_conv import Cut, choose_cut, make_source, pack_weight, takes
+from workers.model.enlarge_conv import Cut, choose_cut, make_source, pack_phases, takes
 
 
 def swizzle(address: int, row: int) -> int:
@@ -17,7 +17,7 @@ def test_packed_weights_lie_where_the_product_looks(taps: int, side: int, deep: 
     phases, out, channels_in, tile = side * 2, 192, 128, 96
     shape = (phases * out, channels_in, taps, side, side)
     weight = torch.arange(torch.Size(shape).numel()).view(shape)
-    packed = pack_weight(weight, Cut(tile, deep=deep))
+    packed = pack_phases(weight, Cut(tile, deep=deep))
     assert packed.shape == (phases * out // tile, taps, channels_in // deep, side, side, tile, deep)
     for column, step, time, row, place in [(0, 0, 0, 0, 0), (95, 1, taps - 1, side - 1, 0), (37, 1, 0, 0, side - 1)]:
         image = packed[-1, time, step, row].flatten()  # one slot of weights
