@@ -73,7 +73,7 @@ _TILES = replace(
     density_until_full=18 / 150,
     with_pictures=True,
 )
-_RECALL_SEEN = 90
+_RECALL_SEEN = 86
 _RECALL = replace(
     _TILES,
     name="fastar-tiles-recall",

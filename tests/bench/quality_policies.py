@@ -83,7 +83,7 @@ VARIANTS: dict[str, Record] = {
             *((156, 15, seen, 1 / 3, "int4") for seen in (12, 18)),
             *((150, 15, seen, 1 / 3, "int4") for seen in (12, 16, 18, 24)),
             *((150, 15, seen, 4 / seen, "int4") for seen in (60, 75, 88, 90)),
-            *((150, 18, seen, 4 / seen, "int4") for seen in (12, 90)),
+            *((150, 18, seen, 4 / seen, "int4") for seen in (12, 86, 90)),
             (150, 15, 18, 1 / 2, "int4"),
             (156, 15, 18, 1 / 3, "model"),
             (180, 30, 18, 1 / 3, "int4"),
