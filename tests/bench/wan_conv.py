@@ -115,9 +115,7 @@ def _cuts_of_96(block_k: int) -> list[Tiles]:
 
 def halo_cuts(shape: Shape) -> list[Cut]:
     """Of `halo_conv`."""
-    if shape.result != "plain":
-        return []
-    if not halo_conv.takes(shape.channels, shape.out_channels):
+    if shape.result != "plain" or not halo_conv.takes(shape.channels, shape.out_channels):
         return []
     if shape.out_channels == 96:
         return [Cut(96, 16, 16, 3, 5), Cut(96, 16, 16, 4, 4), Cut(96, 16, 32, 2, 4), Cut(96, 8, 16, 4, 6)]

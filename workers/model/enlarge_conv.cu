@@ -13,11 +13,6 @@ constexpr int PARTS_OF_PHASE = PARTS / PHASES;
 static_assert(SIDE == (ENLARGED ? 2 : 1) && PARTS_OF_PHASE * N == C_OUT, "phases");
 static_assert(!KEPT || (ENLARGED && NB == STEPS * SIDE), "kept weights");
 
-// Without frames before, nothing is read for them.
-__device__ __forceinline__ int first_tap(const Tile& tile, int has_before) {
-    return has_before ? 0 : max(0, TAPS - 1 - tile.frame);
-}
-
 // Where a lane's pixel of a block lies in the result, in units of eight channels; past a picture: -1.
 __device__ __forceinline__ long long find_pixel(
     const Tile& tile, int block, int half, int warp, int lane, int height, int width) {
@@ -41,13 +36,7 @@ __device__ __forceinline__ void store_block(
 #pragma unroll
     for (int j = 0; j < N / 32; j++) {
         u32 word[4];
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-            int column = j * 4 + k;
-            float2 added = *(const float2*)(bias + column * 8 + q * 2);
-            word[k] = round_pair(total[column * 4 + half * 2] + added.x, total[column * 4 + half * 2 + 1] + added.y);
-        }
-        transpose(word, q);
+        round_columns<true>(word, total, j * 4, half, bias, q);
         if (pixel >= 0) out[pixel + j * 4] = make_uint4(word[0], word[1], word[2], word[3]);
     }
 }
@@ -73,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) enlarge(
             int phase = tile.part / PARTS_OF_PHASE;
             // The first pixel that it sees.
             int row = tile.row - ENLARGED * (1 - phase / 2), column = tile.column - ENLARGED * (1 - phase % 2);
-            for (int dt = first_tap(tile, has_before); dt < TAPS; dt++) {
+            for (int dt = first_tap<TAPS>(tile, has_before); dt < TAPS; dt++) {
                 int frame = tile.frame + dt - (TAPS - 1);  // those before the first are below zero
                 const TensorMap* map = frame < 0 ? &before : &fresh;
                 if (frame < 0) frame += TAPS - 1;
@@ -92,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) enlarge(
         Tile tile = find_tile(index, num, height, width);
         float total[1][MB][N / 2];
         int adds = 0;
-        for (int step = first_tap(tile, has_before) * STEPS; step < TAPS * STEPS; step++)
+        for (int step = first_tap<TAPS>(tile, has_before) * STEPS; step < TAPS * STEPS; step++)
             multiply_step(total[0], a, b, adds, group, lane), adds = 1;
         finish_tile(total, a, b, lane);
 #pragma unroll

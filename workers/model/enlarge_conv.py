@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from workers.model.halo_conv import pack_weight
+from workers.model.halo_conv import input_slot_bytes, pack_weight
 from workers.nvrtc import address_of, launch, load_functions, make_halo_source
 from workers.tensor_map import describe_boxes
 
@@ -37,9 +37,8 @@ class Cut(NamedTuple):
 
     def shared_bytes(self, side: int) -> int:
         """With so many places each way."""
-        row = 2 * self.deep
-        slot_a = -(-(self.rows + side - 1) * (self.columns + side - 1) * row // 1024) * 1024
-        return self.slots_a * slot_a + self.slots_b * side * self.channels * row + 1024
+        slot_a = input_slot_bytes((self.rows + side - 1) * (self.columns + side - 1), self.deep)
+        return self.slots_a * slot_a + self.slots_b * side * self.channels * self.deep * 2 + 1024
 
 
 def takes(channels_in: int, channels_out: int) -> bool:

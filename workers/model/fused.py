@@ -11,6 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 
+def takes_three_pieces(channels: int) -> bool:
+    """Whether channels divide into three pieces that a tensor core takes."""
+    piece = channels // 3
+    return channels % 3 == 0 and 16 <= piece <= 128 and piece & (piece - 1) == 0
+
+
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _rotate(  # type: ignore[no-untyped-def]
     x, cos, sin, out,
@@ -53,17 +59,6 @@ def rotate_into(out_BKND: Tensor, x_BKND: Tensor, cos: Tensor, sin: Tensor) -> N
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def silu_of_unit(unit, weight, scale, KIND: tl.constexpr, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What becomes of channels of length 1, float32; weighted alone without SILU."""
-    unit = unit.to(KIND).to(tl.float32)
-    result = ((unit * scale).to(KIND).to(tl.float32) * weight).to(KIND).to(tl.float32)
-    if SILU:
-        grown = 1.0 + tl.exp2(result * -1.4426950408889634)
-        result = result * tl.rsqrt(grown * grown)
-    return result
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _normalise(  # type: ignore[no-untyped-def]
     x, gamma, out, num_pixels, height, width, stride_t, stride_h, channels, scale,
     SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, PIECES: tl.constexpr,
@@ -90,7 +85,11 @@ def _normalise(  # type: ignore[no-untyped-def]
         there = (pixel < num_pixels) & (channel < channels)
         value = tl.load(at_x + channel, mask=there, other=0.0).to(tl.float32)
         weight = tl.load(gamma + channel, mask=channel < channels, other=0.0).to(tl.float32)
-        result = silu_of_unit(value * inverse, weight, scale, kind, SILU)
+        unit = (value * inverse).to(kind).to(tl.float32)
+        result = ((unit * scale).to(kind).to(tl.float32) * weight).to(kind).to(tl.float32)
+        if SILU:
+            grown = 1.0 + tl.exp2(result * -1.4426950408889634)
+            result = result * tl.rsqrt(grown * grown)
         tl.store(at_out + channel, result.to(kind), mask=there)
 
 

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.model.fused import takes_three_pieces
+
 COLORS = 3
 _COLUMNS = 32
 """Of a product: 27, filled up."""
@@ -159,12 +161,6 @@ def _add_places(  # type: ignore[no-untyped-def]
     tl.store(to + 2, blue.to(kind), mask=there)
 
 
-def takes(channels_in: int) -> bool:
-    """Whether channels divide into three pieces that a tensor core takes."""
-    piece = channels_in // 3
-    return channels_in % 3 == 0 and 16 <= piece <= 128 and piece & (piece - 1) == 0
-
-
 def fits(factor_C: Tensor, weight_TCN: Tensor) -> bool:
     """Whether what lies between the kernels stays in float16 whatever pixels are: a normed one is no longer than the
     greatest factor. Waits for the GPU: asked once, when weights are laid out."""
@@ -186,7 +182,7 @@ def convolve(
 
     Args:
         before_THWC: The last two of the call before, contiguous; None: zeros.
-        x_THWC: Contiguous; channels as `takes` says.
+        x_THWC: Contiguous; channels as `takes_three_pieces` says.
         factor_C, weight_TCN: `wan_decode_weights.lay_out_places`: float32, and in the dtype of x.
         bias_O: Of the convolution; those past the third are not read.
         kind: Of what lies between the kernels. In float16 its rounding is an eighth of that of pixels in bfloat16.
@@ -194,7 +190,7 @@ def convolve(
     """
     num, height, width, channels = x_THWC.shape
     num_pixels, used = height * width, 9 * COLORS
-    assert takes(channels)
+    assert takes_three_pieces(channels)
     assert weight_TCN.shape == (3, channels, _COLUMNS)
     assert factor_C.dtype == torch.float32
     assert all(given.is_contiguous() for given in (x_THWC, factor_C, weight_TCN))

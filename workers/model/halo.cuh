@@ -62,6 +62,11 @@ __device__ __forceinline__ Tile find_tile(int index, int num, int height, int wi
     return {inside / size, tile / tiles_w * TH, tile % tiles_w * TW, index % PARTS};
 }
 
+// Of the inputs in time of a frame, the first that is there: without frames before, nothing is read for them.
+template <int TAPS> __device__ __forceinline__ int first_tap(const Tile& tile, int has_before) {
+    return has_before ? 0 : max(0, TAPS - 1 - tile.frame);
+}
+
 __device__ __forceinline__ void load_inputs(
     u32 to, const TensorMap* map, u32 barrier, int step, int column, int row, int frame) {
     asm volatile(
@@ -134,4 +139,18 @@ __device__ __forceinline__ void finish_tile(float (&total)[COUNT][MB][N / 2], In
     for (int i = 0; i < COUNT * MB; i++) hold(total[i / MB][i % MB]);
     if (lane == 0) b.release(), a.release();
     b.last = -1;
+}
+
+// Eight channels of a lane's pixel, rounded, as they lie in memory: of 32 columns of a block, whose first eight are number
+// `first`; BIASED: with the bias, unless it was added before.
+template <bool BIASED>
+__device__ __forceinline__ void round_columns(
+    u32 (&word)[4], const float (&total)[N / 2], int first, int half, const float* bias, int q) {
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        int column = first + k;
+        float2 added = BIASED ? *(const float2*)(bias + column * 8 + q * 2) : make_float2(0.f, 0.f);
+        word[k] = round_pair(total[column * 4 + half * 2] + added.x, total[column * 4 + half * 2 + 1] + added.y);
+    }
+    transpose(word, q);
 }

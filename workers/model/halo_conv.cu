@@ -49,9 +49,7 @@ __device__ __forceinline__ void meet_group(int group) {
     asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
 }
 
-// By a group of warps: some channels of a block, rounded, to shared memory, pixel by pixel, once the stage is free;
-// BIASED: with the bias, unless it was added before.
-template <bool BIASED>
+// By a group of warps: some channels of a block, rounded, to shared memory, pixel by pixel, once the stage is free.
 __device__ __forceinline__ void stage_block(
     const float (&total)[N / 2], int first, const float* bias, u32 stage, int warp, int lane) {
     if (threadIdx.x % 128 == 0) await_sent<STAGES - 1>();
@@ -63,13 +61,7 @@ __device__ __forceinline__ void stage_block(
 #pragma unroll
         for (int j = 0; j < STAGED / 32; j++) {
             u32 word[4];
-#pragma unroll
-            for (int k = 0; k < 4; k++) {
-                int column = first / 8 + j * 4 + k;
-                float2 added = BIASED ? *(const float2*)(bias + column * 8 + q * 2) : make_float2(0.f, 0.f);
-                word[k] = round_pair(total[column * 4 + half * 2] + added.x, total[column * 4 + half * 2 + 1] + added.y);
-            }
-            transpose(word, q);
+            round_columns<!SUMS>(word, total, first / 8 + j * 4, half, bias, q);
             asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
                 ::"r"(to + j * 64), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]) : "memory");
         }
@@ -93,11 +85,6 @@ __device__ __forceinline__ void send_block(
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");  // empty ones count too
 }
 
-// Without frames before, nothing is read for them.
-__device__ __forceinline__ int first_tap(const Tile& tile, int has_before) {
-    return SUMS || has_before ? 0 : max(0, 2 - tile.frame);
-}
-
 extern "C" __global__ void __launch_bounds__(384, 1) convolve(
     const __grid_constant__ TensorMap before, const __grid_constant__ TensorMap fresh, const __grid_constant__ TensorMap last,
     const __grid_constant__ TensorMap out, const char* weight, const unsigned short* bias, int adds_to_out,
@@ -117,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) convolve(
         if (threadIdx.x != 256) return;
         for (int index = blockIdx.x; index < num_tiles; index += gridDim.x) {
             Tile tile = find_tile(index, num, height, width);
-            for (int dt = first_tap(tile, has_before); dt < TAPS; dt++) {
+            for (int dt = first_tap<TAPS>(tile, SUMS || has_before); dt < TAPS; dt++) {
                 int frame = SUMS ? tile.frame * TAPS + dt : tile.frame + dt - 2;  // those before the first are below zero
                 const TensorMap* map = SUMS ? &fresh : frame < 0 ? &before : frame < num_fresh ? &fresh : &last;
                 if (!SUMS) frame = frame < 0 ? frame + 2 : frame < num_fresh ? frame : frame - num_fresh;
@@ -156,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) convolve(
         multiply(total[FRAMES - 1], 1);
 #else
         int adds = 0;
-        for (int dt = first_tap(tile, has_before); dt < TAPS; dt++) multiply(total[0], adds), adds = 1;
+        for (int dt = first_tap<TAPS>(tile, SUMS || has_before); dt < TAPS; dt++) multiply(total[0], adds), adds = 1;
 #endif
         finish_tile(total, a, b, lane);
         // Results leave through two stages in turns, while the next tile is multiplied.
@@ -164,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) convolve(
         for (int i = 0; i < SENT; i++) {
             int part = i % (N / STAGED) * STAGED, m = i / (N / STAGED) % MB, frame = i / (N / STAGED) / MB;
             u32 stage = stages + (group * STAGES + (turn + i) % STAGES) * STAGE;
-            stage_block<!SUMS>(total[frame][m], part, bias_here, stage, warp, lane);
+            stage_block(total[frame][m], part, bias_here, stage, warp, lane);
             int block = group * MB + m, column = tile.column + block % (TW / 8) * 8, row = tile.row + block / (TW / 8) * 8;
             int at = tile.frame * FRAMES + frame;
             bool is_there = row < height && column < width && (!SUMS || at < num_fresh);  // a last group may not be full

@@ -40,9 +40,14 @@ class Cut(NamedTuple):
 
     @property
     def shared_bytes(self) -> int:
-        slot_a = -(-(self.rows + 2) * (self.columns + 2) * _KC * 2 // 1024) * 1024
+        slot_a = input_slot_bytes((self.rows + 2) * (self.columns + 2), _KC)
         stages = 2 * _STAGES * 64 * _STAGED * 2
         return self.slots_a * slot_a + self.slots_b * 3 * self.channels * _KC * 2 + stages + 1024
+
+
+def input_slot_bytes(pixels: int, deep: int) -> int:
+    """Of a slot for so many pixels of a tile with its border, as halo.cuh has it; deep: input channels of a step."""
+    return -(-pixels * deep * 2 // 1024) * 1024
 
 
 def takes(channels_in: int, channels_out: int) -> bool:

@@ -139,9 +139,9 @@ class DecoderWeights:
         """Whether attention is computed by `wide_attention`."""
         if not self._has_halos:
             return False
-        from workers.model import wide_attention  # Triton comes with CUDA builds of torch alone
+        from workers.model.fused import takes_three_pieces  # Triton comes with CUDA builds of torch alone
 
-        return wide_attention.takes(len(self.middle.gamma_C))
+        return takes_three_pieces(len(self.middle.gamma_C))
 
     def _flatten_weights(self) -> None:
         """Have the units' convolutions computed by our own kernel where it can."""

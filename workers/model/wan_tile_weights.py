@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from workers.model import enlarge_conv, fused_head, halo_conv, norm_sums, tile_conv, winograd
+from workers.model.fused import takes_three_pieces
 from workers.model.wan_decode_weights import Conv, Enlarge, Unit, lay_out_places
 from workers.model.winograd import Winograd
 
@@ -36,7 +37,7 @@ class TileWeights(NamedTuple):
 
     def head(self, conv: Conv, gamma_C: Tensor) -> Conv:
         """The last convolution, to three channels, behind a norm."""
-        if not (self.has_cuda and fused_head.takes(conv.weight.shape[1])):
+        if not (self.has_cuda and takes_three_pieces(conv.weight.shape[1])):
             return conv
         places = lay_out_places(conv.weight[: fused_head.COLORS], gamma_C)
         return conv._replace(places=places) if fused_head.fits(*places) else conv

@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from workers.model.fused import takes_three_pieces
+
 
 class Cut(NamedTuple):
     """How attention is dealt out."""
@@ -101,12 +103,6 @@ def _join(  # type: ignore[no-untyped-def]
     tl.store(out + at, (result / total[:, None]).to(out.dtype.element_ty), mask=there[:, None])
 
 
-def takes(channels: int) -> bool:
-    """Whether channels divide into three pieces that a tensor core takes."""
-    piece = channels // 3
-    return channels % 3 == 0 and 16 <= piece <= 128 and piece & (piece - 1) == 0
-
-
 def attend(qkv_TQC: Tensor, cut: Cut = CUT) -> Tensor:
     """softmax(q k^T / sqrt(C)) v [T, Q, C] of each frame on its own, whatever others are beside it.
 
@@ -115,7 +111,7 @@ def attend(qkv_TQC: Tensor, cut: Cut = CUT) -> Tensor:
         cut: How it is dealt out.
     """
     frames, num, channels = qkv_TQC.shape[0], qkv_TQC.shape[1], qkv_TQC.shape[2] // 3
-    assert takes(channels)
+    assert takes_three_pieces(channels)
     assert qkv_TQC.is_contiguous()
     piece, rows = channels // 3, frames * num
     share = triton.cdiv(triton.cdiv(num, cut.keys), cut.shares) * cut.keys
